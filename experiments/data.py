@@ -1,0 +1,185 @@
+"""Datasets as NumPy arrays in memory, by name; the only module that knows where data comes from."""
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+
+class DatasetUnavailable(ValueError):
+    """The data cannot be read on this machine; the message says what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A labelled image dataset, normalised and ready for a model.
+
+    Attributes:
+        name: The name it is registered under.
+        train_images: float32 `[train, height, width, channels]`, normalised.
+        train_labels: int32 `[train]`, in `range(classes)`.
+        test_images: float32 `[test, height, width, channels]`.
+        test_labels: int32 `[test]`.
+        classes: Number of classes.
+    """
+
+    name: str
+    train_images: Float32[np.ndarray, "train height width channels"]
+    train_labels: Int32[np.ndarray, " train"]
+    test_images: Float32[np.ndarray, "test height width channels"]
+    test_labels: Int32[np.ndarray, " test"]
+    classes: int
+
+    def fingerprint(self) -> str:
+        """Returns a hexadecimal digest of the training split: equal digests, equal data."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels):
+            digest.update(repr((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Reads a registered dataset into memory.
+
+    Args:
+        name: A key of `DATASETS`.
+        data_dir: Where TFDS keeps its data; None for TFDS's own default. Bundled data ignores it.
+
+    Returns:
+        The normalised dataset; the same name and files always give the same arrays in one order.
+
+    Raises:
+        ValueError: No dataset has this name.
+        DatasetUnavailable: The data, or a package that reads it, is not on this machine.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"There is no dataset {name!r}; choose one of {sorted(DATASETS)}.")
+    return DATASETS[name](name, data_dir)
+
+
+def stratified_split(
+    labels: Int32[np.ndarray, " n"], test_every: int
+) -> tuple[Int32[np.ndarray, " train"], Int32[np.ndarray, " test"]]:
+    """Splits examples so that every class has the same share in both parts, with no randomness.
+
+    Args:
+        labels: Class of each example.
+        test_every: Of each class, every `test_every`-th example in order goes to the test part.
+
+    Returns:
+        Ascending indices of the training and of the test part.
+    """
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        test[np.flatnonzero(labels == label)[::test_every]] = True
+    return np.flatnonzero(~test).astype(np.int32), np.flatnonzero(test).astype(np.int32)
+
+
+def _normalise(
+    images: np.ndarray, scale: float, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float32[np.ndarray, "n height width channels"]:
+    """Maps raw pixels to `(pixel / scale - mean) / std`, channel by channel."""
+    pixels = images.astype(np.float32) / np.float32(scale)
+    return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def _digits(name: str, data_dir: str | Path | None) -> Dataset:
+    """Scikit-learn's bundled 8x8 digits: 1437 for training, 360 for test or thereabouts."""
+    del data_dir
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DatasetUnavailable(
+            "The digits come with scikit-learn, which is not installed: `pip install scikit-learn`."
+        ) from error
+    raw = cast(Any, load_digits())
+    labels = raw.target.astype(np.int32)
+    images = _normalise(raw.images[..., None], 16.0, mean=(0.3053,), std=(0.3760,))
+    train, test = stratified_split(labels, test_every=5)
+    return Dataset(name, images[train], labels[train], images[test], labels[test], classes=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FromTfds:
+    """Loader of an image classification dataset of TFDS, with the normalisation of its pixels."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, name: str, data_dir: str | Path | None) -> Dataset:
+        builder = _prepared_builder(name, data_dir)
+        train_images, train_labels = self._split(builder, "train")
+        test_images, test_labels = self._split(builder, "test")
+        classes = builder.info.features["label"].num_classes
+        return Dataset(name, train_images, train_labels, test_images, test_labels, classes)
+
+    def _split(self, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+        if _file_format(builder) == "array_record":
+            source = builder.as_data_source(split=split)
+            # One bulk read: iterating over the source takes three times as long.
+            rows = source.__getitems__(range(len(source)))
+            images = np.stack([row["image"] for row in rows])
+            labels = np.asarray([row["label"] for row in rows])
+        else:
+            import tensorflow_datasets as tfds
+
+            # shuffle_files=False is the default, so the order is that of the files.
+            whole: Any = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
+            images, labels = whole["image"], whole["label"]
+        return _normalise(images, 255.0, self.mean, self.std), labels.astype(np.int32)
+
+
+def _prepared_builder(name: str, data_dir: str | Path | None) -> Any:
+    """Returns a TFDS builder whose data can be read here, preparing it first where that works.
+
+    TFDS itself would retry a failing download for minutes and then blame a missing method, so
+    everything that can be known beforehand is asked beforehand.
+    """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise DatasetUnavailable(
+            f"{name} is read through TFDS, which is not installed:"
+            " `pip install tensorflow-datasets array_record`. Or use --dataset digits."
+        )
+    import tensorflow_datasets as tfds
+
+    # Without a file format TFDS takes whichever is already there.
+    builder = tfds.builder(name, data_dir=data_dir)
+    if builder.is_prepared():
+        file_format = _file_format(builder)
+        if file_format != "array_record" and not _tensorflow_installed():
+            raise DatasetUnavailable(
+                f"{name} in {builder.data_dir} is stored as {file_format}, which only TensorFlow"
+                " reads. Run `pip install tensorflow-cpu`, or prepare it as array_record in"
+                " another folder and name that with --data-dir. Or use --dataset digits."
+            )
+        return builder
+    if not _tensorflow_installed():
+        raise DatasetUnavailable(
+            f"{name} is not in {builder.data_dir}, and TFDS needs TensorFlow, which is not"
+            " installed, to download and prepare it. Run `pip install tensorflow-cpu` once, or"
+            " name the folder that holds a prepared copy with --data-dir. Or use --dataset digits."
+        )
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+
+
+def _file_format(builder: Any) -> str:
+    return builder.info.file_format.value
+
+
+def _tensorflow_installed() -> bool:
+    """Whether TensorFlow could be imported; finding out does not import it."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+DATASETS: dict[str, Callable[[str, str | Path | None], Dataset]] = {
+    "digits": _digits,
+    "mnist": _FromTfds(mean=(0.1307,), std=(0.3081,)),
+}

@@ -1,0 +1,51 @@
+"""Align, compare and fuse neural networks that are pure functions of a pytree.
+
+From top to bottom: trace the symmetry, measure the cost, solve for plans, transport, average.
+
+    symmetry = otf.trace_symmetry(apply, params_a, x)
+    plans = otf.align(symmetry, params_a, params_b)
+    moved = otf.transport(symmetry, plans, params_a)
+    fused = otf.fuse(symmetry, [params_a, params_b])
+"""
+
+from otfusion_jax.align import AbstractMethod, Alignment, CoordinateDescent, ForwardPass, align
+from otfusion_jax.costs import Gram, feature_gram
+from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
+from otfusion_jax.features import features
+from otfusion_jax.fuse import average, fuse, stack
+from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
+from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
+from otfusion_jax.trace import trace_symmetry
+from otfusion_jax.transport import check_symmetry, transport
+from otfusion_jax.walk import UnsupportedPrimitiveError, register
+
+__all__ = [
+    "AbstractMethod",
+    "AbstractSolver",
+    "Alignment",
+    "Barrier",
+    "CoordinateDescent",
+    "Exact",
+    "ForwardPass",
+    "Gram",
+    "Group",
+    "Member",
+    "Pin",
+    "Sinkhorn",
+    "Solution",
+    "Symmetry",
+    "UnsupportedPrimitiveError",
+    "align",
+    "average",
+    "barrier",
+    "check_symmetry",
+    "ensemble",
+    "feature_gram",
+    "features",
+    "fuse",
+    "interpolate",
+    "register",
+    "stack",
+    "trace_symmetry",
+    "transport",
+]

@@ -1,0 +1,142 @@
+"""The same walk, evaluated: the activations of each group, read off the jaxpr.
+
+No hooks and no surgery on the model: the traced function is run equation by equation on real
+inputs, and the arrays at the places where a group's units are produced or consumed are kept.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jaxtyping import Array, Float, PyTree
+
+from otfusion_jax.rules import body
+from otfusion_jax.symmetry import Symmetry, factored
+from otfusion_jax.trace import View, trace
+from otfusion_jax.walk import Site
+
+At = Literal["produced", "consumed"]
+
+
+def features(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    params: PyTree,
+    *inputs: PyTree,
+    at: At = "produced",
+) -> dict[str, Float[Array, "samples units"]]:
+    """Evaluates a network and returns the activations of every group.
+
+    Args:
+        symmetry: of this function.
+        fn: the function that was traced, `fn(params, *inputs)`.
+        params: its parameters.
+        *inputs: a batch of inputs.
+        at: `"produced"`: as a contraction puts them out, before bias and nonlinearity, as in
+            Algorithm 1; `"consumed"`: as the next contraction takes them up, after both.
+
+    Returns:
+        For each group `[samples, units]`. All other axes (batch, space, tokens) count as samples;
+        a group with several such places (a residual stream) has the samples of all of them, in
+        dataflow order. Groups that no input reaches have no samples.
+
+    Raises:
+        ValueError: if `fn` and `inputs` give another symmetry, a batch is empty, or the parameters
+            do not fit.
+    """
+    if at not in ("produced", "consumed"):
+        raise ValueError(f"at is {at!r}; it must be 'produced' or 'consumed'")
+    symmetry.validate(params)
+    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
+        if 0 in np.shape(value):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"input {name} is empty: shape {np.shape(value)}; pass some samples")
+    return _features(symmetry, fn, at, params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _features(
+    symmetry: Symmetry, fn: Callable[..., Any], at: At, params: PyTree, inputs: tuple[PyTree, ...]
+) -> dict[str, Array]:
+    traced = trace(fn, params, *inputs, on_unsupported="pin")
+    if traced.symmetry.groups != symmetry.groups:
+        raise ValueError(
+            "this function on these inputs has other groups than the symmetry given; trace it "
+            f"again.\nGiven:\n{symmetry}\nFound:\n{traced.symmetry}"
+        )
+    views = traced.produced if at == "produced" else traced.consumed
+    sites = {view.site for found in views.values() for view in found}
+    arrays = _read(traced.jaxpr, sites, jax.tree_util.tree_leaves((params, *inputs)))
+    return {
+        g.name: jnp.concatenate(
+            [_units(arrays[v.site], v, g.size) for v in views.get(g.name, ())]
+            or [jnp.zeros((0, g.size))]
+        )
+        for g in symmetry.groups
+    }
+
+
+def _units(array: Array, view: View, size: int) -> Array:
+    """Brings the units to the last axis; everything else becomes samples."""
+    split = factored(array, view.site.dim, view.before, size, view.after)
+    return jnp.moveaxis(split, view.site.dim + 1, -1).reshape(-1, size)
+
+
+def _read(jaxpr: core.ClosedJaxpr, sites: set[Site], args: list[Any]) -> dict[Site, Array]:
+    """Evaluates a jaxpr and keeps the arrays at the sites."""
+    found: dict[Site, Array] = {}
+    _evaluate(jaxpr, args, (), sites, found)
+    return found
+
+
+def _evaluate(
+    jaxpr: core.ClosedJaxpr,
+    args: list[Any],
+    path: tuple[int, ...],
+    sites: set[Site],
+    found: dict[Site, Array],
+) -> list[Any]:
+    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        here = (*path, index)
+        operands = [read(v) for v in eqn.invars]
+        inner = body(eqn)
+        if inner is not None:
+            results = _evaluate(inner, operands, here, sites, found)
+        else:
+            bound = eqn.primitive.bind(*operands, **eqn.params)
+            results = bound if eqn.primitive.multiple_results else [bound]
+        env.update(zip(eqn.outvars, results, strict=True))
+        for site in sites:
+            if site.path == here:
+                found[site] = (operands if site.side == "in" else results)[site.position]
+    return [read(v) for v in jaxpr.jaxpr.outvars]
+
+
+def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
+    """Yields every batch as a tuple of inputs.
+
+    Args:
+        batches: arrays, or tuples of arrays for functions of several inputs.
+
+    Yields:
+        Tuples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch if isinstance(batch, tuple) else (batch,)
+    if empty:
+        raise ValueError("no batches of inputs were given; features need at least one")

@@ -1,0 +1,183 @@
+"""Averages of models: plain, and after alignment."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+from ott.geometry import costs
+
+from otfusion_jax.align import AbstractMethod, CoordinateDescent, align
+from otfusion_jax.solvers import AbstractSolver, Exact
+from otfusion_jax.symmetry import Symmetry, leaves_of
+from otfusion_jax.transport import transport
+
+
+def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
+    """Averages parameters as they are: the vanilla baseline.
+
+    Args:
+        models: K pytrees of the same structure and shapes.
+        weights: K weights, summing to 1; uniform if None.
+
+    Returns:
+        The weighted average. Integers, booleans and keys are those of the last model.
+
+    Raises:
+        ValueError: for no models, weights that do not fit, or trees that differ, listing every
+            offender by key path.
+    """
+    return _average(stack(models), _weights(weights, len(models)))
+
+
+def stack(models: Sequence[PyTree]) -> PyTree:
+    """Stacks models along a new leading axis.
+
+    Args:
+        models: K pytrees of the same structure and shapes.
+
+    Returns:
+        One pytree with leaves `[K, ...]`.
+
+    Raises:
+        ValueError: for no models, values that are not finite, or trees that differ, listing every
+            offender by key path.
+    """
+    same_trees(models)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+
+def same_trees(models: Sequence[PyTree]) -> None:
+    """Checks that models can be combined leaf by leaf.
+
+    Args:
+        models: K pytrees.
+
+    Raises:
+        ValueError: for no models, values that are known and not finite, or trees that differ,
+            listing every offender by key path.
+    """
+    if not models:
+        raise ValueError("no models were given; pass at least one pytree of parameters")
+    first, treedef = leaves_of(models[0]), jax.tree_util.tree_structure(models[0])
+    reference = Symmetry((), (), first, treedef)
+    for number, model in enumerate(models):
+        reference.validate(model, f"model {number}")
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
+    if weights is None:
+        return jnp.full(count, 1 / count)
+    found = jnp.asarray(weights, float)
+    if found.shape != (count,):
+        raise ValueError(f"weights has shape {found.shape}, but there are {count} models")
+    if not isinstance(found, Tracer) and not abs(float(jnp.sum(found)) - 1) < 1e-3:
+        raise ValueError(f"the weights sum to {float(jnp.sum(found))}; divide them by their sum")
+    return found
+
+
+def _average(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
+    def mean(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x[-1]
+        # At least float32, so that half-precision models lose nothing to the weights.
+        wide = jnp.result_type(x.dtype, jnp.float32) if x.dtype.itemsize < 4 else x.dtype
+        w = weights.astype(wide)
+        return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
+
+    return jax.tree.map(mean, stacked)
+
+
+def fuse(
+    symmetry: Symmetry,
+    models: Sequence[PyTree] | PyTree,
+    weights: Sequence[float] | None = None,
+    *,
+    reference: int = -1,
+    method: AbstractMethod = CoordinateDescent(),
+    metric: costs.CostFn | None = None,
+    solver: AbstractSolver = Exact(),
+) -> PyTree:
+    """Fuses independently trained models into one: aligns them to a reference and averages.
+
+    The defaults are the best one-shot method we have that needs no data. Alignment and transport
+    of the whole stack run under one `jax.vmap`; all of it is jitted. To match by activations, use
+    `align(..., features=...)`, `transport` and `average`.
+
+    Args:
+        symmetry: of the models.
+        models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
+        weights: K weights, summing to 1; uniform if None.
+        reference: which model the others are moved onto. As all of them end in its order of units,
+            it matters for what the result can be averaged with later.
+        method: see `align`.
+        metric: see `align`.
+        solver: see `align`.
+
+    Returns:
+        The fused parameters. Integers, booleans and keys are those of the reference.
+
+    Raises:
+        ValueError: as `align`, and for fewer than two models or weights that do not fit.
+    """
+    stacked = _stacked(symmetry, models)
+    count = jax.tree_util.tree_leaves(stacked)[0].shape[0]
+    if count < 2:
+        raise ValueError(f"{count} model given; fusing takes at least two")
+    if not -count <= reference < count:
+        raise ValueError(f"reference is {reference}, but there are {count} models")
+    found = _weights(weights, count)
+    # The reference goes last, which is where `_average` takes integers from.
+    order = np.delete(np.arange(count), reference).tolist() + [reference % count]
+    metric = costs.SqEuclidean() if metric is None else metric
+    ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
+    return _fuse(symmetry, method, solver, ordered, found[np.array(order)], metric)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fuse(
+    symmetry: Symmetry,
+    method: AbstractMethod,
+    solver: AbstractSolver,
+    stacked: PyTree,
+    weights: Float[Array, " k"],
+    metric: costs.CostFn,
+) -> PyTree:
+    others, target = jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
+
+    def moved(source: PyTree) -> PyTree:
+        plans = align(symmetry, source, target, method=method, metric=metric, solver=solver)
+        return transport(symmetry, plans, source)
+
+    together = jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y[None]]), jax.vmap(moved)(others), target
+    )
+    return _average(together, weights)
+
+
+def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:
+    """Tells a list of models from a stack: parameters may themselves be a list."""
+    if jax.tree_util.tree_structure(models) == symmetry.treedef:
+        leaves = jax.tree_util.tree_leaves(models)
+        counts = {np.shape(x)[0] if np.ndim(x) else 0 for x in leaves}
+        ranks = {
+            np.ndim(x) - len(leaf.shape) for x, leaf in zip(leaves, symmetry.leaves, strict=True)
+        }
+        if ranks == {1} and len(counts) == 1:
+            symmetry.validate(models, "the stack of models", batch=(counts.pop(),))
+            return models
+        raise ValueError(
+            "one model was given, or a stack whose leaves have no leading axis of one size; pass a "
+            "list of models, or leaves of shape [K, ...]"
+        )
+    if not isinstance(models, list | tuple):
+        raise ValueError(
+            f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
+            "list of models, or one pytree with leaves [K, ...]"
+        )
+    for number, model in enumerate(models):
+        symmetry.validate(model, f"model {number}")
+    return stack(models)

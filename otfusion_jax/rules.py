@@ -1,0 +1,394 @@
+"""What each primitive does to axes: one small function per primitive, one line per family.
+
+A rule ties axes (elementwise, contraction), splits them (reshape, grouped convolution), passes
+them on, drops them (reductions do not care about order), or pins them. It says what must hold
+for the result to be equivariant under a permutation of the units, and nothing else.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from otfusion_jax.axes import Axis, Kind, constant
+from otfusion_jax.walk import Context, Value, register, registered
+
+
+def _named(names: str) -> list[core.Primitive]:
+    """Looks primitives up in JAX's public namespace; versions differ in which there are."""
+    found = (getattr(core.primitives, f"{name}_p", None) for name in names.split())
+    return [primitive for primitive in found if primitive is not None]
+
+
+def _traced(fn: Callable[..., Any], *args: Any) -> core.Primitive:
+    """Finds a primitive that JAX does not export, by tracing what emits it."""
+    return jax.make_jaxpr(fn)(*args).eqns[-1].primitive
+
+
+_KEY = jax.eval_shape(lambda: jax.random.key(0))
+_BITS = jax.ShapeDtypeStruct((2,), jnp.uint32)
+_BARRIER = _traced(jax.lax.optimization_barrier, 0.0)
+_SPLIT = _traced(lambda x: jax.lax.split(x, (1, 1)), jnp.zeros(2))
+_RANDOM_WRAP = _traced(jax.random.wrap_key_data, _BITS)
+_RANDOM_UNWRAP = _traced(jax.random.key_data, _KEY)
+
+ELEMENTWISE = _named(
+    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
+    "ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf "
+    "erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow "
+    "is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not "
+    "or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem "
+    "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
+    "sqrt square stop_gradient sub tan tanh xor zeta"
+)
+ONE_BY_ONE = [*_named("device_put sharding_constraint"), _BARRIER]
+REDUCTION = _named(
+    "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
+)
+CUMULATIVE = _named("cumlogsumexp cummax cummin cumprod cumsum")
+WINDOW = _named("reduce_window_max reduce_window_min reduce_window_sum")
+RANDOM = [
+    *_named("random_bits random_fold_in random_gamma random_seed random_split rng_bit_generator"),
+    *_named("rng_uniform threefry2x32"),
+    _RANDOM_WRAP,
+    _RANDOM_UNWRAP,
+]
+P = core.primitives
+
+
+@register(*ELEMENTWISE)
+def elementwise(ctx: Context, values: list[Value]) -> list[Value]:
+    """Operands and result move together; scalars meet anything."""
+    return [ctx.join(values)]
+
+
+@register(*ONE_BY_ONE)
+def one_by_one(ctx: Context, values: list[Value]) -> list[Value]:
+    """Each operand is passed on."""
+    return values
+
+
+@register(*REDUCTION)
+def reduction(ctx: Context, values: list[Value]) -> list[Value]:
+    """A reduced axis is dropped: sums and extrema do not care about order, positions do."""
+    (x,) = values
+    dropped = ctx.params["axes"]
+    if ctx.eqn.primitive in (P.argmax_p, P.argmin_p):
+        for dim in dropped:
+            ctx.space.pin(x.axes[dim], ctx.because(f"over axis {dim}"))
+    return [Value(tuple(a for d, a in enumerate(x.axes) if d not in dropped), x.kind)]
+
+
+@register(*CUMULATIVE)
+def cumulative(ctx: Context, values: list[Value]) -> list[Value]:
+    """The axis is pinned: the order matters. The result varies along it even if nothing did."""
+    (x,) = values
+    return [_vary(ctx, x, ctx.params["axis"])]
+
+
+@register(P.rev_p)
+def rev(ctx: Context, values: list[Value]) -> list[Value]:
+    """Reversed axes are pinned."""
+    (x,) = values
+    for dim in ctx.params["dimensions"]:
+        ctx.space.pin(x.axes[dim], ctx.because(f"along axis {dim}"))
+    return values
+
+
+@register(P.sort_p)
+def sort(ctx: Context, values: list[Value]) -> list[Value]:
+    """The sorted axis is pinned; all operands are sorted alike along the others."""
+    dim = ctx.params["dimension"]
+    tied = ctx.join(values, skip=(dim,))
+    axis = _vary(ctx, values[0], dim).axes[dim]
+    for value in values:
+        ctx.space.pin(value.axes[dim], ctx.because(f"along axis {dim}"))
+    axes = (*tied.axes[:dim], axis, *tied.axes[dim + 1 :])
+    return [Value(axes, tied.kind) for _ in values]
+
+
+@register(P.top_k_p)
+def top_k(ctx: Context, values: list[Value]) -> list[Value]:
+    """The ranked axis is pinned; values and indices share the others."""
+    (x,) = values
+    ranked = ctx.params.get("axis", len(x.axes) - 1) % len(x.axes)
+    reason = ctx.because(f"along axis {ranked}")
+    ctx.space.pin(x.axes[ranked], reason)
+    axes = list(x.axes)
+    axes[ranked] = ctx.space.pinned(ctx.shape()[ranked], reason)
+    return [Value(tuple(axes), x.kind)] * 2
+
+
+@register(P.iota_p)
+def iota(ctx: Context, values: list[Value]) -> list[Value]:
+    """Counts along one axis, which is pinned, and is constant along the others."""
+    dim = ctx.params["dimension"]
+    axes = [constant(n) for n in ctx.shape()]
+    axes[dim] = ctx.space.pinned(ctx.shape()[dim], ctx.because())
+    return [Value(tuple(axes), Kind.CONSTANT)]
+
+
+@register(*RANDOM)
+def random(ctx: Context, values: list[Value]) -> list[Value]:
+    """Random numbers belong to their positions: all axes are pinned."""
+    return ctx.pin_all(values, ctx.because())
+
+
+@register(P.broadcast_in_dim_p)
+def broadcast_in_dim(ctx: Context, values: list[Value]) -> list[Value]:
+    """Old axes are passed on; the value is constant along new and stretched ones."""
+    x = values[0]
+    axes = [constant(n) for n in ctx.shape()]
+    for dim, axis in zip(ctx.params["broadcast_dimensions"], x.axes, strict=True):
+        if axis:
+            axes[dim] = axis
+    return [Value(tuple(axes), x.kind)]
+
+
+@register(P.reshape_p)
+def reshape(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes become products of axes, or are split into factors."""
+    x = values[0]
+    reason = ctx.because(f"of {ctx.operand_shape(0)} to {ctx.shape()}")
+    return [Value(tuple(ctx.space.regroup(x.axes, ctx.shape(), reason)), x.kind)]
+
+
+@register(P.squeeze_p)
+def squeeze(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes of size 1 go."""
+    (x,) = values
+    gone = ctx.params["dimensions"]
+    return [Value(tuple(a for d, a in enumerate(x.axes) if d not in gone), x.kind)]
+
+
+@register(P.transpose_p)
+def transpose(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes are passed on in another order."""
+    (x,) = values
+    return [Value(tuple(x.axes[d] for d in ctx.params["permutation"]), x.kind)]
+
+
+@register(P.slice_p, P.dynamic_slice_p, P.pad_p)
+def resize(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes that are cut or padded are pinned, whole ones pass. The rest is scalars."""
+    x = values[0]
+    axes = list(x.axes)
+    changed = [d for d, n in enumerate(ctx.operand_shape(0)) if n != ctx.shape()[d]]
+    if ctx.eqn.primitive is P.pad_p:  # a shift ([-1, 1]) leaves the size as it was
+        config = ctx.params["padding_config"]
+        changed = [d for d, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
+    for dim in changed:
+        reason = ctx.because(f"along axis {dim}")
+        axes[dim] = ctx.cut(axes[dim], ctx.shape()[dim], reason)
+        if ctx.eqn.primitive is P.pad_p:  # even a constant varies once it is padded
+            axes[dim] = ctx.space.pinned(ctx.shape()[dim], reason)
+    kind = max(v.kind for v in values)
+    return [Value(tuple(ctx.enter(a, x, kind) for a in axes), kind)]
+
+
+@register(P.dynamic_update_slice_p)
+def dynamic_update_slice(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes that are updated whole are tied, those updated in part are pinned."""
+    x, update = values[:2]
+    shapes = ctx.operand_shape(0), ctx.operand_shape(1)
+    partial = [d for d, (n, m) in enumerate(zip(*shapes, strict=True)) if n != m]
+    out = ctx.join([x, update], skip=partial)
+    kind = max(v.kind for v in values)
+    axes = [ctx.enter(a, out, kind) for a in out.axes]
+    for dim in partial:
+        reason = ctx.because(f"along axis {dim}")
+        ctx.space.pin(x.axes[dim], reason)
+        ctx.space.pin(update.axes[dim], reason)
+        axes[dim] = ctx.space.pinned(shapes[0][dim], reason)
+    return [Value(tuple(axes), kind)]
+
+
+@register(P.concatenate_p)
+def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
+    """The concatenated axis is pinned, the others are tied."""
+    dim = ctx.params["dimension"]
+    reason = ctx.because(f"along axis {dim}")
+    out = ctx.join(values, skip=(dim,))
+    for value in values:
+        ctx.space.pin(value.axes[dim], reason)
+    axis = ctx.space.pinned(ctx.shape()[dim], reason)
+    return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
+
+
+@register(_SPLIT)
+def split(ctx: Context, values: list[Value]) -> list[Value]:
+    """The axis that is split is pinned, the others pass."""
+    (x,) = values
+    dim = ctx.params["axis"]
+    results = []
+    for i in range(len(ctx.eqn.outvars)):
+        axes = list(x.axes)
+        axes[dim] = ctx.cut(axes[dim], ctx.shape(i)[dim], ctx.because(f"along axis {dim}"))
+        results.append(Value(tuple(axes), x.kind))
+    return results
+
+
+@register(P.gather_p)
+def gather(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes taken whole pass, those that are picked from are pinned; index axes come in front."""
+    x, index = values
+    dims = ctx.params["dimension_numbers"]
+    sizes, shape = ctx.params["slice_sizes"], ctx.operand_shape(0)
+    kind = max(x.kind, index.kind)
+    ctx.space.pin(index.axes[-1], ctx.because("by a vector of positions"))
+    batch = list(index.axes[:-1])
+    tied = dict(zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True))
+    window = []
+    for dim, axis in enumerate(x.axes):
+        if dim in tied:  # the index vector is the last axis of the indices, always
+            pair = [axis, batch[tied[dim]]]
+            batch[tied[dim]] = ctx.space.unify(pair, [x.kind, index.kind])
+        elif dim in dims.start_index_map or sizes[dim] != shape[dim]:
+            window.append((dim, ctx.cut(axis, sizes[dim], ctx.because(f"along axis {dim}"))))
+        else:
+            window.append((dim, ctx.enter(axis, x, kind)))
+    kept = iter([a for d, a in window if d not in dims.collapsed_slice_dims])
+    rest = iter([ctx.enter(a, index, kind) for a in batch])
+    offsets = set(dims.offset_dims)
+    axes = tuple(next(kept if d in offsets else rest) for d in range(len(ctx.shape())))
+    return [Value(axes, kind)]
+
+
+@register(P.dot_general_p)
+def dot_general(ctx: Context, values: list[Value]) -> list[Value]:
+    """Batch axes are tied, contracted axes too, with opposite roles; free axes pass."""
+    x, y = values
+    (x_sum, y_sum), (x_batch, y_batch) = ctx.params["dimension_numbers"]
+    kind = max(x.kind, y.kind)
+    for i, j in zip(x_sum, y_sum, strict=True):
+        ctx.space.contract(x.axes[i], y.axes[j], (x.kind, y.kind))
+    batch = [
+        ctx.space.unify([x.axes[i], y.axes[j]], [x.kind, y.kind])
+        for i, j in zip(x_batch, y_batch, strict=True)
+    ]
+    x_free = [d for d in range(len(x.axes)) if d not in (*x_sum, *x_batch)]
+    y_free = [d for d in range(len(y.axes)) if d not in (*y_sum, *y_batch)]
+    axes = [
+        *batch,
+        *(ctx.enter(x.axes[d], x, kind) for d in x_free),
+        *(ctx.enter(y.axes[d], y, kind) for d in y_free),
+    ]
+    first = len(batch)
+    for position, value, sums, free in ((0, x, x_sum, x_free), (1, y, y_sum, y_free)):
+        if value.kind is Kind.FEATURE:
+            for dim in sums:
+                ctx.consumed(position, dim, value.axes[dim])
+        elif value.kind is Kind.PARAMETER and kind is Kind.FEATURE:
+            for dim in range(first, first + len(free)):
+                ctx.produced(dim, axes[dim])
+        first += len(free)
+    return [Value(tuple(axes), kind)]
+
+
+@register(P.conv_general_dilated_p)
+def conv_general_dilated(ctx: Context, values: list[Value]) -> list[Value]:
+    """Input channels are contracted, in groups where there are; space is pinned."""
+    x, kernel = values
+    space, params = ctx.space, ctx.params
+    (n, c, *x_space), (o, i, *k_space), (out_n, out_c, *out_space) = params["dimension_numbers"]
+    kind = max(x.kind, kernel.kind)
+    groups = params["feature_group_count"]
+    axes: list[Axis] = [()] * len(x.axes)
+
+    if params["batch_group_count"] > 1:  # only gradients have these
+        return ctx.pin_all(values, ctx.because("with batch_group_count"))
+    axes[out_n] = ctx.enter(x.axes[n], x, kind)
+    size = ctx.operand_shape(0)[c]
+    reason = ctx.because(f"in {groups} groups")
+    whole, part = space.regroup([x.axes[c]], (groups, size // groups), reason)
+    outputs = ctx.shape()[out_c]
+    k_whole, k_part = space.regroup([kernel.axes[o]], (groups, outputs // groups), reason)
+    space.contract(part, kernel.axes[i], (x.kind, kernel.kind))
+    tied = space.unify([whole, k_whole], [x.kind, kernel.kind])
+    axes[out_c] = (*tied, *ctx.enter(k_part, kernel, kind))
+    for dim, k_dim, out in zip(x_space, k_space, out_space, strict=True):
+        reason = ctx.because("over space")
+        space.pin(kernel.axes[k_dim], reason)
+        space.pin(x.axes[dim], reason)
+        axes[out] = space.pinned(ctx.shape()[out], reason)  # padding: it varies, whatever x does
+    if x.kind is Kind.FEATURE:
+        ctx.consumed(0, c, x.axes[c])
+    if kernel.kind is Kind.PARAMETER and kind is Kind.FEATURE:
+        ctx.produced(out_c, axes[out_c])
+    return [Value(tuple(axes), kind)]
+
+
+@register(*WINDOW)
+def window(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes with a window, stride or padding are pinned, the others pass."""
+    (x,) = values
+    names = "window_dimensions", "window_strides", "base_dilation", "window_dilation", "padding"
+    axes = list(x.axes)
+    for dim, setting in enumerate(zip(*(ctx.params[name] for name in names), strict=True)):
+        if setting != (1, 1, 1, 1, (0, 0)):
+            reason = ctx.because(f"along axis {dim}")
+            ctx.space.pin(axes[dim], reason)
+            axes[dim] = ctx.space.pinned(ctx.shape()[dim], reason)
+    return [Value(tuple(axes), x.kind)]
+
+
+# The parameter that holds the body of a call. That of remat has no constants of its own.
+BODIES = {
+    P.jit_p: "jaxpr",
+    P.remat_p: "jaxpr",
+    P.closed_call_p: "call_jaxpr",
+    P.custom_jvp_call_p: "call_jaxpr",
+    P.custom_vjp_call_p: "call_jaxpr",
+}
+
+
+def body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns what a call runs exactly once on its operands, None for other primitives."""
+    if eqn.primitive not in BODIES:
+        return None
+    jaxpr = eqn.params[BODIES[eqn.primitive]]
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+@register(*BODIES)
+def call(ctx: Context, values: list[Value]) -> list[Value]:
+    """The body of the call is walked; how it is differentiated does not matter here."""
+    jaxpr = body(ctx.eqn)
+    assert jaxpr is not None
+    return ctx.call(jaxpr, values)
+
+
+@register(P.cond_p)
+def cond(ctx: Context, values: list[Value]) -> list[Value]:
+    """Branches are walked each, and their results tied."""
+    index, *operands = values
+    branches = [ctx.call(b, operands, always=False) for b in ctx.params["branches"]]
+    # The index may depend on inputs where no branch does: it makes features of the results.
+    scalar = Value((), index.kind)
+    return [ctx.join([*alternatives, scalar]) for alternatives in zip(*branches, strict=True)]
+
+
+def _vary(ctx: Context, value: Value, dim: int) -> Value:
+    """Returns the value with one axis pinned, also where it was constant along it."""
+    reason = ctx.because(f"along axis {dim}")
+    ctx.space.pin(value.axes[dim], reason)
+    axes = list(value.axes)
+    axes[dim] = ctx.space.pinned(ctx.operand_shape(0)[dim], reason)
+    return Value(tuple(axes), value.kind)
+
+
+def primitive_table() -> str:
+    """Returns the supported primitives as a Markdown table, one row per rule.
+
+    Returns:
+        Markdown, made from the registry, so that it can't fall behind it.
+    """
+    rows = ["| rule | primitives | what it does to axes |", "|---|---|---|"]
+    by_rule = itertools.groupby(registered().items(), key=lambda item: item[1])
+    for rule, items in by_rule:
+        names = ", ".join(f"`{name}`" for name in sorted(str(p) for p, _ in items))
+        rows.append(f"| {rule.__name__} | {names} | {(rule.__doc__ or '').splitlines()[0]} |")
+    return "\n".join(rows)

@@ -1,0 +1,263 @@
+"""What `trace_symmetry` finds: which parameter axes must be permuted together.
+
+A `Symmetry` is static: hashable, comparable, free of arrays. It can be a static argument of a
+jitted function, the key of a cache, or be printed and read. All that follows (costs, plans,
+transport, fusion) is a pure function of a symmetry and of pytrees.
+
+Terms. A *group* is a set of `size` interchangeable hidden units. Its *members* are the parameter
+axes that these units index. In a member the axis either *produces* the units (bias, scale, output
+axis of a kernel) or *consumes* them (contracted axis). An axis may be a product: when a
+convolution's output is flattened before a dense layer, the kernel's axis of size H·W·C holds the
+C units at stride 1, repeated H·W times. Each member therefore carries a view of its axis as
+`[before, size, after]`, row-major.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+Role = Literal["produces", "consumes", "both"]
+Plans = dict[str, Array]
+"""Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One parameter axis (or one factor of it) that a group's units index.
+
+    Attributes:
+        leaf: position of the parameter among the leaves of the pytree.
+        path: key path of the parameter, as in `"params/Dense_0/kernel"`.
+        axis: the axis of the parameter.
+        before: product of the factors of the axis that are outside the units.
+        after: product of the factors of the axis that are inside the units.
+        role: `"produces"`, `"consumes"`, or `"both"` (a tied embedding).
+    """
+
+    leaf: int
+    path: str
+    axis: int
+    before: int
+    after: int
+    role: Role
+
+
+def factored(array: Array, axis: int, before: int, size: int, after: int) -> Array:
+    """Reads one axis as three.
+
+    Args:
+        array: any array.
+        axis: an axis of size `before * size * after`.
+        before: product of the factors outside.
+        size: the factor of interest.
+        after: product of the factors inside.
+
+    Returns:
+        The array with `size` as axis `axis + 1`.
+    """
+    shape = array.shape
+    return array.reshape(*shape[:axis], before, size, after, *shape[axis + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that may be permuted at will, if all members are permuted together.
+
+    Attributes:
+        name: the key path of the parameter that first produces the units.
+        size: number of units.
+        members: every parameter axis that the units index.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+
+    def having(self, role: Role) -> tuple[Member, ...]:
+        """Returns the members of the role given; one that has both roles counts in either."""
+        return tuple(m for m in self.members if m.role in (role, "both"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """A parameter axis that has to stay as it is, and why.
+
+    Attributes:
+        path: key path of the parameter.
+        axis: the axis.
+        size: its size.
+        reason: what holds it, in words.
+    """
+
+    path: str
+    axis: int
+    size: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def moves(self) -> bool:
+        """Whether it can move and be averaged; integers, booleans and keys pass untouched."""
+        return jnp.issubdtype(self.dtype, jnp.inexact)
+
+
+def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
+    """Reads path, shape and dtype of every leaf.
+
+    Args:
+        params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.
+
+    Returns:
+        One `Leaf` per leaf, in the pytree's order.
+
+    Raises:
+        ValueError: if leaves are not arrays; all of them are named.
+    """
+    leaves, strange = [], []
+    for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        try:
+            aval = jax.typeof(value) if not isinstance(value, jax.ShapeDtypeStruct) else value
+            leaves.append(Leaf(name, tuple(aval.shape), aval.dtype))
+        except TypeError:
+            strange.append(f"  {name}: {type(value).__name__}")
+    if strange:
+        raise ValueError(
+            "these leaves of the parameters are not arrays; pass a pytree of arrays alone and "
+            "close over the rest (equinox.partition, nnx.split):\n" + "\n".join(strange)
+        )
+    return tuple(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Symmetry:
+    """The permutation symmetry of a network: groups of parameter axes, in dataflow order.
+
+    Attributes:
+        groups: what can be permuted, in the order in which the forward pass produces it.
+        pinned: what cannot, with reasons; factors of an axis that also has units are left out.
+        leaves: path, shape and dtype of every parameter.
+        treedef: structure of the parameters.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: tuple[Pin, ...]
+    leaves: tuple[Leaf, ...]
+    treedef: Any
+
+    def __getitem__(self, name: str) -> Group:
+        """Returns the group of that name; `KeyError` lists the names there are."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
+
+    def identity(self) -> Plans:
+        """Returns the plans that move nothing, int32 `[n]` each."""
+        return {g.name: jnp.arange(g.size, dtype=jnp.int32) for g in self.groups}
+
+    def random(self, key: Array) -> Plans:
+        """Draws a uniform permutation of every group.
+
+        Args:
+            key: a key of `jax.random`.
+
+        Returns:
+            Plans, int32 `[n]` each.
+        """
+        keys = jax.random.split(key, len(self.groups)) if self.groups else ()
+        return {
+            g.name: jax.random.permutation(k, g.size).astype(jnp.int32)
+            for g, k in zip(self.groups, keys, strict=True)
+        }
+
+    def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:
+        """Checks that a pytree is one that this symmetry was traced for.
+
+        Values are looked at only where there are any: under `jax.jit` or `jax.vmap`, structure,
+        shapes and dtypes are checked and finiteness is not.
+
+        Args:
+            params: the pytree.
+            name: what to call it in the message.
+            batch: leading axes that every leaf has in front, as in a stack of models.
+
+        Raises:
+            ValueError: on another tree structure, other shapes or kinds of dtype, or
+                non-finite values, listing every offender by key path.
+        """
+        found = leaves_of(params)
+        mine = {leaf.path: leaf for leaf in self.leaves}
+        if jax.tree_util.tree_structure(params) != self.treedef:
+            theirs = {leaf.path for leaf in found}
+            wrong = [f"  {p}: missing" for p in mine if p not in theirs]
+            wrong += [f"  {p}: not expected" for p in sorted(theirs - mine.keys())]
+            wrong = wrong or ["  the same leaves in containers of other types"]
+            raise ValueError(
+                f"{name} has another tree than expected; all models must be of the architecture "
+                "and framework that was traced:\n" + "\n".join(wrong)
+            )
+        wrong = []
+        for leaf, here, value in zip(
+            self.leaves, found, jax.tree_util.tree_leaves(params), strict=True
+        ):
+            shape = (*batch, *leaf.shape)
+            if here.shape != shape:
+                wrong.append(f"  {leaf.path}: shape {here.shape}, expected {shape}")
+            elif here.moves != leaf.moves:
+                wrong.append(f"  {leaf.path}: dtype {here.dtype}, expected {leaf.dtype}")
+            elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
+                bad = int(np.size(value) - jnp.isfinite(value).sum())
+                if bad:
+                    wrong.append(f"  {leaf.path}: {bad} of {np.size(value)} values not finite")
+        if wrong:
+            raise ValueError(
+                f"{name} does not fit (made with the same sizes as the model that was traced? did "
+                "training diverge?):\n" + "\n".join(wrong)
+            )
+
+    def __str__(self) -> str:
+        """A table: per group its size and members, then what is pinned, and why."""
+        moving = {m.leaf for g in self.groups for m in g.members}
+        sizes = [math.prod(leaf.shape) for leaf in self.leaves]
+        total = sum(sizes)
+        share = 100 * sum(sizes[i] for i in moving) / total if total else 0.0
+        head = (
+            f"Symmetry: {len(self.groups)} groups over {len(self.leaves)} leaves; "
+            f"{share:.1f} % of {total:,} parameters lie on an axis that can be permuted"
+        )
+        rows = [("group", "units", "role", "leaf", "axis")]
+        for g in self.groups:
+            for i, m in enumerate(g.members):
+                view = f"{m.axis}"
+                if m.before * m.after > 1:
+                    view += f" as [{m.before}, {g.size}, {m.after}]"
+                name, units = (g.name, str(g.size)) if i == 0 else ("", "")
+                rows.append((name, units, m.role, m.path, view))
+        lines = [head, *_columns(rows)]
+        if self.pinned:
+            pins = [("pinned", "size", "axis", "why")]
+            pins += [(p.path, str(p.size), str(p.axis), p.reason) for p in self.pinned]
+            lines += ["", *_columns(pins)]
+        return "\n".join(lines)
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -1,0 +1,191 @@
+"""Pushing parameters along plans.
+
+A plan P of the units of a group, with marginals a = P 1 and b = Pᵀ 1, says how they move. A new
+unit j is the average of the old units that map to it, so an axis that *produces* units is
+multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
+so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from otfusion_jax.symmetry import Group, Member, Plans, Symmetry, factored
+
+
+@runtime_checkable
+class HasPlans(Protocol):
+    """Anything with plans, such as the result of `align`."""
+
+    @property
+    def plans(self) -> Plans:
+        """Group name to plan."""
+        ...
+
+
+def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
+    """Whether a plan is an index vector rather than a matrix of masses.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        True for integer dtypes.
+    """
+    return jnp.issubdtype(plan.dtype, jnp.integer)
+
+
+def move_axis(leaf: Array, member: Member, size: int, plan: Array) -> Array:
+    """Moves one axis of one parameter along a plan.
+
+    Args:
+        leaf: the parameter.
+        member: which axis, which factor of it, and its role.
+        size: number of units.
+        plan: integer `[n]` or float `[n, m]`.
+
+    Returns:
+        The parameter with that axis moved. An index out of range, which is how a solver marks a
+        problem that it could not solve, gives NaN.
+    """
+    shape, dim = leaf.shape, member.axis
+    split = factored(leaf, dim, member.before, size, member.after)
+    if is_permutation(plan):
+        moved = jnp.take(split, plan, axis=dim + 1, mode="fill", fill_value=jnp.nan)
+    else:
+        masses = jnp.sum(plan, axis=0 if member.role == "produces" else 1, keepdims=True)
+        weights = (plan / jnp.where(masses > 0, masses, 1)).astype(leaf.dtype)
+        precision = jax.lax.Precision.HIGHEST
+        moved = jnp.tensordot(split, weights, axes=(dim + 1, 0), precision=precision)
+        moved = jnp.moveaxis(moved, -1, dim + 1)
+    return moved.reshape(*shape[:dim], -1, *shape[dim + 1 :])
+
+
+def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> PyTree:
+    """Moves the parameters of a network along plans.
+
+    With permutations the moved network computes the same function as the one given. A jitted
+    pytree transform; also works inside `jax.jit`, under `jax.vmap` and `jax.grad`.
+
+    Args:
+        symmetry: of the network.
+        plans: group name to plan, or the result of `align`. A permutation is integer `[n]`:
+            position `j` receives unit `plan[j]`. A transport plan is float `[n, m]`. Groups that
+            are left out stay where they are.
+        params: the parameters; not changed.
+
+    Returns:
+        New parameters of the same structure. Integers, booleans and keys are passed on.
+
+    Raises:
+        ValueError: for plans of unknown groups, of wrong shapes, or known not to be permutations or
+            couplings, for soft plans of axes with both roles, and for parameters that do not fit.
+    """
+    symmetry.validate(params)
+    plans = plans if isinstance(plans, dict) else plans.plans
+    _check(symmetry, plans)
+    return _transport(symmetry, plans, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _transport(symmetry: Symmetry, plans: Plans, params: PyTree) -> PyTree:
+    leaves, treedef = jax.tree_util.tree_flatten(params)
+    return treedef.unflatten(move(symmetry, plans, leaves))
+
+
+def move(
+    symmetry: Symmetry, plans: Plans, leaves: list[Array], only: set[int] | None = None
+) -> list[Any]:
+    """Moves flat parameters along plans, without checks.
+
+    Args:
+        symmetry: of the network.
+        plans: group name to plan; groups that are left out stay.
+        leaves: parameters in the order of `symmetry.leaves`.
+        only: positions of the leaves to move; None means all.
+
+    Returns:
+        The leaves, moved.
+    """
+    moved = list(leaves)
+    for group in symmetry.groups:
+        if group.name in plans:
+            for m in group.members:
+                if only is None or m.leaf in only:
+                    moved[m.leaf] = move_axis(moved[m.leaf], m, group.size, plans[group.name])
+    return moved
+
+
+def _check(symmetry: Symmetry, plans: Plans) -> None:
+    known = {g.name: g for g in symmetry.groups}
+    wrong = [f"  {name}: no such group" for name in plans if name not in known]
+    for name, plan in plans.items():
+        if name in known and (problem := _problem(known[name], plan)):
+            wrong.append(f"  {name}: {problem}")
+    if wrong:
+        groups = ", ".join(f"{g.name} ({g.size})" for g in symmetry.groups)
+        raise ValueError(
+            "these plans do not fit the symmetry:\n" + "\n".join(wrong) + f"\nIts groups: {groups}"
+        )
+
+
+def _problem(group: Group, plan: Any) -> str | None:
+    """Says what is wrong with a plan; values are looked at unless they are traced."""
+    if not isinstance(plan, jax.Array | np.ndarray):
+        return f"a {type(plan).__name__}, expected an array"
+    n = group.size
+    known = not isinstance(plan, Tracer)
+    if is_permutation(plan):
+        if plan.shape != (n,):
+            return f"shape {plan.shape}, expected ({n},)"
+        if known and not np.array_equal(np.sort(np.asarray(plan)), np.arange(n)):
+            return f"not a permutation of 0 to {n - 1}"
+        return None
+    if plan.ndim != 2 or plan.shape[0] != n:
+        return f"shape {plan.shape}, expected ({n}, m) for a transport plan or int ({n},)"
+    if known and not bool(jnp.all(jnp.isfinite(plan) & (plan >= 0))):
+        return "masses that are negative or not finite"
+    both = [m.path for m in group.members if m.role == "both"]
+    if both:
+        return (
+            f"a soft plan, but {', '.join(both)} both produce and consume the units, which only a "
+            "permutation can serve"
+        )
+    return None
+
+
+def check_symmetry(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    params: PyTree,
+    *inputs: PyTree,
+    key: Array | None = None,
+) -> float:
+    """Certifies a symmetry: permutes every group at random, all at once, and compares the outputs.
+
+    Args:
+        symmetry: to be certified.
+        fn: the function that was traced.
+        params: concrete parameters; random ones tell more than freshly initialised ones, whose
+            biases are all 0.
+        *inputs: concrete inputs, best random ones.
+        key: a key of `jax.random`; `jax.random.key(0)` if None.
+
+    Returns:
+        The relative error: the largest change of any output over the largest output. Rounding
+        alone leaves 1e-7 to 1e-5 in float32. NaN if there are NaN among the outputs.
+    """
+    plans = symmetry.random(jax.random.key(0) if key is None else key)
+    outputs = fn(params, *inputs), fn(transport(symmetry, plans, params), *inputs)
+    before, after = (
+        np.concatenate([np.ravel(x).astype(np.complex128) for x in jax.tree_util.tree_leaves(o)])
+        for o in outputs
+    )
+    scale = np.max(np.abs(before), initial=np.finfo(np.float32).tiny)
+    return float(np.max(np.abs(after - before), initial=0.0) / scale)

@@ -1,0 +1,265 @@
+"""The walk over a jaxpr: the registry of rules, what a rule sees, and the loop that applies them.
+
+What each primitive does to the axes of its operands is said by one rule (see `rules`). The rule of
+a call or a branch walks its sub-jaxpr and has the same type as any other.
+
+The walk is sound, not complete: a wrong group silently destroys a model, a missing group only
+merges less. Whatever a rule cannot express is pinned, and a primitive without a rule is an error
+(or pins all that it touches, on demand).
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core
+
+from otfusion_jax.axes import Axis, Kind, Space, constant
+
+OnUnsupported = Literal["raise", "pin"]
+
+
+class Value(NamedTuple):
+    """What the walk knows of one value: its axes, and what it depends on."""
+
+    axes: tuple[Axis, ...]
+    kind: Kind
+
+
+class Site(NamedTuple):
+    """A place where features can be read: an operand or a result of an equation.
+
+    `path` holds the equation's index in the jaxpr, preceded by those of the calls around it.
+    """
+
+    path: tuple[int, ...]
+    side: Literal["in", "out"]
+    position: int
+    dim: int
+
+
+class UnsupportedPrimitiveError(NotImplementedError):
+    """A primitive of the traced function has no rule."""
+
+
+Rule = Callable[["Context", list[Value]], list[Value]]
+_registry: dict[core.Primitive, Rule] = {}
+
+
+def register(*primitives: core.Primitive) -> Callable[[Rule], Rule]:
+    """Decorator: declares the rule of one or more primitives.
+
+    Args:
+        *primitives: primitive objects (`jax.extend.core.primitives.add_p`).
+
+    Returns:
+        The decorator. A rule takes the `Context` of the equation and the operands' `Value`s and
+        returns those of the results; it ties, splits and pins axes through the context.
+    """
+
+    def add(rule: Rule) -> Rule:
+        for primitive in primitives:
+            _registry[primitive] = rule
+        return rule
+
+    return add
+
+
+def registered() -> dict[core.Primitive, Rule]:
+    """Returns a copy of the registry: primitive to rule."""
+    return dict(_registry)
+
+
+def where(eqn: core.JaxprEqn) -> str:
+    """Returns the source line of an equation: the innermost frame outside of JAX itself."""
+    home = os.path.dirname(jax.__file__)
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(home):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "unknown source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule sees of its equation, and the operations on axes that it may use."""
+
+    eqn: core.JaxprEqn
+    path: tuple[int, ...] | None  # None where features can't be read: in a branch or a loop
+    walk: "Walk"
+
+    @property
+    def space(self) -> Space:
+        """The atoms of the trace."""
+        return self.walk.space
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    def shape(self, position: int = 0) -> tuple[int, ...]:
+        """Returns the shape of a result."""
+        return _shape(self.eqn.outvars[position])
+
+    def operand_shape(self, position: int) -> tuple[int, ...]:
+        """Returns the shape of an operand."""
+        return _shape(self.eqn.invars[position])
+
+    def because(self, detail: str = "") -> str:
+        """Returns a reason that names the primitive and the source line."""
+        detail = f" {detail}" if detail else ""
+        return f"{self.eqn.primitive}{detail} at {where(self.eqn)}"
+
+    def join(self, values: Sequence[Value], skip: Sequence[int] = ()) -> Value:
+        """Ties values elementwise; scalars and axes of size 1 meet anything.
+
+        Axes in `skip` are left empty.
+        """
+        kind = max((v.kind for v in values), default=Kind.CONSTANT)
+        axes: list[Axis] = []
+        for dim in range(max((len(v.axes) for v in values), default=0)):
+            met = [(v.axes[dim], v.kind) for v in values if v.axes and v.axes[dim]]
+            if dim in skip or not met:
+                axes.append(())
+                continue
+            tied = self.space.unify([a for a, _ in met], [k for _, k in met])
+            # What has no such axis may still depend on inputs, and so make features of the rest.
+            axes.append(self.space.enter(tied, max(k for _, k in met), kind))
+        return Value(tuple(axes), kind)
+
+    def enter(self, axis: Axis, value: Value, into: Kind) -> Axis:
+        """Carries an axis of an operand into a result that depends on more than the operand."""
+        return self.space.enter(axis, value.kind, into)
+
+    def cut(self, axis: Axis, size: int, reason: str) -> Axis:
+        """Pins an axis of which a result holds some positions only, or in another order."""
+        if all(f.atom is None for f in axis):
+            return constant(size)
+        self.space.pin(axis, reason)
+        return self.space.pinned(size, reason)
+
+    def pin_all(self, values: Sequence[Value], reason: str) -> list[Value]:
+        """Pins every axis of the operands; the results are fresh pinned values."""
+        for value in values:
+            for axis in value.axes:
+                self.space.pin(axis, reason)
+        kind = max((v.kind for v in values), default=Kind.CONSTANT)
+        return [
+            Value(tuple(self.space.pinned(n, reason) for n in _shape(v)), kind)
+            for v in self.eqn.outvars
+        ]
+
+    def call(self, jaxpr: core.ClosedJaxpr, args: list[Value], always: bool = True) -> list[Value]:
+        """Walks a sub-jaxpr on the operands given; `always` says that it runs just once."""
+        consts = [self.walk.constant(c) for c in jaxpr.consts]
+        return self.walk.run(jaxpr.jaxpr, consts, args, self.path if always else None)
+
+    def produced(self, dim: int, axis: Axis) -> None:
+        """Notes that a contraction puts out features along `axis`."""
+        if self.path is not None:
+            self.walk.produced.append((Site(self.path, "out", 0, dim), axis))
+
+    def consumed(self, position: int, dim: int, axis: Axis) -> None:
+        """Notes that a contraction takes up features along `axis`."""
+        if self.path is not None:
+            self.walk.consumed.append((Site(self.path, "in", position, dim), axis))
+
+
+class Walk:
+    """One pass over a jaxpr and its sub-jaxprs."""
+
+    def __init__(self, on_unsupported: OnUnsupported) -> None:
+        self.space = Space()
+        self.on_unsupported = on_unsupported
+        self.produced: list[tuple[Site, Axis]] = []
+        self.consumed: list[tuple[Site, Axis]] = []
+        self.seen: list[tuple[Site, Axis]] = []  # every feature, in dataflow order
+
+    def constant(self, array: Any) -> Value:
+        """Describes an array that the function closes over."""
+        aval = jax.typeof(array)
+        key = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+        opaque = key or isinstance(array, Tracer)
+        axes = []
+        for dim, size in enumerate(aval.shape):
+            reason = f"a constant of shape {aval.shape} that varies along axis {dim}"
+            if opaque or _varies(np.asarray(array), dim):
+                axes.append(self.space.pinned(size, reason))
+            else:
+                axes.append(constant(size))
+        return Value(tuple(axes), Kind.CONSTANT)
+
+    def run(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: list[Value],
+        args: list[Value],
+        path: tuple[int, ...] | None,
+    ) -> list[Value]:
+        """Applies the rule of each equation in turn and returns the values of the outputs."""
+        env: dict[core.Var, Value] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for index, eqn in live(jaxpr):
+            here = None if path is None else (*path, index)
+            context = Context(eqn, here, self)
+            operands = [read(v) for v in eqn.invars]
+            results = self._rule(eqn)(context, operands)
+            assert len(results) == len(eqn.outvars), eqn.primitive
+            for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
+                assert _sizes(value) == _shape(var), (eqn, where(eqn), operands)
+                env[var] = value
+                if value.kind is Kind.FEATURE and here is not None:
+                    self.seen += [
+                        (Site(here, "out", position, d), a) for d, a in enumerate(value.axes)
+                    ]
+        return [read(v) for v in jaxpr.outvars]
+
+    def _rule(self, eqn: core.JaxprEqn) -> Rule:
+        if eqn.primitive in _registry:
+            return _registry[eqn.primitive]
+        if self.on_unsupported == "pin":
+            return lambda context, values: context.pin_all(
+                values, context.because("(no rule, pinned on demand)")
+            )
+        raise UnsupportedPrimitiveError(
+            f"no rule for the primitive {str(eqn.primitive)!r}, used at {where(eqn)}. Ways out: "
+            "trace_symmetry(..., on_unsupported='pin') leaves every axis that it touches in place; "
+            "otfusion_jax.register(primitive) declares a rule of your own; or write that line with "
+            "other primitives."
+        )
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
+def _varies(array: np.ndarray, dim: int) -> bool:
+    return array.shape[dim] > 1 and not bool(np.all(array == array.take([0], axis=dim)))
+
+
+def _sizes(value: Value) -> tuple[int, ...]:
+    return tuple(math.prod(f.size for f in axis) for axis in value.axes)
+
+
+def live(jaxpr: core.Jaxpr) -> Iterator[tuple[int, core.JaxprEqn]]:
+    """Yields the equations that the outputs depend on: what is never used constrains nothing."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    live = []
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[index]
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
+            live.append((index, eqn))
+    return reversed(live)

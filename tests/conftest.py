@@ -1,0 +1,43 @@
+"""Sets up what every test relies on: shapes checked at each call, JAX's strict modes, the CPU."""
+
+import os
+
+# Both are read once, when JAX and matplotlib are first imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+
+from collections.abc import Callable, Iterator
+
+import beartype
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+
+def typecheck(function: Callable, *args, **kwargs) -> Callable:
+    """Checks calls of functions and methods, but not the construction of dataclasses.
+
+    JAX rebuilds a registered dataclass by calling its constructor, with batched arrays under vmap
+    and with None, ints or `ShapeDtypeStruct` where it only handles the structure: no annotation of
+    a field holds for all of these.
+    """
+    return function if function.__name__ == "__init__" else beartype.beartype(function)
+
+
+# Only modules imported from here on are checked.
+install_import_hook("otfusion_jax", f"{__name__}.typecheck")
+
+# Our own code holds to both everywhere. Not all of our dependencies do: ott's Sinkhorn promotes
+# ranks and dtypes (its Hungarian algorithm and costs do not); Flax's avg_pool, optax's Adam and its
+# schedules promote dtypes. Code of ours that calls ott's Sinkhorn relaxes them there, by context
+# managers, so that users can be strict too. Tests that train, or that differentiate Sinkhorn's plan
+# (the backward pass is traced outside of such a context), ask for `default_promotion`.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def default_promotion() -> Iterator[None]:
+    """JAX's own defaults, for what third parties or readers of our documentation run."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

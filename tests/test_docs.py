@@ -1,0 +1,174 @@
+"""Checks what the documentation says by running it, and the layering that it promises."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import otfusion_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "otfusion_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+README = ROOT / "README.md"
+
+# Each module imports only from those before it; only `__init__` sees them all.
+LAYERS = (
+    "symmetry",
+    "axes",
+    "walk",
+    "rules",
+    "trace",
+    "features",
+    "costs",
+    "assignment",
+    "solvers",
+    "transport",
+    "align",
+    "fuse",
+    "evaluate",
+)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# --- docstrings
+
+
+def documentable(symbol: str) -> bool:
+    """Whether a symbol can have a docstring of its own, as constants cannot."""
+    value = getattr(otfusion_jax, symbol)
+    wrapped = hasattr(value, "__wrapped__")  # jitted functions are of no class that inspect knows
+    return inspect.ismodule(value) or inspect.isclass(value) or inspect.isfunction(value) or wrapped
+
+
+@pytest.mark.parametrize("symbol", list(filter(documentable, otfusion_jax.__all__)))
+def test_public_symbol_is_documented(symbol: str):
+    value = getattr(otfusion_jax, symbol)
+    docstring = inspect.getdoc(value) or ""
+    assert docstring, f"{symbol} has no docstring"
+    if inspect.isclass(value):
+        # What dataclasses write where there is none.
+        assert not docstring.startswith(f"{symbol}("), f"{symbol} has no docstring"
+    elif not inspect.ismodule(value):
+        signature = inspect.signature(value)
+        if signature.parameters:
+            assert re.search(r"^Args:$", docstring, re.M), f"{symbol} has no Args section"
+        if signature.return_annotation is not None:
+            assert re.search(r"^Returns:$", docstring, re.M), f"{symbol} has no Returns section"
+
+
+# --- examples
+
+
+def doctests() -> list[doctest.DocTest]:
+    """All examples in the sources.
+
+    Found in the syntax trees: doctest's own finder looks at live objects and overlooks those that
+    decorators replaced, such as jitted functions.
+    """
+    parser = doctest.DocTestParser()
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring and ">>>" in docstring:
+                line = node.body[0].lineno - 1
+                label = f"{module_name(path)}:{getattr(node, 'name', '')}"
+                found.append(parser.get_doctest(docstring, {}, label, str(path), line))
+    return found
+
+
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize("example", doctests(), ids=lambda example: example.name)
+def test_doctest(example: doctest.DocTest):
+    module = importlib.import_module(example.name.partition(":")[0])
+    example.globs = dict(vars(module))
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+def python_blocks(markdown: str) -> list[tuple[int, str]]:
+    """The first line's number and the text of each fenced Python block."""
+    fence = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
+    return [(markdown.count("\n", 0, m.start(1)), m[1]) for m in fence.finditer(markdown)]
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    blocks = python_blocks(README.read_text())
+    assert blocks, "README.md has no Python block"
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, block in blocks:
+        # Padded, so that a traceback shows the README's own line.
+        exec(compile("\n" * line + block, str(README), "exec"), namespace)
+
+
+def test_readme_primitives_are_the_registered_ones():
+    rules = importlib.import_module("otfusion_jax.rules")
+    begin, end = "<!-- primitives:begin -->", "<!-- primitives:end -->"
+    match = re.search(f"{begin}(.*?){end}", README.read_text(), re.S)
+    assert match, f"README.md has no {begin} ... {end}"
+    assert match[1].strip() == rules.primitive_table().strip(), (
+        f"README.md: put otfusion_jax.rules.primitive_table() between {begin} and {end}"
+    )
+
+
+# --- layering
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names in the package that a file imports, the package itself as 'otfusion_jax'."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            if source == "otfusion_jax":
+                found.update(f"{source}.{alias.name}" for alias in node.names)
+            else:
+                found.add(source)
+    return {name for name in found if name.split(".")[0] == "otfusion_jax"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=name)
+def test_imports_only_from_layers_above(path: Path):
+    layer = module_name(path).split(".")[1]
+    assert layer in LAYERS, f"{layer} has no place in LAYERS: say in this file what it may import"
+    allowed = LAYERS[: LAYERS.index(layer) + 1]  # a layer may become a folder of several files
+    for imported in imported_modules(path):
+        target = imported.split(".")[1] if "." in imported else "the package itself"
+        assert target in allowed, f"{layer} imports {target}, which is not above it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_library_never_prints(path: Path):
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert not calls, f"{name(path)} prints on lines {calls}"

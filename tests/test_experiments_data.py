@@ -1,0 +1,77 @@
+"""Checks that data splits are sound and that missing data is reported at once and helpfully."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import data
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load_dataset("digits")
+
+
+def test_digits_split_has_no_overlap(digits: data.Dataset):
+    # The 1797 images are all different, so that images may stand for examples.
+    train = {image.tobytes() for image in digits.train_images}
+    test = {image.tobytes() for image in digits.test_images}
+    assert not train & test
+    assert len(train) + len(test) == 1797
+
+
+def test_digits_are_deterministic(digits: data.Dataset):
+    again = data.load_dataset("digits")
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(digits, field), getattr(again, field))
+    assert digits.fingerprint() == again.fingerprint()
+
+
+def test_digits_are_normalised_images(digits: data.Dataset):
+    assert digits.train_images.shape[1:] == (8, 8, 1)
+    assert digits.train_images.dtype == np.float32
+    assert digits.train_labels.dtype == np.int32
+    assert abs(digits.train_images.mean()) < 0.01
+    assert abs(digits.train_images.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("test_every", [2, 5])
+def test_split_is_stratified(test_every: int):
+    labels = np.random.default_rng(0).integers(0, 3, size=200).astype(np.int32)
+    train, test = data.stratified_split(labels, test_every)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(200))
+    for label in range(3):
+        share = np.sum(labels[test] == label) / np.sum(labels == label)
+        assert abs(share - 1 / test_every) < 0.02
+
+
+def test_fingerprint_sees_every_label(digits: data.Dataset):
+    labels = digits.train_labels.copy()
+    labels[-1] = (labels[-1] + 1) % 10
+    changed = data.Dataset(
+        "digits", digits.train_images, labels, digits.test_images, digits.test_labels, 10
+    )
+    assert changed.fingerprint() != digits.fingerprint()
+
+
+def test_unknown_dataset_names_the_known_ones():
+    with pytest.raises(ValueError, match="'digits', 'mnist'"):
+        data.load_dataset("imagenet")
+
+
+def test_missing_data_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(data, "_tensorflow_installed", lambda: False)
+    start = time.perf_counter()
+    with pytest.raises(data.DatasetUnavailable, match="pip install tensorflow-cpu") as caught:
+        data.load_dataset("mnist", tmp_path)
+    assert time.perf_counter() - start < 20  # downloading would be retried for minutes
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_tfds_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(data.DatasetUnavailable, match="pip install tensorflow-datasets"):
+        data.load_dataset("mnist")
