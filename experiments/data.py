@@ -166,8 +166,23 @@ def _prepared_builder(name: str, data_dir: str | Path | None) -> Any:
             " name the folder that holds a prepared copy with --data-dir. Or use --dataset digits."
         )
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    _ask_for(name, next(iter(builder.url_infos)))
     builder.download_and_prepare()
     return builder
+
+
+def _ask_for(name: str, url: str) -> None:
+    """Checks that the server of a download answers: TFDS would retry for minutes."""
+    import requests
+
+    try:
+        requests.head(url, timeout=10)
+    except requests.RequestException as error:
+        raise DatasetUnavailable(
+            f"{name} is not on this machine, and {url} does not answer ({type(error).__name__})."
+            " Get online once, or name the folder that holds a prepared copy with --data-dir. Or"
+            " use --dataset digits."
+        ) from error
 
 
 def _file_format(builder: Any) -> str:

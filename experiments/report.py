@@ -14,10 +14,10 @@ _PACKAGES = ("otfusion-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "numpy
 # Colours (mostly Okabe and Ito's) that colour-blind readers tell apart; markers serve in grey.
 # Each line is thinner than those before it, so that lines that coincide all stay visible.
 _STYLES = (
-    {"color": "#000000", "marker": "o", "linestyle": "--", "linewidth": 1.5, "markersize": 4},
-    {"color": "#56B4E9", "marker": "s", "linestyle": "-", "linewidth": 4, "markersize": 7},
-    {"color": "#D55E00", "marker": "^", "linestyle": "-", "linewidth": 2.2, "markersize": 5},
-    {"color": "#004D40", "marker": "D", "linestyle": "-", "linewidth": 1, "markersize": 3},
+    {"color": "#000000", "marker": "o", "linestyle": "--", "linewidth": 1.6, "markersize": 4},
+    {"color": "#56B4E9", "marker": "s", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
+    {"color": "#D55E00", "marker": "^", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
+    {"color": "#004D40", "marker": "D", "linestyle": "-", "linewidth": 1.6, "markersize": 4},
 )
 
 

@@ -310,7 +310,7 @@ def conv_general_dilated(ctx: Context, values: list[Value]) -> list[Value]:
     tied = space.unify([whole, k_whole], [x.kind, kernel.kind])
     axes[out_c] = (*tied, *ctx.enter(k_part, kernel, kind))
     for dim, k_dim, out in zip(x_space, k_space, out_space, strict=True):
-        reason = ctx.because("over space")
+        reason = "a spatial axis of a convolution"
         space.pin(kernel.axes[k_dim], reason)
         space.pin(x.axes[dim], reason)
         axes[out] = space.pinned(ctx.shape()[out], reason)  # padding: it varies, whatever x does

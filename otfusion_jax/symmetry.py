@@ -237,9 +237,10 @@ class Symmetry:
         sizes = [math.prod(leaf.shape) for leaf in self.leaves]
         total = sum(sizes)
         share = 100 * sum(sizes[i] for i in moving) / total if total else 0.0
+        count = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
         head = (
-            f"Symmetry: {len(self.groups)} groups over {len(self.leaves)} leaves; "
-            f"{share:.1f} % of {total:,} parameters lie on an axis that can be permuted"
+            f"Symmetry: {count} over {len(self.leaves)} leaves; {share:.1f} % of {total:,} "
+            "parameters lie on an axis that can be permuted"
         )
         rows = [("group", "units", "role", "leaf", "axis")]
         for g in self.groups:

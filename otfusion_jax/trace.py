@@ -123,7 +123,7 @@ def trace_symmetry(
         ...     return jax.nn.relu(x @ params["in"]) @ params["out"]
         >>> params = {"in": jnp.ones((8, 32)), "out": jnp.ones((32, 4))}
         >>> print(otf.trace_symmetry(mlp, params, jnp.ones((1, 8))))
-        Symmetry: 1 groups over 2 leaves; 100.0 % of 384 parameters lie on an axis that can be \
+        Symmetry: 1 group over 2 leaves; 100.0 % of 384 parameters lie on an axis that can be \
 permuted
         group  units  role      leaf  axis
         in     32     produces  in    1

@@ -55,7 +55,9 @@ def move_axis(leaf: Array, member: Member, size: int, plan: Array) -> Array:
         problem that it could not solve, gives NaN.
     """
     shape, dim = leaf.shape, member.axis
-    split = factored(leaf, dim, member.before, size, member.after)
+    # Factors further in may have been resized already, so `member.after` need not hold any more.
+    after = shape[dim] // (member.before * size)
+    split = factored(leaf, dim, member.before, size, after)
     if is_permutation(plan):
         moved = jnp.take(split, plan, axis=dim + 1, mode="fill", fill_value=jnp.nan)
     else:
@@ -114,11 +116,11 @@ def move(
         The leaves, moved.
     """
     moved = list(leaves)
-    for group in symmetry.groups:
-        if group.name in plans:
-            for m in group.members:
-                if only is None or m.leaf in only:
-                    moved[m.leaf] = move_axis(moved[m.leaf], m, group.size, plans[group.name])
+    steps = [(m, g) for g in symmetry.groups if g.name in plans for m in g.members]
+    # Of the factors of one axis the innermost goes first: rectangular plans change sizes.
+    for m, group in sorted(steps, key=lambda step: -step[0].before):
+        if only is None or m.leaf in only:
+            moved[m.leaf] = move_axis(moved[m.leaf], m, group.size, plans[group.name])
     return moved
 
 

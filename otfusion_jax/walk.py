@@ -82,7 +82,8 @@ def where(eqn: core.JaxprEqn) -> str:
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         if not frame.file_name.startswith(home):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+            file = frame.file_name.rpartition("site-packages/")[2]
+            return f"{file}:{frame.line_num} ({frame.function_name})"
     return "unknown source"
 
 

@@ -1,0 +1,88 @@
+"""Networks of the sizes of the paper, as plain functions: what is timed are their shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+Network = tuple[Callable[[Any, Array], Array], dict[str, tuple[int, ...]], tuple[int, ...]]
+"""A function of (params, x), the shapes of its parameters, and the shape of its input."""
+
+
+def _conv(x: Array, kernel: Array, stride: int = 1) -> Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=numbers)
+
+
+def mlpnet() -> Network:
+    """784-400-200-100-10, ReLU, no biases."""
+    widths = (784, 400, 200, 100, 10)
+    shapes = {f"dense{i}": pair for i, pair in enumerate(zip(widths, widths[1:], strict=False))}
+
+    def apply(params: dict[str, Array], x: Array) -> Array:
+        for name in shapes:
+            x = (jax.nn.relu(x) if name != "dense0" else x) @ params[name]
+        return x
+
+    return apply, shapes, (1, 784)
+
+
+def vgg11() -> Network:
+    """64 M 128 M 256 256 M 512 512 M 512 512 M, 3x3, then 512 to 10; no biases, no norm."""
+    plan = ((64, True), (128, True), (256, False), (256, True))
+    plan += ((512, False), (512, True), (512, False), (512, True))
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = 3
+    for i, (out, _) in enumerate(plan):
+        shapes[f"conv{i}"] = (3, 3, width, out)
+        width = out
+    shapes["dense"] = (width, 10)
+
+    def apply(params: dict[str, Array], x: Array) -> Array:
+        for i, (_, pool) in enumerate(plan):
+            x = jax.nn.relu(_conv(x, params[f"conv{i}"]))
+            if pool:
+                window = (1, 2, 2, 1)
+                x = lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
+        return x.reshape(len(x), -1) @ params["dense"]
+
+    return apply, shapes, (1, 32, 32, 3)
+
+
+def resnet18() -> Network:
+    """3x3 stem, basic blocks [2, 2, 2, 2], 1x1 shortcuts where the shape changes; no biases."""
+    shapes: dict[str, tuple[int, ...]] = {"stem": (3, 3, 3, 64)}
+    blocks = []
+    width = 64
+    for stage, out in enumerate((64, 128, 256, 512)):
+        for number in range(2):
+            name, stride = f"stage{stage}/block{number}", 2 if stage and not number else 1
+            blocks.append((name, stride))
+            shapes[f"{name}/first"] = (3, 3, width, out)
+            shapes[f"{name}/second"] = (3, 3, out, out)
+            if width != out:
+                shapes[f"{name}/shortcut"] = (1, 1, width, out)
+            width = out
+    shapes["dense"] = (width, 10)
+
+    def apply(params: dict[str, Array], x: Array) -> Array:
+        x = jax.nn.relu(_conv(x, params["stem"]))
+        for name, stride in blocks:
+            y = jax.nn.relu(_conv(x, params[f"{name}/first"], stride))
+            y = _conv(y, params[f"{name}/second"])
+            if f"{name}/shortcut" in params:
+                x = _conv(x, params[f"{name}/shortcut"], stride)
+            x = jax.nn.relu(x + y)
+        return jnp.mean(x, axis=(1, 2)) @ params["dense"]
+
+    return apply, shapes, (1, 32, 32, 3)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "MLPNet": mlpnet,
+    "VGG11": vgg11,
+    "ResNet18": resnet18,
+}
