@@ -166,7 +166,8 @@ def _prepared_builder(name: str, data_dir: str | Path | None) -> Any:
             " name the folder that holds a prepared copy with --data-dir. Or use --dataset digits."
         )
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    _ask_for(name, next(iter(builder.url_infos)))
+    urls: Any = builder.url_infos
+    _ask_for(name, next(iter(urls)))
     builder.download_and_prepare()
     return builder
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Inexact, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.features import At, batches_of, features
@@ -38,7 +38,7 @@ class Gram:
         return jax.tree.map(jnp.add, self, other)
 
 
-def gram(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Gram:
+def gram(a: Inexact[Array, "n d"], b: Inexact[Array, "m d"]) -> Gram:
     """Takes the inner products of two sets of vectors.
 
     Args:
@@ -152,6 +152,9 @@ def feature_gram(
     center: bool = False,
 ) -> dict[str, Gram]:
     """Accumulates the inner products of activations over batches of inputs.
+
+    The source is evaluated as it is. So where one axis is a product of two groups (group norm), the
+    activations of each are compared with the other group still in the source's order.
 
     Args:
         symmetry: of this function.

@@ -71,12 +71,12 @@ def same_trees(models: Sequence[PyTree]) -> None:
 def _weights(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
     if weights is None:
         return jnp.full(count, 1 / count)
-    found = jnp.asarray(weights, float)
-    if found.shape != (count,):
-        raise ValueError(f"weights has shape {found.shape}, but there are {count} models")
-    if not isinstance(found, Tracer) and not abs(float(jnp.sum(found)) - 1) < 1e-3:
-        raise ValueError(f"the weights sum to {float(jnp.sum(found))}; divide them by their sum")
-    return found
+    if np.shape(weights) != (count,):
+        raise ValueError(f"weights has shape {np.shape(weights)}, but there are {count} models")
+    traced = any(isinstance(w, Tracer) for w in (weights, *weights))
+    if not traced and not abs(np.sum(weights) - 1) < 1e-3:
+        raise ValueError(f"the weights sum to {np.sum(weights)}; divide them by their sum")
+    return jnp.asarray(weights, float)
 
 
 def _average(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
@@ -84,7 +84,7 @@ def _average(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x[-1]
         # At least float32, so that half-precision models lose nothing to the weights.
-        wide = jnp.result_type(x.dtype, jnp.float32) if x.dtype.itemsize < 4 else x.dtype
+        wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
         w = weights.astype(wide)
         return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
 

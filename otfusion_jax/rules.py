@@ -23,17 +23,28 @@ def _named(names: str) -> list[core.Primitive]:
     return [primitive for primitive in found if primitive is not None]
 
 
-def _traced(fn: Callable[..., Any], *args: Any) -> core.Primitive:
-    """Finds a primitive that JAX does not export, by tracing what emits it."""
-    return jax.make_jaxpr(fn)(*args).eqns[-1].primitive
+def _traced(name: str, fn: Callable[..., Any], *args: Any) -> list[core.Primitive]:
+    """Finds a primitive that JAX does not export, by tracing what emits it.
+
+    In a version of JAX where the function emits others instead, there is nothing to find.
+    """
+    eqns = jax.make_jaxpr(fn)(*args).eqns
+    return [eqn.primitive for eqn in eqns if eqn.primitive.name == name][:1]
 
 
+_X = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 _BITS = jax.ShapeDtypeStruct((2,), jnp.uint32)
-_BARRIER = _traced(jax.lax.optimization_barrier, 0.0)
-_SPLIT = _traced(lambda x: jax.lax.split(x, (1, 1)), jnp.zeros(2))
-_RANDOM_WRAP = _traced(jax.random.wrap_key_data, _BITS)
-_RANDOM_UNWRAP = _traced(jax.random.key_data, _KEY)
+BARRIER = _traced("optimization_barrier", jax.lax.optimization_barrier, _X)
+BITCAST = _traced("bitcast_convert_type", lambda x: x.view(jnp.uint32), _X)
+SPLIT = _traced("split", lambda x: jax.lax.split(x, (1, 1)), _X)
+STACK = _traced("stack", lambda x: jnp.stack([x, x]), _X)
+UNSTACK = _traced("unstack", jnp.unstack, _X)
+TILE = _traced("tile", lambda x: jnp.tile(x, (2, 2)), _X)
+WRAP = _traced("random_wrap", jax.random.wrap_key_data, _BITS)
+WRAP += _traced("random_unwrap", jax.random.key_data, _KEY)
+OBSERVERS = _traced("debug_print", lambda x: jax.debug.print("{}", x), _X)
+OBSERVERS += _traced("debug_callback", lambda x: jax.debug.callback(lambda _: None, x), _X)
 
 ELEMENTWISE = _named(
     "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
@@ -44,7 +55,7 @@ ELEMENTWISE = _named(
     "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
     "sqrt square stop_gradient sub tan tanh xor zeta"
 )
-ONE_BY_ONE = [*_named("device_put sharding_constraint"), _BARRIER]
+ONE_BY_ONE = [*_named("device_put sharding_constraint"), *BARRIER]
 REDUCTION = _named(
     "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
 )
@@ -53,8 +64,7 @@ WINDOW = _named("reduce_window_max reduce_window_min reduce_window_sum")
 RANDOM = [
     *_named("random_bits random_fold_in random_gamma random_seed random_split rng_bit_generator"),
     *_named("rng_uniform threefry2x32"),
-    _RANDOM_WRAP,
-    _RANDOM_UNWRAP,
+    *WRAP,
 ]
 P = core.primitives
 
@@ -218,7 +228,7 @@ def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
 
-@register(_SPLIT)
+@register(*SPLIT)
 def split(ctx: Context, values: list[Value]) -> list[Value]:
     """The axis that is split is pinned, the others pass."""
     (x,) = values
@@ -229,6 +239,49 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
         axes[dim] = ctx.cut(axes[dim], ctx.shape(i)[dim], ctx.because(f"along axis {dim}"))
         results.append(Value(tuple(axes), x.kind))
     return results
+
+
+@register(*UNSTACK)
+def unstack(ctx: Context, values: list[Value]) -> list[Value]:
+    """The axis that is taken apart is pinned, the others pass."""
+    (x,) = values
+    dim = ctx.params["axis"]
+    ctx.space.pin(x.axes[dim], ctx.because(f"along axis {dim}"))
+    return [Value((*x.axes[:dim], *x.axes[dim + 1 :]), x.kind) for _ in ctx.eqn.outvars]
+
+
+@register(*STACK)
+def stack(ctx: Context, values: list[Value]) -> list[Value]:
+    """The new axis is pinned, the operands are tied along the others."""
+    dim = ctx.params["axis"]
+    out = ctx.join(values)
+    axis = ctx.space.pinned(len(values), ctx.because(f"along axis {dim}"))
+    return [Value((*out.axes[:dim], axis, *out.axes[dim:]), out.kind)]
+
+
+@register(*TILE)
+def tile(ctx: Context, values: list[Value]) -> list[Value]:
+    """An axis becomes a product: the value is constant over the copies."""
+    (x,) = values
+    pairs = zip(ctx.params["reps"], x.axes, strict=True)
+    return [Value(tuple((*constant(count), *axis) for count, axis in pairs), x.kind)]
+
+
+@register(*BITCAST)
+def bitcast(ctx: Context, values: list[Value]) -> list[Value]:
+    """Passed on, but for a last axis that appears or goes when the width of the type changes."""
+    (x,) = values
+    rank = len(ctx.shape())
+    if rank < len(x.axes):
+        ctx.space.pin(x.axes[-1], ctx.because("to a wider type"))
+    new = [ctx.space.pinned(n, ctx.because()) for n in ctx.shape()[len(x.axes) :]]
+    return [Value((*x.axes[:rank], *new), x.kind)]
+
+
+@register(*OBSERVERS)
+def observer(ctx: Context, values: list[Value]) -> list[Value]:
+    """Looks at values and returns nothing: ties nothing."""
+    return []
 
 
 @register(P.gather_p)

@@ -200,11 +200,14 @@ def _check_marginal(name: str, masses: Array | None, size: int) -> None:
             f"Marginal {name} has shape {masses.shape}, but the cost has {size} units on that "
             "side. Give one mass for each, or None for uniform masses."
         )
-    if not isinstance(masses, Tracer) and not _is_distribution(masses):
-        raise ValueError(
-            f"Marginal {name} is no distribution: its sum is {jnp.sum(masses)}, its minimum "
-            f"{jnp.min(masses)}. Masses are at least 0 and sum to 1: divide them by their sum."
-        )
+    if isinstance(masses, Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # it may be closed over by what is traced
+        if not _is_distribution(masses):
+            raise ValueError(
+                f"Marginal {name} is no distribution: its sum is {jnp.sum(masses)}, its minimum "
+                f"{jnp.min(masses)}. Masses are at least 0 and sum to 1: divide by their sum."
+            )
 
 
 def _is_distribution(masses: Float[Array, " n"]) -> Bool[Array, ""]:

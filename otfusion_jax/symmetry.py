@@ -13,6 +13,7 @@ C units at stride 1, repeated H·W times. Each member therefore carries a view o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -167,6 +168,19 @@ class Symmetry:
                 return group
         raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
 
+    @functools.cached_property
+    def by_leaf(self) -> tuple[tuple[tuple[Group, Member], ...], ...]:
+        """For each leaf the groups that index it and by which axis.
+
+        Of the factors of one axis the innermost comes first: that is the order in which
+        rectangular plans can resize them.
+        """
+        found: list[list[tuple[Group, Member]]] = [[] for _ in self.leaves]
+        for group in self.groups:
+            for member in group.members:
+                found[member.leaf].append((group, member))
+        return tuple(tuple(sorted(pairs, key=lambda p: -p[1].before)) for pairs in found)
+
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[n]` each."""
         return {g.name: jnp.arange(g.size, dtype=jnp.int32) for g in self.groups}
@@ -222,7 +236,9 @@ class Symmetry:
             elif here.moves != leaf.moves:
                 wrong.append(f"  {leaf.path}: dtype {here.dtype}, expected {leaf.dtype}")
             elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
-                bad = int(np.size(value) - jnp.isfinite(value).sum())
+                # Also inside a trace, where the value is closed over and jnp would be traced.
+                with jax.ensure_compile_time_eval():
+                    bad = int(np.size(value) - jnp.isfinite(value).sum())
                 if bad:
                     wrong.append(f"  {leaf.path}: {bad} of {np.size(value)} values not finite")
         if wrong:

@@ -76,7 +76,7 @@ def trace(
         axes = (space.pinned(n, f"tied to {name}, axis {d}") for d, n in enumerate(shape))
         args.append(Value(tuple(axes), Kind.FEATURE))
     consts = [walk.constant(c) for c in jaxpr.consts]
-    for i, value in enumerate(walk.run(jaxpr.jaxpr, consts, args, ())):
+    for i, value in enumerate(walk.run(jaxpr.jaxpr, consts, args)):
         for dim, axis in enumerate(value.axes):
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")

@@ -98,30 +98,28 @@ def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> Py
 @functools.partial(jax.jit, static_argnums=0)
 def _transport(symmetry: Symmetry, plans: Plans, params: PyTree) -> PyTree:
     leaves, treedef = jax.tree_util.tree_flatten(params)
-    return treedef.unflatten(move(symmetry, plans, leaves))
+    return treedef.unflatten(move(symmetry, plans, i, x) for i, x in enumerate(leaves))
 
 
 def move(
-    symmetry: Symmetry, plans: Plans, leaves: list[Array], only: set[int] | None = None
-) -> list[Any]:
-    """Moves flat parameters along plans, without checks.
+    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, stay: Member | None = None
+) -> Any:
+    """Moves one parameter along plans, without checks.
 
     Args:
         symmetry: of the network.
         plans: group name to plan; groups that are left out stay.
-        leaves: parameters in the order of `symmetry.leaves`.
-        only: positions of the leaves to move; None means all.
+        leaf: position of the parameter in `symmetry.leaves`.
+        array: the parameter.
+        stay: a member that is not to move.
 
     Returns:
-        The leaves, moved.
+        The parameter, moved.
     """
-    moved = list(leaves)
-    steps = [(m, g) for g in symmetry.groups if g.name in plans for m in g.members]
-    # Of the factors of one axis the innermost goes first: rectangular plans change sizes.
-    for m, group in sorted(steps, key=lambda step: -step[0].before):
-        if only is None or m.leaf in only:
-            moved[m.leaf] = move_axis(moved[m.leaf], m, group.size, plans[group.name])
-    return moved
+    for group, member in symmetry.by_leaf[leaf]:
+        if group.name in plans and member != stay:
+            array = move_axis(array, member, group.size, plans[group.name])
+    return array
 
 
 def _check(symmetry: Symmetry, plans: Plans) -> None:
@@ -151,7 +149,7 @@ def _problem(group: Group, plan: Any) -> str | None:
         return None
     if plan.ndim != 2 or plan.shape[0] != n:
         return f"shape {plan.shape}, expected ({n}, m) for a transport plan or int ({n},)"
-    if known and not bool(jnp.all(jnp.isfinite(plan) & (plan >= 0))):
+    if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
         return "masses that are negative or not finite"
     both = [m.path for m in group.members if m.role == "both"]
     if both:

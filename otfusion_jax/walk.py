@@ -76,17 +76,6 @@ def registered() -> dict[core.Primitive, Rule]:
     return dict(_registry)
 
 
-def where(eqn: core.JaxprEqn) -> str:
-    """Returns the source line of an equation: the innermost frame outside of JAX itself."""
-    home = os.path.dirname(jax.__file__)
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(home):
-            file = frame.file_name.rpartition("site-packages/")[2]
-            return f"{file}:{frame.line_num} ({frame.function_name})"
-    return "unknown source"
-
-
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a rule sees of its equation, and the operations on axes that it may use."""
@@ -94,6 +83,7 @@ class Context:
     eqn: core.JaxprEqn
     path: tuple[int, ...] | None  # None where features can't be read: in a branch or a loop
     walk: "Walk"
+    caller: "Context | None"  # of the call that this equation lies in
 
     @property
     def space(self) -> Space:
@@ -116,7 +106,19 @@ class Context:
     def because(self, detail: str = "") -> str:
         """Returns a reason that names the primitive and the source line."""
         detail = f" {detail}" if detail else ""
-        return f"{self.eqn.primitive}{detail} at {where(self.eqn)}"
+        return f"{self.eqn.primitive}{detail} at {self.source}"
+
+    @property
+    def source(self) -> str:
+        """The source line: the innermost frame outside of JAX itself."""
+        home = os.path.dirname(jax.__file__)
+        traceback = self.eqn.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            if not frame.file_name.startswith(home):
+                file = frame.file_name.rpartition("site-packages/")[2]
+                return f"{file}:{frame.line_num} ({frame.function_name})"
+        # Inside its own jitted helpers JAX keeps no frame of the user's.
+        return self.caller.source if self.caller else "unknown source"
 
     def join(self, values: Sequence[Value], skip: Sequence[int] = ()) -> Value:
         """Ties values elementwise; scalars and axes of size 1 meet anything.
@@ -160,7 +162,7 @@ class Context:
     def call(self, jaxpr: core.ClosedJaxpr, args: list[Value], always: bool = True) -> list[Value]:
         """Walks a sub-jaxpr on the operands given; `always` says that it runs just once."""
         consts = [self.walk.constant(c) for c in jaxpr.consts]
-        return self.walk.run(jaxpr.jaxpr, consts, args, self.path if always else None)
+        return self.walk.run(jaxpr.jaxpr, consts, args, self.path if always else None, self)
 
     def produced(self, dim: int, axis: Axis) -> None:
         """Notes that a contraction puts out features along `axis`."""
@@ -202,7 +204,8 @@ class Walk:
         jaxpr: core.Jaxpr,
         consts: list[Value],
         args: list[Value],
-        path: tuple[int, ...] | None,
+        path: tuple[int, ...] | None = (),
+        caller: Context | None = None,
     ) -> list[Value]:
         """Applies the rule of each equation in turn and returns the values of the outputs."""
         env: dict[core.Var, Value] = {}
@@ -214,12 +217,12 @@ class Walk:
 
         for index, eqn in live(jaxpr):
             here = None if path is None else (*path, index)
-            context = Context(eqn, here, self)
+            context = Context(eqn, here, self, caller)
             operands = [read(v) for v in eqn.invars]
-            results = self._rule(eqn)(context, operands)
+            results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
             for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
-                assert _sizes(value) == _shape(var), (eqn, where(eqn), operands)
+                assert _sizes(value) == _shape(var), (context.source, operands)
                 env[var] = value
                 if value.kind is Kind.FEATURE and here is not None:
                     self.seen += [
@@ -227,15 +230,16 @@ class Walk:
                     ]
         return [read(v) for v in jaxpr.outvars]
 
-    def _rule(self, eqn: core.JaxprEqn) -> Rule:
-        if eqn.primitive in _registry:
-            return _registry[eqn.primitive]
+    def _rule(self, context: Context) -> Rule:
+        primitive = context.eqn.primitive
+        if primitive in _registry:
+            return _registry[primitive]
         if self.on_unsupported == "pin":
             return lambda context, values: context.pin_all(
                 values, context.because("(no rule, pinned on demand)")
             )
         raise UnsupportedPrimitiveError(
-            f"no rule for the primitive {str(eqn.primitive)!r}, used at {where(eqn)}. Ways out: "
+            f"no rule for the primitive {str(primitive)!r}, used at {context.source}. Ways out: "
             "trace_symmetry(..., on_unsupported='pin') leaves every axis that it touches in place; "
             "otfusion_jax.register(primitive) declares a rule of your own; or write that line with "
             "other primitives."

@@ -1,0 +1,227 @@
+"""Checks the static result of a trace: what it accepts, how it prints, which plans it draws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import CASES
+
+import otfusion_jax as otf
+from otfusion_jax.symmetry import factored, leaves_of
+
+
+def traced(name: str) -> tuple[otf.Symmetry, dict]:
+    case = CASES[name]()
+    return otf.trace_symmetry(case.fn, case.params, *case.inputs), case.params
+
+
+def plain(**sizes: tuple[int, ...]) -> otf.Symmetry:
+    """Of one hidden layer, `in` [4, 6] and `out` [6, 3], with leaves that it does not use."""
+    params = {"in": jnp.ones((4, 6)), "out": jnp.ones((6, 3)), "count": jnp.array(3, jnp.int32)}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["in"]) @ p["out"]
+
+    return otf.trace_symmetry(fn, params | {k: jnp.ones(v) for k, v in sizes.items()}, jnp.ones(4))
+
+
+def params_like(symmetry: otf.Symmetry) -> dict:
+    leaves = [jnp.ones(leaf.shape, leaf.dtype) for leaf in symmetry.leaves]
+    return jax.tree_util.tree_unflatten(symmetry.treedef, leaves)
+
+
+# --- validation
+
+
+def test_validate_accepts_what_was_traced_and_changes_nothing():
+    symmetry, params = traced("resnet")
+    before = jax.tree.map(np.array, params)
+    symmetry.validate(params)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+
+
+def test_validate_accepts_other_precisions():
+    symmetry = plain()
+    half = {"in": jnp.ones((4, 6), jnp.bfloat16), "out": jnp.ones((6, 3), jnp.float16)}
+    symmetry.validate(half | {"count": jnp.array(1, jnp.int32)})
+
+
+def test_validate_names_missing_and_unexpected_leaves():
+    symmetry, params = plain(gone=(2,), lost=(2,)), params_like(plain(new=(1,), odd=(1,)))
+    with pytest.raises(ValueError, match="mine has another tree") as info:
+        symmetry.validate(params, "mine")
+    message = str(info.value)
+    for line in ("gone: missing", "lost: missing", "new: not expected", "odd: not expected"):
+        assert f"  {line}" in message
+    assert "  in:" not in message
+    assert "all models must be of the architecture" in message
+
+
+def test_validate_tells_containers_from_leaves():
+    def fn(p, x):
+        return x @ p[0]
+
+    symmetry = otf.trace_symmetry(fn, [jnp.ones((3, 2))], jnp.ones(3))
+    with pytest.raises(ValueError, match="containers of other types"):
+        symmetry.validate((jnp.ones((3, 2)),))
+
+
+def test_validate_lists_every_offender():
+    symmetry = plain(fine=(2,), scale=(5,))
+    params = params_like(symmetry)
+    params["in"] = jnp.ones((4, 7))
+    params["out"] = jnp.ones((6, 3), jnp.int32)
+    params["count"] = jnp.array(1.0)
+    params["scale"] = jnp.array([1.0, jnp.nan, 2.0, jnp.inf, -jnp.inf])
+    with pytest.raises(ValueError, match="does not fit") as info:
+        symmetry.validate(params)
+    message = str(info.value)
+    assert "in: shape (4, 7), expected (4, 6)" in message
+    assert "out: dtype int32, expected float32" in message
+    assert "count: dtype float32, expected int32" in message
+    assert "scale: 3 of 5 values not finite" in message
+    assert "fine" not in message
+
+
+def test_validate_a_stack():
+    symmetry = plain()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params_like(symmetry))
+    symmetry.validate(stacked, batch=(2,))
+    with pytest.raises(ValueError, match=r"in: shape \(2, 4, 6\), expected \(3, 4, 6\)"):
+        symmetry.validate(stacked, batch=(3,))
+    with pytest.raises(ValueError, match=r"expected \(4, 6\)"):
+        symmetry.validate(stacked)
+
+
+def test_validate_looks_at_no_values_of_tracers():
+    symmetry = plain()
+    params = params_like(symmetry)
+    seen = []
+
+    def check(params):
+        symmetry.validate(params)
+        seen.append(True)
+        return params["in"]
+
+    bad = params | {"in": jnp.full((4, 6), jnp.nan)}
+    jax.eval_shape(check, bad)
+    jax.eval_shape(jax.vmap(check), jax.tree.map(lambda x: x[None], bad))
+    symmetry.validate(jax.eval_shape(lambda: params))
+    assert len(seen) == 2
+    with pytest.raises(ValueError, match="shape"):
+        jax.eval_shape(check, params | {"in": jnp.ones((4, 5))})
+
+
+def test_non_array_leaves_are_all_named():
+    params = {"a": "text", "b": {"c": object(), "fine": jnp.ones(2)}, "d": None, "e": 1.5}
+    with pytest.raises(ValueError, match="not arrays") as info:
+        leaves_of(params)
+    assert "a: str" in str(info.value)
+    assert "b/c: object" in str(info.value)
+    assert "fine" not in str(info.value)
+    assert "partition" in str(info.value)
+
+
+# --- plans
+
+
+def test_random_draws_permutations_and_the_key_decides():
+    symmetry, _ = traced("grouped_conv_group_norm")
+    plans = symmetry.random(jax.random.key(1))
+    again = symmetry.random(jax.random.key(1))
+    other = symmetry.random(jax.random.key(2))
+    assert plans.keys() == {g.name for g in symmetry.groups}
+    for group in symmetry.groups:
+        assert plans[group.name].dtype == jnp.int32
+        assert np.array_equal(np.sort(plans[group.name]), np.arange(group.size))
+        assert np.array_equal(plans[group.name], again[group.name])
+    assert any(not np.array_equal(plans[name], other[name]) for name in plans)
+
+
+def test_groups_of_one_size_are_permuted_independently():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    params = {"a": jnp.ones((2, 32)), "b": jnp.ones((32, 32)), "c": jnp.ones((32, 2))}
+    plans = otf.trace_symmetry(fn, params, jnp.ones(2)).random(jax.random.key(0))
+    assert not np.array_equal(plans["a"], plans["b"])
+
+
+def test_identity_moves_nothing():
+    symmetry, params = traced("resnet")
+    moved = otf.transport(symmetry, symmetry.identity(), params)
+    jax.tree.map(np.testing.assert_array_equal, params, moved)
+
+
+def test_no_groups_no_plans():
+    symmetry = otf.trace_symmetry(lambda p, x: x @ p, jnp.ones((3, 2)), jnp.ones(3))
+    assert symmetry.groups == ()
+    assert symmetry.random(jax.random.key(0)) == symmetry.identity() == {}
+
+
+# --- reading
+
+
+def test_lookup_by_name():
+    symmetry, _ = traced("mlp_plain")
+    assert symmetry["1/0"].size == 6
+    with pytest.raises(KeyError, match=r"no group 'nope'; there are \['0/0', '1/0'\]"):
+        symmetry["nope"]
+
+
+def test_members_by_role():
+    symmetry, _ = traced("tied_embedding")
+
+    def paths(role):
+        return {(m.path, m.axis) for m in symmetry["embed"].having(role)}
+
+    assert paths("produces") == {("embed", 1), ("down", 1)}
+    assert paths("consumes") == {("embed", 1), ("up", 0)}
+
+
+def test_views_read_the_units_of_a_product_axis():
+    array = jnp.arange(2 * 24).reshape(2, 24)
+    view = factored(array, 1, before=2, size=3, after=4)
+    assert view.shape == (2, 2, 3, 4)
+    for i, j, k in np.ndindex(2, 3, 4):
+        assert view[1, i, j, k] == array[1, (i * 3 + j) * 4 + k]
+
+
+def test_printing_shows_sizes_roles_views_and_reasons():
+    symmetry, _ = traced("vgg")
+    text = str(symmetry)
+    head, *lines = text.splitlines()
+    assert head.startswith("Symmetry: 3 groups over 8 leaves")
+    for group in symmetry.groups:
+        assert any(line.split()[:2] == [group.name, str(group.size)] for line in lines)
+        for member in group.members:
+            assert any(f"{member.role}  {member.path} " in line for line in lines)
+    assert "0 as [4, 6, 1]" in text
+    for pin in symmetry.pinned:
+        assert any(line.startswith(pin.path) and line.endswith(pin.reason) for line in lines)
+    assert "tied to the output, axis 1" in text
+    assert "a spatial axis of a convolution" in text
+
+
+def test_printed_share_counts_parameters_on_a_group():
+    symmetry = plain(unused=(58,))  # 24 + 18 of 42 + 58 + 1
+    assert "41.6 % of 101 parameters" in str(symmetry)
+
+
+def test_prints_without_groups_and_without_pins():
+    one = otf.trace_symmetry(lambda p: p, jnp.array(1.0))
+    assert str(one).startswith("Symmetry: 0 groups over 1 leaves")
+    assert str(otf.trace_symmetry(lambda p: jnp.zeros(()), {})).startswith("Symmetry: 0 groups")
+
+
+def test_is_a_static_value():
+    symmetry, again = traced("resnet")[0], traced("resnet")[0]
+    assert symmetry is not again
+    assert symmetry == again
+    assert hash(symmetry) == hash(again)
+    assert symmetry != dataclasses.replace(symmetry, groups=symmetry.groups[1:])
+    assert len({symmetry, again, traced("vgg")[0]}) == 2
+    units = jax.jit(lambda s, x: x * sum(g.size for g in s.groups), static_argnums=0)
+    assert units(symmetry, 1) == 4 + 5 + 7 + 6
