@@ -138,7 +138,7 @@ permuted
 
 def _used(jaxpr: core.Jaxpr) -> set[Any]:
     used = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    for _, eqn in live(jaxpr):
+    for _, eqn, _ in live(jaxpr):
         used.update(v for v in eqn.invars if not isinstance(v, core.Literal))
     return used
 

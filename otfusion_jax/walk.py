@@ -84,6 +84,7 @@ class Context:
     path: tuple[int, ...] | None  # None where features can't be read: in a branch or a loop
     walk: "Walk"
     caller: "Context | None"  # of the call that this equation lies in
+    used: tuple[bool, ...]  # which of the results anything depends on
 
     @property
     def space(self) -> Space:
@@ -215,9 +216,9 @@ class Walk:
         def read(atom: Any) -> Value:
             return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-        for index, eqn in live(jaxpr):
+        for index, eqn, used in live(jaxpr, caller and caller.used):
             here = None if path is None else (*path, index)
-            context = Context(eqn, here, self, caller)
+            context = Context(eqn, here, self, caller, used)
             operands = [read(v) for v in eqn.invars]
             results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
@@ -228,7 +229,15 @@ class Walk:
                     self.seen += [
                         (Site(here, "out", position, d), a) for d, a in enumerate(value.axes)
                     ]
-        return [read(v) for v in jaxpr.outvars]
+        return [
+            read(v) if isinstance(v, core.Literal) or v in env else self._dead(v)
+            for v in jaxpr.outvars
+        ]
+
+    def _dead(self, var: core.Var) -> Value:
+        """Stands for an output that nothing depends on."""
+        axes = (self.space.pinned(n, "never used") for n in _shape(var))
+        return Value(tuple(axes), Kind.CONSTANT)
 
     def _rule(self, context: Context) -> Rule:
         primitive = context.eqn.primitive
@@ -258,13 +267,26 @@ def _sizes(value: Value) -> tuple[int, ...]:
     return tuple(math.prod(f.size for f in axis) for axis in value.axes)
 
 
-def live(jaxpr: core.Jaxpr) -> Iterator[tuple[int, core.JaxprEqn]]:
-    """Yields the equations that the outputs depend on: what is never used constrains nothing."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    live = []
+def live(
+    jaxpr: core.Jaxpr, used: Sequence[bool] | None = None
+) -> Iterator[tuple[int, core.JaxprEqn, tuple[bool, ...]]]:
+    """Yields the equations that matter: what is never used constrains nothing.
+
+    Args:
+        jaxpr: the jaxpr.
+        used: which of its outputs are used; all if None.
+
+    Yields:
+        Index, equation, and which of its results are used, in order.
+    """
+    wanted = [True] * len(jaxpr.outvars) if used is None else used
+    pairs = zip(jaxpr.outvars, wanted, strict=True)
+    needed = {v for v, keep in pairs if keep and not isinstance(v, core.Literal)}
+    found = []
     for index in range(len(jaxpr.eqns) - 1, -1, -1):
         eqn = jaxpr.eqns[index]
-        if eqn.effects or any(v in needed for v in eqn.outvars):
+        flags = tuple(v in needed for v in eqn.outvars)
+        if eqn.effects or any(flags):
             needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-            live.append((index, eqn))
-    return reversed(live)
+            found.append((index, eqn, flags))
+    return reversed(found)

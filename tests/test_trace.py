@@ -292,6 +292,15 @@ def test_dead_code_constrains_nothing():
     assert groups_of(fn, hidden_layer(jnp.tanh)[1], X) == HIDDEN
 
 
+def test_an_unused_result_of_a_call_constrains_nothing():
+    both = jax.jit(lambda h: (jnp.cumsum(h, 1), jnp.tanh(h)))
+
+    def fn(p, x):
+        return both(x @ p["in"])[1] @ p["out"]
+
+    assert groups_of(fn, hidden_layer(jnp.tanh)[1], X) == HIDDEN
+
+
 @pytest.mark.parametrize("loop", ["scan", "while"])
 def test_loops_are_refused_with_place_and_remedies(loop: str):
     def act(h):
