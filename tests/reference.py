@@ -1,4 +1,4 @@
-"""Answers to compare with: both methods rewritten layer by layer in NumPy, as their papers state them.
+"""Answers to compare with: both methods rewritten in NumPy, layer by layer, as the papers have it.
 
 Nothing here knows groups, members or jaxprs. A network is a list of layers, each with a `kernel`
 (dense `[in, out]` or convolution HWIO, 3x3) and perhaps a `bias`; convolutions come first, and what

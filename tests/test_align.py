@@ -3,17 +3,24 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+import zoo
 from ott.geometry import costs
 
 import otfusion_jax as otf
 
 DESCENT = otf.CoordinateDescent()
 FROM_IDENTITY = otf.CoordinateDescent(starts=("identity",))
+METHODS = pytest.mark.parametrize(
+    "method", [otf.ForwardPass(), DESCENT], ids=lambda method: type(method).__name__
+)
+# Tests share stacks of one size, so that XLA compiles each program once.
+COUNT = 24
 
 
 @functools.cache
@@ -23,11 +30,35 @@ def symmetry_of(kind, bias=True):
     return otf.trace_symmetry(ref.network, params, inputs)
 
 
-def pairs(kind, count, bias=True, seed=0):
+@functools.cache
+def pairs(kind, bias=True):
     """Two stacks of random networks."""
-    keys = jax.random.split(jax.random.key(seed), (2, count))
+    keys = jax.random.split(jax.random.key(0), (2, COUNT))
     draw = jax.vmap(lambda k: ref.random_net(k, kind, bias))
     return draw(keys[0]), draw(keys[1])
+
+
+def one_pair(index=0):
+    sources, targets = pairs("mlp")
+    return ref.unstack(sources, index), ref.unstack(targets, index)
+
+
+@functools.cache
+def aligned(kind, method):
+    """The whole stack, aligned."""
+    return jax.vmap(functools.partial(otf.align, symmetry_of(kind), method=method))(*pairs(kind))
+
+
+@functools.cache
+def jitted(method):
+    """Aligns and transports an MLP inside of `jax.jit`."""
+
+    @jax.jit
+    def both(source, target):
+        found = otf.align(symmetry_of("mlp"), source, target, method=method)
+        return found, otf.transport(symmetry_of("mlp"), found, source)
+
+    return both
 
 
 def as_list(plans):
@@ -41,9 +72,9 @@ def as_list(plans):
 @pytest.mark.parametrize("mode", ["weights", "unit_norm", "activations"])
 @pytest.mark.parametrize("kind", ref.SHAPES)
 def test_forward_pass_is_algorithm_1(kind, mode, squared):
-    seeds, bias = 4, mode != "unit_norm"
+    bias = mode != "unit_norm"  # as in the paper's own networks
     symmetry = symmetry_of(kind, bias)
-    sources, targets = pairs(kind, seeds, bias)
+    sources, targets = pairs(kind, bias)
     x = jax.random.normal(jax.random.key(9), ref.INPUTS[kind])
     metric = costs.SqEuclidean() if squared else costs.Euclidean()
     method = otf.ForwardPass(unit_norm=mode == "unit_norm")
@@ -58,7 +89,7 @@ def test_forward_pass_is_algorithm_1(kind, mode, squared):
         return found.plans, otf.average([otf.transport(symmetry, found, source), target])
 
     plans, results = fused(sources, targets)
-    for seed in range(seeds):
+    for seed in range(COUNT):
         expected_plans, expected = ref.algorithm_1(
             ref.to_numpy(ref.unstack(sources, seed)),
             ref.to_numpy(ref.unstack(targets, seed)),
@@ -76,44 +107,184 @@ def test_forward_pass_is_algorithm_1(kind, mode, squared):
 
 @pytest.mark.parametrize("kind", ref.SHAPES)
 def test_coordinate_descent_is_weight_matching(kind):
-    seeds = 4
-    symmetry = symmetry_of(kind)
-    sources, targets = pairs(kind, seeds, seed=1)
-    align = functools.partial(otf.align, symmetry, method=FROM_IDENTITY)
-    found = jax.vmap(align)(sources, targets)
+    sources, targets = pairs(kind)
+    found = aligned(kind, FROM_IDENTITY)
     assert found.converged.all()
-    for seed in range(seeds):
+    for seed in range(COUNT):
         source, target = ref.unstack(sources, seed), ref.unstack(targets, seed)
         plans, history = ref.weight_matching(ref.to_numpy(source), ref.to_numpy(target))
         np.testing.assert_array_equal(as_list(ref.unstack(found.plans, seed)), plans)
         np.testing.assert_allclose(found.objective[seed], history[-1], rtol=1e-4)
         np.testing.assert_allclose(found.history[seed, : len(history)], history, rtol=1e-4)
         assert jnp.isnan(found.history[seed, len(history) :]).all()
-        assert len(history) > 2, "a case that teaches nothing about sweeps"
         assert np.all(np.diff(history) <= 0)
+        assert len(history) > 2, "a case that says nothing about sweeps"
 
 
-def test_more_starts_never_end_worse():
-    symmetry = symmetry_of("mlp")
-    sources, targets = pairs("mlp", 20, seed=2)
-    ends = {
-        starts: jax.vmap(
-            functools.partial(otf.align, symmetry, method=otf.CoordinateDescent(starts=starts))
-        )(sources, targets)
-        for starts in [("identity",), ("forward",), ("forward", "identity")]
-    }
-    one, other, both = (end.objective for end in ends.values())
-    np.testing.assert_array_equal(both, jnp.minimum(one, other))
-    assert jnp.any(one < other)
-    assert jnp.any(other < one)
+def log_cosines(found):
+    """For each pair of MLPs the sum over kernels of how alike the moved one and the target are."""
+    sources, targets = pairs("mlp")
+    sums = []
+    for seed in range(COUNT):
+        plans = as_list(ref.unstack(found.plans, seed))
+        moved = ref.moved_by(ref.to_numpy(ref.unstack(sources, seed)), plans)
+        kernels = [
+            [layer["kernel"].ravel() for layer in net]
+            for net in (moved, ref.to_numpy(ref.unstack(targets, seed)))
+        ]
+        cosines = [
+            a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*kernels, strict=True)
+        ]
+        sums.append(np.sum(np.log(np.maximum(cosines, 1e-6))))
+    return np.array(sums)
+
+
+def test_of_several_starts_the_end_with_the_most_similar_layers_is_returned():
+    forward, identity, both = (
+        aligned("mlp", otf.CoordinateDescent(starts=starts))
+        for starts in [("forward",), ("identity",), ("forward", "identity")]
+    )
+    preferred = log_cosines(forward) > log_cosines(identity)
+    expected = np.where(preferred, forward.objective, identity.objective)
+    np.testing.assert_allclose(both.objective, expected, rtol=1e-6)
+    for name, plans in both.plans.items():
+        chosen = np.where(preferred[:, None], forward.plans[name], identity.plans[name])
+        np.testing.assert_array_equal(plans, chosen)
+    different = forward.objective != identity.objective
+    assert np.any(different & preferred)
+    assert np.any(different & ~preferred)
+    # The nearer end in the sum over layers is not always the one.
+    assert np.any(both.objective > np.minimum(forward.objective, identity.objective))
+
+
+# Permutations that are known
+
+
+# All hidden layers of one width: XLA compiles one solver.
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(16)(x))
+        return nn.Dense(3)(x)
+
+
+class VGG(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.max_pool(nn.relu(nn.Conv(16, (3, 3))(x)), (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(16)(x.reshape(len(x), -1)))
+        return nn.Dense(3)(x)
+
+
+class ResNet(nn.Module):
+    """Batch norm, an identity shortcut and one with weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(x, size=3, stride=1):
+            x = nn.Conv(16, (size, size), stride, use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+        x = nn.relu(conv(x))
+        x = nn.relu(x + conv(nn.relu(conv(x))))
+        x = nn.relu(conv(x, size=1, stride=2) + conv(nn.relu(conv(x, stride=2))))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@functools.cache
+def planted(network):
+    """A function, its symmetry and input, and 100 random networks."""
+    fn, like, (x,) = zoo.linen(network, zoo.uniform(4, 4, 4, 3))
+    targets = otf.stack([zoo.randomise(like, seed) for seed in range(100)])
+    return fn, otf.trace_symmetry(fn, like, x), x, targets
+
+
+@METHODS
+@pytest.mark.parametrize("network", [MLP(), VGG(), ResNet()], ids=lambda n: type(n).__name__)
+def test_planted_permutations_are_recovered_100_times_of_100(network, method):
+    fn, symmetry, x, targets = planted(network)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    @functools.partial(jax.vmap, in_axes=(None, None, 0))
+    def recover(key, target, noise):
+        keys = jax.random.split(key, 1 + len(symmetry.leaves))
+        plans = symmetry.random(keys[0])
+        source = otf.transport(symmetry, plans, target)
+        leaves, treedef = jax.tree.flatten(target)
+        seen = treedef.unflatten(
+            x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys[1:], strict=True)
+        )
+        found = otf.align(symmetry, source, seen, method=method)
+        moved = otf.transport(symmetry, found, source)
+        restored = [
+            jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved), leaves, strict=True)
+        ]
+        inverse = [jnp.array_equal(found.plans[k], jnp.argsort(plans[k])) for k in plans]
+        before, after = fn(target, x), fn(source, x)
+        error = jnp.abs(after - before).max() / jnp.abs(before).max()
+        return jnp.stack(restored).all(), jnp.stack(inverse).all(), found.converged, error
+
+    keys = jax.random.split(jax.random.key(0), 100)
+    restored, inverse, converged, errors = recover(keys, targets, jnp.array([0.0, 1e-3]))
+    assert restored.sum(0).tolist() == [100, 100]
+    assert inverse.sum(0).tolist() == [100, 100]
+    assert converged.all()
+    assert errors.max() <= 1e-5
+
+
+def residual(params, x):
+    h = x @ params["embed"]
+    return (h + jnp.tanh(h @ params["up"]) @ params["down"]) @ params["out"]
+
+
+def recurrent(params, x):
+    """`x + Dense(x)` twice, with the same weights: the group is on both axes of `loop`."""
+    x = x @ params["embed"]
+    for _ in range(2):
+        x = x + jnp.tanh(x @ params["loop"])
+    return x @ params["out"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "inner"), [(residual, ("up", "down")), (recurrent, ("loop",))], ids=["up_down", "loop"]
+)
+def test_what_is_not_in_place_yet_does_not_disturb_the_forward_pass(fn, inner):
+    # Two numbers tell units apart; what is added to them later is loud, and still scrambled.
+    scales = {"embed": 1, "out": 1} | dict.fromkeys(inner, 10)
+    sizes = {"embed": (2, 8), "out": (8, 2)}
+
+    def draw(key):
+        keys = jax.random.split(key, len(scales))
+        return {
+            name: scales[name] * jax.random.normal(k, sizes.get(name, (8, 8)))
+            for k, name in zip(keys, scales, strict=True)
+        }
+
+    symmetry = otf.trace_symmetry(fn, draw(jax.random.key(0)), jnp.ones((3, 2)))
+
+    @jax.jit
+    @jax.vmap
+    def recovered(key):
+        target, plans = draw(key), symmetry.random(key)
+        source = otf.transport(symmetry, plans, target)
+        found = otf.align(symmetry, source, target, method=otf.ForwardPass())
+        return jnp.array_equal(found.plans["embed"], jnp.argsort(plans["embed"]))
+
+    assert recovered(jax.random.split(jax.random.key(1), 100)).sum() == 100
 
 
 # Alignments say how good they are
 
 
 def test_an_alignment_reports_distances_before_and_after():
+    source, target = one_pair()
     symmetry = symmetry_of("mlp")
-    source, target = (ref.unstack(nets, 0) for nets in pairs("mlp", 1, seed=3))
     found = otf.align(symmetry, source, target, method=otf.ForwardPass())
     moved = otf.transport(symmetry, found, source)
     ends = [
@@ -127,42 +298,60 @@ def test_an_alignment_reports_distances_before_and_after():
 
 
 def test_descent_that_is_cut_short_has_not_converged():
-    symmetry = symmetry_of("mlp")
-    source, target = (ref.unstack(nets, 0) for nets in pairs("mlp", 1, seed=3))
-    method = otf.CoordinateDescent(max_sweeps=1)
-    found = otf.align(symmetry, source, target, method=method)
+    method = otf.CoordinateDescent(max_sweeps=1, starts=("identity",))
+    whole = aligned("mlp", FROM_IDENTITY)
+    longest = int(jnp.argmax(jnp.isfinite(whole.history).sum(1)))
+    found = otf.align(symmetry_of("mlp"), *one_pair(longest), method=method)
     assert not found.converged
-    assert found.history.shape == (2,)
-    assert found.history[1] == found.objective < found.history[0]
+    np.testing.assert_allclose(found.history, whole.history[longest, :2], rtol=1e-6)
+    assert found.history[1] == found.objective
+    assert found.objective > 1.001 * whole.objective[longest]
 
 
-def test_a_model_aligned_with_itself_stays():
-    symmetry = symmetry_of("mlp")
-    source = ref.unstack(pairs("mlp", 1, seed=4)[0], 0)
-    for method in (DESCENT, otf.ForwardPass()):
-        found = otf.align(symmetry, source, source, method=method)
-        np.testing.assert_array_equal(as_list(found.plans), as_list(symmetry.identity()))
-        assert found.objective == 0
-        assert found.converged
+@METHODS
+def test_a_model_aligned_with_itself_stays(method):
+    source, _ = one_pair()
+    found = otf.align(symmetry_of("mlp"), source, source, method=method)
+    np.testing.assert_array_equal(as_list(found.plans), as_list(symmetry_of("mlp").identity()))
+    assert found.objective == 0
+    assert found.converged
+
+
+def test_features_serve_descent_as_a_start():
+    symmetry, (source, target) = symmetry_of("mlp"), one_pair()
+    x = jax.random.normal(jax.random.key(9), ref.INPUTS["mlp"])
+    grams = otf.feature_gram(symmetry, ref.network, source, target, [x])
+    start = otf.align(symmetry, source, target, method=otf.ForwardPass(), features=grams)
+    method = otf.CoordinateDescent(max_sweeps=0, starts=("forward",))
+    found = otf.align(symmetry, source, target, method=method, features=grams)
+    expected, _ = ref.algorithm_1(ref.to_numpy(source), ref.to_numpy(target), np.asarray(x))
+    np.testing.assert_array_equal(as_list(found.plans), expected)
+    np.testing.assert_array_equal(as_list(start.plans), expected)
+    np.testing.assert_allclose(found.history, start.history[1:], rtol=1e-6)
+    assert not found.converged
 
 
 # Transformations of JAX
 
 
-@pytest.mark.parametrize("method", [DESCENT, otf.ForwardPass()], ids=lambda m: type(m).__name__)
+@METHODS
 def test_jit_vmap_and_repetition_change_nothing(method):
-    symmetry = symmetry_of("mlp")
-    sources, targets = pairs("mlp", 3, seed=5)
-    align = functools.partial(otf.align, symmetry, method=method)
-    mapped, jitted = jax.vmap(align)(sources, targets), jax.jit(align)
+    align = functools.partial(otf.align, symmetry_of("mlp"), method=method)
     for i in range(3):
-        pair = ref.unstack(sources, i), ref.unstack(targets, i)
-        plain = align(*pair)
-        for other in (align(*pair), jitted(*pair), ref.unstack(mapped, i)):
+        plain = align(*one_pair(i))
+        mapped = ref.unstack(aligned("mlp", method), i)
+        for other in (align(*one_pair(i)), jitted(method)(*one_pair(i))[0], mapped):
             np.testing.assert_array_equal(as_list(other.plans), as_list(plain.plans))
             np.testing.assert_allclose(other.objective, plain.objective, rtol=1e-6)
             np.testing.assert_allclose(other.history, plain.history, rtol=1e-6)
             assert other.converged == plain.converged
+
+
+def test_a_model_may_be_closed_over_in_jit():
+    source, target = one_pair()
+    align = functools.partial(otf.align, symmetry_of("mlp"), method=otf.ForwardPass())
+    found = jax.jit(lambda model: align(model, target))(source)
+    np.testing.assert_array_equal(as_list(found.plans), as_list(align(source, target).plans))
 
 
 # What cannot be aligned
@@ -175,7 +364,7 @@ def with_nan(net):
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_weights_that_are_not_finite_are_named(side):
     symmetry = symmetry_of("mlp")
-    good = ref.unstack(pairs("mlp", 1)[0], 0)
+    good, _ = one_pair()
     bad = with_nan(good)
     bad[2] = {**bad[2], "bias": bad[2]["bias"] + jnp.inf}
     models = (bad, good) if side == "source" else (good, bad)
@@ -185,27 +374,20 @@ def test_weights_that_are_not_finite_are_named(side):
     assert "0/kernel" not in str(error.value)
 
 
+@METHODS
 @pytest.mark.parametrize("side", ["source", "target"])
-@pytest.mark.parametrize("method", [DESCENT, otf.ForwardPass()], ids=lambda m: type(m).__name__)
 def test_under_jit_they_give_a_model_of_nan(method, side):
-    symmetry = symmetry_of("mlp")
-    good = ref.unstack(pairs("mlp", 1)[0], 0)
+    good, _ = one_pair()
     models = (with_nan(good), good) if side == "source" else (good, with_nan(good))
-
-    @jax.jit
-    def moved(source, target):
-        found = otf.align(symmetry, source, target, method=method)
-        return found.converged, otf.transport(symmetry, found, source)
-
-    converged, model = moved(*models)
-    assert not converged
+    found, moved = jitted(method)(*models)
+    assert not found.converged
     # The groups next to the bad kernel have no solution; it carries both.
-    assert jnp.isnan(model[1]["kernel"]).all()
-    assert jnp.isnan(ref.network(model, jnp.ones((1, 5)))).all()
+    assert jnp.isnan(moved[1]["kernel"]).all()
+    assert jnp.isnan(ref.network(moved, jnp.ones((1, 5)))).all()
 
 
 def test_models_of_another_architecture_are_refused():
-    net = ref.unstack(pairs("mlp", 1)[0], 0)
+    net, _ = one_pair()
     wider = [{**net[0], "kernel": jnp.zeros((5, 9)), "bias": jnp.zeros(9)}, *net[1:]]
     with pytest.raises(ValueError, match=r"(?s)source.*0/bias: shape \(9,\), expected \(8,\).*0/k"):
         otf.align(symmetry_of("mlp"), wider, net)
@@ -215,7 +397,7 @@ def test_models_of_another_architecture_are_refused():
 
 def test_features_have_to_fit():
     symmetry = symmetry_of("mlp")
-    net = ref.unstack(pairs("mlp", 1)[0], 0)
+    net, _ = one_pair()
     square = otf.Gram(jnp.ones(8), jnp.ones(8), jnp.ones((8, 8)))
     small = otf.Gram(jnp.ones(7), jnp.ones(7), jnp.ones((7, 7)))
     with pytest.raises(ValueError, match="1/kernel: missing"):
@@ -225,7 +407,7 @@ def test_features_have_to_fit():
 
 
 def test_descent_needs_permutations():
-    net = ref.unstack(pairs("mlp", 1)[0], 0)
+    net, _ = one_pair()
     with pytest.raises(ValueError, match=r"Sinkhorn returns soft plans; use Exact\(\), or Forw"):
         otf.align(symmetry_of("mlp"), net, net, solver=otf.Sinkhorn())
 
@@ -237,7 +419,9 @@ def test_unknown_starts_are_refused(starts):
 
 
 def test_a_network_without_groups_has_nothing_to_align():
-    linear = lambda params, x: x @ params
+    def linear(params, x):
+        return x @ params
+
     source, target = jnp.ones((4, 3)), jnp.zeros((4, 3))
     symmetry = otf.trace_symmetry(linear, source, jnp.ones((1, 4)))
     assert not symmetry.groups
@@ -254,7 +438,7 @@ def test_a_network_without_groups_has_nothing_to_align():
 
 def test_forward_pass_with_sinkhorn_gives_couplings_close_to_exact():
     symmetry = symmetry_of("mlp")
-    target = ref.unstack(pairs("mlp", 1, seed=6)[0], 0)
+    target, _ = one_pair()
     source = otf.transport(symmetry, symmetry.random(jax.random.key(0)), target)
     source = jax.tree.map(lambda x: x + 0.01, source)
     align = functools.partial(otf.align, symmetry, source, target, method=otf.ForwardPass())
@@ -271,19 +455,11 @@ def test_forward_pass_with_sinkhorn_gives_couplings_close_to_exact():
             np.testing.assert_allclose(soft.sum(1), 1 / 8, atol=1e-3 / 8)
         np.testing.assert_allclose(sharp.plans[name], matrix, atol=1e-3)
         assert jnp.abs(blurred.plans[name] - matrix).max() > 0.02
-    assert exact.objective <= sharp.objective < blurred.objective
-    np.testing.assert_allclose(sharp.objective, exact.objective, rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(sharp.objective, exact.objective, rtol=1e-2)
+    assert blurred.objective > 10 * exact.objective
 
 
 # One group on two axes of one parameter
-
-
-def recurrent(params, x):
-    """`x + Dense(x)` twice, with the same weights: the group is on both axes of `loop`."""
-    x = x @ params["embed"]
-    for _ in range(2):
-        x = x + jnp.tanh(x @ params["loop"])
-    return x @ params["out"]
 
 
 def random_recurrent(key):
@@ -295,28 +471,34 @@ def random_recurrent(key):
     }
 
 
-RECURRENT = otf.trace_symmetry(
-    recurrent, jax.eval_shape(random_recurrent, jax.random.key(0)), jnp.ones((1, 4))
-)
+@functools.cache
+def recurrent_symmetry():
+    params = jax.eval_shape(random_recurrent, jax.random.key(0))
+    return otf.trace_symmetry(recurrent, params, jnp.ones((1, 4)))
 
 
 def test_a_group_on_two_axes_of_a_leaf_is_found():
-    (group,) = RECURRENT.groups
-    assert [(m.path, m.axis) for m in group.members].count(("loop", 0)) == 1
-    assert [(m.path, m.axis) for m in group.members].count(("loop", 1)) == 1
+    (group,) = recurrent_symmetry().groups
+    assert [m.axis for m in group.members if m.path == "loop"] == [0, 1]
 
 
-def test_the_objective_never_rises_though_the_problem_is_quadratic():
-    draw = jax.vmap(random_recurrent)
-    keys = jax.random.split(jax.random.key(7), (2, 50))
-    sources, targets = draw(keys[0]), draw(keys[1])
-    for start in ("identity", "forward"):
-        method = otf.CoordinateDescent(starts=(start,))
-        found = jax.vmap(functools.partial(otf.align, RECURRENT, method=method))(sources, targets)
-        history = np.asarray(found.history)
+@pytest.mark.parametrize("start", ["identity", "forward"])
+def test_the_objective_never_rises_though_the_problem_is_quadratic(start):
+    symmetry = recurrent_symmetry()
+    keys = jax.random.split(jax.random.key(7), (3, 100))
+    unrelated, targets = (jax.vmap(random_recurrent)(k) for k in keys[:2])
+    plans = jax.vmap(symmetry.random)(keys[2])
+    permuted = jax.vmap(functools.partial(otf.transport, symmetry))(plans, targets)
+    method = otf.CoordinateDescent(starts=(start,))
+    align = jax.vmap(functools.partial(otf.align, symmetry, method=method))
+    for sources in (unrelated, permuted):
+        found = align(sources, targets)
+        steps = np.diff(np.asarray(found.history), axis=1)  # NaN after the end
         assert found.converged.all()
-        assert not np.any(np.diff(history, axis=1) > 0)  # NaN after the end compares as False
-        assert np.any(np.diff(history, axis=1) < 0)
-        moved = jax.vmap(functools.partial(otf.transport, RECURRENT))(found.plans, sources)
+        assert not np.any(steps > 0)
+        assert np.any(steps < 0) or found.objective.max() == 0
+        moved = jax.vmap(functools.partial(otf.transport, symmetry))(found.plans, sources)
         square = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2, (1, 2)), moved, targets)
         np.testing.assert_allclose(found.objective, sum(square.values()), rtol=1e-5)
+    if start == "forward":
+        np.testing.assert_array_equal(found.plans["embed"], jnp.argsort(plans["embed"], axis=1))

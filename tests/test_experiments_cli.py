@@ -14,7 +14,7 @@ METHODS = [
     "vanilla average",
     "Algorithm 1, weights",
     "Algorithm 1, activations",
-    "coordinate descent",
+    "coordinate descent (fuse)",
 ]
 
 

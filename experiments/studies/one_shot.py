@@ -75,7 +75,7 @@ METHODS: dict[str, Callable[[Pair], PyTree]] = {
     "Algorithm 1, activations": lambda pair: _moved(
         pair, method=otf.ForwardPass(), features=_activations(pair)
     ),
-    "coordinate descent": _moved,
+    "coordinate descent (fuse)": _moved,
 }
 
 

@@ -1,0 +1,233 @@
+"""Checks averages by hand, and fusion against its parts and against planted permutations."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+
+import otfusion_jax as otf
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+
+
+@functools.cache
+def symmetry_of():
+    net = ref.random_net(jax.random.key(0), "mlp")
+    return otf.trace_symmetry(ref.network, net, jnp.ones(ref.INPUTS["mlp"]))
+
+
+def random_nets(count):
+    return [ref.random_net(jax.random.key(seed), "mlp") for seed in range(count)]
+
+
+def permuted_copies(net, count):
+    symmetry = symmetry_of()
+    plans = [symmetry.random(jax.random.key(10 + seed)) for seed in range(count)]
+    return [otf.transport(symmetry, plan, net) for plan in plans]
+
+
+def assert_trees_close(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(close, a, b)
+
+
+# Averages
+
+
+def test_averages_are_weighted_sums():
+    models = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}, {"w": jnp.zeros(2)}]
+    close(otf.average(models)["w"], [4 / 3, 0])
+    close(otf.average(models, [0.5, 0.25, 0.25])["w"], [1.25, 0.5])
+    close(otf.average(models[:1])["w"], [1, 2])
+
+
+def test_averages_keep_dtypes_and_take_other_leaves_from_the_last():
+    models = [
+        {
+            "half": jnp.full(3, value, jnp.bfloat16),
+            "complex": jnp.full(2, value * 1j, jnp.complex64),
+            "steps": jnp.array([2**30 + i]),
+            "mask": jnp.array([bool(i)]),
+            "key": jax.random.key(i),
+        }
+        for i, value in enumerate([1.0, 1.0, 4.0])
+    ]
+    mean = otf.average(models)
+    assert {k: v.dtype for k, v in mean.items()} == {k: v.dtype for k, v in models[0].items()}
+    np.testing.assert_array_equal(mean["half"], jnp.full(3, 2, jnp.bfloat16))
+    np.testing.assert_allclose(mean["complex"], 2j * np.ones(2), rtol=1e-6)
+    assert mean["steps"] == 2**30 + 2
+    assert mean["mask"] == True  # noqa: E712 (an array)
+    assert jnp.array_equal(mean["key"], jax.random.key(2))
+
+
+def test_stacks_have_a_leading_axis():
+    models = random_nets(3)
+    stacked = otf.stack(models)
+    for i, model in enumerate(models):
+        assert_trees_close(ref.unstack(stacked, i), model)
+
+
+@pytest.mark.parametrize("combine", [otf.average, otf.stack], ids=["average", "stack"])
+def test_models_that_differ_are_refused(combine):
+    a = {"x": jnp.ones(2), "y": jnp.ones(3), "z": jnp.ones(1)}
+    with pytest.raises(ValueError, match="no models were given"):
+        combine([])
+    with pytest.raises(ValueError, match="model 2") as error:
+        combine([a, a, {"x": jnp.ones(2), "u": {"v": jnp.ones(1)}}])
+    assert {"y: missing", "z: missing", "u/v: not expected"} <= {
+        line.strip() for line in str(error.value).splitlines()
+    }
+    with pytest.raises(ValueError, match="model 1") as error:
+        combine([a, {"x": jnp.ones(3), "y": jnp.ones(3), "z": jnp.ones((1, 1))}])
+    assert "x: shape (3,), expected (2,)" in str(error.value)
+    assert "z: shape (1, 1), expected (1,)" in str(error.value)
+    assert "y:" not in str(error.value)
+    with pytest.raises(ValueError, match="the same leaves in containers of other types"):
+        combine([[jnp.ones(1)], (jnp.ones(1),)])
+
+
+BAD_WEIGHTS = [
+    ([1.0], "weights has shape (1,), but there are 2 models"),
+    ([0.5, 0.25, 0.25], "weights has shape (3,), but there are 2 models"),
+    ([1.0, 1.0], "the weights sum to 2.0; divide them by their sum"),
+    ([0.5, float("nan")], "the weights sum to nan"),
+]
+
+
+@pytest.mark.parametrize(("weights", "message"), BAD_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused(weights, message):
+    models = random_nets(2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        otf.average(models, weights)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        otf.fuse(symmetry_of(), models, weights)
+
+
+# Fusion
+
+
+def test_fusing_is_aligning_transporting_and_averaging():
+    symmetry, models = symmetry_of(), random_nets(3)
+    moved = [otf.transport(symmetry, otf.align(symmetry, m, models[2]), m) for m in models[:2]]
+    fused = otf.fuse(symmetry, models, [0.2, 0.3, 0.5])
+    assert_trees_close(fused, otf.average([*moved, models[2]], [0.2, 0.3, 0.5]))
+    assert_trees_close(otf.fuse(symmetry, models), otf.average([*moved, models[2]]))
+
+
+def test_lists_stacks_and_jit_give_the_same():
+    symmetry, models = symmetry_of(), random_nets(3)
+    fuse = functools.partial(otf.fuse, symmetry, method=otf.ForwardPass())
+    expected = fuse(models)
+    for other in (fuse(tuple(models)), fuse(otf.stack(models)), jax.jit(fuse)(models)):
+        assert_trees_close(other, expected)
+    assert_trees_close(jax.jit(fuse)(otf.stack(models)), expected)
+
+
+@pytest.mark.parametrize("reference", [0, 1, -1])
+def test_permuted_copies_fuse_to_the_reference(reference):
+    copies = permuted_copies(random_nets(1)[0], 3)
+    fused = otf.fuse(symmetry_of(), copies, [0.5, 0.3, 0.2], reference=reference)
+    assert_trees_close(fused, copies[reference])
+    distance = jnp.abs(fused[1]["kernel"] - copies[(reference + 1) % 3][1]["kernel"])
+    assert distance.max() > 0.1
+
+
+def test_weights_stay_with_their_models_whatever_the_reference():
+    models = random_nets(3)
+    for index in range(3):
+        weights = [float(i == index) for i in range(3)]
+        fused = otf.fuse(symmetry_of(), models, weights, reference=index)
+        assert_trees_close(fused, models[index])
+        # All weight on another model: that model, in the reference's order of units.
+        fused = otf.fuse(symmetry_of(), models, weights, reference=(index + 1) % 3)
+        for layer, original in zip(fused, models[index], strict=True):
+            close(np.sort(layer["kernel"].ravel()), np.sort(original["kernel"].ravel()))
+
+
+def test_method_and_solver_reach_the_alignment():
+    symmetry, models = symmetry_of(), random_nets(3)[:2]
+    options = {"method": otf.ForwardPass(unit_norm=True), "solver": otf.Sinkhorn()}
+    alignment = otf.align(symmetry, *models, **options)
+    moved = otf.transport(symmetry, alignment, models[0])
+    assert_trees_close(otf.fuse(symmetry, models, **options), otf.average([moved, models[1]]))
+    with pytest.raises(ValueError, match="Sinkhorn returns soft plans"):
+        otf.fuse(symmetry, models, solver=otf.Sinkhorn())
+
+
+def test_integers_are_those_of_the_reference():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+    draw = jax.random.normal
+    models = [
+        {"w": draw(k, (5, 8)), "v": draw(k, (8, 2)), "steps": jnp.array(i)}
+        for i, k in enumerate(jax.random.split(jax.random.key(0), 3))
+    ]
+    symmetry = otf.trace_symmetry(fn, models[0], jnp.ones((1, 5)))
+    for reference in (0, 1, 2):
+        fused = otf.fuse(symmetry, models, reference=reference, method=otf.ForwardPass())
+        assert fused["steps"] == reference
+        assert fused["steps"].dtype == jnp.int32
+
+
+def test_parameters_that_are_lists_are_told_from_lists_of_models():
+    # Two layers and two models: the outer lists are of one length.
+    def fn(params, x):
+        (w, b), (v, c) = params
+        return jax.nn.relu(x @ w + b[None]) @ v + c[None]
+
+    def draw(key):
+        k = jax.random.split(key, 4)
+        shapes = [(5, 8), (8,), (8, 2), (2,)]
+        w, b, v, c = (jax.random.normal(k, shape) for k, shape in zip(k, shapes, strict=True))
+        return [(w, b), (v, c)]
+
+    model, x = draw(jax.random.key(0)), jax.random.normal(jax.random.key(1), (3, 5))
+    symmetry = otf.trace_symmetry(fn, model, x)
+    copy = otf.transport(symmetry, symmetry.random(jax.random.key(2)), model)
+    fuse = functools.partial(otf.fuse, symmetry, method=otf.ForwardPass())
+    for models in ([copy, model], (copy, model), otf.stack([copy, model])):
+        assert_trees_close(fuse(models), model)
+    with pytest.raises(ValueError, match="one model was given, or a stack"):
+        fuse(model)
+
+
+def test_models_that_cannot_be_fused_are_refused():
+    symmetry, models = symmetry_of(), random_nets(2)
+    fuse = functools.partial(otf.fuse, symmetry)
+    with pytest.raises(ValueError, match="1 model given; fusing takes at least two"):
+        fuse(models[:1])
+    with pytest.raises(ValueError, match="1 model given; fusing takes at least two"):
+        fuse(otf.stack(models[:1]))
+    with pytest.raises(ValueError, match="no models were given"):
+        fuse([])
+    with pytest.raises(ValueError, match="one model was given, or a stack"):
+        fuse(models[0])
+    with pytest.raises(ValueError, match="models is a dict of another structure"):
+        fuse(dict(enumerate(models)))
+    for reference in (2, -3):
+        with pytest.raises(ValueError, match=f"reference is {reference}, but there are 2 models"):
+            fuse(models, reference=reference)
+    with pytest.raises(ValueError, match=r"(?s)model 1 .*2/bias: missing.*2/kernel: missing"):
+        fuse([models[0], models[1][:2]])
+    shapes = [{**models[1][0], "bias": jnp.ones(9), "kernel": jnp.ones((5, 9))}, *models[1][1:]]
+    with pytest.raises(ValueError, match=r"(?s)model 1 .*0/bias: shape \(9,\).*0/kernel: shape"):
+        fuse([models[0], shapes])
+    bad = [{**models[0][0], "bias": models[0][0]["bias"] * jnp.inf}, *models[0][1:]]
+    with pytest.raises(ValueError, match=r"(?s)model 0 .*0/bias: 8 of 8 values not finite"):
+        fuse([bad, models[1]])
+    with pytest.raises(ValueError, match=r"0/bias: 8 of 16 values not finite"):
+        fuse(jax.tree.map(lambda *leaves: jnp.stack(leaves), bad, models[1]))
+
+
+def test_under_jit_what_is_not_finite_gives_nan():
+    models = random_nets(3)
+    bad = [{**models[0][0], "bias": models[0][0]["bias"] * jnp.nan}, *models[0][1:]]
+    fuse = functools.partial(otf.fuse, symmetry_of(), method=otf.ForwardPass())
+    fused = jax.jit(fuse)([bad, *models[1:]])
+    assert jnp.isnan(fused[0]["kernel"]).all()
