@@ -27,6 +27,10 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
 # Only modules imported from here on are checked.
 install_import_hook("otfusion_jax", f"{__name__}.typecheck")
 
+# Most of the suite's time goes into compiling small programs once. XLA's costlier passes would make
+# it half as long again and change nothing but the last digits.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # Our own code holds to both everywhere. Not all of our dependencies do: ott's Sinkhorn promotes
 # ranks and dtypes (its Hungarian algorithm and costs do not); Flax's avg_pool, optax's Adam and its
 # schedules promote dtypes. Code of ours that calls ott's Sinkhorn relaxes them there, by context
