@@ -8,11 +8,12 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
     fused = otf.fuse(symmetry, [params_a, params_b])
 """
 
-from otfusion_jax.align import AbstractMethod, Alignment, CoordinateDescent, ForwardPass, align
+from otfusion_jax.align import align
 from otfusion_jax.costs import Gram, feature_gram
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.fuse import average, fuse, stack
+from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
 from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
 from otfusion_jax.trace import trace_symmetry

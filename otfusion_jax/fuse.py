@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import AbstractMethod, CoordinateDescent, align
+from otfusion_jax.align import align
+from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
 from otfusion_jax.symmetry import Symmetry, leaves_of
 from otfusion_jax.transport import transport

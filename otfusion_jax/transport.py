@@ -145,7 +145,8 @@ def _problem(group: Group, plan: Any) -> str | None:
         if plan.shape != (n,):
             return f"shape {plan.shape}, expected ({n},)"
         if known and not np.array_equal(np.sort(np.asarray(plan)), np.arange(n)):
-            return f"not a permutation of 0 to {n - 1}"
+            unsolved = "; its cost was not finite" if np.all(np.asarray(plan) == n) else ""
+            return f"not a permutation of 0 to {n - 1}{unsolved}"
         return None
     if plan.ndim != 2 or plan.shape[0] != n:
         return f"shape {plan.shape}, expected ({n}, m) for a transport plan or int ({n},)"

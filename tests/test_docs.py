@@ -28,6 +28,7 @@ LAYERS = (
     "assignment",
     "solvers",
     "transport",
+    "methods",
     "align",
     "fuse",
     "evaluate",
