@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -175,12 +175,19 @@ class ForwardPass(AbstractMethod):
 
     Attributes:
         unit_norm: whether to scale units to norm 1 for the cost, as the original does on request.
+        members: which weights make up a unit: `"producing"` it, as in the paper, or `"all"`, those
+            that consume it as well, in the order in which they are.
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1.
     """
 
     unit_norm: bool = False
+    members: Literal["producing", "all"] = "producing"
+
+    def __post_init__(self):
+        if self.members not in ("producing", "all"):
+            raise ValueError(f"members is {self.members!r}; it must be 'producing' or 'all'")
 
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`."""
@@ -195,7 +202,8 @@ class ForwardPass(AbstractMethod):
             if features is not None:
                 found = features[group.name]
             else:
-                members = _placed(problem.symmetry, group)
+                every = self.members == "all"
+                members = group.members if every else _placed(problem.symmetry, group)
                 found = problem.gram(group, members, state.plans)
             return _normalised(found) if self.unit_norm else found
 

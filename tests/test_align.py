@@ -11,6 +11,7 @@ import pytest
 import reference as ref
 import zoo
 from ott.geometry import costs
+from scipy.optimize import linear_sum_assignment
 
 import otfusion_jax as otf
 
@@ -103,6 +104,26 @@ def test_forward_pass_is_algorithm_1(kind, mode, squared):
             ref.unstack(results, seed),
             expected,
         )
+
+
+def test_forward_pass_by_all_members_also_sees_what_consumes_the_units():
+    source, target = one_pair()
+    method = otf.ForwardPass(members="all")
+    found = as_list(otf.align(symmetry_of("mlp"), source, target, method=method).plans)
+    (a0, a1, a2), (b0, b1, b2) = ref.to_numpy(source), ref.to_numpy(target)
+
+    def matched(into_a, bias_a, out_of_a, into_b, bias_b, out_of_b):
+        units_a = np.concatenate([into_a, bias_a[None], out_of_a.T])
+        units_b = np.concatenate([into_b, bias_b[None], out_of_b.T])
+        return linear_sum_assignment(-(units_b.T @ units_a))[1]
+
+    first = matched(a0["kernel"], a0["bias"], a1["kernel"], b0["kernel"], b0["bias"], b1["kernel"])
+    second = matched(
+        a1["kernel"][first], a1["bias"], a2["kernel"], b1["kernel"], b1["bias"], b2["kernel"]
+    )
+    np.testing.assert_array_equal(found, [first, second])
+    with pytest.raises(ValueError, match="members is 'some'"):
+        otf.ForwardPass(members="some")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", ref.SHAPES)
