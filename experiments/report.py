@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 _PACKAGES = ("otfusion-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "numpy")
 # Colours (mostly Okabe and Ito's) that colour-blind readers tell apart; markers serve in grey.
-# Each line is thinner than those before it, so that lines that coincide all stay visible.
 _STYLES = (
     {"color": "#000000", "marker": "o", "linestyle": "--", "linewidth": 1.6, "markersize": 4},
     {"color": "#56B4E9", "marker": "s", "linestyle": "-", "linewidth": 1.6, "markersize": 5},

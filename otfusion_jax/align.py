@@ -67,10 +67,11 @@ def _align(
     metric: costs.CostFn,
     features: dict[str, Gram] | None,
 ) -> Alignment:
+    problem = Problem(symmetry, source, target, metric, solver)
     if not symmetry.groups:
-        distance = Problem(symmetry, source, target, metric, solver).distance({})
+        distance = problem.distance({})
         return Alignment({}, distance, distance[None], jnp.array(True), {})
-    return method.run(Problem(symmetry, source, target, metric, solver), features)
+    return method.run(problem, features)
 
 
 def _check_features(symmetry: Symmetry, features: dict[str, Gram] | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.fuse import same_trees, stack
+from otfusion_jax.fuse import stack
 
 
 def ensemble(
@@ -107,7 +107,6 @@ def barrier(
     ends = t.ndim == 1 and t.shape[0] >= 2
     if not ends or (not isinstance(t, Tracer) and (np.asarray(t)[[0, -1]] != (0, 1)).any()):
         raise ValueError("t must be a vector that starts at 0 and ends at 1")
-    same_trees([a, b])
     values = jax.lax.map(
         lambda s: jnp.asarray(metric(interpolate(a, b, s)), float),
         t,

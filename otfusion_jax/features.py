@@ -70,7 +70,11 @@ def _features(
         )
     views = traced.produced if at == "produced" else traced.consumed
     sites = {view.site for found in views.values() for view in found}
-    arrays = _read(traced.jaxpr, sites, jax.tree_util.tree_leaves((params, *inputs)))
+    arrays: dict[Site, Array] = {}
+    wanted: dict[tuple[int, ...], list[Site]] = {}
+    for site in sites:
+        wanted.setdefault(site.path, []).append(site)
+    _evaluate(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), wanted, arrays)
     return {
         g.name: jnp.concatenate(
             [_units(arrays[v.site], v, g.size) for v in views.get(g.name, ())]
@@ -86,20 +90,14 @@ def _units(array: Array, view: View, size: int) -> Array:
     return jnp.moveaxis(split, view.site.dim + 1, -1).reshape(-1, size)
 
 
-def _read(jaxpr: core.ClosedJaxpr, sites: set[Site], args: list[Any]) -> dict[Site, Array]:
-    """Evaluates a jaxpr and keeps the arrays at the sites."""
-    found: dict[Site, Array] = {}
-    _evaluate(jaxpr, args, (), sites, found)
-    return found
-
-
 def _evaluate(
     jaxpr: core.ClosedJaxpr,
     args: list[Any],
     path: tuple[int, ...],
-    sites: set[Site],
+    wanted: dict[tuple[int, ...], list[Site]],
     found: dict[Site, Array],
 ) -> list[Any]:
+    """Runs a jaxpr that lies at `path`; arrays at the sites wanted of each path go to `found`."""
     env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
 
@@ -111,14 +109,13 @@ def _evaluate(
         operands = [read(v) for v in eqn.invars]
         inner = body(eqn)
         if inner is not None:
-            results = _evaluate(inner, operands, here, sites, found)
+            results = _evaluate(inner, operands, here, wanted, found)
         else:
             bound = eqn.primitive.bind(*operands, **eqn.params)
             results = bound if eqn.primitive.multiple_results else [bound]
         env.update(zip(eqn.outvars, results, strict=True))
-        for site in sites:
-            if site.path == here:
-                found[site] = (operands if site.side == "in" else results)[site.position]
+        for site in wanted.get(here, ()):
+            found[site] = (operands if site.side == "in" else results)[site.position]
     return [read(v) for v in jaxpr.jaxpr.outvars]
 
 

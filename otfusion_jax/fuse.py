@@ -47,15 +47,18 @@ def stack(models: Sequence[PyTree]) -> PyTree:
         ValueError: for no models, values that are not finite, or trees that differ, listing every
             offender by key path.
     """
-    same_trees(models)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+    return _stack(models)
 
 
-def same_trees(models: Sequence[PyTree]) -> None:
-    """Checks that models can be combined leaf by leaf.
+def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree:
+    """Stacks models after checking that they can be combined leaf by leaf.
 
     Args:
         models: K pytrees.
+        symmetry: what they have to fit; None means the tree of the first.
+
+    Returns:
+        One pytree with leaves `[K, ...]`.
 
     Raises:
         ValueError: for no models, values that are known and not finite, or trees that differ,
@@ -63,10 +66,12 @@ def same_trees(models: Sequence[PyTree]) -> None:
     """
     if not models:
         raise ValueError("no models were given; pass at least one pytree of parameters")
-    first, treedef = leaves_of(models[0]), jax.tree_util.tree_structure(models[0])
-    reference = Symmetry((), (), first, treedef)
+    if symmetry is None:
+        treedef = jax.tree_util.tree_structure(models[0])
+        symmetry = Symmetry((), (), leaves_of(models[0]), treedef)
     for number, model in enumerate(models):
-        reference.validate(model, f"model {number}")
+        symmetry.validate(model, f"model {number}")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
@@ -179,6 +184,4 @@ def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:
             f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
             "list of models, or one pytree with leaves [K, ...]"
         )
-    for number, model in enumerate(models):
-        symmetry.validate(model, f"model {number}")
-    return stack(models)
+    return _stack(models, symmetry)

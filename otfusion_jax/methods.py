@@ -191,11 +191,11 @@ class ForwardPass(AbstractMethod):
 
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`."""
-        state = self.state(problem, features)
+        state = self._pass(problem, features)
         history = jnp.stack([problem.distance({}), problem.distance(state.plans)])
         return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
 
-    def state(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
+    def _pass(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
         """Returns the state after the pass."""
 
         def compare(group: Group, state: _State) -> Gram:
@@ -280,7 +280,7 @@ class CoordinateDescent(AbstractMethod):
                 "returns soft plans; use Exact(), or ForwardPass() with this solver"
             )
         starts = [
-            ForwardPass().state(problem, features) if name == "forward" else still
+            ForwardPass()._pass(problem, features) if name == "forward" else still
             for name in self.starts
         ]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)

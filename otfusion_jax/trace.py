@@ -4,6 +4,7 @@
 every parameter, and reads off which of them the primitives have tied together.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -187,9 +188,10 @@ def _collect(
     for atom, found in members.items():
         order.setdefault(atom, found[0].path)
     groups, names = [], {}
+    count: collections.Counter[str] = collections.Counter()
     for atom, name in order.items():
-        same = sum(g.name.partition("#")[0] == name for g in groups)
-        names[atom] = f"{name}#{same + 1}" if same else name
+        count[name] += 1
+        names[atom] = f"{name}#{count[name]}" if count[name] > 1 else name
         groups.append(Group(names[atom], space.size(atom), tuple(members[atom])))
     return tuple(groups), names, tuple(pins)
 
