@@ -1,14 +1,15 @@
 """The command line: one subcommand per study, all of them with the same few flags."""
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.data import DATASETS, DatasetUnavailable
-from experiments.models import MODELS
+from experiments.data import DATASETS
+from experiments.models import MODELS, ModelConfig
 from experiments.runs import Request
 from experiments.studies import STUDIES
 
@@ -26,19 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     # TFDS and Orbax report through absl what only their own developers can use.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    request = Request(
-        command=shlex.join(["python", "-m", "experiments", *words]),
-        dataset=options.dataset,
-        model=options.model,
-        use_bias=options.bias,
-        seeds=tuple(options.seeds),
-        epochs=options.epochs,
-        data_dir=options.data_dir,
-        out=options.out,
+    flags = vars(options)
+    model = ModelConfig(
+        flags.pop("model"), flags.pop("bias"), use_norm=flags.pop("norm"), width=flags.pop("width")
     )
+    study = STUDIES[flags.pop("study")]
+    common = {
+        field.name: flags.pop(field.name)
+        for field in dataclasses.fields(Request)
+        if field.name in flags
+    }
+    common["seeds"] = tuple(common["seeds"])
+    command = shlex.join(["python", "-m", "experiments", *words])
     try:
-        STUDIES[options.study].run(request)
-    except DatasetUnavailable as error:
+        study.run(Request(command=command, model=model, options=flags, **common))
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -58,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         help="give the layers biases (the models of the paper have none)",
     )
     common.add_argument(
+        "--norm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="put batch norm after the convolutions (the models of the paper have none)",
+    )
+    common.add_argument(
+        "--width", type=float, default=1.0, help="multiplies the units of every hidden layer"
+    )
+    common.add_argument(
         "--seeds",
         nargs=2,
         type=int,
@@ -65,12 +77,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("A", "B"),
         help="seeds of the two models (default: 0 1)",
     )
+    common.add_argument("--recipe", help="of recipes.py (default: the first for model and data)")
     common.add_argument("--epochs", type=int, help="instead of the number in the recipe")
+    common.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the activations in training"
+    )
+    common.add_argument("--train-images", type=int, help="train on so many only")
+    common.add_argument("--test-images", type=int, help="evaluate on so many only")
     common.add_argument("--data-dir", type=Path, help="where TFDS keeps its data")
     common.add_argument("--out", type=Path, help="folder of the run (default: runs/<what runs>)")
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     subparsers = parser.add_subparsers(dest="study", required=True, metavar="study")
     for name, study in STUDIES.items():
-        subparsers.add_parser(name, parents=[common], help=study.summary, description=study.summary)
+        subparser = subparsers.add_parser(
+            name, parents=[common], help=study.summary, description=study.summary
+        )
+        study.arguments(subparser)
     return parser

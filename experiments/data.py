@@ -196,6 +196,7 @@ def _tensorflow_installed() -> bool:
 
 
 DATASETS: dict[str, Callable[[str, str | Path | None], Dataset]] = {
+    "cifar10": _FromTfds(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "digits": _digits,
     "mnist": _FromTfds(mean=(0.1307,), std=(0.3081,)),
 }

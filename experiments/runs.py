@@ -1,9 +1,12 @@
 """What the command line asks a study for, and the folder of its own that a run writes to."""
 
+import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from experiments.data import Dataset, load_dataset
 from experiments.models import ModelConfig
 from experiments.recipes import RECIPES
 from experiments.train import TrainConfig
@@ -16,43 +19,84 @@ class Request:
     Attributes:
         command: The command itself, to be recorded.
         dataset: A key of `DATASETS`.
-        model: A key of `MODELS`.
-        use_bias: Whether the model's layers have biases.
-        seeds: Seeds of the two models.
+        model: The architecture of all models.
+        seeds: Seeds of the models.
+        recipe: Name of the training recipe; None for the first.
         epochs: Instead of those of the recipe; None keeps them.
+        dtype: Of the activations in training, instead of the recipe's; None keeps it.
+        train_images: How many of the training images to train on; None for all.
+        test_images: How many of the test images to evaluate on; None for all.
         data_dir: Where TFDS keeps its data; None for its default.
         out: The run's folder; None for one named after the run.
+        options: Flags of this study alone.
     """
 
     command: str
     dataset: str
-    model: str
-    use_bias: bool
-    seeds: tuple[int, int]
-    epochs: int | None
-    data_dir: Path | None
-    out: Path | None
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model to train."""
-        return ModelConfig(self.model, self.use_bias)
+    model: ModelConfig
+    seeds: tuple[int, ...]
+    recipe: str | None = None
+    epochs: int | None = None
+    dtype: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    data_dir: Path | None = None
+    out: Path | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def train_config(self) -> TrainConfig:
-        """The recipe of this model on this dataset, with the number of epochs asked for."""
-        key = (self.dataset, self.model)
-        if key not in RECIPES:
+        """The recipe of this model on this dataset, with what was asked for changed.
+
+        Raises:
+            ValueError: There is no such recipe; the message lists what there is.
+        """
+        recipes = RECIPES.get((self.dataset, self.model.name))
+        if recipes is None:
+            known = ", ".join(f"{model} on {dataset}" for dataset, model in RECIPES)
             raise ValueError(
-                f"There is no recipe for {self.model} on {self.dataset}; add one to recipes.py."
+                f"There is no recipe for {self.model.name} on {self.dataset}, only for {known}; "
+                "add one to recipes.py."
             )
-        recipe = RECIPES[key]
-        return recipe if self.epochs is None else dataclasses.replace(recipe, epochs=self.epochs)
+        name = next(iter(recipes)) if self.recipe is None else self.recipe
+        if name not in recipes:
+            raise ValueError(
+                f"There is no recipe {name!r} for {self.model.name} on {self.dataset}; choose one "
+                f"of {sorted(recipes)}."
+            )
+        changes = {"epochs": self.epochs, "dtype": self.dtype}
+        given = {field: value for field, value in changes.items() if value is not None}
+        return dataclasses.replace(recipes[name], **given)
+
+    def load(self) -> Dataset:
+        """Reads the dataset, and keeps the first images of each split if fewer were asked for.
+
+        Raises:
+            ValueError: Fewer than one image was asked for.
+            DatasetUnavailable: The data is not on this machine.
+        """
+        for name, count in (("train", self.train_images), ("test", self.test_images)):
+            if count is not None and count < 1:
+                raise ValueError(f"--{name}-images is {count}; give at least 1.")
+        whole = load_dataset(self.dataset, self.data_dir)
+        train, test = slice(self.train_images), slice(self.test_images)
+        return dataclasses.replace(
+            whole,
+            train_images=whole.train_images[train],
+            train_labels=whole.train_labels[train],
+            test_images=whole.test_images[test],
+            test_labels=whole.test_labels[test],
+        )
 
     def folder(self, study: str) -> Path:
         """Returns the folder for this run of a study; it need not exist yet."""
         seeds = "-".join(map(str, self.seeds))
-        return self.out or Path("runs", f"{study}-{self.dataset}-{self.model_config.label}-{seeds}")
+        return self.out or Path("runs", f"{study}-{self.dataset}-{self.model.label}-{seeds}")
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares nothing: the study has no flags of its own."""
+    del parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +106,9 @@ class Study:
     Attributes:
         summary: One line for the help text.
         run: Does the study, prints its outcome and leaves files in the run's folder.
+        arguments: Declares the flags of this study alone.
     """
 
     summary: str
     run: Callable[[Request], None]
+    arguments: Callable[[argparse.ArgumentParser], None] = no_arguments

@@ -21,30 +21,44 @@ from experiments.data import Dataset
 from experiments.models import Model, ModelConfig, build_model
 
 # Steps between two updates of the progress bar.
-_CHUNK_STEPS = 100
+_CHUNK_STEPS = 20
+# Pixels of margin that a crop is moved in.
+_MARGIN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train: plain SGD with momentum on the cross-entropy.
+    """How to train: SGD with momentum on the cross-entropy.
 
     Attributes:
         epochs: Passes over the training split, each in its own random order.
         batch_size: Examples per step; those that do not fill a last batch are left out of an epoch.
-        learning_rate: Step size.
+        learning_rate: Step size; of the one-cycle schedule the peak.
         momentum: Decay of the gradient's running sum, in [0, 1).
+        weight_decay: Multiple of each parameter added to its gradient.
+        one_cycle: Whether the step size rises from a 25th for 30 % of the steps, and then falls to
+            almost nothing, each along a cosine (Smith and Topin 2019, as in PyTorch).
+        drops: Pairs of an epoch and a factor that the step size is multiplied by from then on.
+        augment: Whether images are cropped at random out of a black margin of 4 pixels, and
+            flipped.
+        dtype: Of the activations, float32 or bfloat16.
     """
 
     epochs: int
     batch_size: int
     learning_rate: float
     momentum: float
+    weight_decay: float = 0.0
+    one_cycle: bool = False
+    drops: tuple[tuple[int, float], ...] = ()
+    augment: bool = False
+    dtype: str = "float32"
 
 
 class TrainState(NamedTuple):
     """All that one epoch hands to the next, and so all that a checkpoint holds."""
 
-    params: PyTree
+    variables: PyTree
     opt_state: PyTree
     history: Float[Array, "epochs 2"]
 
@@ -54,7 +68,7 @@ class Trained:
     """A trained model.
 
     Attributes:
-        params: The variables of the Flax module.
+        params: The variables of the Flax module: parameters, and statistics if it has batch norm.
         history: float32 `[epochs, 2]`: mean training loss and accuracy in percent of each epoch.
         seconds: Time spent training in this call.
         epochs_reused: Epochs that came from checkpoints of earlier calls.
@@ -73,7 +87,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def train(
-    model_config: ModelConfig, config: TrainConfig, dataset: Dataset, seed: int, folder: Path
+    model_config: ModelConfig,
+    config: TrainConfig,
+    dataset: Dataset,
+    seed: int,
+    folder: Path,
+    start: PyTree | None = None,
 ) -> Trained:
     """Trains a model, or resumes or reuses an earlier training of the same configuration.
 
@@ -87,6 +106,7 @@ def train(
         dataset: What to train it on; only the training split is used.
         seed: Source of the initialisation and of the order of the examples.
         folder: Where the checkpoints of all trainings of one run are kept.
+        start: Variables to go on from, as in fine-tuning; None draws them by the seed.
 
     Returns:
         The trained model.
@@ -100,12 +120,20 @@ def train(
             f"Nothing to train with {config.epochs} epochs of batches of {config.batch_size} from"
             f" {count} examples; give at least one epoch and a batch that the examples fill."
         )
-    model = build_model(model_config, dataset.classes)
+    model = build_model(model_config, dataset.classes, config.dtype)
     init_key, order_key = jax.random.split(jax.random.key(seed))
-    state = _initial_state(model, config, init_key, dataset.train_images[:1])
+    noise_key = jax.random.fold_in(order_key, config.epochs)  # epochs have the smaller numbers
+    steps = count // config.batch_size
+    origin = None if start is None else _digest(start)
+    variables = _draw(model, init_key, dataset.train_images[:1]) if start is None else start
+    state = TrainState(
+        variables,
+        _optimizer(config, steps).init(variables["params"]),
+        jnp.zeros((config.epochs, 2)),
+    )
 
     label = f"{model_config.label}-seed-{seed}"
-    digest = fingerprint(model_config, config, seed, dataset.name, dataset.fingerprint())
+    digest = fingerprint(model_config, config, seed, dataset.name, dataset.fingerprint(), origin)
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager((folder / f"{label}-{digest}").resolve(), options=options) as saved:
         # Checkpoints are numbered by the epochs that they have behind them.
@@ -114,31 +142,49 @@ def train(
             restored = saved.restore(done, args=ocp.args.StandardRestore(state))
             # Orbax commits arrays to a device, for which JAX would compile everything once more.
             state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
-        start = time.perf_counter()
+        began = time.perf_counter()
         if done < config.epochs:
             images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
             with _Progress(f"{dataset.name} {label}", config, count, done) as progress:
                 for epoch in range(done, config.epochs):
                     order = _epoch_order(order_key, epoch, count, config.batch_size)
-                    state = _run_epoch(model, config, state, epoch, order, images, labels, progress)
+                    noise = jax.random.fold_in(noise_key, epoch)
+                    state = _run_epoch(
+                        model, config, state, epoch, order, images, labels, noise, progress
+                    )
                     saved.save(epoch + 1, args=ocp.args.StandardSave(state))
         else:
             print(f"{dataset.name} {label}: reusing the training finished earlier", file=sys.stderr)
     return Trained(
-        state.params, np.asarray(state.history), time.perf_counter() - start, epochs_reused=done
+        state.variables, np.asarray(state.history), time.perf_counter() - began, epochs_reused=done
     )
 
 
-def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    return optax.sgd(config.learning_rate, config.momentum)
+def _digest(tree: PyTree) -> str:
+    """Returns a hexadecimal digest of the values of a tree."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
-def _initial_state(
-    model: Model, config: TrainConfig, key: PRNGKeyArray, images: Float[Array, "1 ..."]
-) -> TrainState:
-    params = model.init(key, images)
-    return TrainState(params, _optimizer(config).init(params), jnp.zeros((config.epochs, 2)))
+def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """Builds the optimiser for epochs of some number of steps."""
+    if config.one_cycle:
+        schedule = optax.cosine_onecycle_schedule(config.epochs * steps, config.learning_rate)
+    else:
+        drops = {epoch * steps: factor for epoch, factor in config.drops}
+        schedule = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _draw(model: Model, key: PRNGKeyArray, images: Float[Array, "1 ..."]) -> PyTree:
+    return model.init(key, images)
 
 
 def _epoch_order(
@@ -158,21 +204,25 @@ def _run_epoch(
     order: Int[Array, "steps batch"],
     images: Float[Array, "n height width channels"],
     labels: Int[Array, " n"],
+    key: PRNGKeyArray,
     progress: "_Progress",
 ) -> TrainState:
     """Runs one epoch in chunks of steps and notes its mean loss and accuracy in the history."""
     steps, batch_size = order.shape
     sums = jnp.zeros(2)
-    params, opt_state, history = state
+    variables, opt_state, history = state
+    # A chunk gives its buffers away, and the first ones may be the caller's.
+    variables = jax.tree.map(jnp.copy, variables)
     for low in range(0, steps, _CHUNK_STEPS):
         high = min(low + _CHUNK_STEPS, steps)
-        params, opt_state, sums = _run_steps(
-            model, config, (params, opt_state, sums), order, low, high, images, labels
+        carry = (variables, opt_state, sums)
+        variables, opt_state, sums = _run_steps(
+            model, config, carry, order, low, high, images, labels, key
         )
         loss, correct = sums.tolist()
         progress.advance(high - low, loss / high, 100 * correct / (high * batch_size))
     means = sums / jnp.asarray([steps, steps * batch_size / 100], dtype=sums.dtype)
-    return TrainState(params, opt_state, history.at[epoch].set(means))
+    return TrainState(variables, opt_state, history.at[epoch].set(means))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="carry")
@@ -185,26 +235,57 @@ def _run_steps(
     high: int,
     images: Float[Array, "n height width channels"],
     labels: Int[Array, " n"],
+    key: PRNGKeyArray,
 ) -> tuple[PyTree, PyTree, Float[Array, " 2"]]:
     """Runs the steps `low` to `high` of an epoch; adds up the loss and the number of correct ones.
 
     The bounds are traced, so that a last, shorter chunk needs no compilation of its own.
     """
+    optimizer = _optimizer(config, len(order))
+    black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
 
-    def objective(params: PyTree, step: Int[Array, ""]) -> tuple[Array, Array]:
+    def objective(params: PyTree, rest: PyTree, step: Int[Array, ""]) -> tuple[Array, Any]:
         chosen = order[step]
-        logits = model.apply(params, images[chosen])
+        batch = images[chosen]
+        if config.augment:
+            batch = _augmented(jax.random.fold_in(key, step), batch, black)
+        logits, changed = model.apply(
+            {**rest, "params": params}, batch, train=True, mutable=list(rest)
+        )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels[chosen], dtype=jnp.float32)
-        return loss, correct
+        return loss, (changed, correct)
 
     def one_step(step: Int[Array, ""], carry: tuple[PyTree, PyTree, Array]) -> Any:
-        params, opt_state, sums = carry
-        (loss, correct), grads = jax.value_and_grad(objective, has_aux=True)(params, step)
-        updates, opt_state = _optimizer(config).update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, sums + jnp.stack([loss, correct])
+        variables, opt_state, sums = carry
+        params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+        graded = jax.value_and_grad(objective, has_aux=True)
+        (loss, (changed, correct)), grads = graded(params, rest, step)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        variables = {**changed, "params": optax.apply_updates(params, updates)}
+        return variables, opt_state, sums + jnp.stack([loss, correct])
 
     return jax.lax.fori_loop(low, high, one_step, carry)
+
+
+def _augmented(
+    key: PRNGKeyArray,
+    images: Float[Array, "batch height width channels"],
+    black: Float[Array, "1 1 1 channels"],
+) -> Float[Array, "batch height width channels"]:
+    """Crops each image out of a black margin, somewhere, and flips every other one."""
+    count, height, width, channels = images.shape
+    where, flips = jax.random.split(key)
+    corners = jax.random.randint(where, (count, 2), 0, 2 * _MARGIN + 1)
+    flipped = jax.random.bernoulli(flips, shape=(count, 1, 1, 1))
+    margins = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
+    padded = jnp.pad(images - black, margins) + black
+
+    def crop(image: Array, corner: Int[Array, " 2"]) -> Array:
+        return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, corners)
+    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
 
 
 class _Progress:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import cli, data, report
+from experiments.models import ModelConfig
 from experiments.recipes import RECIPES
 from experiments.runs import Request
 
@@ -65,16 +68,45 @@ def test_second_run_gives_the_same_results(finished: Path, capsys: pytest.Captur
 
 
 def test_runs_have_folders_of_their_own():
-    request = Request("", "digits", "mlpnet", True, (4, 5), epochs=None, data_dir=None, out=None)
-    assert request.folder("one_shot") == Path("runs/one_shot-digits-mlpnet-bias-4-5")
+    request = Request("", "digits", ModelConfig("mlpnet", use_bias=True, width=0.5), (4, 5))
+    assert request.folder("one_shot") == Path("runs/one_shot-digits-mlpnet-bias-x0.5-4-5")
     assert dataclasses.replace(request, out=Path("x")).folder("one_shot") == Path("x")
 
 
 def test_epochs_replace_those_of_the_recipe():
-    request = Request("", "digits", "mlpnet", False, (0, 1), epochs=3, data_dir=None, out=None)
-    recipe = RECIPES["digits", "mlpnet"]
+    request = Request("", "digits", ModelConfig("mlpnet"), (0, 1), epochs=3)
+    recipe = RECIPES["digits", "mlpnet"]["short"]
     assert request.train_config == dataclasses.replace(recipe, epochs=3)
     assert dataclasses.replace(request, epochs=None).train_config == recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "vgg11"], "no recipe for vgg11 on digits"),
+        (["--recipe", "long"], r"choose one of \['short'\]"),
+        (["--norm"], "mlpnet has no batch norm"),
+        (["--width", "0"], "leaves no units"),
+        (["--test-images", "0"], "--test-images is 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_request_that_cannot_be_met_is_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["one_shot", "--out", str(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: .*{message}", error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_fewer_images_are_the_first():
+    request = Request("", "digits", ModelConfig("mlpnet"), (0, 1), train_images=100, test_images=50)
+    part, whole = request.load(), dataclasses.replace(request, test_images=None).load()
+    assert part.train_images.shape == (100, 8, 8, 1)
+    np.testing.assert_array_equal(part.test_images, whole.test_images[:50])
+    np.testing.assert_array_equal(part.test_labels, whole.test_labels[:50])
 
 
 def test_missing_data_is_one_line_and_leaves_nothing(

@@ -97,31 +97,92 @@ def test_changed_configuration_is_trained_anew(digits: Dataset, tmp_path: Path):
     assert train(MODEL, changed, digits, 0, tmp_path).epochs_reused == 0
 
 
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    """Sixteen bright or dark 32x32 images in colour."""
+    labels = np.arange(16, dtype=np.int32) % 2
+    noise = np.random.default_rng(0).uniform(-1, 1, (16, 32, 32, 3)).astype(np.float32)
+    images = noise + labels[:, None, None, None].astype(np.float32)
+    return Dataset("pictures", images, labels, images, labels, classes=2)
+
+
+# Optax and Flax promote dtypes inside.
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_updates_parameters_and_statistics(pictures: Dataset, tmp_path: Path, dtype: str):
+    model = ModelConfig("resnet18", use_bias=True, use_norm=True, width=1 / 16)
+    config = TrainConfig(
+        3, 8, 0.05, 0.9, weight_decay=5e-4, one_cycle=True, augment=True, dtype=dtype
+    )
+    trained = train(model, config, pictures, 0, tmp_path)
+    assert np.isfinite(trained.history).all()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained.params))
+    mean = trained.params["batch_stats"]["BatchNorm_0"]["mean"]
+    assert jnp.abs(mean).max() > 0.01
+
+
+def test_training_goes_on_from_given_variables(digits: Dataset, tmp_path: Path):
+    short = dataclasses.replace(CONFIG, epochs=1)
+    first = train(MODEL, short, digits, 0, tmp_path).params
+    kept = jax.tree.map(np.array, first)
+    tuned = train(MODEL, short, digits, 0, tmp_path, start=first)
+    assert tuned.epochs_reused == 0  # another start is another training
+    assert tuned.history[-1, 0] < 0.7 * train(MODEL, short, digits, 0, tmp_path).history[-1, 0]
+    jax.tree.map(np.testing.assert_array_equal, first, kept)
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_step_sizes_follow_the_schedule():
+    def step_sizes(config: TrainConfig) -> list[float]:
+        optimizer = training._optimizer(config, steps=10)
+        weight = jnp.zeros(())
+        state, sizes = optimizer.init(weight), []
+        for _ in range(10 * config.epochs):
+            update, state = optimizer.update(jnp.ones(()), state, weight)
+            sizes.append(-np.asarray(update).item())
+        return sizes
+
+    drops = step_sizes(TrainConfig(3, 1, 0.1, 0.0, drops=((1, 0.5), (2, 0.1))))
+    np.testing.assert_allclose(drops[9:12] + drops[19:22], [0.1, 0.05, 0.05, 0.05, 0.005, 0.005])
+    cycle = step_sizes(TrainConfig(3, 1, 0.1, 0.0, one_cycle=True))
+    assert np.argmax(cycle) == 9
+    np.testing.assert_allclose([cycle[0], cycle[9]], [0.1 / 25, 0.1], rtol=1e-5)
+    assert cycle[-1] < 0.1 / 50
+
+
+def test_weights_decay():
+    config = TrainConfig(1, 1, 0.1, 0.0, weight_decay=0.5)
+    optimizer = training._optimizer(config, steps=1)
+    weight = jnp.asarray(2.0)
+    update, _ = optimizer.update(jnp.zeros(()), optimizer.init(weight), weight)
+    np.testing.assert_allclose(np.asarray(update), -0.1 * 0.5 * 2)
+
+
+def test_augmented_images_are_moved_and_flipped_crops():
+    black = jnp.asarray([-1.0, -2.0]).reshape(1, 1, 1, 2)
+    pixels = jnp.arange(6 * 6 * 2, dtype=jnp.float32).reshape(6, 6, 2)
+    images = jnp.broadcast_to(pixels, (200, 6, 6, 2))
+    augmented = np.asarray(training._augmented(jax.random.key(0), images, black))
+    framed = np.broadcast_to(np.asarray(black[0]), (14, 14, 2)).copy()
+    framed[4:10, 4:10] = pixels
+    crops = {
+        framed[i : i + 6, j : j + 6][:, ::step].tobytes(): (i, j, step)
+        for i in range(9)
+        for j in range(9)
+        for step in (1, -1)
+    }
+    found = [crops[image.tobytes()] for image in augmented]  # a KeyError: no such crop
+    assert {i for i, _, _ in found} == {j for _, j, _ in found} == set(range(9))
+    assert 60 < sum(step == 1 for _, _, step in found) < 140
+
+
 def test_batch_larger_than_the_data_is_an_error(digits: Dataset, tmp_path: Path):
     config = TrainConfig(epochs=1, batch_size=5000, learning_rate=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="1433 examples"):
         train(MODEL, config, digits, 0, tmp_path)
 
 
-@pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
-def test_initialisation_is_that_of_the_recipe(use_bias: bool):
-    model = build_model(ModelConfig("mlpnet", use_bias), classes=10)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    widths = [784, 400, 200, 100, 10]
-    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        dense = params[f"Dense_{layer}"]
-        assert dense["kernel"].shape == (fan_in, fan_out)
-        assert ("bias" in dense) == use_bias
-        for values in jax.tree.leaves(dense):
-            assert 0.7 / fan_in**0.5 < jnp.abs(values).max() <= 1 / fan_in**0.5
-
-
 def test_accuracy_counts_examples_beyond_the_last_full_batch():
     labels = jnp.arange(2500, dtype=jnp.int32) % 7
     images = jax.nn.one_hot(labels.at[-10:].add(1) % 7, 7)
     assert accuracy(lambda batch: batch, images, labels) == pytest.approx(100 * 2490 / 2500)
-
-
-def test_unknown_model_names_the_known_ones():
-    with pytest.raises(ValueError, match="mlpnet"):
-        build_model(ModelConfig("vgg99"), classes=10)

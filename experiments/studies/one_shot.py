@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 import otfusion_jax as otf
 from experiments import report
-from experiments.data import Dataset, load_dataset
+from experiments.data import Dataset
 from experiments.evaluate import accuracy
 from experiments.models import ModelConfig, build_model
 from experiments.runs import Request
@@ -86,14 +86,13 @@ def run(request: Request) -> None:
         request: The command; `request.folder` receives `results.json`, `paths.png` and the
             checkpoints of the two models.
     """
-    config = OneShotConfig(
-        request.dataset, request.model_config, request.train_config, request.seeds
-    )
+    first, second = request.seeds
+    config = OneShotConfig(request.dataset, request.model, request.train_config, (first, second))
     folder = request.folder("one_shot")
     timings: dict[str, float] = {}
 
     start = time.perf_counter()
-    dataset = load_dataset(config.dataset, request.data_dir)
+    dataset = request.load()
     timings["reading data"] = time.perf_counter() - start
 
     models = []
@@ -103,9 +102,7 @@ def run(request: Request) -> None:
         models.append(trained.params)
 
     results = _compare(config, dataset, models, timings)
-    title = (
-        f"{config.model.label} on {config.dataset}, seeds {request.seeds[0]}, {request.seeds[1]}"
-    )
+    title = f"{config.model.label} on {config.dataset}, seeds {first}, {second}"
     content = {
         "command": request.command,
         "config": dataclasses.asdict(config),

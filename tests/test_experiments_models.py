@@ -1,0 +1,85 @@
+"""Checks the models of the experiments: shapes, initialisation, symmetry, and the convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import otfusion_jax as otf
+from experiments.convolution import convolution
+from experiments.models import Model, ModelConfig, build_model
+
+IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+
+def shapes(model: Model) -> dict:
+    return jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+
+
+@pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
+def test_initialisation_is_that_of_the_recipe(use_bias: bool):
+    model = build_model(ModelConfig("mlpnet", use_bias), classes=10)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    widths = [784, 400, 200, 100, 10]
+    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        dense = params[f"Dense_{layer}"]
+        assert dense["kernel"].shape == (fan_in, fan_out)
+        assert ("bias" in dense) == use_bias
+        for values in jax.tree.leaves(dense):
+            assert 0.7 / fan_in**0.5 < jnp.abs(values).max() <= 1 / fan_in**0.5
+
+
+# What PyTorch counts in the networks of the paper; with norm and biases, in parameters alone.
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (ModelConfig("vgg11"), 9_222_848),
+        (ModelConfig("resnet18"), 11_164_352),
+        (ModelConfig("vgg11", use_bias=True, use_norm=True), 9_231_114),
+        (ModelConfig("resnet18", use_norm=True), 11_173_952),
+    ],
+    ids=lambda value: value.label if isinstance(value, ModelConfig) else "",
+)
+def test_networks_are_those_of_the_paper(config: ModelConfig, parameters: int):
+    params = shapes(build_model(config, classes=10))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+def test_width_multiplies_the_hidden_units():
+    params = shapes(build_model(ModelConfig("vgg11", width=0.25), classes=10))["params"]
+    assert params["Conv_0"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["Conv_7"]["kernel"].shape == (3, 3, 128, 128)
+    assert params["Dense_0"]["kernel"].shape == (128, 10)
+
+
+# The residual stream of a stage is one group, and each block has one inside; the stem's is stage 1.
+@pytest.mark.parametrize(("name", "groups"), [("vgg11", 8), ("resnet18", 4 + 8)])
+@pytest.mark.parametrize("use_norm", [False, True], ids=["plain", "norm"])
+def test_symmetry_of_the_networks(name: str, groups: int, use_norm: bool):
+    config = ModelConfig(name, use_bias=use_norm, use_norm=use_norm, width=1 / 16)
+    model = build_model(config, classes=10)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    symmetry = otf.trace_symmetry(model.apply, variables, images)
+    assert len(symmetry.groups) == groups
+    assert otf.check_symmetry(symmetry, model.apply, variables, images) < 1e-4
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 1), (1, 1)]], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolution_is_the_convolution(size: int, stride: int, padding):
+    keys = jax.random.split(jax.random.key(0))
+    images = jax.random.normal(keys[0], (2, 7, 8, 3))
+    kernel = jax.random.normal(keys[1], (size, size, 3, 5))
+    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
+    ours = convolution(images, kernel, strides, padding, dimension_numbers=layout)
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=layout
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_model_names_the_known_ones():
+    with pytest.raises(ValueError, match="mlpnet"):
+        build_model(ModelConfig("vgg99"), classes=10)
