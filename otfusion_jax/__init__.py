@@ -14,6 +14,7 @@ from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.fuse import average, fuse, stack
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
+from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics, repair
 from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
 from otfusion_jax.trace import trace_symmetry
@@ -22,6 +23,7 @@ from otfusion_jax.walk import UnsupportedPrimitiveError, register
 
 __all__ = [
     "AbstractMethod",
+    "AbstractRepair",
     "AbstractSolver",
     "Alignment",
     "Barrier",
@@ -30,8 +32,10 @@ __all__ = [
     "ForwardPass",
     "Gram",
     "Group",
+    "LeastSquares",
     "Member",
     "Pin",
+    "RestoreStatistics",
     "Sinkhorn",
     "Solution",
     "Symmetry",
@@ -46,6 +50,7 @@ __all__ = [
     "fuse",
     "interpolate",
     "register",
+    "repair",
     "stack",
     "trace_symmetry",
     "transport",

@@ -1,6 +1,8 @@
 """Aligning one model to another: checks, and the jitted call of a method."""
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ def align(
     metric: costs.CostFn | None = None,
     solver: AbstractSolver = Exact(),
     features: dict[str, Gram] | None = None,
+    leaf_weight: Callable[[str], float] | None = None,
 ) -> Alignment:
     """Finds plans that move the units of a source model onto those of a target.
 
@@ -39,13 +42,18 @@ def align(
         solver: from cost to plan: `Exact()`, or `Sinkhorn()` for soft plans.
         features: inner products of activations (`feature_gram`), to match by activations instead
             of weights.
+        leaf_weight: from the key path of a parameter to how much it counts: its share of every
+            squared distance between units is multiplied by this, 0 leaves it out. None counts all
+            alike. Batch norm's running statistics are best left out: their scale says nothing of
+            what units do, as in `lambda path: not path.startswith("batch_stats")`.
 
     Returns:
         The alignment; pass it to `transport`.
 
     Raises:
         ValueError: if a model does not fit the symmetry or is not finite, listing every offender by
-            key path; if features do not fit the groups; if method and solver do not go together.
+            key path; if features do not fit the groups; if a leaf weight is negative or not finite;
+            if method and solver do not go together.
             Inside `jax.jit` values can't be looked at: there non-finite weights give a model of NaN
             and `converged` False.
     """
@@ -54,24 +62,60 @@ def align(
     _check_features(symmetry, features)
     metric = costs.SqEuclidean() if metric is None else metric
     leaves = [jax.tree_util.tree_leaves(tree) for tree in (source, target)]
-    return _align(symmetry, method, solver, *leaves, metric, features)
+    weights = leaf_weights(symmetry, leaf_weight)
+    return _align(symmetry, method, solver, weights, *leaves, metric, features)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def leaf_weights(
+    symmetry: Symmetry, leaf_weight: Callable[[str], float] | None
+) -> tuple[float, ...] | None:
+    """Evaluates the weights of leaves, so that they can be static.
+
+    Args:
+        symmetry: whose leaves.
+        leaf_weight: from key path to weight.
+
+    Returns:
+        One weight per leaf, or None.
+
+    Raises:
+        ValueError: for weights that are negative or not finite, listing every one.
+    """
+    if leaf_weight is None:
+        return None
+    weights = {leaf.path: float(leaf_weight(leaf.path)) for leaf in symmetry.leaves}
+    wrong = [f"  {path}: {w}" for path, w in weights.items() if not (w >= 0 and math.isfinite(w))]
+    if wrong:
+        raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
+    return tuple(weights.values())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _align(
     symmetry: Symmetry,
     method: AbstractMethod,
     solver: AbstractSolver,
+    weights: tuple[float, ...] | None,
     source: list[Any],
     target: list[Any],
     metric: costs.CostFn,
     features: dict[str, Gram] | None,
 ) -> Alignment:
+    if weights is not None:
+        source, target = (_weighted(symmetry, leaves, weights) for leaves in (source, target))
     problem = Problem(symmetry, source, target, metric, solver)
     if not symmetry.groups:
         distance = problem.distance({})
         return Alignment({}, distance, distance[None], jnp.array(True), {})
     return method.run(problem, features)
+
+
+def _weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...]) -> list[Any]:
+    """Scales parameters, so that their squared distances are weighted."""
+    return [
+        x if w == 1 or not leaf.moves else jnp.asarray(x) * jnp.asarray(math.sqrt(w), leaf.dtype)
+        for x, w, leaf in zip(leaves, weights, symmetry.leaves, strict=True)
+    ]
 
 
 def _check_features(symmetry: Symmetry, features: dict[str, Gram] | None) -> None:

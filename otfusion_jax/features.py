@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.rules import body
 from otfusion_jax.symmetry import Symmetry, factored
-from otfusion_jax.trace import View, trace
+from otfusion_jax.trace import Trace, View, trace
 from otfusion_jax.walk import Site
 
 At = Literal["produced", "consumed"]
@@ -51,10 +51,7 @@ def features(
     if at not in ("produced", "consumed"):
         raise ValueError(f"at is {at!r}; it must be 'produced' or 'consumed'")
     symmetry.validate(params)
-    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
-        if 0 in np.shape(value):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"input {name} is empty: shape {np.shape(value)}; pass some samples")
+    check_inputs(inputs)
     return _features(symmetry, fn, at, params, inputs)
 
 
@@ -62,42 +59,105 @@ def features(
 def _features(
     symmetry: Symmetry, fn: Callable[..., Any], at: At, params: PyTree, inputs: tuple[PyTree, ...]
 ) -> dict[str, Array]:
-    traced = trace(fn, params, *inputs, on_unsupported="pin")
-    if traced.symmetry.groups != symmetry.groups:
-        raise ValueError(
-            "this function on these inputs has other groups than the symmetry given; trace it "
-            f"again.\nGiven:\n{symmetry}\nFound:\n{traced.symmetry}"
-        )
+    traced = retrace(symmetry, fn, params, inputs)
     views = traced.produced if at == "produced" else traced.consumed
     sites = {view.site for found in views.values() for view in found}
     arrays: dict[Site, Array] = {}
     wanted: dict[tuple[int, ...], list[Site]] = {}
     for site in sites:
         wanted.setdefault(site.path, []).append(site)
-    _evaluate(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), wanted, arrays)
+
+    def step(eqn: core.JaxprEqn, path: tuple[int, ...], operands: list[Any]) -> list[Any]:
+        bound = eqn.primitive.bind(*operands, **eqn.params)
+        results = bound if eqn.primitive.multiple_results else [bound]
+        for site in wanted.get(path, ()):
+            arrays[site] = (operands if site.side == "in" else results)[site.position]
+        return results
+
+    interpret(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), step)
     return {
         g.name: jnp.concatenate(
-            [_units(arrays[v.site], v, g.size) for v in views.get(g.name, ())]
+            [units_of(arrays[v.site], v, g.size) for v in views.get(g.name, ())]
             or [jnp.zeros((0, g.size))]
         )
         for g in symmetry.groups
     }
 
 
-def _units(array: Array, view: View, size: int) -> Array:
-    """Brings the units to the last axis; everything else becomes samples."""
+def check_inputs(inputs: tuple[PyTree, ...]) -> None:
+    """Refuses empty batches.
+
+    Args:
+        inputs: the inputs of a function.
+
+    Raises:
+        ValueError: if an array among them is empty.
+    """
+    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
+        if 0 in np.shape(value):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"input {name} is empty: shape {np.shape(value)}; pass some samples")
+
+
+def retrace(
+    symmetry: Symmetry, fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
+) -> Trace:
+    """Traces a function whose symmetry is known, to get at its jaxpr.
+
+    Args:
+        symmetry: of this function.
+        fn: the function.
+        params: its parameters.
+        inputs: its inputs.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ValueError: if the symmetry is not that of this function on these inputs.
+    """
+    traced = trace(fn, params, *inputs, on_unsupported="pin")
+    if traced.symmetry.groups != symmetry.groups:
+        raise ValueError(
+            "this function on these inputs has other groups than the symmetry given; trace it "
+            f"again.\nGiven:\n{symmetry}\nFound:\n{traced.symmetry}"
+        )
+    return traced
+
+
+def units_of(array: Array, view: View, size: int) -> Float[Array, "samples units"]:
+    """Brings the units to the last axis; everything else becomes samples.
+
+    Args:
+        array: features at the site of the view.
+        view: where the units are among its axes.
+        size: number of units.
+
+    Returns:
+        The features by unit.
+    """
     split = factored(array, view.site.dim, view.before, size, view.after)
     return jnp.moveaxis(split, view.site.dim + 1, -1).reshape(-1, size)
 
 
-def _evaluate(
+def interpret(
     jaxpr: core.ClosedJaxpr,
     args: list[Any],
     path: tuple[int, ...],
-    wanted: dict[tuple[int, ...], list[Site]],
-    found: dict[Site, Array],
+    step: Callable[[core.JaxprEqn, tuple[int, ...], list[Any]], list[Any]],
 ) -> list[Any]:
-    """Runs a jaxpr that lies at `path`; arrays at the sites wanted of each path go to `found`."""
+    """Goes through a jaxpr and the bodies of its calls, equation by equation.
+
+    Args:
+        jaxpr: what to run.
+        args: its arguments, of any type that `step` understands.
+        path: where the jaxpr lies: indices of the calls around it.
+        step: from an equation, its path and its operands to its results. Constants come to it as
+            they are in the jaxpr.
+
+    Returns:
+        The results.
+    """
     env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
 
@@ -109,13 +169,10 @@ def _evaluate(
         operands = [read(v) for v in eqn.invars]
         inner = body(eqn)
         if inner is not None:
-            results = _evaluate(inner, operands, here, wanted, found)
+            results = interpret(inner, operands, here, step)
         else:
-            bound = eqn.primitive.bind(*operands, **eqn.params)
-            results = bound if eqn.primitive.multiple_results else [bound]
+            results = step(eqn, here, operands)
         env.update(zip(eqn.outvars, results, strict=True))
-        for site in wanted.get(here, ()):
-            found[site] = (operands if site.side == "in" else results)[site.position]
     return [read(v) for v in jaxpr.jaxpr.outvars]
 
 

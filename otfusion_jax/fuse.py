@@ -1,7 +1,8 @@
 """Averages of models: plain, and after alignment."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import align
+from otfusion_jax.align import align, leaf_weights
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
 from otfusion_jax.symmetry import Symmetry, leaves_of
@@ -31,7 +32,7 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         ValueError: for no models, weights that do not fit, or trees that differ, listing every
             offender by key path.
     """
-    return _average(stack(models), _weights(weights, len(models)))
+    return _average(stack(models), mixture(weights, len(models)))
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -74,7 +75,19 @@ def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
+def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
+    """Checks the weights of models.
+
+    Args:
+        weights: K weights, summing to 1; uniform if None.
+        count: K.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: for weights that do not fit.
+    """
     if weights is None:
         return jnp.full(count, 1 / count)
     if np.shape(weights) != (count,):
@@ -106,6 +119,7 @@ def fuse(
     method: AbstractMethod = CoordinateDescent(),
     metric: costs.CostFn | None = None,
     solver: AbstractSolver = Exact(),
+    leaf_weight: Callable[[str], float] | None = None,
 ) -> PyTree:
     """Fuses independently trained models into one: aligns them to a reference and averages.
 
@@ -122,6 +136,7 @@ def fuse(
         method: see `align`.
         metric: see `align`.
         solver: see `align`.
+        leaf_weight: see `align`.
 
     Returns:
         The fused parameters. Integers, booleans and keys are those of the reference.
@@ -135,28 +150,33 @@ def fuse(
         raise ValueError(f"{count} model given; fusing takes at least two")
     if not -count <= reference < count:
         raise ValueError(f"reference is {reference}, but there are {count} models")
-    found = _weights(weights, count)
+    found = mixture(weights, count)
     # The reference goes last, which is where `_average` takes integers from.
     order = np.delete(np.arange(count), reference).tolist() + [reference % count]
     metric = costs.SqEuclidean() if metric is None else metric
     ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
-    return _fuse(symmetry, method, solver, ordered, found[np.array(order)], metric)
+    counting = leaf_weights(symmetry, leaf_weight)
+    return _fuse(symmetry, method, solver, counting, ordered, found[np.array(order)], metric)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _fuse(
     symmetry: Symmetry,
     method: AbstractMethod,
     solver: AbstractSolver,
+    counting: tuple[float, ...] | None,
     stacked: PyTree,
     weights: Float[Array, " k"],
     metric: costs.CostFn,
 ) -> PyTree:
     others, target = jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
+    how: dict[str, Any] = {"method": method, "metric": metric, "solver": solver}
+    if counting is not None:
+        paths = (leaf.path for leaf in symmetry.leaves)
+        how["leaf_weight"] = dict(zip(paths, counting, strict=True)).__getitem__
 
     def moved(source: PyTree) -> PyTree:
-        plans = align(symmetry, source, target, method=method, metric=metric, solver=solver)
-        return transport(symmetry, plans, source)
+        return transport(symmetry, align(symmetry, source, target, **how), source)
 
     together = jax.tree.map(
         lambda x, y: jnp.concatenate([x, y[None]]), jax.vmap(moved)(others), target

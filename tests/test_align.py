@@ -523,3 +523,52 @@ def test_the_objective_never_rises_though_the_problem_is_quadratic(start):
         np.testing.assert_allclose(found.objective, sum(square.values()), rtol=1e-5)
     if start == "forward":
         np.testing.assert_array_equal(found.plans["embed"], jnp.argsort(plans["embed"], axis=1))
+
+
+# Leaves that count more or less
+
+
+def test_leaves_that_do_not_count_do_not_mislead():
+    source, _ = one_pair()
+    symmetry = symmetry_of("mlp")
+    plans = symmetry.random(jax.random.key(3))
+    target = otf.transport(symmetry, plans, source)
+    # What no permutation explains, and far larger than all the rest.
+    target = [
+        {**layer, "bias": 100 * jnp.arange(len(layer["bias"]), 0.0, -1.0)} for layer in target
+    ]
+
+    def without_biases(path):
+        return not path.endswith("bias")
+
+    misled = otf.align(symmetry, source, target).plans
+    found = otf.align(symmetry, source, target, leaf_weight=without_biases).plans
+    for name, plan in plans.items():
+        np.testing.assert_array_equal(found[name], plan)
+    assert any((misled[name] != plan).any() for name, plan in plans.items())
+
+    fused = otf.fuse(symmetry, [source, target], leaf_weight=without_biases)
+    moved = otf.transport(symmetry, plans, source)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5),
+        fused,
+        otf.average([moved, target]),
+    )
+
+
+def test_a_weight_multiplies_the_squared_distance():
+    source, target = one_pair()
+    symmetry = symmetry_of("mlp")
+    identity = otf.align(symmetry, source, target, leaf_weight=lambda _: 1).history[0]
+    doubled = otf.align(symmetry, source, target, leaf_weight=lambda _: 2).history[0]
+    np.testing.assert_allclose(doubled, 2 * identity, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_impossible_leaf_weights_are_named(value):
+    source, target = one_pair()
+    weight = {"1/bias": value}
+    with pytest.raises(ValueError, match=r"negative or not finite:\n  1/bias: "):
+        otf.align(
+            symmetry_of("mlp"), source, target, leaf_weight=lambda path: weight.get(path, 1.0)
+        )

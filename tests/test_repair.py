@@ -1,0 +1,206 @@
+"""Compares repaired averages with a NumPy rewriting, and checks what repairing promises."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+import zoo
+
+import otfusion_jax as otf
+
+KINDS = pytest.mark.parametrize("kind", ref.SHAPES)
+SOLVED = otf.LeastSquares(ridge=1e-6, steps=200)
+METHODS = pytest.mark.parametrize(
+    "method", [otf.RestoreStatistics(), SOLVED], ids=lambda method: type(method).__name__
+)
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+
+@functools.cache
+def setting(kind, bias=True):
+    keys = jax.random.split(jax.random.key(0), 3)
+    nets = [ref.random_net(k, kind, bias) for k in keys[:2]]
+    shape = (64, *ref.INPUTS[kind][1:])
+    x = jax.random.normal(keys[2], shape)
+    return otf.trace_symmetry(ref.network, nets[0], x), nets, x
+
+
+def deviations_and_means(symmetry, net, x):
+    found = otf.features(symmetry, ref.network, net, x).values()
+    return np.stack([(jnp.std(y, axis=0), jnp.mean(y, axis=0)) for y in found])
+
+
+def patches(x, kernel):
+    """Rows that a layer multiplies with its kernel, the kernel read as a matrix."""
+    if kernel.ndim == 2:
+        return x.reshape(len(x), -1)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows, columns = x.shape[1:3]
+    windows = [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
+    return np.stack(windows, axis=-2).reshape(*x.shape[:3], -1)
+
+
+def repaired(nets, weights, x, method):
+    """Both methods in NumPy, for networks with biases, layer by layer."""
+    ours, theirs, result = x, [x] * len(nets), []
+    for depth, layers in enumerate(zip(*nets, strict=True)):
+        shape = layers[0]["kernel"].shape
+        kernels = [layer["kernel"].reshape(-1, shape[-1]) for layer in layers]
+        kernel = np.tensordot(weights, kernels, axes=1)
+        bias = np.tensordot(weights, [layer["bias"] for layer in layers], axes=1)
+        rows = patches(ours, layers[0]["kernel"])
+        found = [
+            patches(y, layer["kernel"]) @ k
+            for y, layer, k in zip(theirs, layers, kernels, strict=True)
+        ]
+        over = tuple(range(rows.ndim - 1))
+        if isinstance(method, otf.LeastSquares):
+            target = np.tensordot(weights, found, axes=1)
+            flat, missing = rows.reshape(-1, rows.shape[-1]), target - rows @ kernel
+            kernel = kernel + np.linalg.lstsq(flat, missing.reshape(len(flat), -1))[0]
+        elif depth < len(nets[0]) - 1:
+            y = rows @ kernel
+            scale = np.tensordot(weights, [z.std(over) for z in found], axes=1) / y.std(over)
+            bias += np.tensordot(weights, [z.mean(over) for z in found], axes=1)
+            bias -= scale * y.mean(over)
+            kernel = kernel * scale
+        result.append({"kernel": kernel.reshape(shape), "bias": bias})
+        ours = np.maximum(rows @ kernel + bias, 0)
+        theirs = [np.maximum(y + layer["bias"], 0) for y, layer in zip(found, layers, strict=True)]
+    return result
+
+
+@KINDS
+@METHODS
+def test_repair_is_that_of_numpy(kind, method):
+    symmetry, nets, x = setting(kind)
+    weights = (0.3, 0.7)
+    found = otf.repair(symmetry, ref.network, nets, x, weights=weights, method=method)
+    wide = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net) for net in nets]
+    expected = repaired(wide, np.asarray(weights), np.asarray(x, np.float64), method)
+    # Weights to tell apart need features that tell them apart: outputs are compared.
+    close(ref.network(found, x), ref.network(expected, x), atol=1e-3)
+    if isinstance(method, otf.RestoreStatistics):
+        jax.tree.map(close, found, expected)
+
+
+@KINDS
+def test_every_unit_gets_the_statistics_of_the_models(kind):
+    symmetry, nets, x = setting(kind)
+    found = otf.repair(symmetry, ref.network, nets, x)
+    theirs = [deviations_and_means(symmetry, net, x) for net in nets]
+    biases = [np.stack([net[i]["bias"] for net in nets]) for i in range(len(theirs[0]))]
+    ours = deviations_and_means(symmetry, found, x)
+    close(ours[:, 0], np.mean(theirs, axis=0)[:, 0])
+    # Features are read before the bias: what is missing of the mean is in there.
+    for layer, mine in enumerate(ours):
+        change = found[layer]["bias"] - biases[layer].mean(axis=0)
+        close(mine[1] + change, np.mean(theirs, axis=0)[layer, 1])
+    # The outputs are no group.
+    jax.tree.map(close, found[-1], otf.average(nets)[-1])
+
+
+@KINDS
+def test_without_biases_deviations_alone_are_restored(kind):
+    symmetry, nets, x = setting(kind, bias=False)
+    found = otf.repair(symmetry, ref.network, nets, x)
+    theirs = [deviations_and_means(symmetry, net, x)[:, 0] for net in nets]
+    close(deviations_and_means(symmetry, found, x)[:, 0], np.mean(theirs, axis=0))
+    # Every unit is scaled, nothing else.
+    average = otf.average(nets)
+    for before, after in zip(average[:-1], found[:-1], strict=True):
+        ratio = np.asarray(after["kernel"] / before["kernel"])
+        ratio = ratio.reshape(-1, ratio.shape[-1])
+        np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), 1e-3)
+
+
+@METHODS
+@pytest.mark.parametrize("name", ["vgg", "resnet", "residual_layer_norm", "attention", "low_rank"])
+def test_a_model_averaged_with_itself_is_already_right(name, method):
+    case = zoo.CASES[name]()
+    symmetry = otf.trace_symmetry(case.fn, case.params, *case.inputs)
+    method = dataclasses.replace(method, **({"steps": 3} if method is SOLVED else {}))
+    models = [case.params, case.params]
+    found = otf.repair(symmetry, case.fn, models, *case.inputs, method=method)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        case.fn(found, *case.inputs),
+        case.fn(case.params, *case.inputs),
+    )
+
+
+@KINDS
+def test_least_squares_come_closer_to_the_mean_of_the_models(kind):
+    symmetry, nets, x = setting(kind)
+    mean = sum(ref.network(net, x) for net in nets) / 2
+    distances = {}
+    for name, model in {
+        "average": otf.average(nets),
+        "repaired": otf.repair(symmetry, ref.network, nets, x, method=otf.LeastSquares()),
+    }.items():
+        distances[name] = float(jnp.sum((ref.network(model, x) - mean) ** 2))
+    assert distances["repaired"] < 0.5 * distances["average"]
+
+
+def test_a_ridge_without_end_leaves_the_average():
+    symmetry, nets, x = setting("mlp")
+    found = otf.repair(symmetry, ref.network, nets, x, method=otf.LeastSquares(ridge=1e8))
+    jax.tree.map(close, found, otf.average(nets))
+
+
+@METHODS
+def test_repair_under_jit(method):
+    symmetry, nets, x = setting("mlp")
+
+    def repair(nets, x):
+        return otf.repair(symmetry, ref.network, nets, x, method=method)
+
+    jax.tree.map(close, jax.jit(repair)(nets, x), repair(nets, x))
+
+
+def test_repair_leaves_its_inputs_alone():
+    symmetry, nets, x = setting("mlp")
+    before = jax.tree.map(np.array, nets)
+    otf.repair(symmetry, ref.network, nets, x)
+    jax.tree.map(np.testing.assert_array_equal, nets, before)
+
+
+def test_a_unit_that_never_fires_stays():
+    symmetry, nets, x = setting("mlp", bias=False)
+    nets = [[{"kernel": net[0]["kernel"].at[:, 3].set(0)}, *net[1:]] for net in nets]
+    found = otf.repair(symmetry, ref.network, nets, x)
+    close(found[0]["kernel"][:, 3], 0)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda nets, x: (nets, x[:0]), "is empty"),
+        (lambda nets, x: (nets[:1] + [nets[1][:-1]], x), "model 1"),
+        (lambda nets, x: ([], x), "no models"),
+        (lambda nets, x: (nets[:1] + [jax.tree.map(lambda a: a * jnp.nan, nets[1])], x), "finite"),
+    ],
+    ids=["empty batch", "another tree", "no models", "not finite"],
+)
+def test_what_does_not_fit_is_named(change, message):
+    symmetry, nets, x = setting("mlp")
+    nets, x = change(list(nets), x)
+    with pytest.raises(ValueError, match=message):
+        otf.repair(symmetry, ref.network, nets, x)
+
+
+def test_another_function_is_named():
+    symmetry, nets, x = setting("mlp")
+    with pytest.raises(ValueError, match="other groups"):
+        otf.repair(symmetry, lambda net, x: ref.network(net, x).sum() + net[0]["bias"], nets, x)
+
+
+@pytest.mark.parametrize("values", [{"ridge": -1.0}, {"steps": 0}])
+def test_settings_of_least_squares_are_checked(values):
+    with pytest.raises(ValueError, match="at least 0 and 1"):
+        otf.LeastSquares(**values)
