@@ -69,14 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--width", type=float, default=1.0, help="multiplies the units of every hidden layer"
     )
-    common.add_argument(
-        "--seeds",
-        nargs=2,
-        type=int,
-        default=(0, 1),
-        metavar=("A", "B"),
-        help="seeds of the two models (default: 0 1)",
-    )
     common.add_argument("--recipe", help="of recipes.py (default: the first for model and data)")
     common.add_argument("--epochs", type=int, help="instead of the number in the recipe")
     common.add_argument(
@@ -92,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, study in STUDIES.items():
         subparser = subparsers.add_parser(
             name, parents=[common], help=study.summary, description=study.summary
+        )
+        subparser.add_argument(
+            "--seeds",
+            nargs=2 if len(study.seeds) == 2 else "+",
+            type=int,
+            default=study.seeds,
+            help=f"seeds of the models (default: {' '.join(map(str, study.seeds))})",
         )
         study.arguments(subparser)
     return parser

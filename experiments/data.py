@@ -35,6 +35,23 @@ class Dataset:
     test_labels: Int32[np.ndarray, " test"]
     classes: int
 
+    def part(
+        self, train: slice | np.ndarray = slice(None), test: slice | np.ndarray = slice(None)
+    ) -> "Dataset":
+        """Returns the dataset of some of the examples.
+
+        Args:
+            train: Which of the training split, as NumPy takes them.
+            test: Which of the test split.
+        """
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+        )
+
     def fingerprint(self) -> str:
         """Returns a hexadecimal digest of the training split: equal digests, equal data."""
         digest = hashlib.sha256()

@@ -1,14 +1,19 @@
 """What a run leaves behind: a table for the terminal, a JSON file and a plot."""
 
+import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from experiments.runs import Request
 
 _PACKAGES = ("otfusion-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "numpy")
 # Colours (mostly Okabe and Ito's) that colour-blind readers tell apart; markers serve in grey.
@@ -17,6 +22,8 @@ _STYLES = (
     {"color": "#56B4E9", "marker": "s", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
     {"color": "#D55E00", "marker": "^", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
     {"color": "#004D40", "marker": "D", "linestyle": "-", "linewidth": 1.6, "markersize": 4},
+    {"color": "#CC79A7", "marker": "v", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
+    {"color": "#0072B2", "marker": "P", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
 )
 
 
@@ -64,40 +71,122 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def plot_paths(
+def write_results(
+    folder: Path,
+    request: Request,
+    title: str,
+    table: str,
+    results: Mapping[str, Any],
+    timings: Mapping[str, float],
+) -> None:
+    """Prints the table of a run, and leaves it as `results.md` beside `results.json`.
+
+    Args:
+        folder: Of the run.
+        request: The command.
+        title: Of the table.
+        table: In Markdown.
+        results: Everything found out, ready for JSON.
+        timings: Seconds, by what took them.
+    """
+    config = dataclasses.asdict(request)
+    command = config.pop("command")
+    content = {
+        "command": command,
+        "config": json.loads(json.dumps(config, default=str)),
+        "environment": environment(),
+        "results": results,
+        "timings_in_seconds": {name: round(seconds, 3) for name, seconds in timings.items()},
+    }
+    write_json(folder / "results.json", content)
+    (folder / "results.md").write_text(f"{title}\n\n{table}\n\n`{command}`\n")
+    print(f"{title}\n\n{table}\n\nwritten to {folder}")
+
+
+def rounded(value: Any) -> float:
+    """Rounds to what float32 tells apart; a finer figure would only look different, not be."""
+    return round(float(value), 4)
+
+
+def progress(items: Iterable[Any], title: str) -> Any:
+    """Goes through items under a progress bar, if a person watches."""
+    return tqdm(list(items), desc=title, disable=not sys.stderr.isatty())
+
+
+def plot_lines(
     path: Path,
     title: str,
-    t: Sequence[float],
-    curves: Mapping[str, Sequence[float]],
-    levels: Mapping[str, float],
+    x: tuple[str, Sequence[float]],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    levels: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Plots test accuracy along paths from model A to model B.
+    """Plots several quantities along one axis, a panel each.
 
     Args:
         path: The PNG file to write.
         title: Title of the plot.
-        t: Positions on the paths, from 0 (model A) to 1 (model B).
-        curves: For each path its accuracies in percent, as many as there are positions.
-        levels: Accuracies in percent to show as horizontal lines.
+        x: What the axis shows, and the positions on it.
+        panels: From the name of a quantity to curves by name, as long as there are positions. A
+            curve has one style in all panels.
+        levels: From the name of a quantity to values to show as horizontal lines.
 
     Raises:
-        ValueError: There are more curves than styles that can be told apart.
+        ValueError: There are more curves in a panel than styles that can be told apart.
     """
-    if len(curves) > len(_STYLES):
-        raise ValueError(f"{len(curves)} curves in one plot; draw {len(_STYLES)} at most.")
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    label, positions = x
+    figure = Figure(figsize=(2.5 + 5 * len(panels), 4.5), layout="constrained")
+    for axes, (quantity, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        if len(curves) > len(_STYLES):
+            raise ValueError(f"{len(curves)} curves in one plot; draw {len(_STYLES)} at most.")
+        for (name, values), style in zip(curves.items(), _STYLES, strict=False):
+            axes.plot(positions, values, label=name, **style)
+        for name, level in levels.get(quantity, {}).items():
+            axes.axhline(level, color="0.45", linewidth=1, linestyle=":", label=name)
+        axes.set_xlabel(label)
+        axes.set_ylabel(quantity)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.axes[0].legend(frameon=False)
+    # Matplotlib would otherwise put its version in the file.
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def plot_bars(
+    path: Path,
+    title: str,
+    quantity: str,
+    bars: Mapping[str, Sequence[float]],
+    labels: Sequence[str],
+    levels: Mapping[str, float],
+) -> None:
+    """Plots a few values for each of several names, side by side.
+
+    Args:
+        path: The PNG file to write.
+        title: Title of the plot.
+        quantity: What the values are.
+        bars: From name to values, as many as there are labels.
+        labels: What sets the values of one name apart.
+        levels: Values to show as lines, by name.
+    """
+    figure = Figure(figsize=(8, 0.8 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    for (label, values), style in zip(curves.items(), _STYLES, strict=False):
-        axes.plot(t, values, label=label, **style)
-    for label, level in levels.items():
-        axes.axhline(level, color="0.45", linewidth=1, linestyle=":", label=label)
-    axes.set_title(title)
-    axes.set_xlabel("t: weights (1 - t) · A + t · B")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_xlim(0, 1)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
+    height = 0.8 / len(labels)
+    for index, label in enumerate(labels):
+        values = [found[index] for found in bars.values()]
+        places = [row + index * height for row in range(len(bars))]
+        drawn = axes.barh(places, values, height, label=label, color=_STYLES[index + 1]["color"])
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
+    for name, level in levels.items():
+        axes.axvline(level, color="0.45", linewidth=1, linestyle=":", label=name)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(bars))], list(bars))
+    axes.invert_yaxis()
+    axes.set_xlabel(quantity)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    # Matplotlib would otherwise put its version in the file.
+    axes.set_title(title)
     figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -79,24 +79,18 @@ class Request:
             if count is not None and count < 1:
                 raise ValueError(f"--{name}-images is {count}; give at least 1.")
         whole = load_dataset(self.dataset, self.data_dir)
-        train, test = slice(self.train_images), slice(self.test_images)
-        return dataclasses.replace(
-            whole,
-            train_images=whole.train_images[train],
-            train_labels=whole.train_labels[train],
-            test_images=whole.test_images[test],
-            test_labels=whole.test_labels[test],
-        )
+        return whole.part(slice(self.train_images), slice(self.test_images))
+
+    @property
+    def title(self) -> str:
+        """What a run is about, in words."""
+        seeds = ", ".join(map(str, self.seeds))
+        return f"{self.model.label} on {self.dataset}, seeds {seeds}"
 
     def folder(self, study: str) -> Path:
         """Returns the folder for this run of a study; it need not exist yet."""
         seeds = "-".join(map(str, self.seeds))
         return self.out or Path("runs", f"{study}-{self.dataset}-{self.model.label}-{seeds}")
-
-
-def no_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares nothing: the study has no flags of its own."""
-    del parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +101,10 @@ class Study:
         summary: One line for the help text.
         run: Does the study, prints its outcome and leaves files in the run's folder.
         arguments: Declares the flags of this study alone.
+        seeds: Of the models, unless others are asked for. Of two, just two others may be.
     """
 
     summary: str
     run: Callable[[Request], None]
-    arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
+    arguments: Callable[[argparse.ArgumentParser], None]
+    seeds: tuple[int, ...] = (0, 1)

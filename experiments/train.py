@@ -121,11 +121,11 @@ def train(
             f" {count} examples; give at least one epoch and a batch that the examples fill."
         )
     model = build_model(model_config, dataset.classes, config.dtype)
-    init_key, order_key = jax.random.split(jax.random.key(seed))
+    _, order_key = jax.random.split(jax.random.key(seed))
     noise_key = jax.random.fold_in(order_key, config.epochs)  # epochs have the smaller numbers
     steps = count // config.batch_size
     origin = None if start is None else _digest(start)
-    variables = _draw(model, init_key, dataset.train_images[:1]) if start is None else start
+    variables = initial(model_config, dataset, seed) if start is None else start
     state = TrainState(
         variables,
         _optimizer(config, steps).init(variables["params"]),
@@ -158,6 +158,19 @@ def train(
     return Trained(
         state.variables, np.asarray(state.history), time.perf_counter() - began, epochs_reused=done
     )
+
+
+def initial(model_config: ModelConfig, dataset: Dataset, seed: int) -> PyTree:
+    """Draws the variables that `train` starts from.
+
+    Args:
+        model_config: Which model.
+        dataset: What it is for.
+        seed: As given to `train`.
+    """
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    model = build_model(model_config, dataset.classes)
+    return _draw(model, init_key, dataset.train_images[:1])
 
 
 def _digest(tree: PyTree) -> str:

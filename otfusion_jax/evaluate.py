@@ -68,14 +68,14 @@ class Barrier:
 
     Attributes:
         t: positions, float `[T]`.
-        values: the metric there, float `[T]`.
-        height: float `[]`, how far the metric rises above the line between its ends, at most;
-            0 means linear mode connectivity.
+        values: the metric there, float `[T]`, or `[T, ...]` for several metrics at once.
+        height: float `[]` or `[...]`, how far the metric rises above the line between its ends, at
+            most; 0 means linear mode connectivity.
     """
 
     t: Float[Array, " t"]
-    values: Float[Array, " t"]
-    height: Float[Array, ""]
+    values: Float[Array, " t *metrics"]
+    height: Float[Array, "*metrics"]
 
 
 def barrier(
@@ -90,7 +90,7 @@ def barrier(
 
     Args:
         metric: maps parameters to a scalar where less is better: a loss, or an error rate. For an
-            accuracy, pass the error.
+            accuracy, pass the error. An array of several such metrics does as well.
         a: parameters at one end.
         b: parameters at the other.
         t: positions from 0 to 1, float `[T]`; 25 equal steps if None.
@@ -112,5 +112,6 @@ def barrier(
         t,
         batch_size=t.shape[0] if batch_size is None else batch_size,
     )
-    line = (1 - t) * values[0] + t * values[-1]
-    return Barrier(t, values, jnp.max(values - line))
+    s = t.reshape(-1, *[1] * (values.ndim - 1))
+    line = (1 - s) * values[:1] + s * values[-1:]
+    return Barrier(t, values, jnp.max(values - line, axis=0))

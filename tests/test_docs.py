@@ -31,6 +31,7 @@ LAYERS = (
     "methods",
     "align",
     "fuse",
+    "repair",
     "evaluate",
 )
 

@@ -112,6 +112,13 @@ def test_the_height_is_measured_from_the_line_between_the_ends():
     np.testing.assert_allclose(coarse.height, 12 * 0.25 * 0.75, atol=1e-5)
 
 
+def test_several_metrics_at_once():
+    found = otf.barrier(lambda params: jnp.stack([hill(params), -hill(params)]), A, B)
+    alone = otf.barrier(hill, A, B)
+    close(found.values, jnp.stack([alone.values, -alone.values], axis=1))
+    close(found.height, [alone.height, 0])
+
+
 def test_a_valley_is_no_barrier():
     close(otf.barrier(lambda params: -hill(params), A, B).height, 0)
 

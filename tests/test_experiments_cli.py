@@ -35,10 +35,11 @@ def read(folder: Path) -> dict:
 def test_run_leaves_results_and_plot(finished: Path):
     content = read(finished)
     assert content["command"].startswith("python -m experiments one_shot --epochs 2")
-    assert content["config"]["training"]["epochs"] == 2
+    assert content["config"]["epochs"] == 2
     assert content["config"]["seeds"] == [0, 1]
     assert {"device", "versions"} == content["environment"].keys()
     assert (finished / "paths.png").read_bytes().startswith(b"\x89PNG")
+    assert "| coordinate descent (fuse) " in (finished / "results.md").read_text()
 
 
 def test_results_hang_together(finished: Path):
@@ -49,9 +50,11 @@ def test_results_hang_together(finished: Path):
     middle = results["t"].index(0.5)
     for method in results["methods"].values():
         # Aligned or not, a path starts at a model that does what A does, and ends at B.
-        assert method["path"][0] == pytest.approx(a, abs=0.6)
-        assert method["path"][-1] == pytest.approx(b, abs=0.6)
-        assert method["path"][middle] == pytest.approx(method["accuracy"], abs=0.6)
+        path = method["path accuracy"]
+        assert path[0] == pytest.approx(a, abs=0.6)
+        assert path[-1] == pytest.approx(b, abs=0.6)
+        assert path[middle] == pytest.approx(method["averaged"], abs=0.6)
+        assert method["path loss"][0] < method["path loss"][middle] < 10
 
 
 def test_second_run_gives_the_same_results(finished: Path, capsys: pytest.CaptureFixture[str]):
@@ -134,6 +137,6 @@ def test_table_is_aligned():
 
 
 def test_plot_refuses_what_cannot_be_told_apart(tmp_path: Path):
-    curves = {str(index): [0.0, 1.0] for index in range(6)}
-    with pytest.raises(ValueError, match="6 curves"):
-        report.plot_paths(tmp_path / "paths.png", "", [0, 1], curves, {})
+    curves = {str(index): [0.0, 1.0] for index in range(7)}
+    with pytest.raises(ValueError, match="7 curves"):
+        report.plot_lines(tmp_path / "paths.png", "", ("t", [0, 1]), {"": curves}, {})

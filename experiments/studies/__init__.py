@@ -1,10 +1,26 @@
 """The studies by the name of their subcommand; each is a small module of its own."""
 
 from experiments.runs import Study
-from experiments.studies import one_shot
+from experiments.studies import fine_tune, many, non_iid, one_shot
 
 STUDIES: dict[str, Study] = {
     "one_shot": Study(
-        "fuse two models trained from different seeds, with no retraining", one_shot.run
-    )
+        "fuse two models trained from different seeds, with no retraining",
+        one_shot.run,
+        one_shot.arguments,
+    ),
+    "fine_tune": Study(
+        "train fused models on, beside their parents and the vanilla average",
+        fine_tune.run,
+        fine_tune.arguments,
+    ),
+    "non_iid": Study(
+        "fuse two models that have seen different data", non_iid.run, non_iid.arguments
+    ),
+    "many": Study(
+        "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",
+        many.run,
+        many.arguments,
+        seeds=tuple(range(8)),
+    ),
 }

@@ -1,195 +1,155 @@
 """One-shot fusion of two models trained from different seeds (Singh & Jaggi 2020, section 5.1)."""
 
-import dataclasses
+import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import accuracy
-from experiments.models import ModelConfig, build_model
+from experiments.evaluate import accuracy, loss_and_error
+from experiments.methods import AVERAGES, METHODS, ORIGINAL, VARIANTS
+from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
-from experiments.train import TrainConfig, train
+
+# Whose paths are evaluated and drawn; of all variants a plot would show nothing.
+_PATHS = tuple(METHODS)
 
 
-@dataclasses.dataclass(frozen=True)
-class OneShotConfig:
-    """Everything that the results depend on, besides versions and device.
-
-    Attributes:
-        dataset: A key of `DATASETS`.
-        model: The architecture of both models.
-        training: The recipe of both models.
-        seeds: The seeds that set them apart.
-        activation_samples: Training images whose activations are aligned, drawn by the seeds.
-        path_points: Points evaluated from A to B, an odd number so that the midpoint is one.
-    """
-
-    dataset: str
-    model: ModelConfig
-    training: TrainConfig
-    seeds: tuple[int, int]
-    activation_samples: int = 200
-    path_points: int = 21
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """What a method of alignment may look at.
-
-    Attributes:
-        symmetry: Which parameter axes of the models move together.
-        apply: Maps parameters and images to logits.
-        a: Parameters of the model that is moved.
-        b: Parameters of the model that it is moved onto.
-        samples: Training images.
-    """
-
-    symmetry: otf.Symmetry
-    apply: Callable[..., Array]
-    a: PyTree
-    b: PyTree
-    samples: Float[Array, "samples height width channels"]
-
-
-def _moved(pair: Pair, **how: Any) -> PyTree:
-    plans = otf.align(pair.symmetry, pair.a, pair.b, **how)
-    return otf.transport(pair.symmetry, plans, pair.a)
-
-
-def _activations(pair: Pair) -> dict[str, otf.Gram]:
-    return otf.feature_gram(pair.symmetry, pair.apply, pair.a, pair.b, [pair.samples])
-
-
-# Each gives model A as it enters the average with model B. `otf.fuse` would give the same average
-# as coordinate descent does, but not the path that leads to it.
-METHODS: dict[str, Callable[[Pair], PyTree]] = {
-    "vanilla average": lambda pair: pair.a,
-    "Algorithm 1, weights": lambda pair: _moved(pair, method=otf.ForwardPass()),
-    "Algorithm 1, activations": lambda pair: _moved(
-        pair, method=otf.ForwardPass(), features=_activations(pair)
-    ),
-    "coordinate descent (fuse)": _moved,
-}
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of this study."""
+    pair_arguments(parser)
+    parser.add_argument(
+        "--variants",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="all variants of Algorithm 1, the original's own settings, activation matching",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="METHOD",
+        help=f"these alone, of {', '.join(map(repr, VARIANTS))}",
+    )
+    parser.add_argument(
+        "--path-points",
+        type=int,
+        default=21,
+        help="points evaluated from A to B, an odd number so that the midpoint is one",
+    )
+    parser.add_argument(
+        "--path-images", type=int, help="evaluate paths on so many of the test images only"
+    )
 
 
 def run(request: Request) -> None:
-    """Trains both models, fuses them by every method, prints a table and writes JSON and a plot.
+    """Fuses two models by every method; leaves a table, a JSON file and a plot.
 
     Args:
-        request: The command; `request.folder` receives `results.json`, `paths.png` and the
-            checkpoints of the two models.
+        request: The command.
     """
-    first, second = request.seeds
-    config = OneShotConfig(request.dataset, request.model, request.train_config, (first, second))
     folder = request.folder("one_shot")
     timings: dict[str, float] = {}
-
     start = time.perf_counter()
     dataset = request.load()
     timings["reading data"] = time.perf_counter() - start
+    architecture = network(request.model, dataset)
+    models = parents(request, architecture, dataset, folder, timings)
+    pair = pair_of(request, architecture, dataset, models)
+    results = _compare(request, pair, dataset, timings)
 
-    models = []
-    for name, seed in zip("AB", config.seeds, strict=True):
-        trained = train(config.model, config.training, dataset, seed, folder / "models")
-        timings[f"training {name}"] = trained.seconds
-        models.append(trained.params)
-
-    results = _compare(config, dataset, models, timings)
-    title = f"{config.model.label} on {config.dataset}, seeds {first}, {second}"
-    content = {
-        "command": request.command,
-        "config": dataclasses.asdict(config),
-        "environment": report.environment(),
-        "results": results,
-        "timings_in_seconds": {name: round(seconds, 3) for name, seconds in timings.items()},
+    title = request.title
+    methods = results["methods"]
+    panels = {
+        quantity: {name: found[path] for name, found in methods.items() if path in found}
+        for quantity, path in {
+            "test accuracy (%)": "path accuracy",
+            "test loss (nats)": "path loss",
+        }.items()
     }
-    report.write_json(folder / "results.json", content)
-    report.plot_paths(
-        folder / "paths.png",
-        title,
-        results["t"],
-        {name: method["path"] for name, method in results["methods"].items()},
-        {"ensemble": results["ensemble"]},
-    )
-    print(f"{title}\n\n{_table(results)}\n\nwritten: {folder}/results.json, {folder}/paths.png")
+    levels = {"test accuracy (%)": {"ensemble": results["ensemble"]}}
+    x = ("t: weights (1 - t) · A + t · B", results["t"])
+    report.plot_lines(folder / "paths.png", title, x, panels, levels)
+    report.write_results(folder, request, title, _table(results), results, timings)
 
 
 def _compare(
-    config: OneShotConfig, dataset: Dataset, models: list[PyTree], timings: dict[str, float]
+    request: Request, pair: Pair, dataset: Dataset, timings: dict[str, float]
 ) -> dict[str, Any]:
     """Evaluates both models, their ensemble and every method on the test split.
 
     Args:
-        config: What to compare.
+        request: The command.
+        pair: The models.
         dataset: The data.
-        models: Parameters of A and B.
-        timings: Receives the seconds that each method took to align, compilation included.
+        timings: Receives the seconds that each method took, compilation included.
 
     Returns:
         Accuracies in percent and barriers in percentage points, ready for JSON.
     """
-    a, b = models
-    apply = build_model(config.model, dataset.classes).apply
+    apply = pair.network.apply
     images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    key = jax.random.fold_in(jax.random.key(config.seeds[0]), config.seeds[1])
-    drawn = jax.random.choice(
-        key, len(dataset.train_labels), (config.activation_samples,), replace=False
-    )
-    samples = jnp.asarray(dataset.train_images)[drawn]
-    pair = Pair(otf.trace_symmetry(apply, a, images[:2]), apply, a, b, samples)
-    t = jnp.linspace(0, 1, config.path_points)
+    few = slice(request.options["path_images"])
+    t = jnp.linspace(0, 1, request.options["path_points"])
 
     @jax.jit
-    def error(params: PyTree, images: Array, labels: Array) -> Array:
-        return 100 - accuracy(lambda batch: apply(params, batch), images, labels)
+    def judged(params: PyTree, images: Array, labels: Array) -> Array:
+        return loss_and_error(lambda batch: apply(params, batch), images, labels)
 
     @jax.jit
-    def barrier(a: PyTree, b: PyTree, t: Array, images: Array, labels: Array) -> otf.Barrier:
-        return otf.barrier(lambda params: error(params, images, labels), a, b, t)
+    def barrier(a: PyTree, b: PyTree, images: Array, labels: Array) -> otf.Barrier:
+        return otf.barrier(lambda params: judged(params, images, labels), a, b, t, batch_size=1)
 
     @jax.jit
     def ensemble(models: list[PyTree], images: Array, labels: Array) -> Array:
         return accuracy(lambda batch: otf.ensemble(apply, models, batch), images, labels)
 
-    methods = {}
-    for name, method in METHODS.items():
+    def test_accuracy(params: PyTree) -> float:
+        return report.rounded(100 - judged(params, images, labels)[1])
+
+    methods: dict[str, dict[str, Any]] = {}
+    some = VARIANTS if request.options["variants"] else METHODS
+    wanted = {name: VARIANTS[name] for name in request.options["methods"] or some}
+    for name, method in report.progress(wanted.items(), "fusing"):
         start = time.perf_counter()
         moved = jax.block_until_ready(method(pair))
         timings[name] = time.perf_counter() - start
-        found = barrier(moved, b, t, images, labels)
-        fused = otf.average([moved, b])
-        methods[name] = {
-            "accuracy": _percent(100 - error(fused, images, labels)),
-            "barrier": _percent(found.height),
-            "path": [_percent(value) for value in 100 - found.values],
-        }
+        found = methods[name] = {}
+        for kind, mend in AVERAGES.items():
+            if kind == "least squares" and name in ORIGINAL:
+                continue  # long work, and of no interest
+            start = time.perf_counter()
+            fused = jax.block_until_ready(mend(pair, moved, (0.5, 0.5)))
+            timings[f"{name}, {kind}"] = time.perf_counter() - start
+            found[kind] = test_accuracy(fused)
+        if name in _PATHS:
+            path = barrier(moved, pair.b, images[few], labels[few])
+            found["barrier"] = report.rounded(path.height[1])
+            found["path loss"] = [report.rounded(value) for value in path.values[:, 0]]
+            found["path accuracy"] = [report.rounded(100 - value) for value in path.values[:, 1]]
     return {
-        "individuals": [_percent(100 - error(model, images, labels)) for model in models],
-        "ensemble": _percent(ensemble(models, images, labels)),
+        "individuals": [test_accuracy(model) for model in (pair.a, pair.b)],
+        "ensemble": report.rounded(ensemble([pair.a, pair.b], images, labels)),
         "t": [round(position, 6) for position in t.tolist()],
         "methods": methods,
     }
 
 
-def _percent(value: Array) -> float:
-    """Rounds to what float32 tells apart; a finer figure would only look different, not be."""
-    return round(float(value), 4)
-
-
 def _table(results: dict[str, Any]) -> str:
     a, b = results["individuals"]
+    blank = [""] * len(AVERAGES)
     rows = [
-        ("model A", f"{a:.2f}", ""),
-        ("model B", f"{b:.2f}", ""),
-        ("ensemble", f"{results['ensemble']:.2f}", ""),
+        ["model A", f"{a:.2f}", *blank],
+        ["model B", f"{b:.2f}", *blank],
+        ["ensemble", f"{results['ensemble']:.2f}", *blank],
     ]
     for name, method in results["methods"].items():
-        rows.append((name, f"{method['accuracy']:.2f}", f"{method['barrier']:.2f}"))
-    return report.markdown_table(("", "test accuracy (%)", "error barrier (points)"), rows)
+        barrier = f"{method['barrier']:.2f}" if "barrier" in method else ""
+        cells = (f"{method[kind]:.2f}" if kind in method else "" for kind in AVERAGES)
+        rows.append([name, *cells, barrier])
+    return report.markdown_table(("test accuracy (%)", *AVERAGES, "error barrier (points)"), rows)

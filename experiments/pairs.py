@@ -1,0 +1,119 @@
+"""Two networks to fuse: trained here from two seeds, or read from files."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+import otfusion_jax as otf
+from experiments.data import Dataset
+from experiments.importer import import_pytorch, read_arrays
+from experiments.models import ModelConfig, build_model
+from experiments.runs import Request
+from experiments.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An architecture on one dataset, and what the library reads off it.
+
+    Attributes:
+        config: Which model.
+        classes: Number of logits.
+        apply: Maps variables and images to logits, in inference mode.
+        symmetry: Which axes of the variables move together.
+        shapes: The variables as `jax.ShapeDtypeStruct`s.
+    """
+
+    config: ModelConfig
+    classes: int
+    apply: Callable[[PyTree, Array], Array]
+    symmetry: otf.Symmetry
+    shapes: PyTree
+
+
+def network(config: ModelConfig, dataset: Dataset) -> Network:
+    """Builds a model and traces it; nothing is computed."""
+    model = build_model(config, dataset.classes)
+    images = jax.ShapeDtypeStruct((2, *dataset.train_images.shape[1:]), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    symmetry = otf.trace_symmetry(model.apply, shapes, images)
+    return Network(config, dataset.classes, model.apply, symmetry, shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What a method of fusion may look at.
+
+    Attributes:
+        network: The architecture of both.
+        a: Variables of the model that is moved.
+        b: Variables of the model that it is moved onto.
+        images: Training images, drawn by the seeds; their labels are nobody's business.
+    """
+
+    network: Network
+    a: PyTree
+    b: PyTree
+    images: Float[Array, "samples height width channels"]
+
+
+def pair_of(request: Request, network: Network, dataset: Dataset, models: list[PyTree]) -> Pair:
+    """Puts two models together with the training images that a method may see."""
+    key = functools.reduce(jax.random.fold_in, request.seeds[1:], jax.random.key(request.seeds[0]))
+    count = len(dataset.train_labels)
+    drawn = jax.random.choice(key, count, (min(request.options["images"], count),), replace=False)
+    a, b = models
+    return Pair(network, a, b, jnp.asarray(dataset.train_images[np.asarray(drawn)]))
+
+
+def pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares where the two models come from, and how many images a method may see."""
+    parser.add_argument(
+        "--weights",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="safetensors or npz with PyTorch's names and layouts, instead of training",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1000,
+        help="training images, without labels, for methods that use data (default: 1000)",
+    )
+
+
+def parents(
+    request: Request, network: Network, dataset: Dataset, folder: Path, timings: dict[str, float]
+) -> list[PyTree]:
+    """Returns the models that a request speaks of: read from its files, or trained.
+
+    Args:
+        request: The command; its option `weights` names two files, or is None.
+        network: The architecture.
+        dataset: What to train on.
+        folder: Of the run.
+        timings: Receives the seconds that each training took.
+
+    Raises:
+        ValueError: A file can't be read or does not fit the model.
+    """
+    if request.options.get("weights"):
+        return [
+            import_pytorch(network.symmetry, read_arrays(path))
+            for path in request.options["weights"]
+        ]
+    models: list[Any] = []
+    for seed in request.seeds:
+        trained = train(network.config, request.train_config, dataset, seed, folder / "models")
+        timings[f"training, seed {seed}"] = trained.seconds
+        models.append(trained.params)
+    return models

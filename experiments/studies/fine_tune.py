@@ -1,0 +1,154 @@
+"""Fine-tuning of fused models at equal epochs for all starts (Singh & Jaggi 2020, section 5.2)."""
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+import otfusion_jax as otf
+from experiments import report
+from experiments.evaluate import accuracy
+from experiments.methods import AVERAGES, METHODS
+from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
+from experiments.runs import Request
+from experiments.train import TrainConfig, train
+
+_BEST = "coordinate descent (fuse)"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of this study."""
+    pair_arguments(parser)
+    parser.add_argument(
+        "--fine-tune-epochs", type=int, default=5, help="of every start (default: 5)"
+    )
+    parser.add_argument(
+        "--factors",
+        nargs="+",
+        type=float,
+        default=(1.0, 0.3, 0.1),
+        help="peak step sizes, as multiples of the recipe's (default: 1 0.3 0.1)",
+    )
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        default=5000,
+        help="last training images, which nothing is trained on, to choose by (default: 5000)",
+    )
+
+
+def run(request: Request) -> None:
+    """Trains parents, averages and fused models on, each under several schedules.
+
+    The schedule of each start is chosen by accuracy on images held out from training; models from
+    files may have been trained on these.
+
+    Args:
+        request: The command.
+
+    Raises:
+        ValueError: No training images are left.
+    """
+    folder = request.folder("fine_tune")
+    timings: dict[str, float] = {}
+    whole = request.load()
+    count = len(whole.train_labels) - request.options["validation_images"]
+    if count < 1 or request.options["validation_images"] < 1:
+        raise ValueError(
+            f"--validation-images is {request.options['validation_images']}; there are"
+            f" {len(whole.train_labels)} training images to share."
+        )
+    dataset = whole.part(slice(count))
+    held_out = (whole.train_images[count:], whole.train_labels[count:])
+    architecture = network(request.model, dataset)
+    models = parents(request, architecture, dataset, folder, timings)
+    pair = pair_of(request, architecture, dataset, models)
+    starts = _starts(pair)
+
+    apply = architecture.apply
+    judged = jax.jit(lambda params, x, y: accuracy(lambda batch: apply(params, batch), x, y))
+    splits = {
+        "validation": tuple(map(jnp.asarray, held_out)),
+        "test": (jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)),
+    }
+
+    def both(params: PyTree) -> dict[str, float]:
+        return {name: report.rounded(judged(params, *split)) for name, split in splits.items()}
+
+    results: dict[str, Any] = {
+        "ensemble": report.rounded(
+            accuracy(lambda batch: otf.ensemble(apply, models, batch), *splits["test"])
+        ),
+        "starts": {},
+    }
+    schedules = _schedules(request)
+    for name, start in starts.items():
+        runs = []
+        for label, config in schedules.items():
+            began = time.perf_counter()
+            trained = train(request.model, config, dataset, request.seeds[0], folder, start)
+            timings[f"{name}, {label}"] = time.perf_counter() - began
+            runs.append({"schedule": label, **both(trained.params)})
+        best = max(runs, key=lambda found: found["validation"])
+        results["starts"][name] = {"before": both(start), "runs": runs, "best": best}
+    report.plot_bars(
+        folder / "starts.png",
+        f"{request.title}: {request.options['fine_tune_epochs']} epochs more",
+        "test accuracy (%)",
+        {name: (s["before"]["test"], s["best"]["test"]) for name, s in results["starts"].items()},
+        ("before", "after"),
+        {"ensemble of the parents": results["ensemble"]},
+    )
+    report.write_results(folder, request, request.title, _table(results), results, timings)
+
+
+def _starts(pair: Pair) -> dict[str, PyTree]:
+    """What is trained on: the parents, their average, and fused models of three kinds."""
+    moved = METHODS[_BEST](pair)
+    halves = (0.5, 0.5)
+    return {
+        "model A": pair.a,
+        "model B": pair.b,
+        "vanilla average": AVERAGES["averaged"](pair, pair.a, halves),
+        "Algorithm 1, weights": AVERAGES["averaged"](
+            pair, METHODS["Algorithm 1, weights"](pair), halves
+        ),
+        "coordinate descent": AVERAGES["averaged"](pair, moved, halves),
+        "coordinate descent, least squares": AVERAGES["least squares"](pair, moved, halves),
+    }
+
+
+def _schedules(request: Request) -> dict[str, TrainConfig]:
+    """One cycle up to each step size, and each step size halved with every epoch."""
+    recipe = request.train_config
+    epochs = request.options["fine_tune_epochs"]
+    found = {}
+    for factor in request.options["factors"]:
+        rate = factor * recipe.learning_rate
+        plain = dataclasses.replace(
+            recipe, epochs=epochs, learning_rate=rate, one_cycle=False, drops=()
+        )
+        halvings = tuple((epoch, 0.5) for epoch in range(1, epochs))
+        found[f"one cycle, {rate:g}"] = dataclasses.replace(plain, one_cycle=True)
+        found[f"halved, {rate:g}"] = dataclasses.replace(plain, drops=halvings)
+    return found
+
+
+def _table(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{start['before']['test']:.2f}",
+            f"{start['best']['test']:.2f}",
+            f"{start['best']['validation']:.2f}",
+            start["best"]["schedule"],
+        )
+        for name, start in results["starts"].items()
+    ]
+    rows.append(("ensemble of the parents", f"{results['ensemble']:.2f}", "", "", ""))
+    header = ("accuracy (%)", "before, test", "after, test", "validation", "chosen schedule")
+    return report.markdown_table(header, rows)

@@ -1,0 +1,172 @@
+"""Fusion of many models at once under one vmap: accuracy, time and memory against their number."""
+
+import argparse
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+import otfusion_jax as otf
+from experiments import report
+from experiments.evaluate import accuracy
+from experiments.methods import counts, reestimated
+from experiments.pairs import Network, network, parents
+from experiments.runs import Request
+
+_METHODS: dict[str, otf.AbstractMethod] = {
+    "Algorithm 1": otf.ForwardPass(),
+    "fuse": otf.CoordinateDescent(),
+}
+_RUNS = 3  # timed; the fastest counts
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of this study."""
+    parser.add_argument(
+        "--counts", nargs="+", type=int, default=(2, 4, 6, 8), help="of models fused at once"
+    )
+    parser.add_argument(
+        "--images", type=int, default=1000, help="training images that repair an average"
+    )
+
+
+def run(request: Request) -> None:
+    """Trains models from as many seeds as given, and fuses the first 2, 4, 6 and 8 of them.
+
+    Args:
+        request: The command.
+
+    Raises:
+        ValueError: There are not as many seeds as models asked for.
+    """
+    numbers = sorted(request.options["counts"])
+    if numbers[0] < 2 or numbers[-1] > len(request.seeds):
+        raise ValueError(
+            f"--counts are {numbers}, with {len(request.seeds)} seeds; give 2 models or more, and"
+            " as many --seeds."
+        )
+    folder = request.folder("many")
+    timings: dict[str, float] = {}
+    dataset = request.load()
+    architecture = network(request.model, dataset)
+    models = parents(request, architecture, dataset, folder, timings)
+    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+    seen = jnp.asarray(dataset.train_images[: request.options["images"]])
+    apply = architecture.apply
+    judged = jax.jit(lambda params: accuracy(lambda batch: apply(params, batch), images, labels))
+
+    alone = [report.rounded(judged(model)) for model in models]
+    rows = []
+    for count in report.progress(numbers, "fusing"):
+        some = models[:count]
+        together = jax.jit(
+            lambda models: accuracy(lambda x: otf.ensemble(apply, models, x), images, labels)
+        )
+        found: dict[str, Any] = {
+            "models": count,
+            "individuals": report.rounded(np.mean(alone[:count])),
+            "ensemble": report.rounded(together(some)),
+            "vanilla average": report.rounded(judged(otf.average(some))),
+        }
+        for name, method in _METHODS.items():
+            fused, cost = _timed(architecture, method, some)
+            found[name] = {
+                "accuracy": report.rounded(judged(reestimated(architecture, fused, seen))),
+                **cost,
+            }
+        found["fuse, least squares"] = report.rounded(judged(_regressed(architecture, some, seen)))
+        rows.append(found)
+    results = {"individuals": alone, "counts": rows}
+    _plot(folder, request.title, numbers, rows)
+    report.write_results(folder, request, request.title, _table(rows), results, timings)
+
+
+def _timed(
+    architecture: Network, method: otf.AbstractMethod, models: list[PyTree]
+) -> tuple[PyTree, dict[str, float]]:
+    """Fuses models in one compiled program, and says what that takes."""
+    symmetry = architecture.symmetry
+
+    def fuse(stack: PyTree) -> PyTree:
+        return otf.fuse(symmetry, stack, method=method, leaf_weight=counts)
+
+    stack = otf.stack(models)
+    began = time.perf_counter()
+    program = jax.jit(fuse).lower(stack).compile()
+    compiled = time.perf_counter() - began
+    seconds = []
+    for _ in range(_RUNS):
+        began = time.perf_counter()
+        fused = jax.block_until_ready(program(stack))
+        seconds.append(time.perf_counter() - began)
+    memory: Any = program.memory_analysis()
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return fused, {
+        "compile seconds": round(compiled, 2),
+        "seconds": round(min(seconds), 4),
+        "MiB": round(held / 2**20, 1),
+    }
+
+
+def _regressed(architecture: Network, models: list[PyTree], images: Array) -> PyTree:
+    """All models moved onto the last one, averaged, and repaired by least squares."""
+    symmetry, target = architecture.symmetry, models[-1]
+
+    @jax.jit
+    def aligned(stack: PyTree) -> PyTree:
+        def moved(source: PyTree) -> PyTree:
+            plans = otf.align(symmetry, source, target, leaf_weight=counts)
+            return otf.transport(symmetry, plans, source)
+
+        return jax.vmap(moved)(stack)
+
+    stack = aligned(otf.stack(models[:-1]))
+    moved = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(len(models) - 1)]
+    fused = otf.repair(
+        symmetry, architecture.apply, [*moved, target], images, method=otf.LeastSquares()
+    )
+    return reestimated(architecture, fused, images)
+
+
+def _plot(folder: Any, title: str, numbers: list[int], rows: list[dict[str, Any]]) -> None:
+    plain = ("individuals", "ensemble", "vanilla average", "fuse, least squares")
+    panels = {
+        "test accuracy (%)": {
+            **{name: [row[name] for row in rows] for name in plain},
+            **{name: [row[name]["accuracy"] for row in rows] for name in _METHODS},
+        },
+        "seconds, compiled": {name: [row[name]["seconds"] for row in rows] for name in _METHODS},
+        "memory (MiB)": {name: [row[name]["MiB"] for row in rows] for name in _METHODS},
+    }
+    report.plot_lines(folder / "many.png", title, ("models fused", numbers), panels, {})
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    plain = ("individuals", "ensemble", "vanilla average")
+    header = (
+        "models",
+        *plain,
+        *(f"{name}{what}" for name in _METHODS for what in (" (%)", " (s)", " (MiB)")),
+        "fuse, least squares",
+    )
+    cells = [
+        [
+            str(row["models"]),
+            *(f"{row[name]:.2f}" for name in plain),
+            *(
+                text
+                for name in _METHODS
+                for text in (
+                    f"{row[name]['accuracy']:.2f}",
+                    f"{row[name]['seconds']:.2f}",
+                    f"{row[name]['MiB']:.0f}",
+                )
+            ),
+            f"{row['fuse, least squares']:.2f}",
+        ]
+        for row in rows
+    ]
+    return report.markdown_table(header, cells)

@@ -1,0 +1,195 @@
+"""Runs the studies end to end on small data, and checks what they say against its parts."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import otfusion_jax as otf
+from experiments import cli
+from experiments.data import Dataset, load_dataset
+from experiments.methods import AVERAGES, ORIGINAL, VARIANTS, counts, reestimated
+from experiments.models import ModelConfig, build_model
+from experiments.pairs import network
+from experiments.studies.non_iid import divide
+from experiments.train import initial
+
+
+def run(folder: Path, *words: str) -> dict:
+    assert cli.main([*words, "--out", str(folder)]) == 0
+    content = json.loads((folder / "results.json").read_text())
+    assert content["command"].startswith(f"python -m experiments {words[0]}")
+    assert (folder / "results.md").read_text().endswith(f"`{content['command']}`\n")
+    assert len(list(folder.glob("*.png"))) == 1
+    return content["results"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+# --- one_shot
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    words = ["one_shot", "--epochs", "2", "--variants", "--path-points", "3"]
+    return run(tmp_path_factory.mktemp("one_shot"), *words)
+
+
+def test_every_variant_is_evaluated(variants: dict):
+    methods = variants["methods"]
+    assert list(methods) == list(VARIANTS)
+    assert all(
+        method[kind] > 40 for method in methods.values() for kind in AVERAGES if kind in method
+    )
+    assert [name for name in methods if "least squares" not in methods[name]] == list(ORIGINAL)
+    assert methods["coordinate descent (fuse)"]["averaged"] > methods["vanilla average"]["averaged"]
+
+
+def test_models_come_from_files(tmp_path: Path):
+    # A network of one's own in PyTorch's layout, and one that does not fit.
+    rng = np.random.default_rng(0)
+    sizes = [64, 400, 200, 100, 10]
+    for name in "ab":
+        arrays = {
+            f"fc{i}.weight": rng.standard_normal((m, n)).astype(np.float32) / n**0.5
+            for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False))
+        }
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    files = [str(tmp_path / f"{name}.npz") for name in "ab"]
+    results = run(tmp_path / "run", "one_shot", "--path-points", "3", "--weights", *files)
+    assert all(value < 40 for value in results["individuals"])
+    assert not (tmp_path / "run" / "models").exists()
+    words = ["one_shot", "--width", "0.5", "--weights", *files, "--out", str(tmp_path / "other")]
+    assert cli.main(words) == 2
+
+
+# --- fine_tune
+
+
+def test_fine_tuning_chooses_by_validation(tmp_path: Path):
+    words = ["--epochs", "3", "--fine-tune-epochs", "2", "--factors", "1", "0.001"]
+    results = run(tmp_path, "fine_tune", *words, "--validation-images", "200")
+    assert len(results["starts"]) == 6
+    for start in results["starts"].values():
+        assert [found["schedule"] for found in start["runs"]] == [
+            "one cycle, 0.1",
+            "halved, 0.1",
+            "one cycle, 0.0001",
+            "halved, 0.0001",
+        ]
+        assert start["best"]["validation"] == max(found["validation"] for found in start["runs"])
+        # Hardly trained at all, a model stays what it was.
+        assert start["runs"][-1]["test"] == pytest.approx(start["before"]["test"], abs=2)
+        assert start["best"]["test"] > start["before"]["test"] - 2
+
+
+def test_fine_tuning_needs_images_to_choose_by(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["fine_tune", "--validation-images", "2000"]) == 2
+    assert "--validation-images is 2000" in capsys.readouterr().err
+
+
+# --- non_iid
+
+
+def test_labels_are_divided_as_in_the_paper(digits: Dataset):
+    labels = digits.train_labels
+    a, b = divide(labels, "label", 4)
+    assert sorted([*a, *b]) == list(range(len(labels)))
+    assert set(labels[a]) == set(range(10))
+    assert set(labels[b]) == set(range(10)) - {4}
+    for label in set(range(10)) - {4}:
+        assert np.mean(labels[a] == label) * len(a) / np.sum(labels == label) == pytest.approx(
+            0.1, abs=0.01
+        )
+    even, odd = divide(labels, "parity", 4)
+    assert set(labels[even] % 2) == {0}
+    assert set(labels[odd] % 2) == {1}
+    tenth, rest = divide(labels, "size", 4)
+    assert len(tenth) / (len(tenth) + len(rest)) == pytest.approx(0.1, abs=0.01)
+
+
+def test_divisions_that_leave_nothing_are_refused(digits: Dataset):
+    with pytest.raises(ValueError, match="without examples"):
+        divide(digits.train_labels, "label", 11)
+    with pytest.raises(ValueError, match="without examples"):
+        divide(np.zeros(20, np.int32), "parity", 0)
+
+
+@pytest.mark.parametrize("split", ["label", "parity"])
+def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
+    words = ["--split", split, "--epochs", "4", "--path-points", "5", "--validation-share", "0.2"]
+    results = run(tmp_path, "non_iid", *words)
+    a, b = results["individuals"]
+    if split == "parity":
+        assert a["test of B"] == b["test of A"] == 0
+    for path in results["methods"].values():
+        # Any method leaves the ends of the path as they are.
+        assert path["test"][0] == pytest.approx(a["test"], abs=1.5)
+        assert path["test"][-1] == pytest.approx(b["test"], abs=1.5)
+    best = max(max(path["test"]) for path in results["methods"].values())
+    assert best > max(a["test"], b["test"])
+
+
+# --- many
+
+
+def test_many_models_are_fused_at_once(tmp_path: Path):
+    words = ["--epochs", "2", "--seeds", "0", "1", "2", "--counts", "3", "2", "--width", "0.2"]
+    results = run(tmp_path, "many", *words)
+    assert [row["models"] for row in results["counts"]] == [2, 3]
+    two, three = results["counts"]
+    assert two["individuals"] == pytest.approx(np.mean(results["individuals"][:2]), abs=1e-3)
+    for name in ("Algorithm 1", "fuse"):
+        assert three[name]["accuracy"] > 30
+        assert three[name]["MiB"] > two[name]["MiB"] > 0
+
+
+@pytest.mark.parametrize("numbers", [["1"], ["2", "9"]])
+def test_as_many_models_as_seeds(numbers: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["many", "--counts", *numbers]) == 2
+    assert "give 2 models or more" in capsys.readouterr().err
+
+
+# --- statistics of batch norm
+
+
+def test_statistics_are_those_of_the_images():
+    config = ModelConfig("resnet18", use_norm=True, width=1 / 32)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((300, 32, 32, 3)).astype(np.float32)
+    dataset = Dataset("noise", images, np.zeros(300, np.int32), images, np.zeros(300, np.int32), 10)
+    variables = initial(config, dataset, 0)
+    found = reestimated(network(config, dataset), variables, jnp.asarray(images))
+    kernel = variables["params"]["Conv_0"]["kernel"]
+    numbers = ("NHWC", "HWIO", "NHWC")
+    # A batch of 250; what is over is left out.
+    first = jax.lax.conv_general_dilated(
+        jnp.asarray(images[:250]), kernel, (1, 1), "SAME", None, None, numbers
+    )
+    expected = {"mean": first.mean((0, 1, 2)), "var": first.var((0, 1, 2))}
+    for name, value in found["batch_stats"]["BatchNorm_0"].items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], variables["params"])
+
+
+def test_a_model_without_batch_norm_has_no_statistics(digits: Dataset):
+    config = ModelConfig("mlpnet")
+    variables = initial(config, digits, 0)
+    assert reestimated(network(config, digits), variables, jnp.ones((2, 8, 8, 1))) is variables
+
+
+def test_running_statistics_do_not_count():
+    config = ModelConfig("resnet18", use_norm=True, width=1 / 32)
+    model = build_model(config, 10)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    symmetry = otf.trace_symmetry(
+        model.apply, jax.eval_shape(model.init, jax.random.key(0), images), images
+    )
+    out = {leaf.path for leaf in symmetry.leaves if not counts(leaf.path)}
+    assert out == {leaf.path for leaf in symmetry.leaves if leaf.path.endswith(("mean", "var"))}
