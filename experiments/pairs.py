@@ -17,6 +17,7 @@ from experiments.data import Dataset
 from experiments.importer import import_pytorch, read_arrays
 from experiments.models import ModelConfig, build_model
 from experiments.runs import Request
+from experiments.synthetic import dead_leaves
 from experiments.train import train
 
 
@@ -56,7 +57,7 @@ class Pair:
         network: The architecture of both.
         a: Variables of the model that is moved.
         b: Variables of the model that it is moved onto.
-        images: Training images, drawn by the seeds; their labels are nobody's business.
+        images: Drawn by the seeds: training images without labels, or images of nothing.
     """
 
     network: Network
@@ -66,11 +67,23 @@ class Pair:
 
 
 def pair_of(request: Request, network: Network, dataset: Dataset, models: list[PyTree]) -> Pair:
-    """Puts two models together with the training images that a method may see."""
+    """Puts two models together with the images that a method may see.
+
+    Args:
+        request: The command; its option `images` says how many, and `synthetic` whether they are of
+            nothing.
+        network: The architecture.
+        dataset: The data.
+        models: A and B.
+    """
+    a, b = models
+    if request.options.get("synthetic"):
+        shape = dataset.train_images.shape[1:]
+        images = dead_leaves(request.seeds[0], request.options["images"], *shape)
+        return Pair(network, a, b, jnp.asarray(images))
     key = functools.reduce(jax.random.fold_in, request.seeds[1:], jax.random.key(request.seeds[0]))
     count = len(dataset.train_labels)
     drawn = jax.random.choice(key, count, (min(request.options["images"], count),), replace=False)
-    a, b = models
     return Pair(network, a, b, jnp.asarray(dataset.train_images[np.asarray(drawn)]))
 
 
@@ -88,6 +101,12 @@ def pair_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         help="training images, without labels, for methods that use data (default: 1000)",
+    )
+    parser.add_argument(
+        "--synthetic",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="images of dead leaves instead, so that no method uses data",
     )
 
 

@@ -24,6 +24,8 @@ _STYLES = (
     {"color": "#004D40", "marker": "D", "linestyle": "-", "linewidth": 1.6, "markersize": 4},
     {"color": "#CC79A7", "marker": "v", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
     {"color": "#0072B2", "marker": "P", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
+    {"color": "#E69F00", "marker": "X", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
+    {"color": "#999999", "marker": "*", "linestyle": "-", "linewidth": 1.6, "markersize": 6},
 )
 
 
@@ -131,17 +133,19 @@ def plot_lines(
         levels: From the name of a quantity to values to show as horizontal lines.
 
     Raises:
-        ValueError: There are more curves in a panel than styles that can be told apart.
+        ValueError: There are more curves than styles that can be told apart.
     """
     label, positions = x
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    if len(names) > len(_STYLES):
+        raise ValueError(f"{len(names)} curves in one plot; draw {len(_STYLES)} at most.")
+    styles = dict(zip(names, _STYLES, strict=False))
     figure = Figure(figsize=(2.5 + 5 * len(panels), 4.5), layout="constrained")
     for axes, (quantity, curves) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        if len(curves) > len(_STYLES):
-            raise ValueError(f"{len(curves)} curves in one plot; draw {len(_STYLES)} at most.")
-        for (name, values), style in zip(curves.items(), _STYLES, strict=False):
-            axes.plot(positions, values, label=name, **style)
+        for name, values in curves.items():
+            axes.plot(positions, values, label=name, **styles[name])
         for name, level in levels.get(quantity, {}).items():
             axes.axhline(level, color="0.45", linewidth=1, linestyle=":", label=name)
         axes.set_xlabel(label)

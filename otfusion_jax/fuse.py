@@ -120,11 +120,12 @@ def fuse(
     metric: costs.CostFn | None = None,
     solver: AbstractSolver = Exact(),
     leaf_weight: Callable[[str], float] | None = None,
+    batch_size: int | None = None,
 ) -> PyTree:
     """Fuses independently trained models into one: aligns them to a reference and averages.
 
     The defaults are the best one-shot method we have that needs no data. Alignment and transport
-    of the whole stack run under one `jax.vmap`; all of it is jitted. To match by activations, use
+    of the stack run under `jax.vmap`; all of it is jitted. To match by activations, use
     `align(..., features=...)`, `transport` and `average`.
 
     Args:
@@ -137,13 +138,19 @@ def fuse(
         metric: see `align`.
         solver: see `align`.
         leaf_weight: see `align`.
+        batch_size: how many models are aligned at once under `jax.vmap`. None means all, but on a
+            CPU one after the other: it gains nothing there by doing the same thing to many models,
+            and each would wait for the slowest.
 
     Returns:
         The fused parameters. Integers, booleans and keys are those of the reference.
 
     Raises:
-        ValueError: as `align`, and for fewer than two models or weights that do not fit.
+        ValueError: as `align`, and for fewer than two models, weights that do not fit, or an empty
+            batch.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
     stacked = _stacked(symmetry, models)
     count = jax.tree_util.tree_leaves(stacked)[0].shape[0]
     if count < 2:
@@ -156,15 +163,18 @@ def fuse(
     metric = costs.SqEuclidean() if metric is None else metric
     ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
     counting = leaf_weights(symmetry, leaf_weight)
-    return _fuse(symmetry, method, solver, counting, ordered, found[np.array(order)], metric)
+    at_once = batch_size or (1 if jax.default_backend() == "cpu" else count)
+    how = (symmetry, method, solver, counting, min(at_once, count - 1))
+    return _fuse(*how, ordered, found[np.array(order)], metric)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _fuse(
     symmetry: Symmetry,
     method: AbstractMethod,
     solver: AbstractSolver,
     counting: tuple[float, ...] | None,
+    batch_size: int,
     stacked: PyTree,
     weights: Float[Array, " k"],
     metric: costs.CostFn,
@@ -178,9 +188,8 @@ def _fuse(
     def moved(source: PyTree) -> PyTree:
         return transport(symmetry, align(symmetry, source, target, **how), source)
 
-    together = jax.tree.map(
-        lambda x, y: jnp.concatenate([x, y[None]]), jax.vmap(moved)(others), target
-    )
+    aligned = jax.lax.map(moved, others, batch_size=batch_size)
+    together = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aligned, target)
     return _average(together, weights)
 
 

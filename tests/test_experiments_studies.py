@@ -15,6 +15,7 @@ from experiments.methods import AVERAGES, ORIGINAL, VARIANTS, counts, reestimate
 from experiments.models import ModelConfig, build_model
 from experiments.pairs import network
 from experiments.studies.non_iid import divide
+from experiments.synthetic import dead_leaves
 from experiments.train import initial
 
 
@@ -69,18 +70,45 @@ def test_models_come_from_files(tmp_path: Path):
     assert cli.main(words) == 2
 
 
+def test_methods_can_do_without_data(tmp_path: Path):
+    words = ["--methods", "activation matching (correlation)", "--path-points", "3"]
+    results = run(tmp_path, "one_shot", "--epochs", "2", "--synthetic", *words)
+    assert list(results["methods"]) == ["activation matching (correlation)"]
+
+
+def test_dead_leaves_are_normalised_and_smooth():
+    images = dead_leaves(0, 50, 32, 24, 3)
+    assert images.shape == (50, 32, 24, 3)
+    assert images.dtype == np.float32
+    np.testing.assert_allclose(images.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(images.std((0, 1, 2)), 1, atol=1e-4)
+    np.testing.assert_array_equal(images, dead_leaves(0, 50, 32, 24, 3))
+    assert abs(images - dead_leaves(1, 50, 32, 24, 3)).max() > 1
+
+    # Neighbours are alike, and so are colours; far pixels less.
+    def correlation(a, b):
+        return np.corrcoef(a.ravel(), b.ravel())[0, 1]
+
+    near = correlation(images[:, 1:], images[:, :-1])
+    far = correlation(images[:, 16:], images[:, :-16])
+    assert near > 0.8 > 0.5 > far
+    assert correlation(images[..., 0], images[..., 1]) > 0.5
+
+
 # --- fine_tune
 
 
 def test_fine_tuning_chooses_by_validation(tmp_path: Path):
+    names = ["model A", "vanilla average", "coordinate descent, least squares"]
     words = ["--epochs", "3", "--fine-tune-epochs", "2", "--factors", "1", "0.001"]
-    results = run(tmp_path, "fine_tune", *words, "--validation-images", "200")
-    assert len(results["starts"]) == 6
+    words += ["--validation-images", "200", "--starts", *names]
+    results = run(tmp_path, "fine_tune", *words)
+    assert list(results["starts"]) == names
     for start in results["starts"].values():
         assert [found["schedule"] for found in start["runs"]] == [
-            "one cycle, 0.1",
+            "one-cycle, 0.1",
             "halved, 0.1",
-            "one cycle, 0.0001",
+            "one-cycle, 0.0001",
             "halved, 0.0001",
         ]
         assert start["best"]["validation"] == max(found["validation"] for found in start["runs"])

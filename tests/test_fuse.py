@@ -231,3 +231,15 @@ def test_under_jit_what_is_not_finite_gives_nan():
     fuse = functools.partial(otf.fuse, symmetry_of(), method=otf.ForwardPass())
     fused = jax.jit(fuse)([bad, *models[1:]])
     assert jnp.isnan(fused[0]["kernel"]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_the_batch_size_changes_nothing(batch_size):
+    models = random_nets(4)
+    found = otf.fuse(symmetry_of(), models, batch_size=batch_size)
+    assert_trees_close(found, otf.fuse(symmetry_of(), models))
+
+
+def test_a_batch_of_none_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        otf.fuse(symmetry_of(), random_nets(2), batch_size=0)

@@ -12,12 +12,21 @@ from jaxtyping import PyTree
 import otfusion_jax as otf
 from experiments import report
 from experiments.evaluate import accuracy
-from experiments.methods import AVERAGES, METHODS
+from experiments.methods import AVERAGES, METHODS, reestimated
 from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
 from experiments.train import TrainConfig, train
 
-_BEST = "coordinate descent (fuse)"
+# What each start is made by: what moves model A, what makes one model, and the weights of the two.
+_STARTS = {
+    "model A": ("vanilla average", "averaged", (1.0, 0.0)),
+    "model B": ("vanilla average", "averaged", (0.0, 1.0)),
+    "vanilla average": ("vanilla average", "averaged", (0.5, 0.5)),
+    "Algorithm 1, weights": ("Algorithm 1, weights", "averaged", (0.5, 0.5)),
+    "coordinate descent": ("coordinate descent (fuse)", "averaged", (0.5, 0.5)),
+    "coordinate descent, least squares": ("coordinate descent (fuse)", "least squares", (0.5, 0.5)),
+}
+_SCHEDULES = ("one-cycle", "halved")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +41,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=(1.0, 0.3, 0.1),
         help="peak step sizes, as multiples of the recipe's (default: 1 0.3 0.1)",
+    )
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=_SCHEDULES,
+        default=_SCHEDULES,
+        help="up to the step size and down again, or halved with every epoch (default: both)",
+    )
+    parser.add_argument(
+        "--starts",
+        nargs="+",
+        choices=list(_STARTS),
+        default=list(_STARTS),
+        metavar="START",
+        help=f"these alone, of {', '.join(map(repr, _STARTS))}",
     )
     parser.add_argument(
         "--validation-images",
@@ -67,7 +91,7 @@ def run(request: Request) -> None:
     architecture = network(request.model, dataset)
     models = parents(request, architecture, dataset, folder, timings)
     pair = pair_of(request, architecture, dataset, models)
-    starts = _starts(pair)
+    starts = _starts(request, pair)
 
     apply = architecture.apply
     judged = jax.jit(lambda params, x, y: accuracy(lambda batch: apply(params, batch), x, y))
@@ -106,35 +130,31 @@ def run(request: Request) -> None:
     report.write_results(folder, request, request.title, _table(results), results, timings)
 
 
-def _starts(pair: Pair) -> dict[str, PyTree]:
-    """What is trained on: the parents, their average, and fused models of three kinds."""
-    moved = METHODS[_BEST](pair)
-    halves = (0.5, 0.5)
-    return {
-        "model A": pair.a,
-        "model B": pair.b,
-        "vanilla average": AVERAGES["averaged"](pair, pair.a, halves),
-        "Algorithm 1, weights": AVERAGES["averaged"](
-            pair, METHODS["Algorithm 1, weights"](pair), halves
-        ),
-        "coordinate descent": AVERAGES["averaged"](pair, moved, halves),
-        "coordinate descent, least squares": AVERAGES["least squares"](pair, moved, halves),
-    }
+def _starts(request: Request, pair: Pair) -> dict[str, PyTree]:
+    """What is trained on."""
+    found = {}
+    for name in request.options["starts"]:
+        method, average, weights = _STARTS[name]
+        fused = AVERAGES[average](pair, METHODS[method](pair), weights)
+        parent = max(weights) == 1  # whose statistics are its own
+        found[name] = fused if parent else reestimated(pair.network, fused, pair.images)
+    return found
 
 
 def _schedules(request: Request) -> dict[str, TrainConfig]:
-    """One cycle up to each step size, and each step size halved with every epoch."""
+    """Each kind of schedule with each step size."""
     recipe = request.train_config
     epochs = request.options["fine_tune_epochs"]
     found = {}
     for factor in request.options["factors"]:
         rate = factor * recipe.learning_rate
-        plain = dataclasses.replace(
-            recipe, epochs=epochs, learning_rate=rate, one_cycle=False, drops=()
-        )
         halvings = tuple((epoch, 0.5) for epoch in range(1, epochs))
-        found[f"one cycle, {rate:g}"] = dataclasses.replace(plain, one_cycle=True)
-        found[f"halved, {rate:g}"] = dataclasses.replace(plain, drops=halvings)
+        kinds = {"one-cycle": (True, ()), "halved": (False, halvings)}
+        for kind in request.options["schedules"]:
+            one_cycle, drops = kinds[kind]
+            found[f"{kind}, {rate:g}"] = dataclasses.replace(
+                recipe, epochs=epochs, learning_rate=rate, one_cycle=one_cycle, drops=drops
+            )
     return found
 
 

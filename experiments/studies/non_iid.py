@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, PyTree
 
 from experiments import report
 from experiments.data import Dataset, stratified_split
-from experiments.methods import AVERAGES, METHODS
+from experiments.methods import AVERAGES, VARIANTS
 from experiments.pairs import network, pair_of
 from experiments.runs import Request
 from experiments.train import initial, train
@@ -22,8 +22,13 @@ _FUSED = {
     "vanilla average": ("vanilla average", "averaged"),
     "Algorithm 1, weights": ("Algorithm 1, weights", "averaged"),
     "Algorithm 1, activations": ("Algorithm 1, activations", "averaged"),
+    "activation matching": ("activation matching (correlation)", "averaged"),
     "coordinate descent (fuse)": ("coordinate descent (fuse)", "averaged"),
     "vanilla, least squares": ("vanilla average", "least squares"),
+    "activation matching, least squares": (
+        "activation matching (correlation)",
+        "least squares",
+    ),
     "coordinate descent, least squares": ("coordinate descent (fuse)", "least squares"),
 }
 
@@ -126,7 +131,7 @@ def run(request: Request) -> None:
     methods: dict[str, Any] = {}
     for name, (method, average) in report.progress(_FUSED.items(), "fusing"):
         began = time.perf_counter()
-        moved = METHODS[method](pair)
+        moved = VARIANTS[method](pair)
         path = [judge(AVERAGES[average](pair, moved, (1 - s, s))) for s in t.tolist()]
         methods[name] = {where: [point[where] for point in path] for where in path[0]}
         timings[name] = time.perf_counter() - began
