@@ -10,6 +10,7 @@ architecture of the models: every correction is folded into the weights.
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Product(NamedTuple):
     Attributes:
         leaf: the parameter of the average.
         compute: from such a parameter to the average's features, linear.
+        normal: the same, followed by its transpose.
         found: the features of each model, K arrays of one shape.
         weights: of the models, float `[K]`.
         units: brings features to `[samples, units]`; None if they belong to no group.
@@ -50,6 +52,7 @@ class Product(NamedTuple):
 
     leaf: Array
     compute: Callable[[Array], Array]
+    normal: Callable[[Array], Array]
     found: tuple[Array, ...]
     weights: Float[Array, " k"]
     units: Callable[[Array], Array] | None
@@ -128,16 +131,16 @@ class LeastSquares(AbstractRepair):
     def correct(self, product: Product) -> tuple[Array, Array | None]:
         """See `AbstractRepair.correct`."""
         leaf, compute = product.leaf, product.compute
-        transposed = jax.linear_transpose(compute, leaf)
         # The squared length of the features of random weights is the trace, on average.
         random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
         penalty = self.ridge * _inner(compute(random)) / _inner(random)
 
         def normal(x: Array) -> Array:
-            return transposed(compute(x))[0] + penalty * x
+            return product.normal(x) + penalty * x
 
         target = sum(w * y for w, y in zip(product.weights, product.found, strict=True))
-        missing = transposed((target - compute(leaf)).astype(product.found[0].dtype))[0]
+        short = (target - compute(leaf)).astype(product.found[0].dtype)
+        (missing,) = jax.linear_transpose(compute, leaf)(short)
         change, _ = jax.scipy.sparse.linalg.cg(normal, missing, maxiter=self.steps)
         return leaf + change, None
 
@@ -258,6 +261,13 @@ def _repair(
             operands[position] = origin.arrange(leaf)
             return eqn.primitive.bind(*operands, **eqn.params)
 
+        gram = _row_gram(eqn, values, position)
+
+        def normal(leaf: Array) -> Array:
+            if gram is None:
+                return jax.linear_transpose(compute, leaf)(compute(leaf))[0]
+            return jax.linear_transpose(origin.arrange, leaf)(gram(origin.arrange(leaf)))[0]
+
         found = tuple(
             eqn.primitive.bind(*(v.arrays[k] for v in values), **eqn.params)
             for k in range(count - 1)
@@ -266,7 +276,7 @@ def _repair(
         group, view = views.get(path, [(None, None)])[-1]
         along = _producing(group, origin.leaf) if group else ()
         units = functools.partial(units_of, view=view, size=group.size) if group and view else None
-        product = Product(corrected[origin.leaf], compute, found, weights, units, along)
+        product = Product(corrected[origin.leaf], compute, normal, found, weights, units, along)
         corrected[origin.leaf], shift = method.correct(product)
         done.add(origin.leaf)
         pending = None if shift is None or group is None else (group, shift)
@@ -278,6 +288,44 @@ def _repair(
     arguments += [_Value((x,) * count, feature=True) for x in jax.tree_util.tree_leaves(inputs)]
     interpret(traced.jaxpr, arguments, (), step)
     return corrected
+
+
+def _row_gram(
+    eqn: core.JaxprEqn, values: list[_Value], position: int
+) -> Callable[[Array], Array] | None:
+    """A matrix product followed by its transpose, by inner products of the average's features.
+
+    They are taken once, and then each application costs as much as the features are wide, however
+    many samples there are.
+
+    Args:
+        eqn: the product.
+        values: its operands.
+        position: of the parameter among them.
+
+    Returns:
+        From a parameter, as it enters the product, to one of the same shape. None for convolutions
+        and batched products, and if there are fewer samples than the features are wide.
+    """
+    if eqn.primitive is not P.dot_general_p:
+        return None
+    contracted, batch = eqn.params["dimension_numbers"]
+    features = values[1 - position].arrays[-1]
+    pairs = sorted(zip(contracted[1 - position], contracted[position], strict=True))
+    mine, theirs = tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
+    free = tuple(i for i in range(features.ndim) if i not in mine)
+    width = math.prod(features.shape[i] for i in mine)
+    if batch[0] or width > features.size // width:
+        return None
+    product = functools.partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
+    gram = product(features, features, ((free, free), ((), ())))
+    count = len(mine)
+
+    def apply(parameter: Array) -> Array:
+        dims = ((tuple(range(count, 2 * count)), theirs), ((), ()))
+        return jnp.moveaxis(product(gram, parameter.astype(gram.dtype), dims), range(count), theirs)
+
+    return apply
 
 
 def _same(x: Array) -> Array:
