@@ -39,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     common["seeds"] = tuple(common["seeds"])
     command = shlex.join(["python", "-m", "experiments", *words])
+    request = Request(command=command, model=model, options=flags, **common)
     try:
-        study.run(Request(command=command, model=model, options=flags, **common))
+        if not flags.get("weights"):
+            _ = request.train_config  # what is not there is to be said before any work
+        study.run(request)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

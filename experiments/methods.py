@@ -173,3 +173,12 @@ AVERAGES: Mapping[str, Callable[[Pair, PyTree, tuple[float, float]], PyTree]] = 
     "statistics restored": _restored,
     "least squares": _regressed,
 }
+
+
+def mended(method: str) -> tuple[str, ...]:
+    """What follows a method of `VARIANTS` in a table of all: of many variants, repairs are few."""
+    if method in ORIGINAL:
+        return ("averaged",)
+    if method.startswith("Algorithm 1") and method not in METHODS:
+        return ("averaged", "statistics restored")
+    return tuple(AVERAGES)

@@ -185,6 +185,11 @@ class VGG(_Convolutional):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
+        smallest = 2 ** self.widths.count(None)
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"Images of {images.shape[1:3]} pixels are too small: {smallest} needed."
+            )
         x = images.astype(self.dtype)
         for width in self.widths:
             x = _halved(x) if width is None else nn.relu(self._conv(x, width, 3, 1, train))

@@ -155,8 +155,7 @@ def plot_lines(
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.axes[0].legend(frameon=False)
-    # Matplotlib would otherwise put its version in the file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    _save(figure, path)
 
 
 def plot_bars(
@@ -191,6 +190,12 @@ def plot_bars(
     axes.invert_yaxis()
     axes.set_xlabel(quantity)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     axes.set_title(title)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # nothing was trained, if models are from files
+    # Matplotlib would otherwise put its version in the file.
     figure.savefig(path, dpi=150, metadata={"Software": None})
