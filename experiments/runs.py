@@ -84,13 +84,19 @@ class Request:
     @property
     def title(self) -> str:
         """What a run is about, in words."""
-        seeds = ", ".join(map(str, self.seeds))
-        return f"{self.model.label} on {self.dataset}, seeds {seeds}"
+        named = "" if self.options.get("weights") else "seeds "
+        return f"{self.model.label} on {self.dataset}, {named}{', '.join(self._models)}"
 
     def folder(self, study: str) -> Path:
         """Returns the folder for this run of a study; it need not exist yet."""
-        seeds = "-".join(map(str, self.seeds))
-        return self.out or Path("runs", f"{study}-{self.dataset}-{self.model.label}-{seeds}")
+        label = "-".join((study, self.dataset, self.model.label, *self._models))
+        return self.out or Path("runs", label)
+
+    @property
+    def _models(self) -> list[str]:
+        """Names of the models: of their files, or else their seeds."""
+        files = self.options.get("weights")
+        return [path.stem for path in files] if files else [str(seed) for seed in self.seeds]
 
 
 @dataclasses.dataclass(frozen=True)

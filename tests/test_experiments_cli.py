@@ -74,6 +74,11 @@ def test_runs_have_folders_of_their_own():
     request = Request("", "digits", ModelConfig("mlpnet", use_bias=True, width=0.5), (4, 5))
     assert request.folder("one_shot") == Path("runs/one_shot-digits-mlpnet-bias-x0.5-4-5")
     assert dataclasses.replace(request, out=Path("x")).folder("one_shot") == Path("x")
+    files = {"weights": [Path("here/a.npz"), Path("there/b.npz")]}
+    named = dataclasses.replace(request, options=files)
+    assert named.folder("one_shot") == Path("runs/one_shot-digits-mlpnet-bias-x0.5-a-b")
+    assert named.title == "mlpnet-bias-x0.5 on digits, a, b"
+    assert request.title == "mlpnet-bias-x0.5 on digits, seeds 4, 5"
 
 
 def test_epochs_replace_those_of_the_recipe():
