@@ -27,12 +27,10 @@ def accuracy(
         A float32 scalar in [0, 100]; traceable, so it may be compiled, mapped or batched.
     """
 
-    def is_correct(example: tuple[Array, Array]) -> Array:
-        image, label = example
-        return jnp.argmax(scores(image[None])[0]) == label
+    def is_correct(logits: Array, label: Array) -> Array:
+        return jnp.argmax(logits) == label
 
-    correct = jax.lax.map(is_correct, (images, labels), batch_size=min(_BATCH_SIZE, len(labels)))
-    return 100 * jnp.mean(correct, dtype=jnp.float32)
+    return 100 * jnp.mean(_judged(is_correct, scores, images, labels), dtype=jnp.float32)
 
 
 def loss_and_error(
@@ -51,11 +49,23 @@ def loss_and_error(
         Loss and error rate, both such that less is better; traceable.
     """
 
-    def judge(example: tuple[Array, Array]) -> Array:
-        image, label = example
-        logits = scores(image[None])[0]
+    def judge(logits: Array, label: Array) -> Array:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return jnp.stack([loss, 100 * (jnp.argmax(logits) != label).astype(loss.dtype)])
 
-    judged = jax.lax.map(judge, (images, labels), batch_size=min(_BATCH_SIZE, len(labels)))
-    return jnp.mean(judged, axis=0)
+    return jnp.mean(_judged(judge, scores, images, labels), axis=0)
+
+
+def _judged(
+    judge: Callable[[Array, Array], Array],
+    scores: Callable[[Array], Array],
+    images: Float[Array, "n ..."],
+    labels: Int[Array, " n"],
+) -> Array:
+    """What `judge` makes of the scores and the label of each image, stacked."""
+
+    def one(example: tuple[Array, Array]) -> Array:
+        image, label = example
+        return judge(scores(image[None])[0], label)
+
+    return jax.lax.map(one, (images, labels), batch_size=min(_BATCH_SIZE, len(labels)))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from experiments.runs import Request
 
+PATH_AXIS = "t: weights (1 - t) · A + t · B"
 _PACKAGES = ("otfusion-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "numpy")
 # Colours (mostly Okabe and Ito's) that colour-blind readers tell apart; markers serve in grey.
 _STYLES = (

@@ -132,12 +132,15 @@ def run(request: Request) -> None:
 
 def _starts(request: Request, pair: Pair) -> dict[str, PyTree]:
     """What is trained on."""
+    chosen = {name: _STARTS[name] for name in request.options["starts"]}
+    methods = dict.fromkeys(method for method, _, _ in chosen.values())
+    moved = {method: METHODS[method](pair) for method in methods}
     found = {}
-    for name in request.options["starts"]:
-        method, average, weights = _STARTS[name]
-        fused = AVERAGES[average](pair, METHODS[method](pair), weights)
-        parent = max(weights) == 1  # whose statistics are its own
-        found[name] = fused if parent else reestimated(pair.network, fused, pair.images)
+    for name, (method, average, weights) in chosen.items():
+        found[name] = AVERAGES[average](pair, moved[method], weights)
+        # A parent has statistics of its own, and a repaired average has been given some.
+        if average == "averaged" and max(weights) < 1:
+            found[name] = reestimated(pair.network, found[name], pair.images)
     return found
 
 

@@ -145,7 +145,7 @@ def run(request: Request) -> None:
         for where in ("test", "test of A", "test of B")
     }
     title = f"{request.title}, split by {request.options['split']}"
-    x = ("t: weights (1 - t) · A + t · B", results["t"])
+    x = (report.PATH_AXIS, results["t"])
     report.plot_lines(folder / "paths.png", title, x, panels, {})
     report.write_results(folder, request, title, _table(results), results, timings)
 
@@ -156,13 +156,14 @@ def _judge(apply: Any, whole: Dataset, held_out: np.ndarray, parts: tuple[np.nda
         "validation": (whole.train_images[held_out], whole.train_labels[held_out]),
         "test": (whole.test_images, whole.test_labels),
     }
+    on_device = {name: tuple(map(jnp.asarray, found)) for name, found in sets.items()}
 
     @jax.jit
     def right(params: PyTree, images: Array, labels: Array) -> Array:
         return jnp.argmax(apply(params, images), axis=-1) == labels
 
     def judge(params: PyTree) -> dict[str, float]:
-        found = {name: np.asarray(right(params, *where)) for name, where in sets.items()}
+        found = {name: np.asarray(right(params, *where)) for name, where in on_device.items()}
         found |= {f"test of {name}": found["test"][i] for name, i in zip("AB", parts, strict=True)}
         return {name: report.rounded(100 * correct.mean()) for name, correct in found.items()}
 

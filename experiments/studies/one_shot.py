@@ -73,7 +73,7 @@ def run(request: Request) -> None:
         }.items()
     }
     levels = {"test accuracy (%)": {"ensemble": results["ensemble"]}}
-    x = ("t: weights (1 - t) · A + t · B", results["t"])
+    x = (report.PATH_AXIS, results["t"])
     report.plot_lines(folder / "paths.png", title, x, panels, levels)
     report.write_results(folder, request, title, _table(results), results, timings)
 
