@@ -123,7 +123,8 @@ def _check_features(symmetry: Symmetry, features: dict[str, Gram] | None) -> Non
         return
     wrong = [f"  {g.name}: missing" for g in symmetry.groups if g.name not in features]
     for group in symmetry.groups:
-        shape = (group.size, group.size)
+        *batch, n = (*group.batch, group.size)
+        shape = (*batch, n, batch[-1], n) if group.outer else (*batch, n, n)
         if group.name in features and features[group.name].ab.shape != shape:
             wrong.append(f"  {group.name}: shape {features[group.name].ab.shape}, expected {shape}")
     if wrong:

@@ -1,29 +1,29 @@
-"""Axes as products of atoms, and the two union-finds that tie them: what moves together, and how.
+"""Axes as expressions over atoms, and the union-find that ties them: what moves together.
 
 An *atom* is an index set that no primitive seen so far has taken apart. Every axis of every value
-is a row-major product of factors, each of them an occurrence of an atom; an axis of size 1 is the
-empty product. Three relations grow while a jaxpr is walked, and never shrink:
+is a row-major product of terms; an axis of size 1 is the empty product. A term is a factor, which
+is an occurrence of an atom, or a sum of segments one after the other, each of them an axis again.
+Three relations grow while a jaxpr is walked, and never shrink:
 
 - **same atom**: two factors have to be permuted alike (`unify`);
-- **parts**: an atom is itself a product (`split`), because a reshape or a grouped convolution
-  looked inside it;
+- **parts**: an atom is itself a product, because a reshape or a grouped convolution looked inside
+  it, or a sum, because a slice or a concatenation did;
 - **pinned**: an atom may not be permuted at all, with the first reason that was given.
 
 A factor along which the value is constant has no atom at all. It is unchanged by any permutation,
 so it agrees with whatever it meets and ties nothing: zeros broadcast into two layers do not
 couple them.
-
-Roles are a second union-find, with signs. Features push forward along a transport plan; what is
-contracted with them must be pulled back. Elementwise operations link equal roles, contractions
-opposite ones. A parameter has no role of its own but one per use, recorded as a *contact* when it
-meets a feature: a tied embedding is in contact with both signs.
 """
 
-import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from otfusion_jax.roles import Roles
+
+MOST_SEGMENTS = 256
+"""An axis that falls into more segments is pinned: shifting units by one would cut it for ever."""
 
 
 class Kind(enum.IntEnum):
@@ -37,7 +37,7 @@ class Kind(enum.IntEnum):
 class Factor(NamedTuple):
     """One occurrence of an atom in an axis.
 
-    `role` is a signed variable of the role union-find, 0 where there is none.
+    `role` is a signed variable of the roles' union-find, 0 where there is none.
     """
 
     size: int
@@ -45,7 +45,15 @@ class Factor(NamedTuple):
     role: int = 0
 
 
-Axis = tuple[Factor, ...]
+class Sum(NamedTuple):
+    """Segments of an axis, one after the other."""
+
+    size: int
+    segments: tuple["Axis", ...]
+
+
+Term = Factor | Sum
+Axis = tuple[Term, ...]
 
 
 class Contact(NamedTuple):
@@ -56,57 +64,50 @@ class Contact(NamedTuple):
     sign: int
 
 
+class Disagreement(Exception):
+    """Two readings of one axis have no common refinement.
+
+    Attributes:
+        rest: what does not agree.
+    """
+
+    def __init__(self, what: str, rest: "Axis") -> None:
+        super().__init__(what)
+        self.rest = rest
+
+
+def size_of(axis: Axis) -> int:
+    """Returns the number of elements of an axis."""
+    return math.prod(term.size for term in axis)
+
+
 def constant(size: int) -> Axis:
     """Returns an axis along which a value does not vary."""
     return (Factor(size, None),) if size != 1 else ()
 
 
-@dataclasses.dataclass
-class _Roles:
-    """Union-find with parity. Variables are positive integers; a minus sign is the opposite."""
+def concatenated(segments: Iterable[Axis]) -> Axis:
+    """Returns the axis of segments one after the other."""
+    flat: list[Axis] = []
+    for segment in segments:
+        match segment:
+            case (Sum(_, inner),):
+                flat += inner
+            case _ if size_of(segment):
+                flat.append(segment)
+    if len(flat) <= 1:
+        return flat[0] if flat else constant(0)
+    return (Sum(sum(map(size_of, flat)), tuple(flat)),)
 
-    parent: dict[int, int] = dataclasses.field(default_factory=dict)
-    children: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
-    torn: set[int] = dataclasses.field(default_factory=set)  # roots tied to their own opposite
 
-    def fresh(self) -> int:
-        new = len(self.parent) + 1
-        self.parent[new] = new
-        return new
-
-    def find(self, role: int) -> int:
-        """Returns the root, negative where `role` is its opposite."""
-        sign = 1 if role > 0 else -1
-        node = abs(role)
-        trail = []
-        while abs(self.parent[node]) != node:
-            trail.append((node, sign))
-            if self.parent[node] < 0:
-                sign = -sign
-            node = abs(self.parent[node])
-        for passed, before in trail:  # sign from `passed` to the root is sign / before
-            self.parent[passed] = node * sign * before
-        return sign * node
-
-    def tie(self, a: int, b: int, sign: int) -> None:
-        a, b = self.find(a), sign * self.find(b)
-        if a == -b:
-            self.torn.add(abs(a))
-        elif a != b:
-            if abs(b) in self.torn:
-                self.torn.add(abs(a))
-            self.parent[abs(b)] = a if b > 0 else -a
-
-    def child(self, role: int, index: int) -> int:
-        """Returns the role of part `index` of a factor that has been split."""
-        if role == 0:
-            return 0
-        root = self.find(role)
-        if (abs(root), index) not in self.children:
-            part = self.children[abs(root), index] = self.fresh()
-            if abs(root) in self.torn:
-                self.torn.add(part)
-        return self.children[abs(root), index] * (1 if root > 0 else -1)
+def factors_of(axis: Axis) -> Iterator[Factor]:
+    """Yields all factors of an axis, those in segments included."""
+    for term in axis:
+        if isinstance(term, Sum):
+            for segment in term.segments:
+                yield from factors_of(segment)
+        else:
+            yield term
 
 
 class Space:
@@ -115,10 +116,11 @@ class Space:
     def __init__(self) -> None:
         self.contacts: list[Contact] = []
         self._parent: list[int] = []
-        self._parts: dict[int, tuple[int, int]] = {}
+        self._factors: dict[int, tuple[int, int]] = {}
+        self._segments: dict[int, tuple[int, ...]] = {}
         self._sizes: list[int] = []
         self._pins: dict[int, str] = {}
-        self._roles = _Roles()
+        self._roles = Roles()
 
     def fresh(self, size: int) -> Axis:
         """Returns an axis made of a new atom."""
@@ -134,9 +136,11 @@ class Space:
         self._pins[atom] = reason
         return (Factor(size, atom),)
 
-    def _new(self, size: int) -> int:
+    def _new(self, size: int, pin: str | None = None) -> int:
         self._parent.append(len(self._parent))
         self._sizes.append(size)
+        if pin is not None:
+            self._pins[len(self._parent) - 1] = pin
         return len(self._parent) - 1
 
     def find(self, atom: int) -> int:
@@ -154,40 +158,97 @@ class Space:
 
     def expand(self, axis: Axis) -> Axis:
         """Rewrites an axis in the finest atoms known, each by its representative."""
-        out: list[Factor] = []
-        stack = list(reversed(axis))
-        while stack:
-            factor = stack.pop()
-            if factor.atom is None:
-                out.append(factor)
-                continue
-            root = self.find(factor.atom)
-            if root in self._parts:
-                stack.extend(self._parts_of(factor, root)[::-1])
+        out: list[Term] = []
+        for term in axis:
+            if isinstance(term, Sum):
+                out += concatenated([self.expand(segment) for segment in term.segments])
+            elif term.atom is None:
+                out.append(term)
             else:
-                out.append(Factor(factor.size, root, factor.role))
+                root = self.find(term.atom)
+                if root in self._factors:
+                    out += self.expand(self._parts(term, self._factors[root]))
+                elif root in self._segments:
+                    parts = self._parts(term, self._segments[root])
+                    out += concatenated([self.expand((part,)) for part in parts])
+                elif term.size > 1:
+                    out.append(Factor(term.size, root, term.role))
         return tuple(out)
 
-    def _parts_of(self, factor: Factor, root: int) -> list[Factor]:
-        return [
+    def _parts(self, factor: Factor, atoms: Sequence[int]) -> tuple[Factor, ...]:
+        return tuple(
             Factor(self._sizes[part], part, self._roles.child(factor.role, i))
-            for i, part in enumerate(self._parts[root])
-        ]
+            for i, part in enumerate(atoms)
+        )
 
-    def _split(self, factor: Factor, outer: int) -> list[Factor]:
+    def _split(self, factor: Factor, outer: int) -> Axis:
         """Takes an expanded factor apart into `outer` times the rest."""
         inner = factor.size // outer
         if factor.atom is None:
-            return [Factor(outer, None), Factor(inner, None)]
-        self._parts[factor.atom] = self._new(outer), self._new(inner)
-        if factor.atom in self._pins:
-            for part in self._parts[factor.atom]:
-                self._pins[part] = self._pins[factor.atom]
-        return self._parts_of(factor, factor.atom)
+            return (Factor(outer, None), Factor(inner, None))
+        pin = self._pins.get(factor.atom)
+        self._factors[factor.atom] = self._new(outer, pin), self._new(inner, pin)
+        return self._parts(factor, self._factors[factor.atom])
+
+    def signature(self, axis: Axis) -> tuple:
+        """Returns what an axis is made of, roles left out."""
+        return tuple(
+            tuple(self.signature(segment) for segment in term.segments)
+            if isinstance(term, Sum)
+            else (term.size, term.atom)
+            for term in self.expand(axis)
+        )
+
+    # --- pieces of an axis
+
+    def cut(self, axis: Axis, marks: Sequence[int]) -> list[Axis]:
+        """Takes an axis apart into segments.
+
+        Args:
+            axis: the axis.
+            marks: positions where a new segment begins, rising, neither 0 nor the end.
+
+        Returns:
+            One axis for each segment.
+
+        Raises:
+            Disagreement: if a mark lies within a factor that the axis repeats.
+        """
+        if not marks:
+            return [axis]
+        first, *rest = self.expand(axis)
+        inner = size_of(tuple(rest))
+        if any(mark % inner for mark in marks):
+            raise Disagreement(f"cut at {marks[0]} within blocks of {inner}", axis)
+        return [
+            (*piece, *rest) for piece in self._cut_term(first, [mark // inner for mark in marks])
+        ]
+
+    def _cut_term(self, term: Term, marks: Sequence[int]) -> list[Axis]:
+        edges = [0, *marks, term.size]
+        sizes = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        if isinstance(term, Sum):
+            pieces: list[list[Axis]] = [[] for _ in sizes]
+            offset = 0
+            for segment in term.segments:
+                length = size_of(segment)
+                local = [mark - offset for mark in marks if 0 < mark - offset < length]
+                index = sum(mark <= offset for mark in marks)
+                for i, piece in enumerate(self.cut(segment, local)):
+                    pieces[index + i].append(piece)
+                offset += length
+            return [concatenated(piece) for piece in pieces]
+        if term.atom is None:
+            return [constant(size) for size in sizes]
+        pin = self._pins.get(term.atom)
+        if pin is not None:  # where nothing moves, nothing need be known of the pieces
+            return [self.pinned(size, pin) for size in sizes]
+        self._segments[term.atom] = tuple(self._new(size) for size in sizes)
+        return [(part,) if part.size > 1 else () for part in self._parts(term, self._segments[term.atom])]
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Forbids every permutation of an axis; the first reason is kept."""
-        for factor in self.expand(axis):
+        for factor in factors_of(self.expand(axis)):
             if factor.atom is not None:
                 self._pins.setdefault(factor.atom, reason)
 
@@ -195,21 +256,38 @@ class Space:
         """Returns why an atom is pinned, None where it is free."""
         return self._pins.get(self.find(atom))
 
-    def _matched(self, a: Axis, b: Axis) -> Iterator[tuple[Factor, Factor]]:
-        """Yields the factors of two axes of equal size side by side, split as far as needed.
+    # --- two axes
 
-        Where no common refinement exists ([2, 3] against [3, 2]), both are pinned and no pair
-        comes of it.
+    def _match(self, a: Axis, b: Axis, meet: Callable[[Factor, Factor], Factor]) -> Axis:
+        """Goes through two axes of equal size side by side, taken apart as far as needed.
+
+        Args:
+            a: one axis.
+            b: the other.
+            meet: called on the factors that face each other; returns which stands for both.
+
+        Returns:
+            The axis of what `meet` returned.
+
+        Raises:
+            Disagreement: where no common refinement exists ([2, 3] against [3, 2]).
         """
+        out: list[Term] = []
         left, right = list(reversed(a)), list(reversed(b))
-        while left and right:
+        while left or right:
             # Afresh each time: what was split or united a moment ago may stand here again.
-            x, *more_x = self.expand((left.pop(),))
-            y, *more_y = self.expand((right.pop(),))
-            left.extend(reversed(more_x))
-            right.extend(reversed(more_y))
-            if x.size == y.size:
-                yield x, y
+            x, y = self._next(left), self._next(right)
+            if x is None or y is None:
+                assert x is None
+                assert y is None
+            elif isinstance(x, Sum) or isinstance(y, Sum):
+                xs, ys = self._run(x, left, y, right)
+                try:
+                    out += concatenated([self._match(*p, meet) for p in self._facing(xs, ys)])
+                except Disagreement as found:
+                    raise Disagreement(str(found), (*xs, *ys, *left, *right)) from None
+            elif x.size == y.size:
+                out.append(meet(x, y))
             elif x.size > y.size and x.size % y.size == 0:
                 left.extend(reversed(self._split(x, y.size)))
                 right.append(y)
@@ -217,9 +295,48 @@ class Space:
                 right.extend(reversed(self._split(y, x.size)))
                 left.append(x)
             else:
-                reason = f"two factorisations with no common refinement ({x.size} against {y.size})"
-                self.pin((x, *left, y, *right), reason)
-                return
+                raise Disagreement(f"{x.size} against {y.size}", (x, *left, y, *right))
+        return tuple(out)
+
+    def _next(self, stack: list[Term]) -> Term | None:
+        """Takes the next term off a stack, in its finest form."""
+        while stack:
+            terms = self.expand((stack.pop(),))
+            stack.extend(reversed(terms))
+            if terms:
+                return stack.pop()
+        return None
+
+    def _run(
+        self, x: Term, left: list[Term], y: Term, right: list[Term]
+    ) -> tuple[Axis, Axis]:
+        """Takes terms off both stacks until the two sides are of equal size."""
+        xs, ys = [x], [y]
+        have, want = x.size, y.size
+        while have != want:
+            side, stack = (xs, left) if have < want else (ys, right)
+            term = self._next(stack)
+            assert term is not None
+            side.append(term)
+            have, want = math.prod(t.size for t in xs), math.prod(t.size for t in ys)
+        return tuple(xs), tuple(ys)
+
+    def _facing(self, a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
+        """Cuts two axes of equal size at the edges of the segments of either."""
+        marks = sorted({*self._edges(a), *self._edges(b)})
+        if len(marks) >= MOST_SEGMENTS:
+            raise Disagreement(f"more than {MOST_SEGMENTS} segments", (*a, *b))
+        return list(zip(self.cut(a, marks), self.cut(b, marks), strict=True))
+
+    def _edges(self, axis: Axis) -> list[int]:
+        first, *rest = axis
+        if not isinstance(first, Sum):
+            return []
+        inner = size_of(tuple(rest))
+        edges = [0]
+        for segment in first.segments:
+            edges.append(edges[-1] + size_of(segment) * inner)
+        return edges[1:-1]
 
     def _unite(self, x: Factor, y: Factor) -> None:
         assert x.atom is not None
@@ -234,13 +351,18 @@ class Space:
         """Carries an axis of a value of one kind into a value that depends on more."""
         if kind is not Kind.PARAMETER or into is not Kind.FEATURE:
             return axis
-        out = []
-        for factor in self.expand(axis):
-            if factor.atom is not None and factor.role:
-                feature = factor._replace(role=self._roles.fresh())
-                self.contacts.append(Contact(factor, feature, 1))
-                factor = feature
-            out.append(factor)
+        return self._entered(self.expand(axis))
+
+    def _entered(self, axis: Axis) -> Axis:
+        out: list[Term] = []
+        for term in axis:
+            if isinstance(term, Sum):
+                term = Sum(term.size, tuple(self._entered(s) for s in term.segments))
+            elif term.atom is not None and term.role:
+                feature = term._replace(role=self._roles.fresh())
+                self.contacts.append(Contact(term, feature, 1))
+                term = feature
+            out.append(term)
         return tuple(out)
 
     def unify(self, axes: Sequence[Axis], kinds: Sequence[Kind]) -> Axis:
@@ -250,38 +372,41 @@ class Space:
             axes: axes of one size.
             kinds: the kind of the value that each belongs to.
         """
+
+        def meet(x: Factor, y: Factor) -> Factor:
+            if x.atom is None or y.atom is None:
+                return y if x.atom is None else x
+            self._unite(x, y)
+            if x.role and y.role:
+                self._roles.tie(x.role, y.role, 1)
+            return x if x.role else y
+
         into = max(kinds)
         out = self.enter(axes[0], kinds[0], into)
         for axis, kind in zip(axes[1:], kinds[1:], strict=True):
             other = self.enter(axis, kind, into)
-            joined = []
-            for x, y in self._matched(out, other):
-                if x.atom is not None and y.atom is not None:
-                    self._unite(x, y)
-                    if x.role and y.role:
-                        self._roles.tie(x.role, y.role, 1)
-                    joined.append(x if x.role else y)
-                else:
-                    joined.append(y if x.atom is None else x)
-            # Without a common refinement both are pinned, and either stands for the result.
-            complete = math.prod(f.size for f in joined) == math.prod(f.size for f in out)
-            out = tuple(joined) if complete else self._varying(out, other)
+            try:
+                out = self._match(out, other, meet)
+            except Disagreement as found:
+                out = self.pinned(size_of(out), self._separate(found))
         return out
 
-    def _varying(self, a: Axis, b: Axis) -> Axis:
-        """Returns a pinned axis of the size of two that are pinned and disagree."""
-        size = math.prod(f.size for f in a)
-        pins = [self.reason(f.atom) for f in self.expand((*a, *b)) if f.atom is not None]
-        return self.pinned(size, next((p for p in pins if p), "no common refinement"))
+    def _separate(self, found: Disagreement) -> str:
+        """Pins what does not agree; returns the first reason why any of it is pinned."""
+        reason = f"two factorisations with no common refinement ({found})"
+        self.pin(found.rest, reason)
+        atoms = (f.atom for f in factors_of(self.expand(found.rest)))
+        return next((self._pins[a] for a in atoms if a is not None), reason)
 
     def contract(self, a: Axis, b: Axis, kinds: tuple[Kind, Kind]) -> None:
         """Ties two axes that are summed over together: opposite roles."""
-        for x, y in self._matched(a, b):
+
+        def meet(x: Factor, y: Factor) -> Factor:
             if x.atom is None or y.atom is None:
-                continue  # a sum over the units with equal weights: any order will do
+                return x  # a sum over the units with equal weights: any order will do
             self._unite(x, y)
             if not (x.role and y.role):
-                continue
+                return x
             match kinds:
                 case (Kind.FEATURE, Kind.PARAMETER):
                     self.contacts.append(Contact(y, x, -1))
@@ -292,6 +417,14 @@ class Space:
                     self.contacts += [Contact(x, unit, 1), Contact(y, unit, -1)]
                 case _:
                     self._roles.tie(x.role, y.role, -1)
+            return x
+
+        try:
+            self._match(a, b, meet)
+        except Disagreement as found:
+            self._separate(found)
+
+    # --- axes read in another way
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int], reason: str) -> list[Axis]:
         """Reads the same elements, in row-major order, as axes of other sizes.
@@ -304,38 +437,62 @@ class Space:
         if 0 in sizes:
             return [constant(size) for size in sizes]
         out: list[Axis] = []
-        factors = [f for axis in axes for f in axis][::-1]
+        terms = [t for axis in axes for t in axis][::-1]
         todo = list(sizes)
         while todo:
-            # The shortest run of new axes that holds a whole number of old factors.
+            # The shortest run of new axes that holds a whole number of old terms.
             run, have, taken = [todo.pop(0)], 1, []
             while (want := math.prod(run)) != have:
                 if have < want:
-                    taken.append(factors.pop())
+                    taken.append(terms.pop())
                     have *= taken[-1].size
                 else:
                     run.append(todo.pop(0))
-            out += self._cut(tuple(taken), run, reason)
+            try:
+                out += self._divide(tuple(taken), run)
+            except Disagreement:
+                self.pin(tuple(taken), reason)
+                out += [self.pinned(size, reason) for size in run]
         return out
 
-    def _cut(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+    def _divide(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         out = []
-        factors = list(reversed(self.expand(axis)))
+        terms = list(reversed(axis))
         for size in sizes:
-            taken: list[Factor] = []
+            taken: list[Term] = []
             while size > 1:
-                factor, *more = self.expand((factors.pop(),))
-                factors.extend(reversed(more))
-                if factor.size > size and factor.size % size == 0:
-                    factors.extend(reversed(self._split(factor, size)))
-                elif size % factor.size == 0:
-                    taken.append(factor)
-                    size //= factor.size
+                term = self._next(terms)
+                assert term is not None
+                if term.size > size and term.size % size == 0:
+                    if isinstance(term, Sum):
+                        outer, inner = self._divide_sum(term, size)
+                        taken += outer
+                        terms.extend(reversed(inner))
+                        size = 1
+                    else:
+                        terms.extend(reversed(self._split(term, size)))
+                elif size % term.size == 0:
+                    taken.append(term)
+                    size //= term.size
                 else:
-                    self.pin(axis, reason)
-                    return [self.pinned(s, reason) for s in sizes]
+                    raise Disagreement(f"{term.size} against {size}", axis)
             out.append(tuple(taken))
         return out
+
+    def _divide_sum(self, term: Sum, outer: int) -> tuple[Axis, Axis]:
+        """Reads segments as rows of one length: which rows belong to which is what remains."""
+        inner = term.size // outer
+        if any(size_of(segment) % inner for segment in term.segments):
+            raise Disagreement(f"segments across rows of {inner}", (term,))
+        counts = [size_of(segment) // inner for segment in term.segments]
+        pairs = [
+            self._divide(segment, (count, inner))
+            for count, segment in zip(counts, term.segments, strict=True)
+        ]
+        rows = self.unify([row for _, row in pairs], [Kind.CONSTANT] * len(pairs))
+        return concatenated([which for which, _ in pairs]), rows
+
+    # --- what has been found
 
     def use(self, factor: Factor) -> tuple[tuple[int, int], int]:
         """Returns which (role, atom) an expanded factor of a parameter is, and with which sign."""
@@ -352,7 +509,9 @@ class Space:
         out: dict[tuple[int, int], set[int]] = {}
         for contact in self.contacts:
             pairs = zip(
-                self.expand((contact.parameter,)), self.expand((contact.feature,)), strict=True
+                factors_of(self.expand((contact.parameter,))),
+                factors_of(self.expand((contact.feature,))),
+                strict=True,
             )
             for parameter, feature in pairs:
                 mine, flip = self.use(parameter)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Inexact, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.features import At, batches_of, features
-from otfusion_jax.symmetry import Member, Symmetry, factored
+from otfusion_jax.symmetry import Group, Member, Symmetry
+from otfusion_jax.units import units_of
 
 
 @jax.tree_util.register_dataclass
@@ -25,20 +26,22 @@ class Gram:
     """Inner products of the units of two models; sums over members and batches add up.
 
     Attributes:
-        aa: squared norms of the source's units, float `[n]`.
-        bb: squared norms of the target's units, float `[m]`.
-        ab: inner products, float `[n, m]`.
+        aa: squared norms of the source's units, float `[*batch, n]`.
+        bb: squared norms of the target's units, float `[*batch, m]`.
+        ab: inner products, float `[*batch, n, m]`. For a group inside of another that can be
+            permuted, the units of all indices of that one are compared with each other:
+            `[*batch, heads, n, heads, m]`.
     """
 
-    aa: Float[Array, " n"]
-    bb: Float[Array, " m"]
-    ab: Float[Array, "n m"]
+    aa: Float[Array, "*batch n"]
+    bb: Float[Array, "*batch m"]
+    ab: Float[Array, "*pairs m"]
 
     def __add__(self, other: "Gram") -> "Gram":
         return jax.tree.map(jnp.add, self, other)
 
 
-def gram(a: Inexact[Array, "n d"], b: Inexact[Array, "m d"]) -> Gram:
+def gram(a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"]) -> Gram:
     """Takes the inner products of two sets of vectors.
 
     Args:
@@ -51,21 +54,21 @@ def gram(a: Inexact[Array, "n d"], b: Inexact[Array, "m d"]) -> Gram:
     """
     a, b = _real(a), _real(b)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return Gram(jnp.sum(a * a, axis=1), jnp.sum(b * b, axis=1), product(a, b.T))
+    return Gram(jnp.sum(a * a, -1), jnp.sum(b * b, -1), product(a, jnp.swapaxes(b, -1, -2)))
 
 
 def _real(x: Array) -> Array:
     if jnp.iscomplexobj(x):
-        return jnp.concatenate([x.real, x.imag], axis=1)
+        return jnp.concatenate([x.real, x.imag], axis=-1)
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _squared(g: Gram) -> Array:
-    return jnp.maximum(g.aa[:, None] + g.bb[None, :] - 2 * g.ab, 0)
+    return jnp.maximum(g.aa[..., :, None] + g.bb[..., None, :] - 2 * g.ab, 0)
 
 
 def _cosine(g: Gram) -> Array:
-    norms = jnp.sqrt(g.aa)[:, None] * jnp.sqrt(g.bb)[None, :]
+    norms = jnp.sqrt(g.aa)[..., :, None] * jnp.sqrt(g.bb)[..., None, :]
     return 1 - g.ab / jnp.where(norms > 0, norms, 1)
 
 
@@ -78,7 +81,7 @@ METRICS: dict[type[costs.CostFn], Callable[[Gram], Array]] = {
 }
 
 
-def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "n m"]:
+def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
     """Evaluates a ground metric between all pairs of units.
 
     Args:
@@ -102,23 +105,8 @@ def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "n m"]:
     return METRICS[type(metric)](g)
 
 
-def unit_vectors(leaf: Array, member: Member, size: int) -> Array:
-    """Reads the rows of weights that belong to the units of one member.
-
-    Args:
-        leaf: the parameter.
-        member: which of its axes, and which factor of it.
-        size: the number of units.
-
-    Returns:
-        `[size, rest]`.
-    """
-    split = factored(leaf, member.axis, member.before, size, member.after)
-    return jnp.moveaxis(split, member.axis + 1, 0).reshape(size, -1)
-
-
 def weight_gram(
-    source: Sequence[Array], target: Sequence[Array], members: Sequence[Member], size: int
+    source: Sequence[Array], target: Sequence[Array], members: Sequence[Member], group: Group
 ) -> Gram:
     """Sums the inner products of units' weights over members.
 
@@ -127,7 +115,7 @@ def weight_gram(
             current plans.
         target: for each member the target's parameter.
         members: of one group.
-        size: its number of units.
+        group: the group.
 
     Returns:
         Inner products of the units' concatenated weights.
@@ -135,10 +123,31 @@ def weight_gram(
     return functools.reduce(
         Gram.__add__,
         (
-            gram(unit_vectors(a, m, size), unit_vectors(b, m, size))
+            unit_gram(units_of(a, m.where, group), units_of(b, m.where, group), group)
             for a, b, m in zip(source, target, members, strict=True)
         ),
     )
+
+
+def unit_gram(
+    a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"], group: Group
+) -> Gram:
+    """Takes the inner products of the units of a group, across the group around it if there is one.
+
+    Args:
+        a: units of the source.
+        b: units of the target.
+        group: the group.
+
+    Returns:
+        The inner products, see `Gram`.
+    """
+    if group.outer is None:
+        return gram(a, b)
+    *batch, heads, n, width = a.shape
+    found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * n, width))
+    norms = (x.reshape(*batch, heads, n) for x in (found.aa, found.bb))
+    return Gram(*norms, found.ab.reshape(*batch, heads, n, heads, n))
 
 
 def feature_gram(
@@ -153,8 +162,9 @@ def feature_gram(
 ) -> dict[str, Gram]:
     """Accumulates the inner products of activations over batches of inputs.
 
-    The source is evaluated as it is. So where one axis is a product of two groups (group norm), the
-    activations of each are compared with the other group still in the source's order.
+    The source is evaluated as it is. So where one axis is a product of two groups and neither is
+    nested in the other, the activations of each are compared with the other still in the source's
+    order.
 
     Args:
         symmetry: of this function.
@@ -178,9 +188,10 @@ def feature_gram(
         found = {}
         a = features(symmetry, fn, source, *batch, at=at)
         b = features(symmetry, fn, target, *batch, at=at)
-        for name in a:
-            x, y = a[name], b[name]
-            found[name] = (gram(x.T, y.T), _real(x.T).sum(1), _real(y.T).sum(1), len(x))
+        for group in symmetry.groups:
+            x, y = (jnp.swapaxes(f[group.name], -1, -2) for f in (a, b))
+            sums = _real(x).sum(-1), _real(y).sum(-1)
+            found[group.name] = (unit_gram(x, y, group), *sums, x.shape[-1])
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     assert total is not None
     return {name: _centered(*sums) if center else sums[0] for name, sums in total.items()}
@@ -188,8 +199,12 @@ def feature_gram(
 
 def _centered(g: Gram, a: Array, b: Array, count: Any) -> Gram:
     count = jnp.maximum(jnp.asarray(count, g.ab.dtype), 1)
+    if g.ab.ndim == a.ndim + 1:
+        products = a[..., :, None] * b[..., None, :]
+    else:
+        products = a[..., :, :, None, None] * b[..., None, None, :, :]
     return Gram(
         jnp.maximum(g.aa - a * a / count, 0),
         jnp.maximum(g.bb - b * b / count, 0),
-        g.ab - a[:, None] * b[None, :] / count,
+        g.ab - products / count,
     )

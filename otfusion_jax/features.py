@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.rules import body
-from otfusion_jax.symmetry import Symmetry, factored
+from otfusion_jax.symmetry import Group, Symmetry
 from otfusion_jax.trace import Trace, View, trace
+from otfusion_jax.units import units_of
 from otfusion_jax.walk import Site
 
 At = Literal["produced", "consumed"]
+Step = Callable[[core.JaxprEqn, tuple[int, ...], list[Any]], list[Any]]
+"""From an equation, its path and its operands to its results."""
 
 
 def features(
@@ -28,7 +32,7 @@ def features(
     params: PyTree,
     *inputs: PyTree,
     at: At = "produced",
-) -> dict[str, Float[Array, "samples units"]]:
+) -> dict[str, Float[Array, "*batch samples units"]]:
     """Evaluates a network and returns the activations of every group.
 
     Args:
@@ -40,9 +44,10 @@ def features(
             Algorithm 1; `"consumed"`: as the next contraction takes them up, after both.
 
     Returns:
-        For each group `[samples, units]`. All other axes (batch, space, tokens) count as samples;
-        a group with several such places (a residual stream) has the samples of all of them, in
-        dataflow order. Groups that no input reaches have no samples.
+        For each group `[samples, units]`, of nested groups `[*batch, samples, units]`. All other
+        axes (inputs, space, tokens) count as samples; a group with several such places (a residual
+        stream) has the samples of all of them, in dataflow order. Groups that no input reaches have
+        no samples, and neither have those that appear only in branches and in while loops.
 
     Raises:
         ValueError: if `fn` and `inputs` give another symmetry, a batch is empty, or the parameters
@@ -67,21 +72,53 @@ def _features(
     for site in sites:
         wanted.setdefault(site.path, []).append(site)
 
+    interpret(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), _keeping(wanted, arrays))
+    return {
+        g.name: jnp.concatenate(
+            [samples_of(arrays[v.site], v, g) for v in views.get(g.name, ())]
+            or [jnp.zeros((*g.batch, 0, g.size))],
+            axis=-2,
+        )
+        for g in symmetry.groups
+    }
+
+
+def _keeping(wanted: dict[tuple[int, ...], list[Site]], arrays: dict[Site, Array]) -> Step:
+    """Returns a step of `interpret` that evaluates, and keeps what is wanted in `arrays`."""
+
     def step(eqn: core.JaxprEqn, path: tuple[int, ...], operands: list[Any]) -> list[Any]:
-        bound = eqn.primitive.bind(*operands, **eqn.params)
-        results = bound if eqn.primitive.multiple_results else [bound]
+        if eqn.primitive is P.scan_p and any(found[: len(path)] == path for found in wanted):
+            results, inside = _scanned(eqn, path, operands, wanted)
+            arrays.update(inside)
+        else:
+            bound = eqn.primitive.bind(*operands, **eqn.params)
+            results = bound if eqn.primitive.multiple_results else [bound]
         for site in wanted.get(path, ()):
             arrays[site] = (operands if site.side == "in" else results)[site.position]
         return results
 
-    interpret(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), step)
-    return {
-        g.name: jnp.concatenate(
-            [units_of(arrays[v.site], v, g.size) for v in views.get(g.name, ())]
-            or [jnp.zeros((0, g.size))]
-        )
-        for g in symmetry.groups
-    }
+    return step
+
+
+def _scanned(
+    eqn: core.JaxprEqn,
+    path: tuple[int, ...],
+    operands: list[Any],
+    wanted: dict[tuple[int, ...], list[Site]],
+) -> tuple[list[Any], dict[Site, Array]]:
+    """Runs a scan and keeps what is wanted of each iteration, stacked along a new first axis."""
+    consts, count = eqn.params["num_consts"], eqn.params["num_carry"]
+    fixed, init, stacked = operands[:consts], operands[consts:][:count], operands[consts + count :]
+
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], Any]]:
+        kept: dict[Site, Array] = {}
+        arguments = [*fixed, *carry, *slices]
+        results = interpret(eqn.params["jaxpr"], arguments, path, _keeping(wanted, kept))
+        return results[:count], (results[count:], kept)
+
+    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, (results, kept) = jax.lax.scan(body, init, stacked, **how)
+    return [*carry, *results], kept
 
 
 def check_inputs(inputs: tuple[PyTree, ...]) -> None:
@@ -125,26 +162,25 @@ def retrace(
     return traced
 
 
-def units_of(array: Array, view: View, size: int) -> Float[Array, "samples units"]:
+def samples_of(array: Array, view: View, group: Group) -> Float[Array, "*batch samples units"]:
     """Brings the units to the last axis; everything else becomes samples.
 
     Args:
         array: features at the site of the view.
         view: where the units are among its axes.
-        size: number of units.
+        group: whose units.
 
     Returns:
         The features by unit.
     """
-    split = factored(array, view.site.dim, view.before, size, view.after)
-    return jnp.moveaxis(split, view.site.dim + 1, -1).reshape(-1, size)
+    return jnp.swapaxes(units_of(array, view.where, group), -1, -2)
 
 
 def interpret(
     jaxpr: core.ClosedJaxpr,
     args: list[Any],
     path: tuple[int, ...],
-    step: Callable[[core.JaxprEqn, tuple[int, ...], list[Any]], list[Any]],
+    step: Step,
 ) -> list[Any]:
     """Goes through a jaxpr and the bodies of its calls, equation by equation.
 
@@ -152,8 +188,7 @@ def interpret(
         jaxpr: what to run.
         args: its arguments, of any type that `step` understands.
         path: where the jaxpr lies: indices of the calls around it.
-        step: from an equation, its path and its operands to its results. Constants come to it as
-            they are in the jaxpr.
+        step: evaluates an equation. Constants come to it as they are in the jaxpr.
 
     Returns:
         The results.

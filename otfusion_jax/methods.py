@@ -11,8 +11,8 @@ Everything here is traced: `align` checks the input and jits it.
 import abc
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
 from otfusion_jax.costs import Gram, gram, ground_cost, weight_gram
-from otfusion_jax.solvers import AbstractSolver, Solution
+from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
 from otfusion_jax.transport import is_permutation, move
 
@@ -63,12 +63,44 @@ class Problem:
         wide = any(jnp.asarray(x).dtype in (jnp.float64, jnp.complex128) for x in self.source)
         return jnp.float64 if wide else jnp.float32
 
-    def gram(self, group: Group, members: Sequence[Member], plans: Plans) -> Gram:
-        """Compares the units of a group by members whose other axes are moved along `plans`."""
-        # The axis in question stays; the same units on another axis of the leaf move.
-        source = [move(self.symmetry, plans, m.leaf, self.source[m.leaf], m) for m in members]
-        target = [self.target[m.leaf] for m in members]
-        return weight_gram(source, target, members, group.size)
+    @functools.cached_property
+    def families(self) -> tuple["Family", ...]:
+        """The groups, in dataflow order, each with those nested in it, which it is solved with."""
+        inside: dict[str, list[Group]] = {}
+        for group in self.symmetry.groups:
+            inside.setdefault(group.outer or "", []).append(group)
+        return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
+
+    def compare(self, family: "Family", plans: Plans, chosen: Collection[Member]) -> list[Gram]:
+        """Compares the units of a family by their weights.
+
+        Args:
+            family: a group and what is nested in it.
+            plans: where all other groups are by now.
+            chosen: the members to compare by.
+
+        Returns:
+            Inner products of the group, by the members that belong to nothing nested in it, and of
+            each nested one.
+        """
+        return [
+            self._gram(family, group, members, plans) for group, members in family.split(chosen)
+        ]
+
+    def _gram(
+        self, family: "Family", group: Group, members: Sequence[Member], plans: Plans
+    ) -> Gram:
+        if not members:
+            n = group.size
+            pairs = (*group.batch, n, *group.batch[-1:], n) if group.outer else (*group.batch, n, n)
+            norms = jnp.zeros((*group.batch, n), self.dtype)
+            return Gram(norms, norms, jnp.zeros(pairs, self.dtype))
+        # What is compared stays; the same units elsewhere in the leaf move.
+        source = [
+            move(self.symmetry, plans, m.leaf, self.source[m.leaf], family.beside(m))
+            for m in members
+        ]
+        return weight_gram(source, [self.target[m.leaf] for m in members], members, group)
 
     def distance(self, plans: Plans) -> Float[Array, ""]:
         """Squared distance of the moved source to the target, over all parameters that move."""
@@ -97,6 +129,30 @@ class Problem:
         return total
 
 
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A group and the groups nested in it: which head is which can't be told before its units."""
+
+    root: Group
+    nested: tuple[Group, ...] = ()
+
+    def split(self, chosen: Collection[Member]) -> list[tuple[Group, list[Member]]]:
+        """Returns the chosen members of each group; of the root those with nothing nested in it."""
+        inside = [m for group in self.nested for m in group.members]
+        kept = {id(m) for n in inside for m in self.beside(n) if m is not n}
+        own = [m for m in self.root.members if m in chosen and id(m) not in kept]
+        rest = [(g, [m for m in g.members if m in chosen]) for g in self.nested]
+        return [(self.root, own), *rest]
+
+    def beside(self, member: Member) -> list[Member]:
+        """Returns a member and, if it is nested, those of the root that say in which index it is."""
+        if not self.nested or member in self.root.members:
+            return [member]
+        axis, _, place = member.where.within[-1]
+        roots = (m for m in self.root.members if m.leaf == member.leaf)
+        return [member, *(m for m in roots if (m.axis, m.where.place) == (axis, place))]
+
+
 def _square(x: Array) -> Array:
     x = jnp.abs(x)
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -113,39 +169,139 @@ class _State:
     converged: Array
     improved: Array
 
-    def take(self, group: Group, plan: Array, solution: Solution, improved: Array) -> "_State":
-        """Returns the state after one more group has been solved."""
+    def take(self, found: dict[str, tuple[Array, Solution]], improved: Array) -> "_State":
+        """Returns the state after one more family has been solved, by its groups' names."""
+        solutions = [solution for _, solution in found.values()]
         return _State(
-            self.plans | {group.name: plan},
-            self.gaps | {group.name: solution.gap},
-            self.converged & solution.converged,
+            self.plans | {name: plan for name, (plan, _) in found.items()},
+            self.gaps | {name: solution.gap for name, (_, solution) in found.items()},
+            functools.reduce(jnp.logical_and, (s.converged for s in solutions), self.converged),
             self.improved | improved,
         )
+
+
+def _solve(solver: AbstractSolver, cost: Array) -> Solution:
+    """Solves a stack of problems: under one vmap, on a CPU one after the other."""
+    *batch, n, m = cost.shape
+    if not batch:
+        return solver.solve(cost)
+    count = math.prod(batch)
+    at_once = 1 if jax.default_backend() == "cpu" else count
+    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+
+
+def _total(solution: Solution, plan: Array) -> Solution:
+    """Sums up a stack of solutions."""
+    return Solution(
+        plan,
+        jnp.sum(solution.value),
+        jnp.all(solution.converged),
+        jnp.max(solution.gap),
+    )
+
+
+def _solve_family(
+    solver: AbstractSolver, metric: costs.CostFn, grams: Sequence[Gram]
+) -> list[Solution]:
+    """Matches a group jointly with what is nested in it.
+
+    The cost between two heads is that of their best match inside; all pairs are solved.
+
+    Args:
+        solver: from cost to plan. What has something nested in it is always matched exactly.
+        metric: the ground metric.
+        grams: of the group and of each nested one.
+
+    Returns:
+        For each group its plans, values summed up.
+    """
+    own, *inside = grams
+    if not inside:
+        found = _solve(solver, ground_cost(metric, own))
+        return [_total(found, found.plan)]
+    cost = ground_cost(metric, own)
+    pairs = []
+    for g in inside:  # [*batch, heads, n, heads, m] to [*batch, heads, heads, n, m]
+        ab = jnp.moveaxis(g.ab, -3, -2)
+        aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
+        bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
+        pairs.append(_solve(solver, ground_cost(metric, Gram(aa, bb, ab))))
+        cost = cost + (ab.shape[-1] * pairs[-1].value).astype(cost.dtype)  # masses are 1 / n
+    outer = _solve(Exact(), cost)
+    found = [_total(outer, outer.plan)]
+    for solution in pairs:
+        # For each head of the target, the match inside with the head that goes there.
+        picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
+        found.append(_total(picked, picked.plan))
+    return found
+
+
+def _picked(pairs: Array, plan: Array) -> Array:
+    """Takes `pairs[*batch, plan[*batch, j], j]` for all `j`."""
+    lead = plan.ndim + 1
+    index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
+    return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
+
+
+def _overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
+    """Inner product of the moved source with the target, over all that a family was compared by."""
+    own, *inside = grams
+    outer, *rest = plans
+    total = jnp.sum(_along(own.ab, outer))
+    for g, plan in zip(inside, rest, strict=True):
+        total = total + jnp.sum(_along(_picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
+    return total
+
+
+def _along(ab: Array, plan: Array) -> Array:
+    """Takes `ab[..., plan[..., j], j]` for all `j`."""
+    return jnp.take_along_axis(ab, plan[..., None, :], axis=-2, mode="fill")
+
+
+def _same(state: _State) -> _State:
+    return state
 
 
 def _visit(
     problem: Problem,
     state: _State,
-    compare: Callable[[Group, _State], Gram],
-    solve: Callable[[Gram], Solution],
-    accept: Callable[[Group, _State, Gram, Solution], _State],
+    compare: Callable[[Family, _State], list[Gram]],
+    solve: Callable[[list[Gram]], list[Solution]],
+    accept: Callable[[Family, _State, list[Gram], list[Solution]], _State],
 ) -> _State:
-    """Solves one group after the other.
+    """Solves one family after the other.
 
-    Neighbours of one size share one solver in a loop: it is by far the largest piece of the
-    program, and a ResNet18 would otherwise hold a dozen copies for XLA to compile.
+    Families of one shape share one solver in a loop: it is by far the largest piece of the program,
+    and a ResNet18 would otherwise hold a dozen copies for XLA to compile.
     """
-    for _, run in itertools.groupby(problem.symmetry.groups, key=lambda g: g.size):
-        groups = list(run)
+    families = problem.families
 
-        def step(i: int | Array, state: _State, groups: list[Group] = groups) -> _State:
-            found = jax.lax.switch(i, [functools.partial(compare, g) for g in groups], state)
-            found = jax.tree.map(lambda x: x.astype(problem.dtype), found)
-            accepts = [functools.partial(accept, g) for g in groups]
-            return jax.lax.switch(i, accepts, state, found, solve(found))
+    def compared(family: Family, state: _State) -> list[Gram]:
+        return jax.tree.map(lambda x: x.astype(problem.dtype), compare(family, state))
 
-        state = jax.lax.fori_loop(0, len(groups), step, state)
-    return state
+    forms = [jax.eval_shape(functools.partial(compared, f), state) for f in families]
+    shapes = [tuple(x.shape for x in jax.tree.leaves(form)) for form in forms]
+    kinds = list(dict.fromkeys(shapes))
+    kind_of = jnp.array([kinds.index(shape) for shape in shapes])
+
+    def step(i: int | Array, state: _State) -> _State:
+        for number, kind in enumerate(kinds):
+            mine = [f for f, shape in zip(families, shapes, strict=True) if shape == kind]
+            rank = jnp.array([sum(s == kind for s in shapes[:j]) for j in range(len(shapes))])
+            index = jnp.minimum(rank[i], len(mine) - 1)
+
+            def run(state: _State, mine: list[Family] = mine, index: Array = index) -> _State:
+                compares = [functools.partial(compared, f) for f in mine]
+                found = jax.lax.switch(index, compares, state)
+                accepts = [functools.partial(accept, f) for f in mine]
+                return jax.lax.switch(index, accepts, state, found, solve(found))
+
+            only = len(kinds) == 1
+            state = run(state) if only else jax.lax.cond(kind_of[i] == number, run, _same, state)
+        return state
+
+    return jax.lax.fori_loop(0, len(families), step, state)
 
 
 class AbstractMethod(abc.ABC):
@@ -198,20 +354,28 @@ class ForwardPass(AbstractMethod):
     def _pass(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
         """Returns the state after the pass."""
 
-        def compare(group: Group, state: _State) -> Gram:
+        def compare(family: Family, state: _State) -> list[Gram]:
+            groups = family.root, *family.nested
             if features is not None:
-                found = features[group.name]
+                found = [features[group.name] for group in groups]
             else:
-                every = self.members == "all"
-                members = group.members if every else _placed(problem.symmetry, group)
-                found = problem.gram(group, members, state.plans)
-            return _normalised(found) if self.unit_norm else found
+                chosen = [
+                    m
+                    for g in groups
+                    for m in (g.members if self.members == "all" else _placed(problem, family, g))
+                ]
+                found = problem.compare(family, state.plans, chosen)
+            return [_normalised(g) for g in found] if self.unit_norm else found
 
-        def solve(found: Gram) -> Solution:
-            return problem.solver.solve(ground_cost(problem.metric, found))
+        def solve(found: list[Gram]) -> list[Solution]:
+            return _solve_family(problem.solver, problem.metric, found)
 
-        def accept(group: Group, state: _State, _: Gram, solution: Solution) -> _State:
-            return state.take(group, solution.plan, solution, jnp.array(True))
+        def accept(
+            family: Family, state: _State, _: list[Gram], solutions: list[Solution]
+        ) -> _State:
+            names = [group.name for group in (family.root, *family.nested)]
+            pairs = ((solution.plan, solution) for solution in solutions)
+            return state.take(dict(zip(names, pairs, strict=True)), jnp.array(True))
 
         return _visit(problem, _start(problem), compare, solve, accept)
 
@@ -219,30 +383,43 @@ class ForwardPass(AbstractMethod):
 def _start(problem: Problem) -> _State:
     """Everything in place, in the form of plan that the solver returns."""
     plans, gaps = problem.symmetry.identity(), {}
+    around = {group.outer for group in problem.symmetry.groups}
     for group in problem.symmetry.groups:
         n = group.size
         cost = jax.ShapeDtypeStruct((n, n), problem.dtype)
-        form = jax.eval_shape(problem.solver.solve, cost)
+        solver = Exact() if group.name in around else problem.solver
+        form = jax.eval_shape(solver.solve, cost)
         gaps[group.name] = jnp.zeros(form.gap.shape, form.gap.dtype)
         if not is_permutation(form.plan):
-            plans[group.name] = jnp.eye(n, dtype=form.plan.dtype) / n
+            still = jnp.eye(n, dtype=form.plan.dtype) / n
+            plans[group.name] = jnp.broadcast_to(still, (*group.batch, n, n))
     return _State(plans, gaps, jnp.array(True), jnp.array(False))
 
 
-def _placed(symmetry: Symmetry, group: Group) -> Sequence[Member]:
+def _placed(problem: Problem, family: Family, group: Group) -> Sequence[Member]:
     """Returns the members that produce a group out of earlier groups or of what is pinned."""
-    later = symmetry.groups[symmetry.groups.index(group) + 1 :]
-    waiting = {m.leaf for g in later for m in g.members}
-    leaves = [m.leaf for m in group.members]
-    waiting |= {leaf for leaf in leaves if leaves.count(leaf) > 1}
+    later = problem.families[problem.families.index(family) + 1 :]
+    waiting = {m.leaf for f in later for g in (f.root, *f.nested) for m in g.members}
+    waiting |= _twice(group)
     candidates = group.having("produces") or group.members
     return [m for m in candidates if m.leaf not in waiting] or candidates
+
+
+def _twice(group: Group) -> set[int]:
+    """Returns the leaves that have a group on two axes, which makes a quadratic problem of it."""
+    axes = {(m.leaf, m.axis) for m in group.members}
+    leaves = [leaf for leaf, _ in axes]
+    return {leaf for leaf in leaves if leaves.count(leaf) > 1}
 
 
 def _normalised(g: Gram) -> Gram:
     a = jax.lax.rsqrt(jnp.where(g.aa > 0, g.aa, 1))
     b = jax.lax.rsqrt(jnp.where(g.bb > 0, g.bb, 1))
-    return Gram(g.aa * a * a, g.bb * b * b, g.ab * a[:, None] * b[None, :])
+    if g.ab.ndim == a.ndim + 1:
+        scale = a[..., :, None] * b[..., None, :]
+    else:
+        scale = a[..., :, :, None, None] * b[..., None, None, :, :]
+    return Gram(g.aa * a * a, g.bb * b * b, g.ab * scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,11 +470,12 @@ class CoordinateDescent(AbstractMethod):
         start = problem.distance(state.plans)
         history = jnp.full(self.max_sweeps + 1, jnp.nan, start.dtype).at[0].set(start)
 
-        def compare(group: Group, state: _State) -> Gram:
-            return problem.gram(group, group.members, state.plans)
+        def compare(family: Family, state: _State) -> list[Gram]:
+            chosen = [m for group in (family.root, *family.nested) for m in group.members]
+            return problem.compare(family, state.plans, chosen)
 
-        def solve(found: Gram) -> Solution:
-            return problem.solver.solve(ground_cost(costs.SqEuclidean(), found))
+        def solve(found: list[Gram]) -> list[Solution]:
+            return _solve_family(problem.solver, costs.SqEuclidean(), found)
 
         def unfinished(loop: tuple[_State, Array, Array]) -> Array:
             state, _, count = loop
@@ -318,16 +496,29 @@ class CoordinateDescent(AbstractMethod):
         return Alignment(state.plans, history[count], history, converged, state.gaps)
 
 
-def _accept(problem: Problem, group: Group, state: _State, g: Gram, solution: Solution) -> _State:
-    """Takes a new plan only if it is better than the old one by more than rounding."""
-    old, new = state.plans[group.name], solution.plan
-    positions = jnp.arange(group.size)
-    gain = jnp.sum(g.ab[new, positions]) - jnp.sum(g.ab[old, positions])
-    better = gain > 1e-6 * jnp.sqrt(jnp.sum(g.aa) * jnp.sum(g.bb))
-    leaves = [m.leaf for m in group.members]
-    if len(set(leaves)) < len(leaves):  # the gain is that of the linearised objective
-        moved = problem.distance(state.plans | {group.name: new})
+def _accept(
+    problem: Problem,
+    family: Family,
+    state: _State,
+    grams: list[Gram],
+    solutions: list[Solution],
+) -> _State:
+    """Takes new plans only if they are better than the old ones by more than rounding."""
+    groups = family.root, *family.nested
+    old = [state.plans[group.name] for group in groups]
+    new = [solution.plan for solution in solutions]
+    gain = _overlap(grams, new) - _overlap(grams, old)
+    scale = sum(jnp.sum(g.aa) for g in grams) * sum(jnp.sum(g.bb) for g in grams)
+    better = gain > 1e-6 * jnp.sqrt(scale)
+    if any(map(_twice, groups)):  # the gain is that of the linearised objective
+        plans = {group.name: plan for group, plan in zip(groups, new, strict=True)}
+        moved = problem.distance(state.plans | plans)
         better = better & (moved < problem.distance(state.plans))
     # A problem without a solution must not pass for one that is solved.
-    better = better | ~jnp.isfinite(solution.value)
-    return state.take(group, jnp.where(better, new, old), solution, better)
+    for solution in solutions:
+        better = better | ~jnp.isfinite(solution.value)
+    taken = {
+        group.name: (jnp.where(better, solution.plan, before), solution)
+        for group, solution, before in zip(groups, solutions, old, strict=True)
+    }
+    return state.take(taken, better)

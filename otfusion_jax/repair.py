@@ -20,10 +20,11 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.features import check_inputs, interpret, retrace, units_of
+from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
-from otfusion_jax.symmetry import Group, Member, Symmetry, factored
+from otfusion_jax.symmetry import Group, Member, Symmetry
 from otfusion_jax.trace import View
+from otfusion_jax.units import units_of, with_units
 
 _PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
 # What a parameter may go through on its way to a product or a sum: linear, and nothing is mixed.
@@ -46,7 +47,8 @@ class Product(NamedTuple):
         normal: the same, followed by its transpose.
         found: the features of each model, K arrays of one shape.
         weights: of the models, float `[K]`.
-        units: brings features to `[samples, units]`; None if they belong to no group.
+        units: brings features to `[*batch, samples, units]`; None if they belong to no group.
+        group: whose units they are.
         along: the axes of the parameter that produce these units.
     """
 
@@ -56,6 +58,7 @@ class Product(NamedTuple):
     found: tuple[Array, ...]
     weights: Float[Array, " k"]
     units: Callable[[Array], Array] | None
+    group: Group | None
     along: tuple[Member, ...]
 
 
@@ -63,7 +66,7 @@ class AbstractRepair(abc.ABC):
     """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses."""
 
     @abc.abstractmethod
-    def correct(self, product: Product) -> tuple[Array, Float[Array, " units"] | None]:
+    def correct(self, product: Product) -> tuple[Array, Float[Array, "*batch units"] | None]:
         """Corrects one parameter. Traced: called under `jax.jit`.
 
         Args:
@@ -87,20 +90,20 @@ class RestoreStatistics(AbstractRepair):
 
     def correct(self, product: Product) -> tuple[Array, Array | None]:
         """See `AbstractRepair.correct`."""
-        if product.units is None or not product.along:
+        if product.units is None or product.group is None or not product.along:
             return product.leaf, None
         ours = product.units(product.compute(product.leaf))
         theirs = [product.units(y) for y in product.found]
         deviations, means = (
-            jnp.tensordot(product.weights, jnp.stack([f(y, axis=0) for y in theirs]), axes=1)
+            jnp.tensordot(product.weights, jnp.stack([f(y, axis=-2) for y in theirs]), axes=1)
             for f in (jnp.std, jnp.mean)
         )
-        deviation = jnp.std(ours, axis=0)
+        deviation = jnp.std(ours, axis=-2)
         scale = jnp.where(deviation > 0, deviations / jnp.where(deviation > 0, deviation, 1), 1)
         leaf = product.leaf
         for member in product.along:
-            leaf = _along(jnp.multiply, leaf, member, scale)
-        return leaf, means - scale * jnp.mean(ours, axis=0)
+            leaf = _along(jnp.multiply, leaf, member, product.group, scale)
+        return leaf, means - scale * jnp.mean(ours, axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +251,7 @@ def _repair(
 
     def add_shift(leaf: int, group: Group, shift: Array) -> None:
         for member in _producing(group, leaf):
-            corrected[leaf] = _along(jnp.add, corrected[leaf], member, shift)
+            corrected[leaf] = _along(jnp.add, corrected[leaf], member, group, shift)
         done.add(leaf)
 
     def correct(eqn: core.JaxprEqn, path: tuple[int, ...], values: list[_Value]) -> _Value:
@@ -275,8 +278,9 @@ def _repair(
         # Of several groups (a product of heads and their units) the last one counts.
         group, view = views.get(path, [(None, None)])[-1]
         along = _producing(group, origin.leaf) if group else ()
-        units = functools.partial(units_of, view=view, size=group.size) if group and view else None
-        product = Product(corrected[origin.leaf], compute, normal, found, weights, units, along)
+        units = functools.partial(samples_of, view=view, group=group) if group and view else None
+        leaf = corrected[origin.leaf]
+        product = Product(leaf, compute, normal, found, weights, units, group, along)
         corrected[origin.leaf], shift = method.correct(product)
         done.add(origin.leaf)
         pending = None if shift is None or group is None else (group, shift)
@@ -356,10 +360,10 @@ def _producing(group: Group, leaf: int) -> tuple[Member, ...]:
     return tuple(m for m in group.members if m.leaf == leaf and m.role == "produces")
 
 
-def _along(operation: Callable[..., Array], leaf: Array, member: Member, units: Array) -> Array:
+def _along(
+    operation: Callable[..., Array], leaf: Array, member: Member, group: Group, numbers: Array
+) -> Array:
     """Combines a parameter with one number per unit."""
-    size = len(units)
-    split = factored(leaf, member.axis, member.before, size, member.after)
-    shape = [1] * split.ndim
-    shape[member.axis + 1] = size
-    return operation(split, units.reshape(shape).astype(leaf.dtype)).reshape(leaf.shape)
+    units = units_of(leaf, member.where, group)
+    changed = operation(units, numbers[..., None].astype(leaf.dtype))
+    return with_units(leaf, member.where, group, changed)

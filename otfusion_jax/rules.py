@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 from jax.extend import core
 
-from otfusion_jax.axes import Axis, Kind, constant
+from otfusion_jax.axes import Axis, Kind, Sum, concatenated, constant
 from otfusion_jax.walk import Context, Value, register, registered
 
 
@@ -35,6 +36,8 @@ def _traced(name: str, fn: Callable[..., Any], *args: Any) -> list[core.Primitiv
 _X = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 _BITS = jax.ShapeDtypeStruct((2,), jnp.uint32)
+_X3 = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
+_SIZES = jax.ShapeDtypeStruct((1,), jnp.int32)
 BARRIER = _traced("optimization_barrier", jax.lax.optimization_barrier, _X)
 BITCAST = _traced("bitcast_convert_type", lambda x: x.view(jnp.uint32), _X)
 SPLIT = _traced("split", lambda x: jax.lax.split(x, (1, 1)), _X)
@@ -61,6 +64,17 @@ REDUCTION = _named(
 )
 CUMULATIVE = _named("cumlogsumexp cummax cummin cumprod cumsum")
 WINDOW = _named("reduce_window_max reduce_window_min reduce_window_sum")
+SCATTER = _named("scatter scatter_add scatter_max scatter_min scatter_mul")
+# What JAX has no more to say of than that it is called.
+PINNED = _named("approx_top_k linear_solve reduce_window select_and_gather_add")
+PINNED += _traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
+PINNED += _traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X)
+PINNED += _traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES)
+PINNED += _traced("platform_index", lambda x: jax.lax.platform_dependent(x, default=abs), _X)
+MATRIX = _named(
+    "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
+    "tridiagonal tridiagonal_solve"
+)
 RANDOM = [
     *_named("random_bits random_fold_in random_gamma random_seed random_split rng_bit_generator"),
     *_named("rng_uniform threefry2x32"),
@@ -92,6 +106,15 @@ def reduction(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(a for d, a in enumerate(x.axes) if d not in dropped), x.kind)]
 
 
+@register(P.reduce_p)
+def reduce(ctx: Context, values: list[Value]) -> list[Value]:
+    """Reduced axes are dropped; all operands are reduced alike along the others."""
+    tied = ctx.join(values[: len(values) // 2])
+    kind = max(v.kind for v in values)
+    kept = (a for d, a in enumerate(tied.axes) if d not in ctx.params["dimensions"])
+    return [Value(tuple(ctx.enter(a, tied, kind) for a in kept), kind)] * len(ctx.eqn.outvars)
+
+
 @register(*CUMULATIVE)
 def cumulative(ctx: Context, values: list[Value]) -> list[Value]:
     """The axis is pinned: the order matters. The result varies along it even if nothing did."""
@@ -104,8 +127,9 @@ def rev(ctx: Context, values: list[Value]) -> list[Value]:
     """Reversed axes are pinned."""
     (x,) = values
     for dim in ctx.params["dimensions"]:
-        ctx.space.pin(x.axes[dim], ctx.because(f"along axis {dim}"))
-    return values
+        if any(isinstance(t, Sum) or t.atom is not None for t in x.axes[dim]):
+            x = _vary(ctx, x, dim)
+    return [x]
 
 
 @register(P.sort_p)
@@ -181,22 +205,56 @@ def transpose(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(x.axes[d] for d in ctx.params["permutation"]), x.kind)]
 
 
-@register(P.slice_p, P.dynamic_slice_p, P.pad_p)
-def resize(ctx: Context, values: list[Value]) -> list[Value]:
-    """Axes that are cut or padded are pinned, whole ones pass. The rest is scalars."""
-    x = values[0]
+@register(P.slice_p)
+def slice_(ctx: Context, values: list[Value]) -> list[Value]:
+    """An axis that is cut falls into segments, one of which is kept; with strides it is pinned."""
+    (x,) = values
     axes = list(x.axes)
-    changed = [d for d, n in enumerate(ctx.operand_shape(0)) if n != ctx.shape()[d]]
-    if ctx.eqn.primitive is P.pad_p:  # a shift ([-1, 1]) leaves the size as it was
-        config = ctx.params["padding_config"]
-        changed = [d for d, pads in enumerate(config) if tuple(pads) != (0, 0, 0)]
-    for dim in changed:
-        reason = ctx.because(f"along axis {dim}")
-        axes[dim] = ctx.cut(axes[dim], ctx.shape()[dim], reason)
-        if ctx.eqn.primitive is P.pad_p:  # even a constant varies once it is padded
-            axes[dim] = ctx.space.pinned(ctx.shape()[dim], reason)
+    strides = ctx.params["strides"] or (1,) * len(axes)
+    bounds = zip(ctx.params["start_indices"], ctx.params["limit_indices"], strides, strict=True)
+    for dim, (start, end, stride) in enumerate(bounds):
+        size, reason = ctx.operand_shape(0)[dim], ctx.because(f"along axis {dim}")
+        if stride == 1:
+            axes[dim] = _segment(ctx, axes[dim], start, end, size, reason)
+        elif ctx.shape()[dim] != size:
+            axes[dim] = ctx.cut(axes[dim], ctx.shape()[dim], reason)
+    return [Value(tuple(axes), x.kind)]
+
+
+@register(P.dynamic_slice_p)
+def dynamic_slice(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes of which a part is taken are pinned, whole ones pass."""
+    x = values[0]
     kind = max(v.kind for v in values)
-    return [Value(tuple(ctx.enter(a, x, kind) for a in axes), kind)]
+    axes = []
+    for dim, (axis, old, new) in enumerate(
+        zip(x.axes, ctx.operand_shape(0), ctx.shape(), strict=True)
+    ):
+        cut = old != new
+        axis = ctx.cut(axis, new, ctx.because(f"along axis {dim}")) if cut else axis
+        axes.append(ctx.enter(axis, x, kind))
+    return [Value(tuple(axes), kind)]
+
+
+@register(P.pad_p)
+def pad(ctx: Context, values: list[Value]) -> list[Value]:
+    """Padding adds segments along which the value is constant; in between, it pins."""
+    x, filler = values
+    kind = max(x.kind, filler.kind)
+    axes = []
+    for dim, pads in enumerate(ctx.params["padding_config"]):
+        low, high, between = map(int, pads)
+        axis, size = ctx.enter(x.axes[dim], x, kind), ctx.operand_shape(0)[dim]
+        reason = ctx.because(f"along axis {dim}")
+        if between:
+            ctx.space.pin(axis, reason)
+            axis = ctx.space.pinned(ctx.shape()[dim], reason)
+        elif low or high:
+            kept = _segment(ctx, axis, max(0, -low), size - max(0, -high), size, reason)
+            ends = constant(max(0, low)), constant(max(0, high))
+            axis = concatenated([ends[0], kept, ends[1]])
+        axes.append(axis)
+    return [Value(tuple(axes), kind)]
 
 
 @register(P.dynamic_update_slice_p)
@@ -218,27 +276,21 @@ def dynamic_update_slice(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(P.concatenate_p)
 def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
-    """The concatenated axis is pinned, the others are tied."""
-    dim = ctx.params["dimension"]
-    reason = ctx.because(f"along axis {dim}")
+    """The concatenated axis is a sum of segments, the others are tied."""
+    dim = int(ctx.params["dimension"])
     out = ctx.join(values, skip=(dim,))
-    for value in values:
-        ctx.space.pin(value.axes[dim], reason)
-    axis = ctx.space.pinned(ctx.shape()[dim], reason)
+    axis = concatenated(ctx.enter(v.axes[dim], v, out.kind) for v in values)
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
 
 @register(*SPLIT)
 def split(ctx: Context, values: list[Value]) -> list[Value]:
-    """The axis that is split is pinned, the others pass."""
+    """The axis that is split falls into segments, the others pass."""
     (x,) = values
     dim = ctx.params["axis"]
-    results = []
-    for i in range(len(ctx.eqn.outvars)):
-        axes = list(x.axes)
-        axes[dim] = ctx.cut(axes[dim], ctx.shape(i)[dim], ctx.because(f"along axis {dim}"))
-        results.append(Value(tuple(axes), x.kind))
-    return results
+    reason = ctx.because(f"along axis {dim}")
+    pieces = ctx.pieces(x.axes[dim], [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))], reason)
+    return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
 
 
 @register(*UNSTACK)
@@ -329,16 +381,15 @@ def dot_general(ctx: Context, values: list[Value]) -> list[Value]:
         *(ctx.enter(x.axes[d], x, kind) for d in x_free),
         *(ctx.enter(y.axes[d], y, kind) for d in y_free),
     ]
+    out = Value(tuple(axes), kind)
+    ctx.contracted(0, x, x_sum, x_batch)
+    ctx.contracted(1, y, y_sum, y_batch)
     first = len(batch)
-    for position, value, sums, free in ((0, x, x_sum, x_free), (1, y, y_sum, y_free)):
-        if value.kind is Kind.FEATURE:
-            for dim in sums:
-                ctx.consumed(position, dim, value.axes[dim])
-        elif value.kind is Kind.PARAMETER and kind is Kind.FEATURE:
-            for dim in range(first, first + len(free)):
-                ctx.produced(dim, axes[dim])
+    for value, free in ((x, x_free), (y, y_free)):
+        if value.kind is Kind.PARAMETER:
+            ctx.produced(out, range(first, first + len(free)))
         first += len(free)
-    return [Value(tuple(axes), kind)]
+    return [out]
 
 
 @register(P.conv_general_dilated_p)
@@ -367,11 +418,12 @@ def conv_general_dilated(ctx: Context, values: list[Value]) -> list[Value]:
         space.pin(kernel.axes[k_dim], reason)
         space.pin(x.axes[dim], reason)
         axes[out] = space.pinned(ctx.shape()[out], reason)  # padding: it varies, whatever x does
-    if x.kind is Kind.FEATURE:
-        ctx.consumed(0, c, x.axes[c])
-    if kernel.kind is Kind.PARAMETER and kind is Kind.FEATURE:
-        ctx.produced(out_c, axes[out_c])
-    return [Value(tuple(axes), kind)]
+    out = Value(tuple(axes), kind)
+    ctx.contracted(0, x, [c])
+    ctx.contracted(1, kernel, [i], [o])
+    if kernel.kind is Kind.PARAMETER:
+        ctx.produced(out, [out_c])
+    return [out]
 
 
 @register(*WINDOW)
@@ -392,6 +444,7 @@ def window(ctx: Context, values: list[Value]) -> list[Value]:
 BODIES = {
     P.jit_p: "jaxpr",
     P.remat_p: "jaxpr",
+    P.call_p: "call_jaxpr",
     P.closed_call_p: "call_jaxpr",
     P.custom_jvp_call_p: "call_jaxpr",
     P.custom_vjp_call_p: "call_jaxpr",
@@ -411,17 +464,126 @@ def call(ctx: Context, values: list[Value]) -> list[Value]:
     """The body of the call is walked; how it is differentiated does not matter here."""
     jaxpr = body(ctx.eqn)
     assert jaxpr is not None
-    return ctx.call(jaxpr, values)
+    return ctx.call(jaxpr, values, used=ctx.used)
 
 
 @register(P.cond_p)
 def cond(ctx: Context, values: list[Value]) -> list[Value]:
     """Branches are walked each, and their results tied."""
     index, *operands = values
-    branches = [ctx.call(b, operands, always=False) for b in ctx.params["branches"]]
+    branches = [
+        ctx.call(branch, operands, once=False, used=ctx.used) for branch in ctx.params["branches"]
+    ]
     # The index may depend on inputs where no branch does: it makes features of the results.
     scalar = Value((), index.kind)
     return [ctx.join([*alternatives, scalar]) for alternatives in zip(*branches, strict=True)]
+
+
+@register(P.scan_p)
+def scan(ctx: Context, values: list[Value]) -> list[Value]:
+    """The body is walked on slices; what is carried is tied to itself, the iterations are pinned."""
+    first, last = ctx.params["num_consts"], ctx.params["num_consts"] + ctx.params["num_carry"]
+    consts, init, stacked = values[:first], values[first:last], values[last:]
+    index = ctx.space.pinned(ctx.params["length"], ctx.because("over its iterations"))
+    for x in stacked:
+        ctx.space.unify([index, x.axes[0]], [Kind.CONSTANT, x.kind])
+    slices = [Value(x.axes[1:], x.kind) for x in stacked]
+
+    def body(carry: list[Value]) -> list[Value]:
+        return ctx.call(ctx.params["jaxpr"], [*consts, *carry, *slices], iterations=index)
+
+    carry, results = ctx.repeat(body, init)
+    return [*carry, *(Value((index, *y.axes), y.kind) for y in results[len(carry) :])]
+
+
+@register(P.while_p)
+def while_(ctx: Context, values: list[Value]) -> list[Value]:
+    """The body is walked, and what is carried is tied to itself."""
+    first = ctx.params["cond_nconsts"]
+    last = first + ctx.params["body_nconsts"]
+    of_cond, of_body, init = values[:first], values[first:last], values[last:]
+
+    def body(carry: list[Value]) -> list[Value]:
+        (going,) = ctx.call(ctx.params["cond_jaxpr"], [*of_cond, *carry], once=False)
+        results = ctx.call(ctx.params["body_jaxpr"], [*of_body, *carry], once=False)
+        # How often it runs may depend on inputs where nothing else does.
+        return [ctx.join([x, Value((), going.kind)]) for x in results]
+
+    return ctx.repeat(body, init)[0]
+
+
+@register(*PINNED)
+def pinned(ctx: Context, values: list[Value]) -> list[Value]:
+    """Nothing is known of what it does with positions: all axes are pinned."""
+    return ctx.pin_all(values, ctx.because())
+
+
+@register(*MATRIX)
+def matrix(ctx: Context, values: list[Value]) -> list[Value]:
+    """Decompositions, solutions, transforms: the last two axes are pinned, batch axes are tied."""
+    rank = max(len(v.axes) for v in values)
+    reason = ctx.because()
+    for value in values:
+        for axis in value.axes[rank - 2 :]:
+            ctx.space.pin(axis, reason)
+    batch = ctx.join([Value(v.axes[: rank - 2], v.kind) for v in values])
+    shapes = (ctx.shape(i) for i in range(len(ctx.eqn.outvars)))
+    return [
+        Value(
+            (*batch.axes, *(ctx.space.pinned(n, reason) for n in shape[rank - 2 :])), batch.kind
+        )
+        for shape in shapes
+    ]
+
+
+@register(*SCATTER)
+def scatter(ctx: Context, values: list[Value]) -> list[Value]:
+    """Axes written whole are tied to the updates', those written at positions are pinned."""
+    x, index, updates = values
+    dims = ctx.params["dimension_numbers"]
+    kind = max(v.kind for v in values)
+    picked = {
+        *dims.inserted_window_dims,
+        *dims.scatter_dims_to_operand_dims,
+        *dims.operand_batching_dims,
+    }
+    reason = ctx.because()
+    for axis in index.axes:
+        ctx.space.pin(axis, reason)
+    for dim, axis in enumerate(updates.axes):
+        if dim not in dims.update_window_dims:
+            ctx.space.pin(axis, reason)
+    written = iter(dims.update_window_dims)
+    window = {
+        dim: next(written)
+        for dim in range(len(x.axes))
+        if dim not in (*dims.inserted_window_dims, *dims.operand_batching_dims)
+    }
+    axes = []
+    for dim, axis in enumerate(x.axes):
+        whole = (
+            dim not in picked and ctx.operand_shape(2)[window[dim]] == ctx.operand_shape(0)[dim]
+        )
+        if whole:
+            pair = [axis, updates.axes[window[dim]]]
+            tied = ctx.space.unify(pair, [x.kind, updates.kind])
+            axes.append(ctx.space.enter(tied, max(x.kind, updates.kind), kind))
+        else:
+            ctx.space.pin(axis, reason)
+            if dim in window:
+                ctx.space.pin(updates.axes[window[dim]], reason)
+            axes.append(ctx.space.pinned(ctx.operand_shape(0)[dim], reason))
+    return [Value(tuple(axes), kind)]
+
+
+def _segment(ctx: Context, axis: Axis, start: int, end: int, size: int, reason: str) -> Axis:
+    """Returns the piece of an axis between two positions."""
+    if (start, end) == (0, size):
+        return axis
+    sizes = [n for n in (start, end - start, size - end) if n]
+    if start >= end:
+        return ctx.cut(axis, 0, reason)
+    return ctx.pieces(axis, sizes, reason)[int(start > 0)]
 
 
 def _vary(ctx: Context, value: Value, dim: int) -> Value:

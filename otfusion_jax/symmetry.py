@@ -8,8 +8,12 @@ Terms. A *group* is a set of `size` interchangeable hidden units. Its *members* 
 axes that these units index. In a member the axis either *produces* the units (bias, scale, output
 axis of a kernel) or *consumes* them (contracted axis). An axis may be a product: when a
 convolution's output is flattened before a dense layer, the kernel's axis of size H·W·C holds the
-C units at stride 1, repeated H·W times. Each member therefore carries a view of its axis as
-`[before, size, after]`, row-major.
+C units at stride 1, repeated H·W times. It may be a sum: a fused projection has queries, keys and
+values one after the other. Each member therefore says at which `Place` of its axis the units lie.
+
+Groups may be *nested*: a head's dimensions can be permuted in another way in each head, the hidden
+units of stacked layers in another way in each layer. Such a group has a `batch` of plans, one for
+each index of the axes around it.
 """
 
 import dataclasses
@@ -26,45 +30,94 @@ from jaxtyping import Array, PyTree
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
-"""Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan."""
+"""Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
+the group's batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where units lie along an axis.
+
+    Unit `u` is at the positions `start + i·stride + ... + u·after + a`, with one `i < count` for each
+    pair in `outer`, and `a < after`.
+
+    Attributes:
+        start: position of the first unit.
+        outer: counts and strides of the factors outside the units, outermost first.
+        after: product of the factors inside the units.
+    """
+
+    start: int
+    outer: tuple[tuple[int, int], ...]
+    after: int
+
+    @property
+    def before(self) -> int:
+        """Product of the factors outside the units."""
+        return math.prod(count for count, _ in self.outer)
+
+    def positions(self, size: int) -> np.ndarray:
+        """Returns the positions of `size` units, int `[before, size, after]`."""
+        found = np.array([self.start])
+        for count, stride in self.outer:
+            found = (found[:, None] + stride * np.arange(count)).reshape(-1)
+        units = self.after * np.arange(size)[:, None] + np.arange(self.after)
+        return found[:, None, None] + units
+
+    def fills(self, size: int, length: int) -> bool:
+        """Whether `size` units are all that there is on an axis, as `[before, size, after]`."""
+        dense = not self.outer or self.outer == ((self.before, size * self.after),)
+        return dense and self.before * size * self.after == length
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where units lie in an array.
+
+    Attributes:
+        axis: the axis of the array.
+        length: its size.
+        place: where the units are along it.
+        within: for each axis of the group's batch, which axis of the array it is, of which size,
+            and where along it.
+    """
+
+    axis: int
+    length: int
+    place: Place
+    within: tuple[tuple[int, int, Place], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One parameter axis (or one factor of it) that a group's units index.
+    """One parameter axis (or one part of it) that a group's units index.
 
     Attributes:
         leaf: position of the parameter among the leaves of the pytree.
         path: key path of the parameter, as in `"params/Dense_0/kernel"`.
-        axis: the axis of the parameter.
-        before: product of the factors of the axis that are outside the units.
-        after: product of the factors of the axis that are inside the units.
+        where: at which positions of the parameter the units are.
         role: `"produces"`, `"consumes"`, or `"both"` (a tied embedding).
     """
 
     leaf: int
     path: str
-    axis: int
-    before: int
-    after: int
+    where: Where
     role: Role
 
+    @property
+    def axis(self) -> int:
+        """The axis of the parameter."""
+        return self.where.axis
 
-def factored(array: Array, axis: int, before: int, size: int, after: int) -> Array:
-    """Reads one axis as three.
+    @property
+    def before(self) -> int:
+        """Product of the factors of the axis that are outside the units."""
+        return self.where.place.before
 
-    Args:
-        array: any array.
-        axis: an axis of size `before * size * after`.
-        before: product of the factors outside.
-        size: the factor of interest.
-        after: product of the factors inside.
-
-    Returns:
-        The array with `size` as axis `axis + 1`.
-    """
-    shape = array.shape
-    return array.reshape(*shape[:axis], before, size, after, *shape[axis + 1 :])
+    @property
+    def after(self) -> int:
+        """Product of the factors of the axis that are inside the units."""
+        return self.where.place.after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +128,16 @@ class Group:
         name: the key path of the parameter that first produces the units.
         size: number of units.
         members: every parameter axis that the units index.
+        batch: sizes of the axes around the units, for each index of which there is another
+            permutation: a plan has shape `[*batch, size]`.
+        outer: name of the group that is the last axis of the batch, None if that can't be permuted.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    batch: tuple[int, ...] = ()
+    outer: str | None = None
 
     def having(self, role: Role) -> tuple[Member, ...]:
         """Returns the members of the role given; one that has both roles counts in either."""
@@ -172,18 +230,25 @@ class Symmetry:
     def by_leaf(self) -> tuple[tuple[tuple[Group, Member], ...], ...]:
         """For each leaf the groups that index it and by which axis.
 
-        Of the factors of one axis the innermost comes first: that is the order in which
-        rectangular plans can resize them.
+        Groups around others come first: plans of nested groups are by the place that their
+        surroundings have been moved to. Of the factors of one axis the innermost comes first: that
+        is the order in which rectangular plans can resize them.
         """
         found: list[list[tuple[Group, Member]]] = [[] for _ in self.leaves]
         for group in self.groups:
             for member in group.members:
                 found[member.leaf].append((group, member))
-        return tuple(tuple(sorted(pairs, key=lambda p: -p[1].before)) for pairs in found)
+        return tuple(
+            tuple(sorted(pairs, key=lambda p: (p[0].outer is not None, -p[1].before)))
+            for pairs in found
+        )
 
     def identity(self) -> Plans:
-        """Returns the plans that move nothing, int32 `[n]` each."""
-        return {g.name: jnp.arange(g.size, dtype=jnp.int32) for g in self.groups}
+        """Returns the plans that move nothing, int32 `[*batch, n]` each."""
+        return {
+            g.name: jnp.broadcast_to(jnp.arange(g.size, dtype=jnp.int32), (*g.batch, g.size))
+            for g in self.groups
+        }
 
     def random(self, key: Array) -> Plans:
         """Draws a uniform permutation of every group.
@@ -192,12 +257,12 @@ class Symmetry:
             key: a key of `jax.random`.
 
         Returns:
-            Plans, int32 `[n]` each.
+            Plans, int32 `[*batch, n]` each.
         """
         keys = jax.random.split(key, len(self.groups)) if self.groups else ()
         return {
-            g.name: jax.random.permutation(k, g.size).astype(jnp.int32)
-            for g, k in zip(self.groups, keys, strict=True)
+            name: jax.random.permutation(k, plan, axis=-1, independent=True)
+            for k, (name, plan) in zip(keys, self.identity().items(), strict=True)
         }
 
     def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:
@@ -261,17 +326,32 @@ class Symmetry:
         rows = [("group", "units", "role", "leaf", "axis")]
         for g in self.groups:
             for i, m in enumerate(g.members):
-                view = f"{m.axis}"
-                if m.before * m.after > 1:
-                    view += f" as [{m.before}, {g.size}, {m.after}]"
-                name, units = (g.name, str(g.size)) if i == 0 else ("", "")
-                rows.append((name, units, m.role, m.path, view))
+                name, units = (g.name, _units(g)) if i == 0 else ("", "")
+                rows.append((name, units, m.role, m.path, _view(m, g.size)))
         lines = [head, *_columns(rows)]
         if self.pinned:
             pins = [("pinned", "size", "axis", "why")]
             pins += [(p.path, str(p.size), str(p.axis), p.reason) for p in self.pinned]
             lines += ["", *_columns(pins)]
         return "\n".join(lines)
+
+
+def _units(group: Group) -> str:
+    return " x ".join(map(str, (*group.batch, group.size)))
+
+
+def _view(member: Member, size: int) -> str:
+    """Says which axis, and how to read it where the units are not all of it."""
+    place, text = member.where.place, str(member.axis)
+    end = max(place.positions(size).flat) + 1
+    if place.outer and place.outer[-1][1] != size * place.after:
+        inner = place.start % place.outer[-1][1]
+        text += f" [..., {inner}:{inner + size * place.after}]"
+    elif end - place.start < member.where.length:
+        text += f" [{place.start}:{end}]"
+    if member.before * member.after > 1:
+        text += f" as [{member.before}, {size}, {member.after}]"
+    return text
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -6,8 +6,7 @@ every parameter, and reads off which of them the primitives have tied together.
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +15,18 @@ from jax.extend import core
 from jaxtyping import PyTree
 
 import otfusion_jax.rules  # noqa: F401, fills the registry
-from otfusion_jax.axes import Axis, Factor, Kind, Space
-from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
-from otfusion_jax.walk import OnUnsupported, Site, Value, Walk, live
+from otfusion_jax.axes import Axis, Kind, Space, factors_of
+from otfusion_jax.nesting import Nest, find_nest, occurrences, where
+from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, Where, leaves_of
+from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Features of a group at a site: dimension `dim` read as `[before, size, after]`."""
+    """Features of a group at a site, and where the units are in the array there."""
 
     site: Site
-    before: int
-    after: int
+    where: Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +81,14 @@ def trace(
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
 
-    groups, atoms, pins = _collect(space, leaves, mine)
+    groups, names, nest, pins = _collect(walk, leaves, mine)
     symmetry = Symmetry(groups, pins, leaves, jax.tree_util.tree_structure(params))
-    seen = _views(space, walk.seen, atoms, first=True)
-    produced = seen | _views(space, walk.produced, atoms)
-    consumed = produced | _views(space, walk.consumed, atoms)
-    return Trace(symmetry, jaxpr, produced, consumed)
+    seen, produced, consumed = (
+        _views(space, readings, names, nest)
+        for readings in (walk.seen, walk.produced, walk.consumed)
+    )
+    produced = {name: views[:1] for name, views in seen.items()} | produced
+    return Trace(symmetry, jaxpr, produced, produced | consumed)
 
 
 def trace_symmetry(
@@ -144,56 +145,68 @@ def _used(jaxpr: core.Jaxpr) -> set[Any]:
     return used
 
 
-def _factors(space: Space, axis: Axis) -> Iterator[tuple[Factor, int, int]]:
-    """Yields the finest factors of an axis with the products of those before and after."""
-    factors = space.expand(axis)
-    for i, factor in enumerate(factors):
-        before = math.prod(f.size for f in factors[:i])
-        yield factor, before, math.prod(f.size for f in factors[i + 1 :])
-
-
 def _collect(
-    space: Space, leaves: tuple[Leaf, ...], mine: Sequence[tuple[Axis, ...]]
-) -> tuple[tuple[Group, ...], dict[int, str], tuple[Pin, ...]]:
-    """Reads groups, the name of each group's atom, and pins off the finished space."""
-    signs = space.signs()
-    members: dict[int, list[Member]] = {}
+    walk: Walk, leaves: tuple[Leaf, ...], mine: Sequence[tuple[Axis, ...]]
+) -> tuple[tuple[Group, ...], dict[int, str], Nest, tuple[Pin, ...]]:
+    """Reads groups, the name of each group's atom, their nest and pins off the finished walk."""
+    space = walk.space
+    expanded = [tuple(map(space.expand, axes)) for axes in mine]
     owners: dict[tuple[int, int], str] = {}
+    found: dict[int, str] = {}
     pins = []
-    for i, (leaf, axes) in enumerate(zip(leaves, mine, strict=True)):
+    for leaf, axes in zip(leaves, expanded, strict=True):
         for dim, axis in enumerate(axes):
-            reason = None
-            free = False
-            for factor, before, after in _factors(space, axis):
+            reason, free = None, False
+            for factor in factors_of(axis):
                 assert factor.atom is not None
                 held = space.reason(factor.atom)
-                if held is None and factor.size > 1:
-                    use, flip = space.use(factor)
-                    role = _role({flip * sign for sign in signs.get(use, ())})
-                    member = Member(i, leaf.path, dim, before, after, role)
-                    members.setdefault(factor.atom, []).append(member)
-                    owners.setdefault(use, leaf.path)
+                if held is None:
+                    owners.setdefault(space.use(factor)[0], leaf.path)
+                    found.setdefault(factor.atom, leaf.path)
                     free = True
                 reason = reason or held
-            if not free and reason:
+            if not free and axis:
+                reason = reason or "taken apart into single positions"
                 pins.append(Pin(leaf.path, dim, leaf.shape[dim], reason))
 
     # Dataflow order: by the first use of a parameter that puts the units into the features.
     order: dict[int, str] = {}
     for contact in space.contacts:
-        for factor in space.expand((contact.parameter,)):
+        for factor in factors_of(space.expand((contact.parameter,))):
             use = space.use(factor)[0]
             if use in owners:
                 order.setdefault(use[1], owners[use])
-    for atom, found in members.items():
-        order.setdefault(atom, found[0].path)
-    groups, names = [], {}
+    order |= {atom: path for atom, path in found.items() if atom not in order}
+    nest = find_nest(space, list(order), walk.values, walk.contractions)
+    names: dict[int, str] = {}
     count: collections.Counter[str] = collections.Counter()
     for atom, name in order.items():
         count[name] += 1
         names[atom] = f"{name}#{count[name]}" if count[name] > 1 else name
-        groups.append(Group(names[atom], space.size(atom), tuple(members[atom])))
-    return tuple(groups), names, tuple(pins)
+
+    signs = space.signs()
+    members: dict[int, list[Member]] = {atom: [] for atom in order}
+    for i, (leaf, axes) in enumerate(zip(leaves, expanded, strict=True)):
+        for dim, axis in enumerate(axes):
+            for occurrence in occurrences(axis):
+                atom = occurrence.factor.atom
+                if atom in names:
+                    use, flip = space.use(occurrence.factor)
+                    role = _role({flip * sign for sign in signs.get(use, ())})
+                    place = where(axes, dim, occurrence, nest.around(atom))
+                    assert place is not None, leaf.path
+                    members[atom].append(Member(i, leaf.path, place, role))
+    groups = tuple(
+        Group(
+            name,
+            space.size(atom),
+            tuple(members[atom]),
+            tuple(map(space.size, nest.around(atom))),
+            names.get(nest.outer.get(atom, -1)),
+        )
+        for atom, name in names.items()
+    )
+    return groups, names, nest, tuple(pins)
 
 
 def _role(signs: set[int]) -> Role:
@@ -203,14 +216,17 @@ def _role(signs: set[int]) -> Role:
 
 
 def _views(
-    space: Space, sites: Sequence[tuple[Site, Axis]], names: dict[int, str], first: bool = False
+    space: Space, readings: Sequence[Reading], names: dict[int, str], nest: Nest
 ) -> dict[str, tuple[View, ...]]:
-    """Sorts sites by group."""
+    """Sorts the places where features can be read by group."""
     found: dict[str, list[View]] = {}
-    for site, axis in sites:
-        for factor, before, after in _factors(space, axis):
-            if factor.atom in names:
-                views = found.setdefault(names[factor.atom], [])
-                if not (first and views):
-                    views.append(View(site, before, after))
+    for site, axes, dims in readings:
+        axes = tuple(map(space.expand, axes))
+        for dim in sorted(dims):
+            for occurrence in occurrences(axes[dim]):
+                atom = occurrence.factor.atom
+                if atom in names:
+                    place = where(axes, dim, occurrence, nest.around(atom))
+                    if place is not None:
+                        found.setdefault(names[atom], []).append(View(site, place))
     return {name: tuple(views) for name, views in found.items()}

@@ -7,7 +7,7 @@ so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,7 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.symmetry import Group, Member, Plans, Symmetry, factored
+from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
+from otfusion_jax.units import mixed, permuted
 
 
 @runtime_checkable
@@ -41,32 +42,24 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(plan.dtype, jnp.integer)
 
 
-def move_axis(leaf: Array, member: Member, size: int, plan: Array) -> Array:
+def move_axis(leaf: Array, member: Member, group: Group, plan: Array) -> Array:
     """Moves one axis of one parameter along a plan.
 
     Args:
         leaf: the parameter.
-        member: which axis, which factor of it, and its role.
-        size: number of units.
-        plan: integer `[n]` or float `[n, m]`.
+        member: where the units are in it, and its role.
+        group: whose units.
+        plan: integer `[*batch, n]` or float `[*batch, n, m]`.
 
     Returns:
         The parameter with that axis moved. An index out of range, which is how a solver marks a
         problem that it could not solve, gives NaN.
     """
-    shape, dim = leaf.shape, member.axis
-    # Factors further in may have been resized already, so `member.after` need not hold any more.
-    after = shape[dim] // (member.before * size)
-    split = factored(leaf, dim, member.before, size, after)
     if is_permutation(plan):
-        moved = jnp.take(split, plan, axis=dim + 1, mode="fill", fill_value=jnp.nan)
-    else:
-        masses = jnp.sum(plan, axis=0 if member.role == "produces" else 1, keepdims=True)
-        weights = (plan / jnp.where(masses > 0, masses, 1)).astype(leaf.dtype)
-        precision = jax.lax.Precision.HIGHEST
-        moved = jnp.tensordot(split, weights, axes=(dim + 1, 0), precision=precision)
-        moved = jnp.moveaxis(moved, -1, dim + 1)
-    return moved.reshape(*shape[:dim], -1, *shape[dim + 1 :])
+        return permuted(leaf, member.where, group, plan)
+    masses = jnp.sum(plan, axis=-2 if member.role == "produces" else -1, keepdims=True)
+    weights = (plan / jnp.where(masses > 0, masses, 1)).astype(leaf.dtype)
+    return mixed(leaf, member.where, group, weights)
 
 
 def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> PyTree:
@@ -78,8 +71,9 @@ def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> Py
     Args:
         symmetry: of the network.
         plans: group name to plan, or the result of `align`. A permutation is integer `[n]`:
-            position `j` receives unit `plan[j]`. A transport plan is float `[n, m]`. Groups that
-            are left out stay where they are.
+            position `j` receives unit `plan[j]`. A transport plan is float `[n, m]`. Plans of a
+            nested group have its batch in front; they apply to what is at an index after the group
+            around has moved. Groups that are left out stay where they are.
         params: the parameters; not changed.
 
     Returns:
@@ -102,7 +96,7 @@ def _transport(symmetry: Symmetry, plans: Plans, params: PyTree) -> PyTree:
 
 
 def move(
-    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, stay: Member | None = None
+    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, stay: Collection[Member] = ()
 ) -> Any:
     """Moves one parameter along plans, without checks.
 
@@ -111,14 +105,14 @@ def move(
         plans: group name to plan; groups that are left out stay.
         leaf: position of the parameter in `symmetry.leaves`.
         array: the parameter.
-        stay: a member that is not to move.
+        stay: members that are not to move.
 
     Returns:
         The parameter, moved.
     """
     for group, member in symmetry.by_leaf[leaf]:
-        if group.name in plans and member != stay:
-            array = move_axis(array, member, group.size, plans[group.name])
+        if group.name in plans and member not in stay:
+            array = move_axis(array, member, group, plans[group.name])
     return array
 
 
@@ -139,17 +133,25 @@ def _problem(group: Group, plan: Any) -> str | None:
     """Says what is wrong with a plan; values are looked at unless they are traced."""
     if not isinstance(plan, jax.Array | np.ndarray):
         return f"a {type(plan).__name__}, expected an array"
-    n = group.size
+    n, batch = group.size, group.batch
+    shape = ", ".join(map(str, (*batch, n)))
+    alone = f"({n},)" if not batch else f"({shape})"
     known = not isinstance(plan, Tracer)
     if is_permutation(plan):
-        if plan.shape != (n,):
-            return f"shape {plan.shape}, expected ({n},)"
-        if known and not np.array_equal(np.sort(np.asarray(plan)), np.arange(n)):
-            unsolved = "; its cost was not finite" if np.all(np.asarray(plan) == n) else ""
+        if plan.shape != (*batch, n):
+            return f"shape {plan.shape}, expected {alone}"
+        if known and not np.all(np.sort(np.asarray(plan), axis=-1) == np.arange(n)):
+            unsolved = "; its cost was not finite" if np.any(np.asarray(plan) == n) else ""
             return f"not a permutation of 0 to {n - 1}{unsolved}"
         return None
-    if plan.ndim != 2 or plan.shape[0] != n:
-        return f"shape {plan.shape}, expected ({n}, m) for a transport plan or int ({n},)"
+    if plan.shape[:-1] != (*batch, n):
+        return f"shape {plan.shape}, expected ({shape}, m) for a transport plan or int {alone}"
+    part = [m for m in group.members if not m.where.place.fills(n, m.where.length)]
+    if plan.shape[-1] != n and (batch or part):
+        return (
+            f"a plan to {plan.shape[-1]} units, but {part[0].path if part else 'each index around'} "
+            "holds other things beside these, so that only as many as before fit"
+        )
     if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
         return "masses that are negative or not finite"
     both = [m.path for m in group.members if m.role == "both"]

@@ -9,6 +9,7 @@ merges less. Whatever a rule cannot express is pinned, and a primitive without a
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from otfusion_jax.axes import Axis, Kind, Space, constant
+from otfusion_jax.axes import Axis, Disagreement, Factor, Kind, Space, concatenated, constant
 
 OnUnsupported = Literal["raise", "pin"]
+MOST_RUNS = 8
+"""A constant that varies more often along an axis, or at every other position, pins it, rather than
+taking it apart."""
 
 
 class Value(NamedTuple):
@@ -35,13 +39,25 @@ class Value(NamedTuple):
 class Site(NamedTuple):
     """A place where features can be read: an operand or a result of an equation.
 
-    `path` holds the equation's index in the jaxpr, preceded by those of the calls around it.
+    `path` holds the equation's index in the jaxpr, preceded by those of the calls and scans around
+    it. Of each scan the array has an axis in front, outermost first: that of the iterations.
     """
 
     path: tuple[int, ...]
     side: Literal["in", "out"]
     position: int
-    dim: int
+
+
+class Contraction(NamedTuple):
+    """A sum over axes of a value, with those over which it runs index by index.
+
+    `together` has the axes that are contracted as well or are batch axes: only along these does the
+    contraction meet equal indices with each other.
+    """
+
+    axes: tuple[Axis, ...]
+    over: frozenset[int]
+    together: frozenset[int]
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
@@ -144,10 +160,53 @@ class Context:
 
     def cut(self, axis: Axis, size: int, reason: str) -> Axis:
         """Pins an axis of which a result holds some positions only, or in another order."""
-        if all(f.atom is None for f in axis):
+        if all(isinstance(term, Factor) and term.atom is None for term in axis):
             return constant(size)
         self.space.pin(axis, reason)
         return self.space.pinned(size, reason)
+
+    def pieces(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """Takes an axis apart into segments of the sizes given; pins it if its factors forbid."""
+        marks = list(itertools.accumulate(sizes))[:-1]
+        if 0 in sizes:
+            return [self.cut(axis, size, reason) for size in sizes]
+        try:
+            return self.space.cut(axis, marks)
+        except Disagreement:
+            return [self.cut(axis, size, reason) for size in sizes]
+
+    def repeat(
+        self, body: Callable[[list[Value]], list[Value]], carry: list[Value]
+    ) -> tuple[list[Value], list[Value]]:
+        """Walks the body of a loop until what it carries is tied to what it hands on.
+
+        Args:
+            body: from what is carried in to the body's results, what is carried out first.
+            carry: what the loop starts from.
+
+        Returns:
+            What is carried, and all results of the body's last walk.
+        """
+        walk = self.walk
+        readings = walk.produced, walk.consumed, walk.seen
+        while True:
+            counts = [len(found) for found in readings]
+            results = body(carry)
+            joined = [self.join([x, y]) for x, y in zip(carry, results, strict=False)]
+            for value in joined:
+                walk.note(value)
+            before, carry = carry, joined
+            if all(map(self._alike, before, carry)):
+                return carry, results
+            for found, count in zip(readings, counts, strict=True):
+                del found[count:]
+
+    def _alike(self, a: Value, b: Value) -> bool:
+        """Whether two values have the same atoms and depend on the same."""
+        pairs = zip(a.axes, b.axes, strict=True)
+        return a.kind is b.kind and all(
+            self.space.signature(x) == self.space.signature(y) for x, y in pairs
+        )
 
     def pin_all(self, values: Sequence[Value], reason: str) -> list[Value]:
         """Pins every axis of the operands; the results are fresh pinned values."""
@@ -160,20 +219,58 @@ class Context:
             for v in self.eqn.outvars
         ]
 
-    def call(self, jaxpr: core.ClosedJaxpr, args: list[Value], always: bool = True) -> list[Value]:
-        """Walks a sub-jaxpr on the operands given; `always` says that it runs just once."""
+    def call(
+        self,
+        jaxpr: core.ClosedJaxpr,
+        args: list[Value],
+        *,
+        once: bool = True,
+        used: Sequence[bool] | None = None,
+        iterations: Axis | None = None,
+    ) -> list[Value]:
+        """Walks a sub-jaxpr on operands.
+
+        Args:
+            jaxpr: what to walk.
+            args: its operands.
+            once: whether it runs just once, or once in each iteration of `iterations`, so that
+                features can be read in it.
+            used: which of its results anything depends on; all if None.
+            iterations: the axis that its operands are slices of; None if they are none.
+        """
         consts = [self.walk.constant(c) for c in jaxpr.consts]
-        return self.walk.run(jaxpr.jaxpr, consts, args, self.path if always else None, self)
+        path = self.path if once else None
+        outside = self.walk.loops
+        if iterations is not None:
+            self.walk.loops = (*outside, iterations)
+        try:
+            return self.walk.run(jaxpr.jaxpr, consts, args, path, self, used)
+        finally:
+            self.walk.loops = outside
 
-    def produced(self, dim: int, axis: Axis) -> None:
-        """Notes that a contraction puts out features along `axis`."""
-        if self.path is not None:
-            self.walk.produced.append((Site(self.path, "out", 0, dim), axis))
+    def contracted(
+        self, position: int, value: Value, over: Sequence[int], batch: Sequence[int] = ()
+    ) -> None:
+        """Notes that an operand is summed over axes, index by index along these and `batch`."""
+        loops = len(self.walk.loops)
+        sums = frozenset(dim + loops for dim in over)
+        together = sums | {dim + loops for dim in batch} | set(range(loops))
+        axes = (*self.walk.loops, *value.axes)
+        self.walk.contractions.append(Contraction(axes, sums, together))
+        if value.kind is Kind.FEATURE and self.path is not None:
+            self.walk.consumed.append((Site(self.path, "in", position), axes, sums))
 
-    def consumed(self, position: int, dim: int, axis: Axis) -> None:
-        """Notes that a contraction takes up features along `axis`."""
-        if self.path is not None:
-            self.walk.consumed.append((Site(self.path, "in", position, dim), axis))
+    def produced(self, value: Value, dims: Sequence[int]) -> None:
+        """Notes that a contraction with a parameter puts out features along some axes."""
+        if value.kind is Kind.FEATURE and self.path is not None:
+            loops = self.walk.loops
+            site = Site(self.path, "out", 0)
+            along = frozenset(dim + len(loops) for dim in dims)
+            self.walk.produced.append((site, (*loops, *value.axes), along))
+
+
+Reading = tuple[Site, tuple[Axis, ...], frozenset[int]]
+"""A site, the axes of the array there, and which of them are meant."""
 
 
 class Walk:
@@ -182,9 +279,12 @@ class Walk:
     def __init__(self, on_unsupported: OnUnsupported) -> None:
         self.space = Space()
         self.on_unsupported = on_unsupported
-        self.produced: list[tuple[Site, Axis]] = []
-        self.consumed: list[tuple[Site, Axis]] = []
-        self.seen: list[tuple[Site, Axis]] = []  # every feature, in dataflow order
+        self.loops: tuple[Axis, ...] = ()  # of the scans around, outermost first
+        self.values: dict[tuple[Axis, ...], None] = {}  # the axes of every value
+        self.contractions: list[Contraction] = []
+        self.produced: list[Reading] = []
+        self.consumed: list[Reading] = []
+        self.seen: list[Reading] = []  # every feature, in dataflow order
 
     def constant(self, array: Any) -> Value:
         """Describes an array that the function closes over."""
@@ -194,10 +294,11 @@ class Walk:
         axes = []
         for dim, size in enumerate(aval.shape):
             reason = f"a constant of shape {aval.shape} that varies along axis {dim}"
-            if opaque or _varies(np.asarray(array), dim):
+            runs = () if opaque or size < 2 else _runs(np.asarray(array), dim)
+            if opaque or len(runs) > max(1, min(MOST_RUNS, size // 2)):
                 axes.append(self.space.pinned(size, reason))
             else:
-                axes.append(constant(size))
+                axes.append(concatenated(constant(n) for n in runs) if size > 1 else constant(size))
         return Value(tuple(axes), Kind.CONSTANT)
 
     def run(
@@ -207,6 +308,7 @@ class Walk:
         args: list[Value],
         path: tuple[int, ...] | None = (),
         caller: Context | None = None,
+        used: Sequence[bool] | None = None,
     ) -> list[Value]:
         """Applies the rule of each equation in turn and returns the values of the outputs."""
         env: dict[core.Var, Value] = {}
@@ -216,23 +318,30 @@ class Walk:
         def read(atom: Any) -> Value:
             return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-        for index, eqn, used in live(jaxpr, caller and caller.used):
+        for value in (*consts, *args):
+            self.note(value)
+        for index, eqn, flags in live(jaxpr, used):
             here = None if path is None else (*path, index)
-            context = Context(eqn, here, self, caller, used)
+            context = Context(eqn, here, self, caller, flags)
             operands = [read(v) for v in eqn.invars]
             results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
             for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
                 assert _sizes(value) == _shape(var), (context.source, operands)
                 env[var] = value
+                axes = self.note(value)
                 if value.kind is Kind.FEATURE and here is not None:
-                    self.seen += [
-                        (Site(here, "out", position, d), a) for d, a in enumerate(value.axes)
-                    ]
+                    self.seen.append((Site(here, "out", position), axes, frozenset(range(len(axes)))))
         return [
             read(v) if isinstance(v, core.Literal) or v in env else self._dead(v)
             for v in jaxpr.outvars
         ]
+
+    def note(self, value: Value) -> tuple[Axis, ...]:
+        """Keeps the axes of a value, those of the loops around it first, and returns them."""
+        axes = (*self.loops, *value.axes)
+        self.values[axes] = None
+        return axes
 
     def _dead(self, var: core.Var) -> Value:
         """Stands for an output that nothing depends on."""
@@ -256,11 +365,15 @@ class Walk:
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
+    return tuple(map(int, atom.aval.shape))  # NumPy's integers get in by way of a split
 
 
-def _varies(array: np.ndarray, dim: int) -> bool:
-    return array.shape[dim] > 1 and not bool(np.all(array == array.take([0], axis=dim)))
+def _runs(array: np.ndarray, dim: int) -> tuple[int, ...]:
+    """Returns the lengths of the stretches along which an array does not vary."""
+    rows = np.moveaxis(array, dim, 0).reshape(array.shape[dim], -1)
+    changes = np.flatnonzero(np.any(rows[1:] != rows[:-1], axis=1)) + 1
+    edges = [0, *changes.tolist(), len(rows)]
+    return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))
 
 
 def _sizes(value: Value) -> tuple[int, ...]:

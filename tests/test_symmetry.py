@@ -9,7 +9,7 @@ import pytest
 from zoo import CASES
 
 import otfusion_jax as otf
-from otfusion_jax.symmetry import factored, leaves_of
+from otfusion_jax.symmetry import Place, leaves_of
 
 
 def traced(name: str) -> tuple[otf.Symmetry, dict]:
@@ -135,7 +135,8 @@ def test_random_draws_permutations_and_the_key_decides():
     assert plans.keys() == {g.name for g in symmetry.groups}
     for group in symmetry.groups:
         assert plans[group.name].dtype == jnp.int32
-        assert np.array_equal(np.sort(plans[group.name]), np.arange(group.size))
+        assert plans[group.name].shape == (*group.batch, group.size)
+        assert np.all(np.sort(plans[group.name]) == np.arange(group.size))
         assert np.array_equal(plans[group.name], again[group.name])
     assert any(not np.array_equal(plans[name], other[name]) for name in plans)
 
@@ -181,12 +182,18 @@ def test_members_by_role():
     assert paths("consumes") == {("embed", 1), ("up", 0)}
 
 
-def test_views_read_the_units_of_a_product_axis():
-    array = jnp.arange(2 * 24).reshape(2, 24)
-    view = factored(array, 1, before=2, size=3, after=4)
-    assert view.shape == (2, 2, 3, 4)
-    for i, j, k in np.ndindex(2, 3, 4):
-        assert view[1, i, j, k] == array[1, (i * 3 + j) * 4 + k]
+def test_places_are_positions_along_an_axis():
+    place = Place(start=2, outer=((2, 20), (3, 6)), after=2)
+    expected = [
+        [[2 + 20 * i + 6 * j + 2 * u + a for a in range(2)] for u in range(3)]
+        for i in range(2)
+        for j in range(3)
+    ]
+    np.testing.assert_array_equal(place.positions(3), expected)
+    assert place.before == 6
+    assert not place.fills(3, 36)
+    assert Place(0, ((6, 6),), 2).fills(3, 36)
+    assert not Place(0, ((6, 6),), 2).fills(3, 40)
 
 
 def test_printing_shows_sizes_roles_views_and_reasons():

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
 from jax.extend.core import Primitive
-from zoo import CASES, Groups, makes, randomise, shapes, takes, uniform
+from zoo import CASES, Groups, makes, randomise, rows_of, shapes, takes, uniform
 
 import otfusion_jax as otf
 from otfusion_jax import walk
@@ -29,10 +30,7 @@ HIDDEN = {"in": {makes("in", 1), takes("out", 0)}}
 
 
 def table(symmetry: otf.Symmetry) -> Groups:
-    return {
-        g.name: {(m.path, m.axis, m.before, m.after, m.role) for m in g.members}
-        for g in symmetry.groups
-    }
+    return {g.name: rows_of(g) for g in symmetry.groups}
 
 
 def groups_of(fn: Callable, params: Any, *inputs: Any) -> Groups:
@@ -59,15 +57,29 @@ def traced(name: str) -> otf.Symmetry:
 
 
 def rolled(symmetry: otf.Symmetry, params: Any) -> Any:
-    """Transport in plain numpy: every unit moves, and each group by another step."""
+    """Transport by `numpy.roll`: every unit moves, each group by another step.
+
+    The units of nested groups move by another step in each index around, outer groups first.
+    """
     leaves, treedef = jax.tree.flatten(params)
-    leaves = [np.asarray(leaf) for leaf in leaves]
-    for i, group in enumerate(symmetry.groups):
-        step = 1 + i % (group.size - 1)
+    leaves = [np.array(leaf) for leaf in leaves]
+    groups = sorted(enumerate(symmetry.groups), key=lambda pair: pair[1].outer is not None)
+    for i, group in groups:
         for m in group.members:
-            leaf = leaves[m.leaf]
-            view = (*leaf.shape[: m.axis], m.before, group.size, m.after, *leaf.shape[m.axis + 1 :])
-            leaves[m.leaf] = np.roll(leaf.reshape(view), step, m.axis + 1).reshape(leaf.shape)
+            indices = np.indices(leaves[m.leaf].shape)
+            found = np.zeros(group.batch or (1,), int)
+            for index in np.ndindex(*found.shape):
+                step = 1 + (i + sum(index)) % (group.size - 1)
+                chosen = np.ones(leaves[m.leaf].shape, bool)
+                for (axis, _, place), size, j in zip(
+                    m.where.within, group.batch, index, strict=False
+                ):
+                    chosen &= np.isin(indices[axis], place.positions(size)[:, j])
+                positions = m.where.place.positions(group.size)
+                sources = np.arange(m.where.length)
+                sources[positions] = np.roll(positions, step, axis=1)
+                moved = np.take(leaves[m.leaf], sources, axis=m.axis)
+                leaves[m.leaf] = np.where(chosen, moved, leaves[m.leaf])
     return treedef.unflatten(leaves)
 
 
@@ -82,11 +94,15 @@ def relative(a: Any, b: Any) -> float:
 def test_groups_are_those_of_the_table(name: str):
     case, symmetry = CASES[name](), traced(name)
     assert table(symmetry) == case.groups
+    assert {g.name: (g.outer, g.batch) for g in symmetry.groups if g.batch} == case.nested
     for group in symmetry.groups:
         for m in group.members:
             leaf = symmetry.leaves[m.leaf]
             assert leaf.path == m.path
-            assert leaf.shape[m.axis] == m.before * group.size * m.after
+            assert leaf.shape[m.axis] == m.where.length
+            positions = m.where.place.positions(group.size)
+            assert len(np.unique(positions)) == positions.size
+            assert positions.max() < m.where.length
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,14 +201,13 @@ def test_maxout_moves_whole_units_and_the_pieces_of_all():
     }
 
 
-def test_a_gate_in_the_same_kernel_is_pinned():
+def test_a_gate_in_the_same_kernel_moves_with_what_it_gates():
     def fn(p, x):
         return jax.nn.glu(x @ p["in"]) @ p["out"]
 
     params = weights(**{"in": (5, 12), "out": (6, 3)})
-    assert groups_of(fn, params, X) == {}
-    pins = {(p.path, p.axis): p.reason for p in otf.trace_symmetry(fn, params, X).pinned}
-    assert "split" in pins["in", 1]
+    rows = {makes("in", 1), makes("in", 1, start=6), takes("out", 0)}
+    assert groups_of(fn, params, X) == {"in": rows}
 
 
 def test_a_gate_with_a_kernel_of_its_own_moves_along():
@@ -301,30 +316,33 @@ def test_an_unused_result_of_a_call_constrains_nothing():
     assert groups_of(fn, hidden_layer(jnp.tanh)[1], X) == HIDDEN
 
 
-@pytest.mark.parametrize("loop", ["scan", "while"])
-def test_loops_are_refused_with_place_and_remedies(loop: str):
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """A function whose primitive has no rule."""
+    monkeypatch.setattr(walk, "_registry", dict(walk._registry))
+    del walk._registry[core.primitives.cumsum_p]
+    return functools.partial(jax.lax.cumsum, axis=1)
+
+
+def test_unknown_primitives_are_refused_with_place_and_remedies(unknown: Callable):
     def act(h):
-        if loop == "scan":
-            return jax.lax.scan(lambda c, row: (c + row, c), jnp.zeros(8), h)[1]
-        return jax.lax.while_loop(lambda v: v.sum() < 0, jnp.sin, h)
+        return unknown(h)
 
     fn, params = hidden_layer(act)
     with pytest.raises(otf.UnsupportedPrimitiveError) as info:
         otf.trace_symmetry(fn, params, X)
     message = str(info.value)
-    lines, first = inspect.getsourcelines(act)
-    line = first + next(i for i, text in enumerate(lines) if f"lax.{loop}" in text)
-    assert f"'{loop}'" in message
+    line = inspect.getsourcelines(act)[1] + 1
+    assert "'cumsum'" in message
     assert f"{__file__}:{line} (" in message
     for remedy in ("on_unsupported='pin'", "register", "other primitives"):
         assert remedy in message
     assert isinstance(info.value, NotImplementedError)
 
 
-def test_pinning_what_is_unsupported_leaves_a_sound_rest():
+def test_pinning_what_is_unsupported_leaves_a_sound_rest(unknown: Callable):
     def fn(p, x):
-        h = jnp.tanh(x @ p["in"])
-        h = jax.lax.scan(lambda c, row: (c + row, c * row), jnp.zeros(8), h)[1]
+        h = unknown(jnp.tanh(x @ p["in"]))
         return jnp.tanh(h @ p["mid"]) @ p["out"]
 
     fn = jax.jit(fn)
@@ -334,7 +352,7 @@ def test_pinning_what_is_unsupported_leaves_a_sound_rest():
     assert otf.check_symmetry(symmetry, fn, params, X) <= EXACT
     reasons = {(p.path, p.axis): p.reason for p in symmetry.pinned}
     for pinned in (("in", 1), ("mid", 0)):
-        assert reasons[pinned].startswith("scan (no rule, pinned on demand)")
+        assert reasons[pinned].startswith("cumsum (no rule, pinned on demand)")
         assert __file__ in reasons[pinned]
 
 

@@ -174,28 +174,34 @@ def test_units_without_mass_become_zero_not_nan():
 
 
 def heads(params, x):
-    """Units in 4 heads of 3, either of which may be permuted."""
-    h = (x @ params["a"]).reshape(len(x), 4, 3)
+    """Units in 4 heads of 3: heads may be permuted, and the units of all of them alike."""
+    h = (x @ params["a"]).reshape(len(x), 4, 3) * params["scale"][None, None]
     h = h / (1 + jnp.sum(h**2, axis=2, keepdims=True))
     return h.reshape(len(x), -1) @ params["b"]
 
 
 def random_heads():
-    keys = jax.random.split(jax.random.key(0))
-    return {"a": jax.random.normal(keys[0], (5, 12)), "b": jax.random.normal(keys[1], (12, 2))}
+    shapes = {"a": (5, 12), "scale": (3,), "b": (12, 2)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def without_scale(params, x):
+    return heads(params | {"scale": jnp.ones(3)}, x)
 
 
 def test_two_groups_on_one_axis_move_independently():
     params, x = random_heads(), jax.random.normal(jax.random.key(1), (7, 5))
     symmetry = otf.trace_symmetry(heads, params, x)
     outer, inner = symmetry.groups
-    assert (outer.size, inner.size) == (4, 3)
+    assert (outer.size, inner.size, inner.outer) == (4, 3, None)
     plans = symmetry.random(jax.random.key(2))
     p, q = (np.asarray(plans[g.name]) for g in (outer, inner))
     moved = otf.transport(symmetry, plans, params)
     index = np.array([3 * i + j for i in p for j in q])
     np.testing.assert_array_equal(moved["a"], params["a"][:, index])
     np.testing.assert_array_equal(moved["b"], params["b"][index])
+    np.testing.assert_array_equal(moved["scale"], params["scale"][q])
     np.testing.assert_allclose(heads(moved, x), heads(params, x), rtol=0, atol=1e-5)
 
 
@@ -212,6 +218,43 @@ def test_two_groups_on_one_axis_change_their_widths_together():
     b = np.asarray(params["b"]).reshape(4, 3, 2)
     expected = np.einsum("ijn,ik,jl->kln", b, p / p.sum(1)[:, None], q / q.sum(1)[:, None])
     np.testing.assert_allclose(moved["b"], expected.reshape(10, 2), atol=1e-5)
+
+
+def test_a_nested_group_moves_in_another_way_at_each_index():
+    params, x = random_heads(), jax.random.normal(jax.random.key(1), (7, 5))
+    del params["scale"]
+    symmetry = otf.trace_symmetry(without_scale, params, x)
+    outer, inner = symmetry.groups
+    assert (inner.outer, inner.batch, inner.size) == (outer.name, (4,), 3)
+    plans = symmetry.random(jax.random.key(2))
+    p, q = (np.asarray(plans[g.name]) for g in (outer, inner))
+    assert len({tuple(row) for row in q}) > 1
+    moved = otf.transport(symmetry, plans, params)
+    # What lands at a place is in the order that the plan has for this place.
+    index = np.array([3 * p[i] + q[i, j] for i in range(4) for j in range(3)])
+    np.testing.assert_array_equal(moved["a"], params["a"][:, index])
+    np.testing.assert_array_equal(moved["b"], params["b"][index])
+    np.testing.assert_allclose(
+        without_scale(moved, x), without_scale(params, x), rtol=0, atol=1e-5
+    )
+
+
+def test_soft_plans_of_a_nested_group_mix_within_each_index():
+    params = random_heads()
+    del params["scale"]
+    symmetry = otf.trace_symmetry(without_scale, params, jnp.ones((7, 5)))
+    inner = symmetry.groups[1]
+    q = jnp.stack([coupling(jax.random.key(i), 3, 3) for i in range(4)])
+    moved = otf.transport(symmetry, {inner.name: q}, params)
+    q = np.asarray(q)
+    a = np.asarray(params["a"]).reshape(5, 4, 3)
+    expected = np.einsum("nij,ijl->nil", a, q / q.sum(1, keepdims=True)).reshape(5, 12)
+    np.testing.assert_allclose(moved["a"], expected, atol=1e-5)
+    b = np.asarray(params["b"]).reshape(4, 3, 2)
+    expected = np.einsum("ijn,ijl->iln", b, q / q.sum(2, keepdims=True)).reshape(12, 2)
+    np.testing.assert_allclose(moved["b"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="only as many as before fit"):
+        otf.transport(symmetry, {inner.name: jnp.ones((4, 3, 5))}, params)
 
 
 # Kinds of leaves

@@ -16,7 +16,9 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-Row = tuple[str, int, int, int, str]
+from otfusion_jax.symmetry import Group
+
+Row = tuple[str, int, int, int, str, int, int]
 Groups = dict[str, set[Row]]
 
 
@@ -24,7 +26,10 @@ Groups = dict[str, set[Row]]
 class Case:
     """A network: `fn(params, *inputs)`, random values, and its groups.
 
-    `groups` maps the name of a group to `(path, axis, before, after, role)` of each member.
+    `groups` maps the name of a group to `(path, axis, before, after, role, start, pitch)` of each
+    member: unit `u` is at the positions `start + b * pitch + u * after + a` of the axis. A pitch of
+    0 means that nothing lies in between, `size * after`. `nested` maps the name of a nested group to
+    the group around it, if that can be permuted, and its batch.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Case:
     params: Any
     inputs: tuple[Any, ...]
     groups: Groups
+    nested: dict[str, tuple[str | None, tuple[int, ...]]]
 
 
 def randomise(tree: Any, seed: int) -> Any:
@@ -66,15 +72,18 @@ def uniform(*shape: int, seed: int = 0) -> jax.Array:
 CASES: dict[str, Callable[[], Case]] = {}
 
 
-def case(build: Callable[[], tuple[Callable, Any, tuple, Groups]]) -> Callable[[], Case]:
-    """Decorator: adds a network to `CASES` under its function's name, built on first use."""
+def case(build: Callable[[], tuple]) -> Callable[[], Case]:
+    """Decorator: adds a network to `CASES` under its function's name, built on first use.
+
+    The function returns what a `Case` holds after its name; `nested` may be left out.
+    """
     name = build.__name__
 
     @functools.cache
     def cached() -> Case:
-        fn, like, inputs, groups = build()
+        fn, like, inputs, groups, *nested = build()
         params = randomise(like, zlib.crc32(name.encode()))
-        return Case(name, jax.jit(fn), params, inputs, groups)
+        return Case(name, jax.jit(fn), params, inputs, groups, *(nested or [{}]))
 
     CASES[name] = cached
     return cached
@@ -89,12 +98,28 @@ def linen(module: nn.Module, *inputs: jax.Array) -> tuple[Callable, Any, tuple]:
     return module.apply, variables, inputs
 
 
-def makes(path: str, axis: int, before: int = 1, after: int = 1) -> Row:
-    return path, axis, before, after, "produces"
+def makes(
+    path: str, axis: int, before: int = 1, after: int = 1, start: int = 0, pitch: int = 0
+) -> Row:
+    return path, axis, before, after, "produces", start, pitch
 
 
-def takes(path: str, axis: int, before: int = 1, after: int = 1) -> Row:
-    return path, axis, before, after, "consumes"
+def takes(
+    path: str, axis: int, before: int = 1, after: int = 1, start: int = 0, pitch: int = 0
+) -> Row:
+    return path, axis, before, after, "consumes", start, pitch
+
+
+def rows_of(group: Group) -> set[Row]:
+    """The members that a trace found, in the form of the tables."""
+    rows = set()
+    for m in group.members:
+        place = m.where.place
+        pitches = [stride for _, stride in place.outer]
+        pitch = pitches[-1] if pitches and pitches[-1] != group.size * place.after else 0
+        assert len(pitches) <= 1, "the tables have no form for this"
+        rows.add((m.path, m.axis, m.before, m.after, m.role, place.start, pitch))
+    return rows
 
 
 def layer(path: str, axis: int) -> set[Row]:
@@ -295,7 +320,7 @@ def depthwise_separable():
             takes("params/pointwise/kernel", 2, before=4),
         },
         "params/pointwise/kernel": layer("pointwise", 3) | {takes("params/head/kernel", 0)},
-    }
+    }, {"params/depthwise/kernel": ("params/stem/kernel", (4,))}
 
 
 class GroupedConv(nn.Module):
@@ -315,7 +340,7 @@ class GroupedConv(nn.Module):
 
 @case
 def grouped_conv_group_norm():
-    # Whole groups may be swapped, channels within all groups alike, and so may what they make.
+    # Whole groups may be swapped, and the channels within each, and so may what they make.
     return *linen(GroupedConv(), uniform(2, 6, 6, 3)), {
         "params/stem/kernel": {
             makes("params/stem/kernel", 3, after=3),
@@ -338,6 +363,9 @@ def grouped_conv_group_norm():
             makes("params/shift", 0, before=2),
             takes("params/head/kernel", 0, before=2),
         },
+    }, {
+        "params/stem/kernel#2": ("params/stem/kernel", (2,)),
+        "params/grouped/kernel": ("params/stem/kernel", (2,)),
     }
 
 
@@ -482,7 +510,7 @@ def tied_embedding():
         sizes,
         (jnp.array([1, 7, 4], jnp.int32),),
         {
-            "embed": {("embed", 1, 1, 1, "both"), takes("up", 0), makes("down", 1)},
+            "embed": {("embed", 1, 1, 1, "both", 0, 0), takes("up", 0), makes("down", 1)},
             "up": {makes("up", 1), takes("down", 0)},
         },
     )
@@ -529,4 +557,5 @@ def attention():
             "wq#2": {makes("wq", 1, before=2), takes("wk", 1, before=2)},
             "wv": {makes("wv", 1, before=2), takes("wo", 0, before=2)},
         },
+        {"wq#2": ("wq", (2,)), "wv": ("wq", (2,))},
     )
