@@ -124,14 +124,14 @@ class Space:
 
     def fresh(self, size: int) -> Axis:
         """Returns an axis made of a new atom."""
-        if size == 1:
-            return ()
+        if size < 2:
+            return constant(size)
         return (Factor(size, self._new(size), self._roles.fresh()),)
 
     def pinned(self, size: int, reason: str) -> Axis:
         """Returns a new axis that may not be permuted."""
-        if size == 1:
-            return ()
+        if size < 2:
+            return constant(size)
         atom = self._new(size)
         self._pins[atom] = reason
         return (Factor(size, atom),)
@@ -244,7 +244,10 @@ class Space:
         if pin is not None:  # where nothing moves, nothing need be known of the pieces
             return [self.pinned(size, pin) for size in sizes]
         self._segments[term.atom] = tuple(self._new(size) for size in sizes)
-        return [(part,) if part.size > 1 else () for part in self._parts(term, self._segments[term.atom])]
+        return [
+            (part,) if part.size > 1 else ()
+            for part in self._parts(term, self._segments[term.atom])
+        ]
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Forbids every permutation of an axis; the first reason is kept."""
@@ -307,9 +310,7 @@ class Space:
                 return stack.pop()
         return None
 
-    def _run(
-        self, x: Term, left: list[Term], y: Term, right: list[Term]
-    ) -> tuple[Axis, Axis]:
+    def _run(self, x: Term, left: list[Term], y: Term, right: list[Term]) -> tuple[Axis, Axis]:
         """Takes terms off both stacks until the two sides are of equal size."""
         xs, ys = [x], [y]
         have, want = x.size, y.size

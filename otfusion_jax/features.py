@@ -72,7 +72,9 @@ def _features(
     for site in sites:
         wanted.setdefault(site.path, []).append(site)
 
-    interpret(traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), _keeping(wanted, arrays))
+    interpret(
+        traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), _keeping(wanted, arrays)
+    )
     return {
         g.name: jnp.concatenate(
             [samples_of(arrays[v.site], v, g) for v in views.get(g.name, ())]

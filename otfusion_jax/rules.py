@@ -289,7 +289,9 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
     (x,) = values
     dim = ctx.params["axis"]
     reason = ctx.because(f"along axis {dim}")
-    pieces = ctx.pieces(x.axes[dim], [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))], reason)
+    pieces = ctx.pieces(
+        x.axes[dim], [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))], reason
+    )
     return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
 
 
@@ -529,9 +531,7 @@ def matrix(ctx: Context, values: list[Value]) -> list[Value]:
     batch = ctx.join([Value(v.axes[: rank - 2], v.kind) for v in values])
     shapes = (ctx.shape(i) for i in range(len(ctx.eqn.outvars)))
     return [
-        Value(
-            (*batch.axes, *(ctx.space.pinned(n, reason) for n in shape[rank - 2 :])), batch.kind
-        )
+        Value((*batch.axes, *(ctx.space.pinned(n, reason) for n in shape[rank - 2 :])), batch.kind)
         for shape in shapes
     ]
 
@@ -561,9 +561,7 @@ def scatter(ctx: Context, values: list[Value]) -> list[Value]:
     }
     axes = []
     for dim, axis in enumerate(x.axes):
-        whole = (
-            dim not in picked and ctx.operand_shape(2)[window[dim]] == ctx.operand_shape(0)[dim]
-        )
+        whole = dim not in picked and ctx.operand_shape(2)[window[dim]] == ctx.operand_shape(0)[dim]
         if whole:
             pair = [axis, updates.axes[window[dim]]]
             tied = ctx.space.unify(pair, [x.kind, updates.kind])

@@ -145,9 +145,7 @@ def permuted(array: Array, where: Where, group: Group, plan: Array) -> Array:
     dims = [*others, where.axis]
     index = index.transpose(np.argsort(dims))
     index = jnp.expand_dims(index, [d for d in range(array.ndim) if d not in dims])
-    return jnp.take_along_axis(
-        array, index, axis=where.axis, mode="fill", fill_value=jnp.nan
-    )
+    return jnp.take_along_axis(array, index, axis=where.axis, mode="fill", fill_value=jnp.nan)
 
 
 def mixed(array: Array, where: Where, group: Group, weights: Array) -> Array:

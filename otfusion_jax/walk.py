@@ -331,7 +331,9 @@ class Walk:
                 env[var] = value
                 axes = self.note(value)
                 if value.kind is Kind.FEATURE and here is not None:
-                    self.seen.append((Site(here, "out", position), axes, frozenset(range(len(axes)))))
+                    self.seen.append(
+                        (Site(here, "out", position), axes, frozenset(range(len(axes))))
+                    )
         return [
             read(v) if isinstance(v, core.Literal) or v in env else self._dead(v)
             for v in jaxpr.outvars

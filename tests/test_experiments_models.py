@@ -65,6 +65,56 @@ def test_symmetry_of_the_networks(name: str, groups: int, use_norm: bool):
     assert otf.check_symmetry(symmetry, model.apply, variables, images) < 1e-4
 
 
+def example(name: str, width: float = 0.25) -> tuple[Model, dict, jax.Array]:
+    """A small transformer, its variables and two inputs."""
+    model = build_model(ModelConfig(name, width=width), classes=10)
+    key = jax.random.key(1)
+    images = jax.random.normal(key, (2, 8, 12, 3)), jax.random.randint(key, (2, 9), 0, 10)
+    chosen = images[name == "gpt"]
+    return model, jax.jit(model.init)(jax.random.key(0), chosen), chosen
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt"])
+def test_symmetry_of_the_transformers(name: str):
+    model, variables, images = example(name)
+    symmetry = otf.trace_symmetry(model.apply, variables, images)
+    assert len(symmetry.groups) >= 2  # at least the hidden layer of each block
+    assert otf.check_symmetry(symmetry, model.apply, variables, images) < 1e-4
+
+
+# In half precision Flax's layer norm promotes dtypes inside.
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize(("name", "shape"), [("vit", (2, 10)), ("gpt", (2, 9, 10))])
+def test_logits_of_the_transformers(name: str, shape: tuple[int, ...]):
+    model, variables, images = example(name)
+    logits = jax.jit(model.apply)(variables, images)
+    assert logits.shape == shape
+    assert logits.dtype == jnp.float32
+    assert variables["params"]["Dense_0"]["kernel"].shape == (16, 64)
+    coarse = build_model(ModelConfig(name, width=0.25), 10, "bfloat16")
+    half = jax.jit(coarse.apply)(variables, images)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, logits, atol=0.2)
+
+
+def test_vision_transformer_sees_all_patches_and_their_places():
+    model, variables, images = example("vit")
+    apply = jax.jit(model.apply)
+    logits = apply(variables, images)
+    for changed in (images.at[:, -1, -1].add(1), images[:, ::-1]):
+        assert jnp.abs(apply(variables, changed) - logits).max(axis=-1).min() > 1e-4
+    with pytest.raises(ValueError, match=r"\(8, 10\) pixels can't be cut into 4 by 4"):
+        model.apply(variables, images[:, :, :10])
+
+
+def test_language_model_does_not_look_ahead():
+    model, variables, tokens = example("gpt")
+    apply = jax.jit(model.apply)
+    before, after = (apply(variables, x) for x in (tokens, tokens.at[:, 5].add(1) % 10))
+    changed = jnp.abs(after - before).max(axis=(0, 2)) > 1e-5
+    np.testing.assert_array_equal(changed, np.arange(9) >= 5)
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 1), (1, 1)]], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 3])

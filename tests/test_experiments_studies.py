@@ -98,6 +98,31 @@ def test_dead_leaves_are_normalised_and_smooth():
     assert correlation(images[..., 0], images[..., 1]) > 0.5
 
 
+# Optax's AdamW promotes dtypes inside.
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize(
+    ("dataset", "model"), [("digits", "vit"), ("pydoc", "gpt")], ids=["vit", "gpt"]
+)
+def test_transformers_are_fused(tmp_path: Path, dataset: str, model: str):
+    words = ["one_shot", "--dataset", dataset, "--model", model, "--width", "0.25"]
+    words += ["--epochs", "1", "--train-images", "256", "--test-images", "40", "--images", "20"]
+    words += ["--methods", "vanilla average", "coordinate descent (fuse)", "--path-points", "3"]
+    results = run(tmp_path, *words)
+    uniform = np.log(load_dataset(dataset).classes)
+    for method in results["losses"]["methods"].values():
+        assert all(0 < method[kind] < 2 * uniform for kind in AVERAGES)
+    for method in results["methods"].values():
+        assert method["path accuracy"][-1] == pytest.approx(results["individuals"][1], abs=0.1)
+
+
+@pytest.mark.parametrize("words", [["one_shot", "--synthetic"], ["non_iid"]], ids=" ".join)
+def test_what_a_text_is_not_fit_for(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main([*words, "--dataset", "pydoc", "--model", "gpt", "--out", str(tmp_path)]) == 2
+    assert "pydoc is a text" in capsys.readouterr().err
+
+
 # --- fine_tune
 
 
@@ -108,6 +133,7 @@ def test_fine_tuning_chooses_by_validation(tmp_path: Path):
     words += ["--validation-images", "200", "--starts", *names]
     results = run(tmp_path, "fine_tune", *words)
     assert list(results["starts"]) == names
+    assert results["ensemble loss"] < results["starts"]["vanilla average"]["before"]["test loss"]
     for start in results["starts"].values():
         assert [found["schedule"] for found in start["runs"]] == [
             "one-cycle, 0.1",

@@ -120,6 +120,7 @@ ORDERED = {
     "random bits": Ordered(P.random_bits_p, noisy),
 }
 
+
 def ordering(name: str) -> tuple[Callable, dict]:
     """A network with the operation along its hidden units, and its parameters."""
     op = ORDERED[name].fn

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+import zoo_attention  # noqa: F401, these add their networks to `CASES`
+import zoo_convolution  # noqa: F401
+import zoo_recurrent  # noqa: F401
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core

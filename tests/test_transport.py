@@ -234,9 +234,7 @@ def test_a_nested_group_moves_in_another_way_at_each_index():
     index = np.array([3 * p[i] + q[i, j] for i in range(4) for j in range(3)])
     np.testing.assert_array_equal(moved["a"], params["a"][:, index])
     np.testing.assert_array_equal(moved["b"], params["b"][index])
-    np.testing.assert_allclose(
-        without_scale(moved, x), without_scale(params, x), rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(without_scale(moved, x), without_scale(params, x), rtol=0, atol=1e-5)
 
 
 def test_soft_plans_of_a_nested_group_mix_within_each_index():

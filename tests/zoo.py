@@ -307,20 +307,24 @@ class DepthwiseSeparable(nn.Module):
 @case
 def depthwise_separable():
     # Each of 4 channels makes 2 of its own: the 8 are [4, 2].
-    return *linen(DepthwiseSeparable(), uniform(2, 6, 6, 3)), {
-        "params/stem/kernel": layer("stem", 3)
-        | {
-            makes("params/depthwise/kernel", 3, after=2),
-            makes("params/depthwise/bias", 0, after=2),
-            takes("params/pointwise/kernel", 2, after=2),
+    return (
+        *linen(DepthwiseSeparable(), uniform(2, 6, 6, 3)),
+        {
+            "params/stem/kernel": layer("stem", 3)
+            | {
+                makes("params/depthwise/kernel", 3, after=2),
+                makes("params/depthwise/bias", 0, after=2),
+                takes("params/pointwise/kernel", 2, after=2),
+            },
+            "params/depthwise/kernel": {
+                makes("params/depthwise/kernel", 3, before=4),
+                makes("params/depthwise/bias", 0, before=4),
+                takes("params/pointwise/kernel", 2, before=4),
+            },
+            "params/pointwise/kernel": layer("pointwise", 3) | {takes("params/head/kernel", 0)},
         },
-        "params/depthwise/kernel": {
-            makes("params/depthwise/kernel", 3, before=4),
-            makes("params/depthwise/bias", 0, before=4),
-            takes("params/pointwise/kernel", 2, before=4),
-        },
-        "params/pointwise/kernel": layer("pointwise", 3) | {takes("params/head/kernel", 0)},
-    }, {"params/depthwise/kernel": ("params/stem/kernel", (4,))}
+        {"params/depthwise/kernel": ("params/stem/kernel", (4,))},
+    )
 
 
 class GroupedConv(nn.Module):
@@ -341,32 +345,36 @@ class GroupedConv(nn.Module):
 @case
 def grouped_conv_group_norm():
     # Whole groups may be swapped, and the channels within each, and so may what they make.
-    return *linen(GroupedConv(), uniform(2, 6, 6, 3)), {
-        "params/stem/kernel": {
-            makes("params/stem/kernel", 3, after=3),
-            makes("params/stem/bias", 0, after=3),
-            makes("params/grouped/kernel", 3, after=4),
-            makes("params/grouped/bias", 0, after=4),
-            makes("params/scale", 0, after=4),
-            makes("params/shift", 0, after=4),
-            takes("params/head/kernel", 0, after=4),
+    return (
+        *linen(GroupedConv(), uniform(2, 6, 6, 3)),
+        {
+            "params/stem/kernel": {
+                makes("params/stem/kernel", 3, after=3),
+                makes("params/stem/bias", 0, after=3),
+                makes("params/grouped/kernel", 3, after=4),
+                makes("params/grouped/bias", 0, after=4),
+                makes("params/scale", 0, after=4),
+                makes("params/shift", 0, after=4),
+                takes("params/head/kernel", 0, after=4),
+            },
+            "params/stem/kernel#2": {
+                makes("params/stem/kernel", 3, before=2),
+                makes("params/stem/bias", 0, before=2),
+                takes("params/grouped/kernel", 2),
+            },
+            "params/grouped/kernel": {
+                makes("params/grouped/kernel", 3, before=2),
+                makes("params/grouped/bias", 0, before=2),
+                makes("params/scale", 0, before=2),
+                makes("params/shift", 0, before=2),
+                takes("params/head/kernel", 0, before=2),
+            },
         },
-        "params/stem/kernel#2": {
-            makes("params/stem/kernel", 3, before=2),
-            makes("params/stem/bias", 0, before=2),
-            takes("params/grouped/kernel", 2),
+        {
+            "params/stem/kernel#2": ("params/stem/kernel", (2,)),
+            "params/grouped/kernel": ("params/stem/kernel", (2,)),
         },
-        "params/grouped/kernel": {
-            makes("params/grouped/kernel", 3, before=2),
-            makes("params/grouped/bias", 0, before=2),
-            makes("params/scale", 0, before=2),
-            makes("params/shift", 0, before=2),
-            takes("params/head/kernel", 0, before=2),
-        },
-    }, {
-        "params/stem/kernel#2": ("params/stem/kernel", (2,)),
-        "params/grouped/kernel": ("params/stem/kernel", (2,)),
-    }
+    )
 
 
 class SqueezeExcite(nn.Module):

@@ -1,0 +1,352 @@
+"""Checks the certificate on random programs, and that wrong rules would not pass.
+
+`pytest tests/test_programs.py` takes some hundred programs, the same each time. A long run, with
+others each time:
+
+    OTFUSION_EXAMPLES=2000 pytest tests/test_programs.py -k certificate
+
+A failure is printed as a program that can be pasted into `FOUND` below, where it stays.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, settings
+from jax.extend import core
+from programs import BLOCKS, Program, evaluate, programs
+
+import otfusion_jax as otf
+from otfusion_jax import walk
+from otfusion_jax.axes import Kind, constant
+from otfusion_jax.walk import Context, Rule, Value, registered
+
+EXACT = 1e-8
+"""Of a relative change of outputs: what rounding may make in float64."""
+
+EXAMPLES = int(os.environ.get("OTFUSION_EXAMPLES", "0"))
+"""Number of programs of a long run; 0 for the few of every day."""
+RANDOM = settings(
+    max_examples=EXAMPLES or 300,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+SEARCH = settings(RANDOM, max_examples=300, derandomize=True, phases=[Phase.generate])
+
+
+def shifted(plan: Any) -> np.ndarray:
+    """A permutation that leaves no unit in place; nested ones differ from one another."""
+    plan = np.asarray(plan)
+    rows = plan.reshape(-1, plan.shape[-1])
+    rows = [np.roll(row, 1 + i % max(1, len(row) - 1)) for i, row in enumerate(rows)]
+    return np.stack(rows).reshape(plan.shape)
+
+
+def certificate(program: Program) -> tuple[otf.Symmetry, float]:
+    """Traces a program and moves all groups at once, twice.
+
+    Returns:
+        The symmetry, and the relative change of the outputs.
+    """
+    with jax.enable_x64(True):
+        params, x = program.build()
+        symmetry = otf.trace_symmetry(program.fn, params, x)
+        if not symmetry.groups:
+            return symmetry, 0.0
+        jaxpr = jax.make_jaxpr(program.fn)(params, x)
+        plans = jax.tree.map(shifted, symmetry.identity())
+        move = jax.make_jaxpr(lambda plans, params: otf.transport(symmetry, plans, params))(
+            plans, params
+        )
+        leaves = jax.tree.leaves(params)
+        (before,) = evaluate(jaxpr, *leaves, x)
+        assert np.all(np.isfinite(before))
+        change = 0.0
+        for drawn in (plans, symmetry.random(jax.random.key(program.seed))):
+            moved = evaluate(move, *jax.tree.leaves(drawn), *leaves)
+            (after,) = evaluate(jaxpr, *moved, x)
+            change = max(change, float(np.max(np.abs(after - before))))
+        return symmetry, change / max(float(np.max(np.abs(before))), 1e-30)
+
+
+@RANDOM
+@given(programs())
+def test_the_certificate_holds(program: Program):
+    assert certificate(program)[1] <= EXACT
+
+
+FOUND: dict[str, Program] = {}
+"""Programs that have failed once, each with what was wrong."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_has_failed_once(name: str):
+    assert certificate(FOUND[name])[1] <= EXACT
+
+
+# --- what the programs are made of
+
+
+def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
+    """All primitives of a jaxpr, those of the jaxprs within included."""
+    yield from (eqn.primitive for eqn in jaxpr.eqns)
+    for inner in core.subjaxprs(jaxpr):
+        yield from primitives(inner)
+
+
+UNSEEN = {
+    "bitcast": "no network does this to its features",
+    "observer": "returns nothing",
+    "random": "draws at fixed positions, pinned as a constant is",
+    "pinned": "ties nothing",
+}
+"""Rules that no program needs."""
+
+
+def test_every_block_and_every_rule_occurs():
+    blocks, seen = set(), set()
+
+    @settings(SEARCH, max_examples=400)
+    @given(programs())
+    def tally(program: Program) -> None:
+        with jax.enable_x64(True):
+            jaxpr = jax.make_jaxpr(program.fn)(*program.build())
+        blocks.update(program.names())
+        seen.update(primitives(jaxpr.jaxpr))
+
+    tally()
+    assert set(BLOCKS) <= blocks
+    met = {rule.__name__ for primitive, rule in registered().items() if primitive in seen}
+    assert {rule.__name__ for rule in registered().values()} - met == set(UNSEEN)
+
+
+def test_most_programs_have_groups():
+    counts = collections.Counter()
+
+    @settings(SEARCH, max_examples=100)
+    @given(programs())
+    def tally(program: Program) -> None:
+        with jax.enable_x64(True):
+            symmetry = otf.trace_symmetry(program.fn, *program.build())
+        counts[min(3, len(symmetry.groups))] += 1
+
+    tally()
+    assert counts[0] < 0.25 * counts.total()
+    assert counts[3] > 0.25 * counts.total()
+
+
+def test_numpy_and_xla_compute_the_same():
+    @settings(RANDOM, max_examples=15, derandomize=True, phases=[Phase.generate])
+    @given(programs(most=4))
+    def compare(program: Program) -> None:
+        with jax.enable_x64(True):
+            params, x = program.build()
+            jaxpr = jax.make_jaxpr(program.fn)(params, x)
+            (mine,) = evaluate(jaxpr, *jax.tree.leaves(params), x)
+            np.testing.assert_allclose(mine, jax.jit(program.fn)(params, x), rtol=1e-9, atol=1e-9)
+
+    compare()
+
+
+# --- wrong rules
+
+P = core.primitives
+# Not exported by JAX.
+SPLIT = jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.ones(2)).eqns[-1].primitive
+
+Change = Callable[[Rule], Rule]
+
+
+def deaf(position: int, along: Callable[[Context], Any] = lambda ctx: None) -> Change:
+    """The rule takes an operand for constant, along some axes or (`None`) along all."""
+
+    def change(rule: Rule) -> Rule:
+        def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+            if position >= len(values):
+                return rule(ctx, values)
+            value, dims = values[position], along(ctx)
+            sizes = enumerate(ctx.operand_shape(position))
+            axes = [constant(n) if dims is None or d in dims else value.axes[d] for d, n in sizes]
+            before, after = values[:position], values[position + 1 :]
+            return rule(ctx, [*before, Value(tuple(axes), value.kind), *after])
+
+        return wrong
+
+    return change
+
+
+def passes(rule: Rule) -> Rule:
+    """The operand is passed on, where it has the shape of the result."""
+
+    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        if any(ctx.shape(i) != ctx.operand_shape(0) for i in range(len(ctx.eqn.outvars))):
+            return rule(ctx, values)
+        return [values[0] for _ in ctx.eqn.outvars]
+
+    return wrong
+
+
+def forgets(rule: Rule) -> Rule:
+    """The results are constant along every axis."""
+
+    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        kind = max((value.kind for value in values), default=Kind.CONSTANT)
+        shapes = [ctx.shape(i) for i in range(len(ctx.eqn.outvars))]
+        return [Value(tuple(constant(n) for n in shape), kind) for shape in shapes]
+
+    return wrong
+
+
+def tampered(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    """The rule reads other parameters than the equation has."""
+
+    def wrap(rule: Rule) -> Rule:
+        def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+            params = ctx.params | change(ctx.params)
+            return rule(dataclasses.replace(ctx, eqn=ctx.eqn.replace(params=params)), values)
+
+        return wrong
+
+    return wrap
+
+
+def backwards(rule: Rule) -> Rule:
+    """The operands are taken in the opposite order."""
+    return lambda ctx, values: rule(ctx, values[::-1])
+
+
+def crossed(rule: Rule) -> Rule:
+    """The last two axes are taken in the opposite order."""
+    return lambda ctx, values: rule(
+        ctx, [Value((*v.axes[:-2], *v.axes[-2:][::-1]), v.kind) for v in values]
+    )
+
+
+def first_branch(rule: Rule) -> Rule:
+    """Of several branches only one is looked at."""
+    return lambda ctx, values: ctx.call(ctx.params["branches"][0], values[1:])
+
+
+def blank(ctx: Context, position: int, value: Value) -> Value:
+    """Hides along which axes an operand varies."""
+    return Value(tuple(map(constant, ctx.operand_shape(position))), value.kind)
+
+
+def deaf_to_starts(rule: Rule) -> Rule:
+    """What a loop starts from is taken for constant."""
+
+    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        p, last = ctx.params, len(values)
+        if ctx.eqn.primitive is P.scan_p:
+            first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+        else:
+            first = p["cond_nconsts"] + p["body_nconsts"]
+        starts = [blank(ctx, i, values[i]) for i in range(first, last)]
+        return rule(ctx, [*values[:first], *starts, *values[last:]])
+
+    return wrong
+
+
+def turned_results(rule: Rule) -> Rule:
+    """The results are given in the opposite order, where they have one shape."""
+
+    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        results = rule(ctx, values)
+        shapes = {ctx.shape(i) for i in range(len(results))}
+        return results[::-1] if len(shapes) == 1 else results
+
+    return wrong
+
+
+def other_end(p: dict[str, Any]) -> dict[str, Any]:
+    return {"padding_config": tuple((high, low, mid) for low, high, mid in p["padding_config"])}
+
+
+def earlier(p: dict[str, Any]) -> dict[str, Any]:
+    """The segment before the one that is cut out."""
+    starts, ends = p["start_indices"], p["limit_indices"]
+    steps = [min(i, j - i) if i else 0 for i, j in zip(starts, ends, strict=True)]
+    return {
+        "start_indices": tuple(i - k for i, k in zip(starts, steps, strict=True)),
+        "limit_indices": tuple(j - k for j, k in zip(ends, steps, strict=True)),
+    }
+
+
+def summed(ctx: Context) -> Sequence[int]:
+    return ctx.params["dimension_numbers"][0][1]
+
+
+def batch(ctx: Context) -> Sequence[int]:
+    return ctx.params["dimension_numbers"][1][1]
+
+
+def input_channels(ctx: Context) -> Sequence[int]:
+    return ctx.params["dimension_numbers"].rhs_spec[1:2]
+
+
+def others(ctx: Context) -> set[int]:
+    return set(range(len(ctx.shape()))) - {ctx.params["dimension"]}
+
+
+class Mutation(NamedTuple):
+    """A wrong rule for a primitive, and the kinds of blocks among which to look for it."""
+
+    primitive: core.Primitive
+    change: Change
+    only: tuple[str, ...]
+
+
+MUTATIONS = {
+    "an addition ties nothing": Mutation(P.add_p, deaf(1), ("residual", "param", "dense")),
+    "a product ties nothing": Mutation(P.mul_p, deaf(1), ("param", "parts", "dense")),
+    "a maximum ties nothing": Mutation(P.max_p, deaf(0), ("param", "parts", "dense")),
+    "a selection ignores a case": Mutation(P.select_n_p, deaf(1), ("where", "dense")),
+    "a selection ignores its predicate": Mutation(P.select_n_p, deaf(0), ("where", "dense")),
+    "a contraction ties nothing": Mutation(P.dot_general_p, deaf(1, summed), ("dense", "act")),
+    "batch axes are not tied": Mutation(P.dot_general_p, deaf(1, batch), ("juggle", "factors")),
+    "input channels are not tied": Mutation(
+        P.conv_general_dilated_p, deaf(1, input_channels), ("conv", "act")
+    ),
+    "output channels are forgotten": Mutation(P.conv_general_dilated_p, forgets, ("conv", "act")),
+    "cumsum passes its axis": Mutation(P.cumsum_p, passes, ("order", "factors")),
+    "cumprod passes its axis": Mutation(P.cumprod_p, passes, ("order",)),
+    "rev passes its axis": Mutation(P.rev_p, passes, ("order", "local", "factors")),
+    "sort passes its axis": Mutation(P.sort_p, passes, ("order", "factors")),
+    "a window passes its axis": Mutation(P.reduce_window_sum_p, passes, ("order",)),
+    "iota is constant": Mutation(P.iota_p, forgets, ("gate",)),
+    "broadcasting forgets": Mutation(P.broadcast_in_dim_p, forgets, ("beside", "outer")),
+    "transposition passes": Mutation(P.transpose_p, passes, ("gram", "mixer", "factors")),
+    "reshape forgets": Mutation(P.reshape_p, forgets, ("factors", "attention")),
+    "reshape merges the wrong way round": Mutation(P.reshape_p, crossed, ("factors", "flatten")),
+    "concatenation ties nothing else": Mutation(P.concatenate_p, deaf(1, others), ("concat",)),
+    "concatenation the wrong way round": Mutation(P.concatenate_p, backwards, ("beside", "parts")),
+    "a slice is the one before": Mutation(P.slice_p, tampered(earlier), ("parts", "segment")),
+    "a split the wrong way round": Mutation(SPLIT, turned_results, ("parts", "shuffle")),
+    "padding at the other end": Mutation(P.pad_p, tampered(other_end), ("pad", "param")),
+    "what is picked from is passed": Mutation(P.gather_p, deaf(0), ("take", "order")),
+    "updates are not tied": Mutation(P.scatter_add_p, deaf(2), ("update", "dense")),
+    "an update is not tied": Mutation(P.dynamic_update_slice_p, deaf(1), ("update", "dense")),
+    "only one branch counts": Mutation(P.cond_p, first_branch, ("branch", "dense")),
+    "a scan starts anywhere": Mutation(P.scan_p, deaf_to_starts, ("stack", "dense", "recurrent")),
+    "a loop starts anywhere": Mutation(P.while_p, deaf_to_starts, ("loop", "dense")),
+}
+
+
+def search(only: tuple[str, ...] = ()) -> Program:
+    """Looks for a program that breaks the certificate."""
+    drawn = programs(2, 3, only)
+    return find(drawn, lambda program: certificate(program)[1] > EXACT, settings=SEARCH)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch):
+    primitive, change, only = MUTATIONS[name]
+    monkeypatch.setitem(walk._registry, primitive, change(walk._registry[primitive]))
+    search(() if EXAMPLES else only)
