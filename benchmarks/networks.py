@@ -81,6 +81,61 @@ def resnet18() -> Network:
     return apply, shapes, (1, 32, 32, 3)
 
 
+def transformer(
+    depth: int, width: int, heads: int, vocabulary: int, scanned: bool = False
+) -> Network:
+    """A language model: one kernel for queries, keys and values, RMSNorm, SwiGLU in one kernel.
+
+    Args:
+        depth: number of blocks.
+        width: of the residual stream; that of the gated layers is 4 times as much.
+        heads: of attention, of `width // heads` dimensions each.
+        vocabulary: number of tokens.
+        scanned: whether the blocks are stacked and run by `lax.scan`.
+
+    Returns:
+        The network, of tokens `[batch, time]`.
+    """
+    block = {
+        "norm1": (width,),
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "norm2": (width,),
+        "gate_up": (width, 8 * width),
+        "down": (4 * width, width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"embed": (vocabulary, width)}
+    if scanned:
+        shapes |= {f"blocks/{name}": (depth, *shape) for name, shape in block.items()}
+    else:
+        shapes |= {f"{i}/{name}": shape for i in range(depth) for name, shape in block.items()}
+    shapes |= {"norm": (width,), "head": (width, vocabulary)}
+
+    def norm(x: Array, scale: Array) -> Array:
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return x * scale[None, None]
+
+    def step(x: Array, p: dict[str, Array]) -> Array:
+        parts = jnp.split(norm(x, p["norm1"]) @ p["qkv"], 3, axis=-1)
+        q, k, v = (part.reshape(*x.shape[:2], heads, -1) for part in parts)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + y.reshape(x.shape) @ p["out"]
+        gate, up = jnp.split(norm(x, p["norm2"]) @ p["gate_up"], 2, axis=-1)
+        return x + (jax.nn.silu(gate) * up) @ p["down"]
+
+    def apply(params: dict[str, Array], tokens: Array) -> Array:
+        x = params["embed"][tokens]
+        if scanned:
+            stacked = {name: params[f"blocks/{name}"] for name in block}
+            x, _ = lax.scan(lambda x, p: (step(x, p), None), x, stacked)
+        else:
+            for i in range(depth):
+                x = step(x, {name: params[f"{i}/{name}"] for name in block})
+        return norm(x, params["norm"]) @ params["head"]
+
+    return apply, shapes, (1, 8)
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "MLPNet": mlpnet,
     "VGG11": vgg11,

@@ -10,8 +10,10 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 
 from otfusion_jax.align import align
 from otfusion_jax.costs import Gram, feature_gram
+from otfusion_jax.describe import draw
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
+from otfusion_jax.frameworks import functional
 from otfusion_jax.fuse import average, fuse, stack
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
 from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics, repair
@@ -44,9 +46,11 @@ __all__ = [
     "average",
     "barrier",
     "check_symmetry",
+    "draw",
     "ensemble",
     "feature_gram",
     "features",
+    "functional",
     "fuse",
     "interpolate",
     "register",

@@ -18,7 +18,7 @@ couple them.
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from otfusion_jax.roles import Roles
 
@@ -115,6 +115,8 @@ class Space:
 
     def __init__(self) -> None:
         self.contacts: list[Contact] = []
+        self.here: Any = None  # where the walk is
+        self.met: dict[int, Any] = {}  # where what was free met what is pinned
         self._parent: list[int] = []
         self._factors: dict[int, tuple[int, int]] = {}
         self._segments: dict[int, tuple[int, ...]] = {}
@@ -345,6 +347,10 @@ class Space:
         a, b = self.find(x.atom), self.find(y.atom)
         if a != b:
             self._parent[b] = a
+            if (a in self._pins) != (b in self._pins):
+                self.met.setdefault(a, self.here)
+            elif b in self.met:
+                self.met.setdefault(a, self.met[b])
             if b in self._pins:
                 self._pins.setdefault(a, self._pins[b])
 

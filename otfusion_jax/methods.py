@@ -11,6 +11,7 @@ Everything here is traced: `align` checks the input and jits it.
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
@@ -145,7 +146,7 @@ class Family:
         return [(self.root, own), *rest]
 
     def beside(self, member: Member) -> list[Member]:
-        """Returns a member and, if it is nested, those of the root that say in which index it is."""
+        """Returns a member; with a nested one, the root's that say in which index it is."""
         if not self.nested or member in self.root.members:
             return [member]
         axis, _, place = member.where.within[-1]
@@ -220,14 +221,18 @@ def _solve_family(
     if not inside:
         found = _solve(solver, ground_cost(metric, own))
         return [_total(found, found.plan)]
-    cost = ground_cost(metric, own)
-    pairs = []
-    for g in inside:  # [*batch, heads, n, heads, m] to [*batch, heads, heads, n, m]
+    pairs: list[Solution] = []
+    for _, alike in itertools.groupby(inside, key=lambda g: g.ab.shape):  # one solver for all
+        g = jax.tree.map(lambda *x: jnp.stack(x), *alike)
+        # [groups, *batch, heads, n, heads, m] to [groups, *batch, heads, heads, n, m]
         ab = jnp.moveaxis(g.ab, -3, -2)
         aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
         bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
-        pairs.append(_solve(solver, ground_cost(metric, Gram(aa, bb, ab))))
-        cost = cost + (ab.shape[-1] * pairs[-1].value).astype(cost.dtype)  # masses are 1 / n
+        found = _solve(solver, ground_cost(metric, Gram(aa, bb, ab)))
+        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(ab))]
+    # The masses of a problem's units sum up to 1.
+    values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
+    cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
     outer = _solve(Exact(), cost)
     found = [_total(outer, outer.plan)]
     for solution in pairs:

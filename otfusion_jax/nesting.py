@@ -129,7 +129,7 @@ def find_nest(
         for other in known.keys() - set(found):
             del known[other]
 
-    for axes in {tuple(map(space.expand, axes)): None for axes in values}:
+    for axes in dict.fromkeys(tuple(map(space.expand, axes)) for axes in values):
         for dim, axis in enumerate(axes):
             for occurrence in occurrences(axis):
                 if occurrence.factor.atom in free:
@@ -144,24 +144,24 @@ def find_nest(
                     restrict(occurrence.factor.atom or -1, along)
 
     outer: dict[int, int] = {}
+    families: dict[int, list[int]] = {}
     for atom in atoms:
-        movable = [
-            other
-            for other in candidates.get(atom, ())
-            if other in free and other not in outer and atom not in outer.values()
-        ]
-        if movable:  # the innermost: that which has the most around it
-            outer[atom] = max(movable, key=lambda other: len(candidates.get(other, ())))
+        beside = candidates.get(atom, ())
+        movable = [other for other in beside if other in free and other not in outer]
+        if movable and atom not in families:
+            # The innermost: that which has the most around it.
+            root = max(movable, key=lambda other: len(candidates.get(other, ())))
+            outer[atom] = root
+            families.setdefault(root, []).append(atom)
     fixed: dict[int, tuple[int, ...]] = {}
-    for root in atoms:
-        if root not in outer:
-            family = [root, *(atom for atom in atoms if outer.get(atom) == root)]
-            shared = [
-                other
-                for other in candidates.get(root, ())
-                if other not in free and all(other in candidates.get(a, ()) for a in family)
-            ]
-            fixed.update(dict.fromkeys(family, tuple(shared)))
+    for root in (atom for atom in atoms if atom not in outer):
+        family = [root, *families.get(root, ())]
+        shared = [
+            other
+            for other in candidates.get(root, ())
+            if other not in free and all(other in candidates.get(a, ()) for a in family)
+        ]
+        fixed.update(dict.fromkeys(family, tuple(shared)))
     return Nest(fixed, outer)
 
 

@@ -483,7 +483,7 @@ def cond(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(P.scan_p)
 def scan(ctx: Context, values: list[Value]) -> list[Value]:
-    """The body is walked on slices; what is carried is tied to itself, the iterations are pinned."""
+    """The body is walked on slices; what is carried is tied to itself, iterations are pinned."""
     first, last = ctx.params["num_consts"], ctx.params["num_consts"] + ctx.params["num_carry"]
     consts, init, stacked = values[:first], values[first:last], values[last:]
     index = ctx.space.pinned(ctx.params["length"], ctx.because("over its iterations"))

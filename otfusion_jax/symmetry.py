@@ -19,7 +19,6 @@ each index of the axes around it.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -27,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
+
+from otfusion_jax import describe
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
@@ -38,8 +39,8 @@ the group's batch."""
 class Place:
     """Where units lie along an axis.
 
-    Unit `u` is at the positions `start + i·stride + ... + u·after + a`, with one `i < count` for each
-    pair in `outer`, and `a < after`.
+    Unit `u` is at the positions `start + i·stride + ... + u·after + a`, with one `i < count` for
+    each pair in `outer`, and `a < after`.
 
     Attributes:
         start: position of the first unit.
@@ -153,12 +154,14 @@ class Pin:
         axis: the axis.
         size: its size.
         reason: what holds it, in words.
+        source: the source line where it met what holds it, if that is not in the reason.
     """
 
     path: str
     axis: int
     size: int
     reason: str
+    source: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,48 +316,17 @@ class Symmetry:
             )
 
     def __str__(self) -> str:
-        """A table: per group its size and members, then what is pinned, and why."""
-        moving = {m.leaf for g in self.groups for m in g.members}
-        sizes = [math.prod(leaf.shape) for leaf in self.leaves]
-        total = sum(sizes)
-        share = 100 * sum(sizes[i] for i in moving) / total if total else 0.0
-        count = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
-        head = (
-            f"Symmetry: {count} over {len(self.leaves)} leaves; {share:.1f} % of {total:,} "
-            "parameters lie on an axis that can be permuted"
-        )
-        rows = [("group", "units", "role", "leaf", "axis")]
-        for g in self.groups:
-            for i, m in enumerate(g.members):
-                name, units = (g.name, _units(g)) if i == 0 else ("", "")
-                rows.append((name, units, m.role, m.path, _view(m, g.size)))
-        lines = [head, *_columns(rows)]
-        if self.pinned:
-            pins = [("pinned", "size", "axis", "why")]
-            pins += [(p.path, str(p.size), str(p.axis), p.reason) for p in self.pinned]
-            lines += ["", *_columns(pins)]
-        return "\n".join(lines)
+        """A table: per group its size and members, then what is pinned, and why.
 
+        What repeats itself from block to block is shown once, as in `layer_{0..11}/kernel`.
+        """
+        return describe.table(self)
 
-def _units(group: Group) -> str:
-    return " x ".join(map(str, (*group.batch, group.size)))
+    def summary(self) -> str:
+        """Says which share of the parameters can move, and what pins the rest.
 
-
-def _view(member: Member, size: int) -> str:
-    """Says which axis, and how to read it where the units are not all of it."""
-    place, text = member.where.place, str(member.axis)
-    end = max(place.positions(size).flat) + 1
-    if place.outer and place.outer[-1][1] != size * place.after:
-        inner = place.start % place.outer[-1][1]
-        text += f" [..., {inner}:{inner + size * place.after}]"
-    elif end - place.start < member.where.length:
-        text += f" [{place.start}:{end}]"
-    if member.before * member.after > 1:
-        text += f" as [{member.before}, {size}, {member.after}]"
-    return text
-
-
-def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        Returns:
+            Text: the groups by size, then for each reason the parameters that do not move because
+            of it, the most first, with the source line where they met what does not move.
+        """
+        return describe.summary(self)

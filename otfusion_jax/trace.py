@@ -156,7 +156,7 @@ def _collect(
     pins = []
     for leaf, axes in zip(leaves, expanded, strict=True):
         for dim, axis in enumerate(axes):
-            reason, free = None, False
+            reason, source, free = None, None, False
             for factor in factors_of(axis):
                 assert factor.atom is not None
                 held = space.reason(factor.atom)
@@ -164,10 +164,14 @@ def _collect(
                     owners.setdefault(space.use(factor)[0], leaf.path)
                     found.setdefault(factor.atom, leaf.path)
                     free = True
-                reason = reason or held
+                elif reason is None:
+                    reason = held
+                    met = space.met.get(factor.atom)
+                    source = met and met.source
             if not free and axis:
                 reason = reason or "taken apart into single positions"
-                pins.append(Pin(leaf.path, dim, leaf.shape[dim], reason))
+                source = None if source is None or source in reason else source
+                pins.append(Pin(leaf.path, dim, leaf.shape[dim], reason, source))
 
     # Dataflow order: by the first use of a parameter that puts the units into the features.
     order: dict[int, str] = {}

@@ -148,9 +148,10 @@ def _problem(group: Group, plan: Any) -> str | None:
         return f"shape {plan.shape}, expected ({shape}, m) for a transport plan or int {alone}"
     part = [m for m in group.members if not m.where.place.fills(n, m.where.length)]
     if plan.shape[-1] != n and (batch or part):
+        place = part[0].path if part else "each index around"
         return (
-            f"a plan to {plan.shape[-1]} units, but {part[0].path if part else 'each index around'} "
-            "holds other things beside these, so that only as many as before fit"
+            f"a plan to {plan.shape[-1]} units, but {place} holds other things beside these, so "
+            "that only as many as before fit"
         )
     if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
         return "masses that are negative or not finite"

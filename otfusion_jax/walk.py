@@ -324,6 +324,7 @@ class Walk:
             here = None if path is None else (*path, index)
             context = Context(eqn, here, self, caller, flags)
             operands = [read(v) for v in eqn.invars]
+            self.space.here = context
             results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
             for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):

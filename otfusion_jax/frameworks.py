@@ -1,0 +1,52 @@
+"""A pure function and its parameters from a module that holds its own.
+
+Linen and Haiku separate the two by themselves. Of NNX and Equinox nothing is imported unless the
+user has done so.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import PyTree
+
+
+def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
+    """Takes an NNX or Equinox module apart into a pure function and its parameters.
+
+    Switch it to inference first: `module.eval()` in NNX, `equinox.nn.inference_mode(module)`. Two
+    modules of one architecture give interchangeable functions.
+
+    Args:
+        module: a `flax.nnx.Module` or `equinox.Module`.
+
+    Returns:
+        `fn(params, *inputs)` and `params`. Of an NNX module these are its `nnx.State`, of an
+        Equinox module the module with everything but its floating arrays replaced by None. To have
+        a module again: `nnx.update(module, params)`, and `equinox.combine(params, module)`.
+
+    Raises:
+        TypeError: for anything else, with what to do instead.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import otfusion_jax as otf
+        >>> models = [nnx.Linear(3, 2, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+        >>> (fn, a), (_, b) = map(otf.functional, models)
+        >>> fn(a, jnp.ones((1, 3))).shape
+        (1, 2)
+        >>> nnx.update(models[0], otf.average([a, b]))
+    """
+    nnx, equinox = sys.modules.get("flax.nnx"), sys.modules.get("equinox")
+    if nnx is not None and isinstance(module, nnx.Module):
+        graph, state = nnx.split(module)
+        return lambda params, *inputs: nnx.merge(graph, params)(*inputs), state
+    if equinox is not None and isinstance(module, equinox.Module):
+        params, static = equinox.partition(module, equinox.is_inexact_array)
+        return lambda params, *inputs: equinox.combine(params, static)(*inputs), params
+    raise TypeError(
+        f"a {type(module).__name__} is no module of NNX or Equinox. Of a Linen module take `apply` "
+        "and its variables, of a Haiku network `haiku.without_apply_rng(haiku.transform(f)).apply` "
+        "and what its `init` returns; any pure function of a pytree will do as it is"
+    )
