@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 from otfusion_jax.roles import Roles
 
 MOST_SEGMENTS = 256
-"""An axis that falls into more segments is pinned: shifting units by one would cut it for ever."""
+"""An axis that falls into more segments is pinned."""
+MOST_CUTS = 32
+"""So is what is cut out of a segment cut out of another, and so on: shifting units by one, and
+adding them to themselves, would cut them for ever."""
 
 
 class Kind(enum.IntEnum):
@@ -121,6 +124,7 @@ class Space:
         self._factors: dict[int, tuple[int, int]] = {}
         self._segments: dict[int, tuple[int, ...]] = {}
         self._sizes: list[int] = []
+        self._cuts: list[int] = []  # how many an atom comes from
         self._pins: dict[int, str] = {}
         self._roles = Roles()
 
@@ -138,9 +142,10 @@ class Space:
         self._pins[atom] = reason
         return (Factor(size, atom),)
 
-    def _new(self, size: int, pin: str | None = None) -> int:
+    def _new(self, size: int, pin: str | None = None, cuts: int = 0) -> int:
         self._parent.append(len(self._parent))
         self._sizes.append(size)
+        self._cuts.append(cuts)
         if pin is not None:
             self._pins[len(self._parent) - 1] = pin
         return len(self._parent) - 1
@@ -188,8 +193,8 @@ class Space:
         inner = factor.size // outer
         if factor.atom is None:
             return (Factor(outer, None), Factor(inner, None))
-        pin = self._pins.get(factor.atom)
-        self._factors[factor.atom] = self._new(outer, pin), self._new(inner, pin)
+        how = self._pins.get(factor.atom), self._cuts[factor.atom]
+        self._factors[factor.atom] = self._new(outer, *how), self._new(inner, *how)
         return self._parts(factor, self._factors[factor.atom])
 
     def signature(self, axis: Axis) -> tuple:
@@ -245,11 +250,11 @@ class Space:
         pin = self._pins.get(term.atom)
         if pin is not None:  # where nothing moves, nothing need be known of the pieces
             return [self.pinned(size, pin) for size in sizes]
-        self._segments[term.atom] = tuple(self._new(size) for size in sizes)
-        return [
-            (part,) if part.size > 1 else ()
-            for part in self._parts(term, self._segments[term.atom])
-        ]
+        cuts = self._cuts[term.atom] + 1
+        if cuts > MOST_CUTS:
+            raise Disagreement(f"more than {MOST_CUTS} cuts one in another", (term,))
+        atoms = self._segments[term.atom] = tuple(self._new(n, cuts=cuts) for n in sizes)
+        return [(part,) if part.size > 1 else () for part in self._parts(term, atoms)]
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Forbids every permutation of an axis; the first reason is kept."""
@@ -347,6 +352,7 @@ class Space:
         a, b = self.find(x.atom), self.find(y.atom)
         if a != b:
             self._parent[b] = a
+            self._cuts[a] = max(self._cuts[a], self._cuts[b])
             if (a in self._pins) != (b in self._pins):
                 self.met.setdefault(a, self.here)
             elif b in self.met:

@@ -146,8 +146,8 @@ def unit_gram(
         return gram(a, b)
     *batch, heads, n, width = a.shape
     found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * n, width))
-    norms = (x.reshape(*batch, heads, n) for x in (found.aa, found.bb))
-    return Gram(*norms, found.ab.reshape(*batch, heads, n, heads, n))
+    aa, bb = (x.reshape(*batch, heads, n) for x in (found.aa, found.bb))
+    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, n))
 
 
 def feature_gram(

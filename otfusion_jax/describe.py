@@ -95,7 +95,7 @@ def draw(symmetry: "Symmetry", ax: Any = None) -> Any:
         ImportError: if matplotlib is not installed.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
     colours = {"produces": "tab:blue", "consumes": "tab:orange", "both": "tab:green"}
     leaves = [leaf.path for leaf in symmetry.leaves]
@@ -109,7 +109,7 @@ def draw(symmetry: "Symmetry", ax: Any = None) -> Any:
         for row, found in roles.items():
             role = found.pop() if len(found) == 1 else "both"
             place = (column - 0.5, row - 0.5)
-            ax.add_patch(plt.Rectangle(place, 1, 1, color=colours[role], linewidth=0))
+            ax.add_patch(Rectangle(place, 1, 1, color=colours[role], linewidth=0))
     names = [f"{group.name} ({_units(group)})" for group in symmetry.groups]
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_yticks(range(len(leaves)), leaves, fontsize=7)

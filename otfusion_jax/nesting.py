@@ -84,8 +84,10 @@ def _partners(
             for factor, place, _ in (o for o in occurrences(axis) if o.factor in axis):
                 if factor.atom is not None and factor.atom not in own:
                     found.setdefault(factor.atom, []).append((other, place))
-    found.pop(occurrence.factor.atom, None)
-    return {atom: places[0] for atom, places in found.items() if len(places) == 1}
+    own_atom = occurrence.factor.atom
+    return {
+        atom: places[0] for atom, places in found.items() if len(places) == 1 and atom != own_atom
+    }
 
 
 @dataclasses.dataclass(frozen=True)

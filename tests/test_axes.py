@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otfusion_jax.axes import Axis, Factor, Kind, Space, constant
+from otfusion_jax.axes import (
+    Axis,
+    Disagreement,
+    Factor,
+    Kind,
+    Space,
+    Sum,
+    concatenated,
+    constant,
+    factors_of,
+    size_of,
+)
 
 FEATURE, PARAMETER, CONSTANT = Kind.FEATURE, Kind.PARAMETER, Kind.CONSTANT
 BOTH_FEATURES = (FEATURE, FEATURE)
@@ -18,11 +29,11 @@ def sizes(space: Space, axis: Axis) -> tuple[int, ...]:
 
 
 def atoms(space: Space, axis: Axis) -> tuple[int | None, ...]:
-    return tuple(f.atom for f in space.expand(axis))
+    return tuple(f.atom for f in factors_of(space.expand(axis)))
 
 
 def reasons(space: Space, axis: Axis) -> set[str | None]:
-    return {space.reason(f.atom) for f in space.expand(axis) if f.atom is not None}
+    return {space.reason(atom) for atom in atoms(space, axis) if atom is not None}
 
 
 def free(space: Space, axis: Axis) -> list[int]:
@@ -177,7 +188,7 @@ def regroupings(draw) -> tuple[list[list[int]], list[int]]:
 
 def permuted(space: Space, array: np.ndarray, axes: list[Axis], seed: int) -> np.ndarray:
     """Permutes every free atom of an array, each by a permutation of its own."""
-    flat = [f for axis in axes for f in space.expand(axis)]
+    flat = [f for axis in axes for f in factors_of(space.expand(axis))]
     full = array.reshape([f.size for f in flat])
     for dim, factor in enumerate(flat):
         assert factor.atom is not None
@@ -261,7 +272,7 @@ def feature(space: Space, size: int) -> tuple[Axis, Axis]:
 def signs(space: Space, axis: Axis) -> list[set[int]]:
     """Per factor of a parameter, the signs of its uses, as seen from the parameter."""
     table, out = space.signs(), []
-    for factor in space.expand(axis):
+    for factor in factors_of(space.expand(axis)):
         use, flip = space.use(factor)
         out.append({flip * sign for sign in table.get(use, ())})
     return out
@@ -388,3 +399,120 @@ def test_factor_without_atom_is_left_alone():
     space = Space()
     assert space.expand((Factor(3, None),)) == (Factor(3, None),)
     space.pin((Factor(3, None),), "nothing to pin")
+
+
+# --- sums
+
+
+def of_sizes(space: Space, axis: Axis) -> list:
+    """The sizes that an axis is made of, segments as lists."""
+    return [
+        [of_sizes(space, segment) for segment in term.segments]
+        if isinstance(term, Sum)
+        else term.size
+        for term in space.expand(axis)
+    ]
+
+
+def test_a_cut_takes_every_occurrence_apart():
+    space = Space()
+    a, b = space.fresh(6), space.fresh(6)
+    tie(space, a, b)
+    first, second = space.cut(a, [2])
+    assert of_sizes(space, b) == [[[2], [4]]]
+    assert space.signature(concatenated([first, second])) == space.signature(b)
+    assert len(set(atoms(space, b))) == 2
+
+
+def test_blocks_of_a_product_are_cut_between_only():
+    space = Space()
+    outer, inner = space.fresh(3), space.fresh(4)
+    pieces = space.cut(outer + inner, [4])
+    assert [size_of(piece) for piece in pieces] == [4, 8]
+    assert atoms(space, pieces[0]) == atoms(space, inner)
+    with pytest.raises(Disagreement, match="within blocks of 4"):
+        space.cut(outer + inner, [6])
+
+
+def test_what_is_pinned_is_not_taken_apart():
+    space = Space()
+    axis = space.pinned(6, "why")
+    pieces = space.cut(axis, [1, 3])
+    assert of_sizes(space, axis) == [6]
+    assert [size_of(piece) for piece in pieces] == [1, 2, 3]
+    assert reasons(space, pieces[2]) == {"why"}
+
+
+def test_segments_meet_at_common_edges():
+    space = Space()
+    a, b, c, d = (space.fresh(n) for n in (2, 6, 5, 3))
+    out = tie(space, concatenated([a, b]), concatenated([c, d]))
+    assert of_sizes(space, out) == [[[2], [3], [3]]]
+    assert of_sizes(space, b) == [[[3], [3]]]
+    assert of_sizes(space, c) == [[[2], [3]]]
+    assert atoms(space, d) == atoms(space, b)[1:]
+
+
+def test_equal_segments_read_as_rows_move_alike():
+    space = Space()
+    a, b = space.fresh(4), space.fresh(8)
+    rows, columns = space.regroup([concatenated([a, b])], [3, 4], "why")
+    assert size_of(rows) == 3
+    assert atoms(space, columns) == atoms(space, a) == atoms(space, b)[1:]
+
+
+def test_shifting_units_for_ever_ends_in_a_pin():
+    space = Space()
+    axis = space.fresh(1000)
+    head, tail = space.cut(axis, [1])
+    out = tie(space, axis, concatenated([tail, head]))
+    assert None not in reasons(space, axis)
+    assert size_of(out) == 1000
+
+
+@st.composite
+def expressions(draw: st.DrawFn, space: Space, size: int, depth: int = 2) -> Axis:
+    """An axis of some size: an atom, a product or a sum."""
+    divisors = [n for n in range(2, size) if size % n == 0]
+    kind = draw(st.sampled_from(["atom"] + ["product"] * bool(divisors) + ["sum"] * (size > 1)))
+    if depth == 0 or kind == "atom":
+        return draw(st.sampled_from([space.fresh(size), constant(size)]))
+    if kind == "product":
+        outer = draw(st.sampled_from(divisors))
+        parts = (outer, size // outer)
+        return tuple(t for n in parts for t in draw(expressions(space, n, depth - 1)))
+    mark = draw(st.integers(1, size - 1))
+    return concatenated(draw(expressions(space, n, depth - 1)) for n in (mark, size - mark))
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_axes_that_are_tied_read_the_same(data: st.DataObject):
+    space = Space()
+    size = data.draw(st.sampled_from([4, 6, 8, 12]))
+    a, b = data.draw(expressions(space, size)), data.draw(expressions(space, size))
+    out = tie(space, a, b)
+    assert size_of(out) == size
+    found = [atoms(space, axis) for axis in (a, b)]
+    if None not in reasons(space, a) | reasons(space, b):
+        return  # no common refinement, or taken apart to the last
+    free = [[atom for atom in row if atom is not None] for row in found]
+    if all(None not in row for row in found):
+        assert not (set(free[0]) ^ set(free[1])) or any(
+            space.reason(atom) for atom in set(free[0]) ^ set(free[1])
+        )
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_pieces_put_together_are_the_axis(data: st.DataObject):
+    space = Space()
+    size = data.draw(st.sampled_from([4, 6, 12]))
+    axis = data.draw(expressions(space, size))
+    marks = sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=3)))
+    try:
+        pieces = space.cut(axis, marks)
+    except Disagreement:
+        return
+    assert [size_of(p) for p in pieces] == np.diff([0, *marks, size]).tolist()
+    assert atoms(space, concatenated(pieces)) == atoms(space, axis) or None in atoms(space, axis)

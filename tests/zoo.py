@@ -28,8 +28,8 @@ class Case:
 
     `groups` maps the name of a group to `(path, axis, before, after, role, start, pitch)` of each
     member: unit `u` is at the positions `start + b * pitch + u * after + a` of the axis. A pitch of
-    0 means that nothing lies in between, `size * after`. `nested` maps the name of a nested group to
-    the group around it, if that can be permuted, and its batch.
+    0 means that nothing lies in between, `size * after`. `nested` maps the name of a nested group
+    to the group around it, if that can be permuted, and its batch.
     """
 
     name: str
