@@ -11,8 +11,6 @@ Everything here is traced: `align` checks the input and jits it.
 import abc
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -21,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, gram, ground_cost, weight_gram
+from otfusion_jax.costs import Gram, gram, weight_gram
+from otfusion_jax.matching import Family, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
 from otfusion_jax.transport import is_permutation, move
@@ -65,14 +64,11 @@ class Problem:
         return jnp.float64 if wide else jnp.float32
 
     @functools.cached_property
-    def families(self) -> tuple["Family", ...]:
-        """The groups, in dataflow order, each with those nested in it, which it is solved with."""
-        inside: dict[str, list[Group]] = {}
-        for group in self.symmetry.groups:
-            inside.setdefault(group.outer or "", []).append(group)
-        return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
+    def families(self) -> tuple[Family, ...]:
+        """What is solved at once, in dataflow order."""
+        return families_of(self.symmetry)
 
-    def compare(self, family: "Family", plans: Plans, chosen: Collection[Member]) -> list[Gram]:
+    def compare(self, family: Family, plans: Plans, chosen: Collection[Member]) -> list[Gram]:
         """Compares the units of a family by their weights.
 
         Args:
@@ -88,9 +84,7 @@ class Problem:
             self._gram(family, group, members, plans) for group, members in family.split(chosen)
         ]
 
-    def _gram(
-        self, family: "Family", group: Group, members: Sequence[Member], plans: Plans
-    ) -> Gram:
+    def _gram(self, family: Family, group: Group, members: Sequence[Member], plans: Plans) -> Gram:
         if not members:
             n = group.size
             pairs = (*group.batch, n, *group.batch[-1:], n) if group.outer else (*group.batch, n, n)
@@ -130,30 +124,6 @@ class Problem:
         return total
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A group and the groups nested in it: which head is which can't be told before its units."""
-
-    root: Group
-    nested: tuple[Group, ...] = ()
-
-    def split(self, chosen: Collection[Member]) -> list[tuple[Group, list[Member]]]:
-        """Returns the chosen members of each group; of the root those with nothing nested in it."""
-        inside = [m for group in self.nested for m in group.members]
-        kept = {id(m) for n in inside for m in self.beside(n) if m is not n}
-        own = [m for m in self.root.members if m in chosen and id(m) not in kept]
-        rest = [(g, [m for m in g.members if m in chosen]) for g in self.nested]
-        return [(self.root, own), *rest]
-
-    def beside(self, member: Member) -> list[Member]:
-        """Returns a member; with a nested one, the root's that say in which index it is."""
-        if not self.nested or member in self.root.members:
-            return [member]
-        axis, _, place = member.where.within[-1]
-        roots = (m for m in self.root.members if m.leaf == member.leaf)
-        return [member, *(m for m in roots if (m.axis, m.where.place) == (axis, place))]
-
-
 def _square(x: Array) -> Array:
     x = jnp.abs(x)
     wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -179,89 +149,6 @@ class _State:
             functools.reduce(jnp.logical_and, (s.converged for s in solutions), self.converged),
             self.improved | improved,
         )
-
-
-def _solve(solver: AbstractSolver, cost: Array) -> Solution:
-    """Solves a stack of problems: under one vmap, on a CPU one after the other."""
-    *batch, n, m = cost.shape
-    if not batch:
-        return solver.solve(cost)
-    count = math.prod(batch)
-    at_once = 1 if jax.default_backend() == "cpu" else count
-    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once)
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
-
-
-def _total(solution: Solution, plan: Array) -> Solution:
-    """Sums up a stack of solutions."""
-    return Solution(
-        plan,
-        jnp.sum(solution.value),
-        jnp.all(solution.converged),
-        jnp.max(solution.gap),
-    )
-
-
-def _solve_family(
-    solver: AbstractSolver, metric: costs.CostFn, grams: Sequence[Gram]
-) -> list[Solution]:
-    """Matches a group jointly with what is nested in it.
-
-    The cost between two heads is that of their best match inside; all pairs are solved.
-
-    Args:
-        solver: from cost to plan. What has something nested in it is always matched exactly.
-        metric: the ground metric.
-        grams: of the group and of each nested one.
-
-    Returns:
-        For each group its plans, values summed up.
-    """
-    own, *inside = grams
-    if not inside:
-        found = _solve(solver, ground_cost(metric, own))
-        return [_total(found, found.plan)]
-    pairs: list[Solution] = []
-    for _, alike in itertools.groupby(inside, key=lambda g: g.ab.shape):  # one solver for all
-        g = jax.tree.map(lambda *x: jnp.stack(x), *alike)
-        # [groups, *batch, heads, n, heads, m] to [groups, *batch, heads, heads, n, m]
-        ab = jnp.moveaxis(g.ab, -3, -2)
-        aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
-        bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
-        found = _solve(solver, ground_cost(metric, Gram(aa, bb, ab)))
-        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(ab))]
-    # The masses of a problem's units sum up to 1.
-    values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
-    cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
-    outer = _solve(Exact(), cost)
-    found = [_total(outer, outer.plan)]
-    for solution in pairs:
-        # For each head of the target, the match inside with the head that goes there.
-        picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
-        found.append(_total(picked, picked.plan))
-    return found
-
-
-def _picked(pairs: Array, plan: Array) -> Array:
-    """Takes `pairs[*batch, plan[*batch, j], j]` for all `j`."""
-    lead = plan.ndim + 1
-    index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
-    return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
-
-
-def _overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
-    """Inner product of the moved source with the target, over all that a family was compared by."""
-    own, *inside = grams
-    outer, *rest = plans
-    total = jnp.sum(_along(own.ab, outer))
-    for g, plan in zip(inside, rest, strict=True):
-        total = total + jnp.sum(_along(_picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
-    return total
-
-
-def _along(ab: Array, plan: Array) -> Array:
-    """Takes `ab[..., plan[..., j], j]` for all `j`."""
-    return jnp.take_along_axis(ab, plan[..., None, :], axis=-2, mode="fill")
 
 
 def _same(state: _State) -> _State:
@@ -373,7 +260,7 @@ class ForwardPass(AbstractMethod):
             return [_normalised(g) for g in found] if self.unit_norm else found
 
         def solve(found: list[Gram]) -> list[Solution]:
-            return _solve_family(problem.solver, problem.metric, found)
+            return solve_family(problem.solver, problem.metric, found)
 
         def accept(
             family: Family, state: _State, _: list[Gram], solutions: list[Solution]
@@ -480,7 +367,7 @@ class CoordinateDescent(AbstractMethod):
             return problem.compare(family, state.plans, chosen)
 
         def solve(found: list[Gram]) -> list[Solution]:
-            return _solve_family(problem.solver, costs.SqEuclidean(), found)
+            return solve_family(problem.solver, costs.SqEuclidean(), found)
 
         def unfinished(loop: tuple[_State, Array, Array]) -> Array:
             state, _, count = loop
@@ -512,7 +399,7 @@ def _accept(
     groups = family.root, *family.nested
     old = [state.plans[group.name] for group in groups]
     new = [solution.plan for solution in solutions]
-    gain = _overlap(grams, new) - _overlap(grams, old)
+    gain = overlap(grams, new) - overlap(grams, old)
     scale = sum(jnp.sum(g.aa) for g in grams) * sum(jnp.sum(g.bb) for g in grams)
     better = gain > 1e-6 * jnp.sqrt(scale)
     if any(map(_twice, groups)):  # the gain is that of the linearised objective

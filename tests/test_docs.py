@@ -18,16 +18,22 @@ README = ROOT / "README.md"
 
 # Each module imports only from those before it; only `__init__` sees them all.
 LAYERS = (
+    "describe",
     "symmetry",
+    "units",
+    "roles",
     "axes",
     "walk",
     "rules",
+    "nesting",
     "trace",
+    "frameworks",
     "features",
     "costs",
     "assignment",
     "solvers",
     "transport",
+    "matching",
     "methods",
     "align",
     "fuse",
@@ -141,7 +147,11 @@ def imported_modules(path: Path) -> set[str]:
     if path.name != "__init__.py":
         package.pop()
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body.clear()  # names of types alone
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

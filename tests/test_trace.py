@@ -1,5 +1,6 @@
 """Checks what the trace finds against the zoo's hand-written tables, and certifies it by moving."""
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -21,6 +22,7 @@ from jax.extend.core import Primitive
 from zoo import CASES, Groups, makes, randomise, rows_of, shapes, takes, uniform
 
 import otfusion_jax as otf
+from benchmarks.networks import transformer
 from otfusion_jax import walk
 
 EXACT = 1e-5
@@ -164,6 +166,24 @@ def test_groups_come_in_dataflow_order():
     assert [g.size for g in symmetry.groups] == [9, 8, 7]
     order = ["conv_in", "conv_a1", "conv_b1", "conv_b2"]
     assert [g.name.split("/")[1] for g in traced("resnet").groups] == order
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_billion_parameters_are_traced_without_an_array(scanned: bool):
+    depth, width, heads = 16, 2048, 16
+    fn, sizes, tokens = transformer(depth, width, heads, 50_000, scanned)
+    inputs = jax.ShapeDtypeStruct(tokens, jnp.int32)
+    symmetry = otf.trace_symmetry(fn, shapes(**sizes), inputs)
+    assert sum(np.prod(leaf.shape) for leaf in symmetry.leaves) > 1e9
+    blocks = collections.Counter((g.batch, g.size) for g in symmetry.groups)
+    layers, count = ((depth,), 1) if scanned else ((), depth)
+    inside = (*layers, heads)
+    assert blocks == {
+        ((), width): 1,
+        (layers, heads): count,
+        (inside, width // heads): 2 * count,
+        (layers, 4 * width): count,
+    }
 
 
 # --- activations

@@ -1,0 +1,156 @@
+"""Matching a group jointly with what is nested in it.
+
+Which head is which can't be told before the units inside of it are matched: the cost between two
+heads is that of their best match inside. So all pairs of heads are solved, then the heads, and each
+head keeps the match that it was chosen for.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ott.geometry import costs
+
+from otfusion_jax.costs import Gram, ground_cost
+from otfusion_jax.solvers import AbstractSolver, Exact, Solution
+from otfusion_jax.symmetry import Group, Member, Symmetry
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A group and the groups nested in it.
+
+    Attributes:
+        root: the group around.
+        nested: the groups in each index of it.
+    """
+
+    root: Group
+    nested: tuple[Group, ...] = ()
+
+    def split(self, chosen: Collection[Member]) -> list[tuple[Group, list[Member]]]:
+        """Returns the chosen members of each group; of the root those with nothing nested in it."""
+        inside = [m for group in self.nested for m in group.members]
+        kept = {id(m) for n in inside for m in self.beside(n) if m is not n}
+        own = [m for m in self.root.members if m in chosen and id(m) not in kept]
+        rest = [(g, [m for m in g.members if m in chosen]) for g in self.nested]
+        return [(self.root, own), *rest]
+
+    def beside(self, member: Member) -> list[Member]:
+        """Returns a member; with a nested one, the root's that say in which index it is."""
+        if not self.nested or member in self.root.members:
+            return [member]
+        axis, _, place = member.where.within[-1]
+        roots = (m for m in self.root.members if m.leaf == member.leaf)
+        return [member, *(m for m in roots if (m.axis, m.where.place) == (axis, place))]
+
+
+def families_of(symmetry: Symmetry) -> tuple[Family, ...]:
+    """Sorts groups by what they are nested in.
+
+    Args:
+        symmetry: whose groups.
+
+    Returns:
+        One family for each group that is in no other, in dataflow order.
+    """
+    inside: dict[str, list[Group]] = {}
+    for group in symmetry.groups:
+        inside.setdefault(group.outer or "", []).append(group)
+    return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
+
+
+def _solve(solver: AbstractSolver, cost: Array) -> Solution:
+    """Solves a stack of problems: under one vmap, on a CPU one after the other."""
+    *batch, n, m = cost.shape
+    if not batch:
+        return solver.solve(cost)
+    count = math.prod(batch)
+    at_once = 1 if jax.default_backend() == "cpu" else count
+    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+
+
+def _total(solution: Solution, plan: Array) -> Solution:
+    """Sums up a stack of solutions."""
+    return Solution(
+        plan,
+        jnp.sum(solution.value),
+        jnp.all(solution.converged),
+        jnp.max(solution.gap),
+    )
+
+
+def solve_family(
+    solver: AbstractSolver, metric: costs.CostFn, grams: Sequence[Gram]
+) -> list[Solution]:
+    """Matches a group jointly with what is nested in it.
+
+    The cost between two heads is that of their best match inside; all pairs are solved.
+
+    Args:
+        solver: from cost to plan. What has something nested in it is always matched exactly.
+        metric: the ground metric.
+        grams: of the group and of each nested one.
+
+    Returns:
+        For each group its plans, values summed up.
+    """
+    own, *inside = grams
+    if not inside:
+        found = _solve(solver, ground_cost(metric, own))
+        return [_total(found, found.plan)]
+    pairs: list[Solution] = []
+    for _, alike in itertools.groupby(inside, key=lambda g: g.ab.shape):  # one solver for all
+        g = jax.tree.map(lambda *x: jnp.stack(x), *alike)
+        # [groups, *batch, heads, n, heads, m] to [groups, *batch, heads, heads, n, m]
+        ab = jnp.moveaxis(g.ab, -3, -2)
+        aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
+        bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
+        found = _solve(solver, ground_cost(metric, Gram(aa, bb, ab)))
+        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(ab))]
+    # The masses of a problem's units sum up to 1.
+    values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
+    cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
+    outer = _solve(Exact(), cost)
+    found = [_total(outer, outer.plan)]
+    for solution in pairs:
+        # For each head of the target, the match inside with the head that goes there.
+        picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
+        found.append(_total(picked, picked.plan))
+    return found
+
+
+def _picked(pairs: Array, plan: Array) -> Array:
+    """Takes `pairs[*batch, plan[*batch, j], j]` for all `j`."""
+    lead = plan.ndim + 1
+    index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
+    return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
+
+
+def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
+    """Takes the inner product of the moved source with the target.
+
+    Args:
+        grams: of a group and of each nested one.
+        plans: of these, permutations.
+
+    Returns:
+        The sum over all weights that the groups were compared by.
+    """
+    own, *inside = grams
+    outer, *rest = plans
+    total = jnp.sum(_along(own.ab, outer))
+    for g, plan in zip(inside, rest, strict=True):
+        total = total + jnp.sum(_along(_picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
+    return total
+
+
+def _along(ab: Array, plan: Array) -> Array:
+    """Takes `ab[..., plan[..., j], j]` for all `j`."""
+    return jnp.take_along_axis(ab, plan[..., None, :], axis=-2, mode="fill")
