@@ -2,9 +2,10 @@
 
 An atom d is nested in an atom o if in every value where d occurs, o occurs too, and no operation
 makes an element of d under one index of o meet one under another. Then d may be permuted in another
-way for each index of o. Operations that keep an axis keep its indices in place, elementwise ones
-bring equal indices together, and whatever reorders an axis gives it a new atom (see `rules`). What
-remains to be checked are contractions over d: they have to run along o index by index.
+way for each index of o. Operations that pass an axis on keep its indices in place, elementwise ones
+bring equal indices together. What remains to be checked are the meetings that the walk has noted:
+contractions over d have to run along o index by index, and no operation that keeps d may take an
+index of o to another.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from otfusion_jax.axes import Axis, Factor, Space, Sum, size_of
 from otfusion_jax.symmetry import Place, Where
-from otfusion_jax.walk import Contraction
+from otfusion_jax.walk import Meeting
 
 
 class Occurrence(NamedTuple):
@@ -107,7 +108,7 @@ def find_nest(
     space: Space,
     atoms: Sequence[int],
     values: Iterable[tuple[Axis, ...]],
-    contractions: Iterable[Contraction],
+    meetings: Iterable[Meeting],
 ) -> Nest:
     """Finds what is nested in what.
 
@@ -118,7 +119,7 @@ def find_nest(
         space: the atoms.
         atoms: those of the groups, in dataflow order.
         values: the axes of every value of the program, parameters included.
-        contractions: every contraction.
+        meetings: all that the walk has noted.
 
     Returns:
         The nest.
@@ -136,14 +137,14 @@ def find_nest(
             for occurrence in occurrences(axis):
                 if occurrence.factor.atom in free:
                     restrict(occurrence.factor.atom, _partners(axes, dim, occurrence))
-    for contraction in contractions:
-        axes = tuple(map(space.expand, contraction.axes))
-        for dim in contraction.over:
+    for axes, over, together in meetings:
+        axes = tuple(map(space.expand, axes))
+        for dim in over:
             for occurrence in occurrences(axes[dim]):
-                if candidates.get(occurrence.factor.atom or -1):
+                atom = occurrence.factor.atom
+                if atom is not None and candidates.get(atom):
                     partners = _partners(axes, dim, occurrence)
-                    along = [o for o, (d, _) in partners.items() if d in contraction.together]
-                    restrict(occurrence.factor.atom or -1, along)
+                    restrict(atom, [o for o, (d, _) in partners.items() if d in together])
 
     outer: dict[int, int] = {}
     families: dict[int, list[int]] = {}

@@ -66,7 +66,10 @@ CUMULATIVE = _named("cumlogsumexp cummax cummin cumprod cumsum")
 WINDOW = _named("reduce_window_max reduce_window_min reduce_window_sum")
 SCATTER = _named("scatter scatter_add scatter_max scatter_min scatter_mul")
 # What JAX has no more to say of than that it is called.
-PINNED = _named("approx_top_k linear_solve reduce_window select_and_gather_add")
+PINNED = _named(
+    "approx_top_k linear_solve reduce_window select_and_gather_add select_and_scatter "
+    "select_and_scatter_add"
+)
 PINNED += _traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
 PINNED += _traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X)
 PINNED += _traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES)
@@ -165,6 +168,12 @@ def iota(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(axes), Kind.CONSTANT)]
 
 
+@register(P.empty2_p)
+def empty(ctx: Context, values: list[Value]) -> list[Value]:
+    """Space without values that vary."""
+    return [Value(tuple(constant(n) for n in ctx.shape()), Kind.CONSTANT)]
+
+
 @register(*RANDOM)
 def random(ctx: Context, values: list[Value]) -> list[Value]:
     """Random numbers belong to their positions: all axes are pinned."""
@@ -213,6 +222,7 @@ def slice_(ctx: Context, values: list[Value]) -> list[Value]:
     strides = ctx.params["strides"] or (1,) * len(axes)
     bounds = zip(ctx.params["start_indices"], ctx.params["limit_indices"], strides, strict=True)
     for dim, (start, end, stride) in enumerate(bounds):
+        start, end = int(start), int(end)
         size, reason = ctx.operand_shape(0)[dim], ctx.because(f"along axis {dim}")
         if stride == 1:
             axes[dim] = _segment(ctx, axes[dim], start, end, size, reason)
@@ -361,6 +371,10 @@ def gather(ctx: Context, values: list[Value]) -> list[Value]:
     rest = iter([ctx.enter(a, index, kind) for a in batch])
     offsets = set(dims.offset_dims)
     axes = tuple(next(kept if d in offsets else rest) for d in range(len(ctx.shape())))
+    # The axes of the indices may be tied to those that they pick from.
+    ctx.mixed(
+        x, [d for d in range(len(sizes)) if d in dims.start_index_map or sizes[d] != shape[d]]
+    )
     return [Value(axes, kind)]
 
 
@@ -571,6 +585,8 @@ def scatter(ctx: Context, values: list[Value]) -> list[Value]:
             if dim in window:
                 ctx.space.pin(updates.axes[window[dim]], reason)
             axes.append(ctx.space.pinned(ctx.operand_shape(0)[dim], reason))
+    ctx.mixed(x, picked)
+    ctx.mixed(updates, [d for d in range(len(updates.axes)) if d not in dims.update_window_dims])
     return [Value(tuple(axes), kind)]
 
 

@@ -181,7 +181,7 @@ def _collect(
             if use in owners:
                 order.setdefault(use[1], owners[use])
     order |= {atom: path for atom, path in found.items() if atom not in order}
-    nest = find_nest(space, list(order), walk.values, walk.contractions)
+    nest = find_nest(space, list(order), walk.values, walk.meetings)
     names: dict[int, str] = {}
     count: collections.Counter[str] = collections.Counter()
     for atom, name in order.items():

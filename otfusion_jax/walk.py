@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +21,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from otfusion_jax.axes import Axis, Disagreement, Factor, Kind, Space, concatenated, constant
+from otfusion_jax.axes import (
+    Axis,
+    Disagreement,
+    Factor,
+    Kind,
+    Space,
+    concatenated,
+    constant,
+    factors_of,
+)
 
 OnUnsupported = Literal["raise", "pin"]
 MOST_RUNS = 8
@@ -48,11 +57,11 @@ class Site(NamedTuple):
     position: int
 
 
-class Contraction(NamedTuple):
-    """A sum over axes of a value, with those over which it runs index by index.
+class Meeting(NamedTuple):
+    """Elements along some axes of a value meet those of others in an operation.
 
-    `together` has the axes that are contracted as well or are batch axes: only along these does the
-    contraction meet equal indices with each other.
+    `over` has these axes, `together` those along which equal indices meet each other: along all
+    other axes it may be any index.
     """
 
     axes: tuple[Axis, ...]
@@ -252,13 +261,28 @@ class Context:
         self, position: int, value: Value, over: Sequence[int], batch: Sequence[int] = ()
     ) -> None:
         """Notes that an operand is summed over axes, index by index along these and `batch`."""
-        loops = len(self.walk.loops)
-        sums = frozenset(dim + loops for dim in over)
-        together = sums | {dim + loops for dim in batch} | set(range(loops))
-        axes = (*self.walk.loops, *value.axes)
-        self.walk.contractions.append(Contraction(axes, sums, together))
+        self.meet(value, over, [*over, *batch])
+        rest = [dim for dim in range(len(value.axes)) if dim not in over]
+        self.meet(value, rest, rest)
         if value.kind is Kind.FEATURE and self.path is not None:
-            self.walk.consumed.append((Site(self.path, "in", position), axes, sums))
+            loops = self.walk.loops
+            dims = frozenset(dim + len(loops) for dim in over)
+            self.walk.consumed.append(
+                (Site(self.path, "in", position), (*loops, *value.axes), dims)
+            )
+
+    def mixed(self, value: Value, dims: Collection[int]) -> None:
+        """Notes that what is at one index of some axes of an operand ends up at any other."""
+        rest = [dim for dim in range(len(value.axes)) if dim not in dims]
+        self.meet(value, rest, rest)
+
+    def meet(self, value: Value, over: Iterable[int], together: Iterable[int]) -> None:
+        """Notes a `Meeting`: axes are numbered as in the value, loops around it are together."""
+        loops = len(self.walk.loops)
+        dims = (frozenset(dim + loops for dim in found) for found in (over, together))
+        first, second = dims
+        axes = (*self.walk.loops, *value.axes)
+        self.walk.meetings.append(Meeting(axes, first, second | set(range(loops))))
 
     def produced(self, value: Value, dims: Sequence[int]) -> None:
         """Notes that a contraction with a parameter puts out features along some axes."""
@@ -281,7 +305,7 @@ class Walk:
         self.on_unsupported = on_unsupported
         self.loops: tuple[Axis, ...] = ()  # of the scans around, outermost first
         self.values: dict[tuple[Axis, ...], None] = {}  # the axes of every value
-        self.contractions: list[Contraction] = []
+        self.meetings: list[Meeting] = []
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []  # every feature, in dataflow order
@@ -327,6 +351,7 @@ class Walk:
             self.space.here = context
             results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
+            self._lost(context, operands, results)
             for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
                 assert _sizes(value) == _shape(var), (context.source, operands)
                 env[var] = value
@@ -339,6 +364,23 @@ class Walk:
             read(v) if isinstance(v, core.Literal) or v in env else self._dead(v)
             for v in jaxpr.outvars
         ]
+
+    def _lost(self, context: Context, operands: list[Value], results: list[Value]) -> None:
+        """Notes what no result keeps: a new axis in its place may be tied to it again later on."""
+        kept = {
+            factor.atom
+            for value in results
+            for axis in value.axes
+            for factor in factors_of(self.space.expand(axis))
+        }
+        for value in operands:
+            gone = {
+                dim
+                for dim, axis in enumerate(value.axes)
+                if any(f.atom not in kept for f in factors_of(self.space.expand(axis)))
+            }
+            if 0 < len(gone) < len(value.axes):
+                context.mixed(value, gone)
 
     def note(self, value: Value) -> tuple[Axis, ...]:
         """Keeps the axes of a value, those of the loops around it first, and returns them."""
