@@ -9,6 +9,7 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 """
 
 from otfusion_jax.align import align
+from otfusion_jax.barycenter import Barycenter, barycenter
 from otfusion_jax.costs import Gram, feature_gram
 from otfusion_jax.describe import draw
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
@@ -20,7 +21,7 @@ from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics,
 from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
 from otfusion_jax.trace import trace_symmetry
-from otfusion_jax.transport import check_symmetry, transport
+from otfusion_jax.transport import check_symmetry, compose, invert, transport
 from otfusion_jax.walk import UnsupportedPrimitiveError, register
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "AbstractSolver",
     "Alignment",
     "Barrier",
+    "Barycenter",
     "CoordinateDescent",
     "Exact",
     "ForwardPass",
@@ -45,7 +47,9 @@ __all__ = [
     "align",
     "average",
     "barrier",
+    "barycenter",
     "check_symmetry",
+    "compose",
     "draw",
     "ensemble",
     "feature_gram",
@@ -53,6 +57,7 @@ __all__ = [
     "functional",
     "fuse",
     "interpolate",
+    "invert",
     "register",
     "repair",
     "stack",

@@ -32,7 +32,7 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         ValueError: for no models, weights that do not fit, or trees that differ, listing every
             offender by key path.
     """
-    return _average(stack(models), mixture(weights, len(models)))
+    return average_of(stack(models), mixture(weights, len(models)))
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -98,7 +98,17 @@ def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
     return jnp.asarray(weights, float)
 
 
-def _average(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
+def average_of(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
+    """Averages a stack of models, without checks.
+
+    Args:
+        stacked: leaves `[K, ...]`.
+        weights: of the models.
+
+    Returns:
+        The average. Integers, booleans and keys are those of the last model.
+    """
+
     def mean(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x[-1]
@@ -151,14 +161,11 @@ def fuse(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
-    stacked = _stacked(symmetry, models)
-    count = jax.tree_util.tree_leaves(stacked)[0].shape[0]
-    if count < 2:
-        raise ValueError(f"{count} model given; fusing takes at least two")
+    stacked, count = stacked_models(symmetry, models)
     if not -count <= reference < count:
         raise ValueError(f"reference is {reference}, but there are {count} models")
     found = mixture(weights, count)
-    # The reference goes last, which is where `_average` takes integers from.
+    # The reference goes last, which is where `average_of` takes integers from.
     order = np.delete(np.arange(count), reference).tolist() + [reference % count]
     metric = costs.SqEuclidean() if metric is None else metric
     ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
@@ -190,7 +197,27 @@ def _fuse(
 
     aligned = jax.lax.map(moved, others, batch_size=batch_size)
     together = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aligned, target)
-    return _average(together, weights)
+    return average_of(together, weights)
+
+
+def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tuple[PyTree, int]:
+    """Checks models that are to be fused, and stacks them.
+
+    Args:
+        symmetry: of the models.
+        models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
+
+    Returns:
+        The stack, and K.
+
+    Raises:
+        ValueError: for models that do not fit, and for fewer than two.
+    """
+    stacked = _stacked(symmetry, models)
+    count = jax.tree_util.tree_leaves(stacked)[0].shape[0]
+    if count < 2:
+        raise ValueError(f"{count} model given; fusing takes at least two")
+    return stacked, count
 
 
 def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:

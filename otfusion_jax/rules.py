@@ -536,16 +536,17 @@ def pinned(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(*MATRIX)
 def matrix(ctx: Context, values: list[Value]) -> list[Value]:
-    """Decompositions, solutions, transforms: the last two axes are pinned, batch axes are tied."""
-    rank = max(len(v.axes) for v in values)
+    """Decompositions, solutions, transforms: their own axes are pinned, batch axes are tied."""
+    inner = len(ctx.params.get("fft_lengths", (0, 0)))
+    batched = max(len(v.axes) for v in values) - inner
     reason = ctx.because()
     for value in values:
-        for axis in value.axes[rank - 2 :]:
+        for axis in value.axes[batched:]:
             ctx.space.pin(axis, reason)
-    batch = ctx.join([Value(v.axes[: rank - 2], v.kind) for v in values])
-    shapes = (ctx.shape(i) for i in range(len(ctx.eqn.outvars)))
+    batch = ctx.join([Value(v.axes[:batched], v.kind) for v in values])
+    shapes = (ctx.shape(i)[batched:] for i in range(len(ctx.eqn.outvars)))
     return [
-        Value((*batch.axes, *(ctx.space.pinned(n, reason) for n in shape[rank - 2 :])), batch.kind)
+        Value((*batch.axes, *(ctx.space.pinned(n, reason) for n in shape)), batch.kind)
         for shape in shapes
     ]
 
@@ -557,9 +558,12 @@ def scatter(ctx: Context, values: list[Value]) -> list[Value]:
     dims = ctx.params["dimension_numbers"]
     kind = max(v.kind for v in values)
     picked = {
-        *dims.inserted_window_dims,
-        *dims.scatter_dims_to_operand_dims,
-        *dims.operand_batching_dims,
+        int(dim)  # NumPy's, as JAX makes them
+        for dim in (
+            *dims.inserted_window_dims,
+            *dims.scatter_dims_to_operand_dims,
+            *dims.operand_batching_dims,
+        )
     }
     reason = ctx.because()
     for axis in index.axes:

@@ -95,6 +95,61 @@ def _transport(symmetry: Symmetry, plans: Plans, params: PyTree) -> PyTree:
     return treedef.unflatten(move(symmetry, plans, i, x) for i, x in enumerate(leaves))
 
 
+def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans) -> Plans:
+    """Chains permutations: to move along the result is to move along one and then the other.
+
+    Args:
+        symmetry: of the network.
+        first: plans of all groups or of some, integer, or the result of `align`.
+        then: likewise.
+
+    Returns:
+        Plans of all groups.
+
+    Raises:
+        ValueError: for plans that do not fit, or that are not permutations.
+    """
+    a, b = (_permutations(symmetry, plans) for plans in (first, then))
+    out: Plans = {}
+    for group in symmetry.groups:
+        mine = a[group.name]
+        if group.outer is not None:  # what is inside of an index has moved along with it
+            mine = jnp.take_along_axis(mine, b[group.outer][..., None], axis=-2)
+        out[group.name] = jnp.take_along_axis(mine, b[group.name], axis=-1)
+    return out
+
+
+def invert(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+    """Turns permutations around: to move along plans and then along the result is to stay.
+
+    Args:
+        symmetry: of the network.
+        plans: of all groups or of some, integer, or the result of `align`.
+
+    Returns:
+        Plans of all groups.
+
+    Raises:
+        ValueError: for plans that do not fit, or that are not permutations.
+    """
+    forth = _permutations(symmetry, plans)
+    back = {name: jnp.argsort(plan, axis=-1).astype(plan.dtype) for name, plan in forth.items()}
+    for group in symmetry.groups:
+        if group.outer is not None:
+            mine, around = back[group.name], back[group.outer]
+            back[group.name] = jnp.take_along_axis(mine, around[..., None], axis=-2)
+    return back
+
+
+def _permutations(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+    plans = plans if isinstance(plans, dict) else plans.plans
+    _check(symmetry, plans)
+    soft = [name for name, plan in plans.items() if not is_permutation(plan)]
+    if soft:
+        raise ValueError(f"only permutations can be chained or turned around; soft: {soft}")
+    return symmetry.identity() | plans
+
+
 def move(
     symmetry: Symmetry, plans: Plans, leaf: int, array: Any, stay: Collection[Member] = ()
 ) -> Any:

@@ -37,6 +37,7 @@ LAYERS = (
     "methods",
     "align",
     "fuse",
+    "barycenter",
     "repair",
     "evaluate",
 )

@@ -1,0 +1,169 @@
+"""Many models moved to their common mean, rather than onto one of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+from ott.geometry import costs
+
+from otfusion_jax.align import align, leaf_weights
+from otfusion_jax.fuse import average_of, mixture, stacked_models
+from otfusion_jax.methods import AbstractMethod, CoordinateDescent
+from otfusion_jax.symmetry import Plans, Symmetry
+from otfusion_jax.transport import compose, transport
+
+_LEAST = 1e-6  # relative, of an improvement that counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Barycenter:
+    """Models in a common universe of units, and their mean there.
+
+    Maps from model to model through the universe are consistent: from p to q and on to r is from p
+    to r. From p to q it is `compose(symmetry, plans of p, invert(symmetry, plans of q))`.
+
+    Attributes:
+        plans: group name to the permutations of all models into the universe, int32
+            `[K, *batch, n]`.
+        params: the weighted mean of the models there. Integers, booleans and keys are those of the
+            last model.
+        history: the weighted mean of the squared distances of the models to their mean, summed over
+            all parameters: at the start and after every round, float `[rounds + 1]`, NaN after the
+            last.
+        converged: whether no model could be moved any closer to the others.
+    """
+
+    plans: Plans
+    params: PyTree
+    history: Float[Array, " rounds"]
+    converged: Bool[Array, ""]
+
+
+def barycenter(
+    symmetry: Symmetry,
+    models: Sequence[PyTree] | PyTree,
+    weights: Sequence[float] | None = None,
+    *,
+    method: AbstractMethod = CoordinateDescent(),
+    metric: costs.CostFn | None = None,
+    leaf_weight: Callable[[str], float] | None = None,
+    max_rounds: int = 20,
+) -> Barycenter:
+    """Fuses models by moving each to the mean of the others, until nothing improves.
+
+    The start is all models on the one of the largest norm; the order in which they are given does
+    not matter. Every step lowers the mean squared distance to the mean, or leaves the model where
+    it is. One model after the other is moved, so this takes about as many times as long as `fuse`
+    as there are rounds. Jitted; the same inside `jax.jit`.
+
+    Args:
+        symmetry: of the models.
+        models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
+        weights: K weights, summing to 1; uniform if None.
+        method: aligns the models for the start, see `align`.
+        metric: of the start, see `align`.
+        leaf_weight: see `align`.
+        max_rounds: how often to go over all models at most.
+
+    Returns:
+        The barycenter.
+
+    Raises:
+        ValueError: as `fuse`, and for fewer than one round.
+
+    References:
+        Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 3 (MergeMany); the
+        universe is that of Crisostomi et al., C2M3: Cycle-Consistent Multi-Model Merging, NeurIPS
+        2024, whose objective this descends.
+    """
+    if max_rounds < 1:
+        raise ValueError(f"max_rounds is {max_rounds}; give 1 or more")
+    stacked, count = stacked_models(symmetry, models)
+    counting = leaf_weights(symmetry, leaf_weight)
+    metric = costs.SqEuclidean() if metric is None else metric
+    return _barycenter(
+        symmetry, method, counting, max_rounds, stacked, mixture(weights, count), metric
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _barycenter(
+    symmetry: Symmetry,
+    method: AbstractMethod,
+    counting: tuple[float, ...] | None,
+    max_rounds: int,
+    stacked: PyTree,
+    weights: Float[Array, " k"],
+    metric: costs.CostFn,
+) -> Barycenter:
+    share = counting or (1.0,) * len(symmetry.leaves)
+    paths = (leaf.path for leaf in symmetry.leaves)
+    how: dict[str, Any] = {"leaf_weight": dict(zip(paths, share, strict=True)).__getitem__}
+
+    def squared(a: PyTree, b: PyTree | None = None) -> Array:
+        """Squared distance of a model to another, or its squared norm, as leaves count."""
+        total = jnp.zeros(())
+        others = [0.0] * len(share) if b is None else jax.tree_util.tree_leaves(b)
+        for x, y, weight, leaf in zip(
+            jax.tree_util.tree_leaves(a), others, share, symmetry.leaves, strict=True
+        ):
+            if leaf.moves:
+                total = total + weight * jnp.sum(jnp.square(jnp.abs(x - y)).astype(jnp.float32))
+        return total
+
+    # In an order of their own, so that the one in which they are given does not matter.
+    order = jnp.argsort(-jax.vmap(squared)(stacked))
+    models, shares = _at(order, stacked), weights[order]
+
+    def start(model: PyTree) -> tuple[Plans, PyTree]:
+        plans = align(symmetry, model, _at(0, models), method=method, metric=metric, **how).plans
+        return plans, transport(symmetry, plans, model)
+
+    def visit(k: int | Array, state: tuple[Plans, PyTree]) -> tuple[Plans, PyTree]:
+        plans, moved = state
+        others = shares.at[k].set(0)
+        mean = average_of(moved, others / jnp.sum(others))
+        descent = CoordinateDescent(starts=("identity",))
+        found = align(symmetry, _at(k, moved), mean, method=descent, **how).plans
+        total = compose(symmetry, _at(k, plans), found)
+        mine = transport(symmetry, found, _at(k, moved))
+        return tuple(
+            jax.tree.map(lambda x, y: x.at[k].set(y), x, y)
+            for x, y in ((plans, total), (moved, mine))
+        )
+
+    def spread(moved: PyTree) -> Array:
+        mean = average_of(moved, shares)
+        return jnp.sum(shares * jax.vmap(squared, (0, None))(moved, mean))
+
+    def improved(history: Array, done: Array) -> Array:
+        before = history[jnp.maximum(done - 1, 0)]
+        return (done == 0) | (history[done] < (1 - _LEAST) * before)
+
+    def unfinished(loop: tuple[Any, Array, Array]) -> Array:
+        _, history, done = loop
+        return (done < max_rounds) & improved(history, done)
+
+    def sweep(loop: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+        state, history, done = loop
+        state = jax.lax.fori_loop(0, len(shares), visit, state)
+        return state, history.at[done + 1].set(spread(state[1])), done + 1
+
+    plans, moved = jax.lax.map(start, models)
+    history = jnp.full(max_rounds + 1, jnp.nan, jnp.float32).at[0].set(spread(moved))
+    loop = (plans, moved), history, jnp.zeros((), jnp.int32)
+    (plans, moved), history, done = jax.lax.while_loop(unfinished, sweep, loop)
+    back = jnp.argsort(order)
+    # In the order given, so that the last model's integers are taken.
+    params = average_of(_at(back, moved), weights)
+    return Barycenter(_at(back, plans), params, history, ~improved(history, done))
+
+
+def _at(index: int | np.ndarray | Array, stacked: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[index], stacked)

@@ -1,0 +1,135 @@
+"""Checks fusing many models: planted permutations, consistency, and that order does not matter."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+import zoo_attention  # noqa: F401, adds its networks to `CASES`
+from zoo import CASES
+
+import otfusion_jax as otf
+
+
+def mlp():
+    net = ref.random_net(jax.random.key(0), "mlp")
+    return otf.trace_symmetry(ref.network, net, jnp.ones(ref.INPUTS["mlp"]))
+
+
+def heads():
+    case = CASES["attention"]()
+    return otf.trace_symmetry(case.fn, case.params, *case.inputs), case.params
+
+
+def close(a, b, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+def at(k, tree):
+    return jax.tree.map(lambda x: x[k], tree)
+
+
+# Chains of permutations
+
+
+def test_chains_move_as_one_after_the_other_and_back():
+    symmetry, params = heads()
+    first, then = (symmetry.random(jax.random.key(seed)) for seed in (1, 2))
+    step = otf.transport(symmetry, then, otf.transport(symmetry, first, params))
+    close(otf.transport(symmetry, otf.compose(symmetry, first, then), params), step, 0)
+    back = otf.invert(symmetry, first)
+    close(otf.transport(symmetry, back, otf.transport(symmetry, first, params)), params, 0)
+    still = otf.compose(symmetry, first, back)
+    jax.tree.map(np.testing.assert_array_equal, still, symmetry.identity())
+
+
+def test_groups_that_are_left_out_of_a_chain_stay():
+    symmetry, params = heads()
+    plans = symmetry.random(jax.random.key(3))
+    name = symmetry.groups[1].name
+    chained = otf.compose(symmetry, {name: plans[name]}, {})
+    expected = symmetry.identity() | {name: plans[name]}
+    jax.tree.map(np.testing.assert_array_equal, chained, expected)
+
+
+def test_soft_plans_are_not_chained():
+    symmetry, _ = heads()
+    group = symmetry.groups[0]
+    soft = {group.name: jnp.eye(group.size) / group.size}
+    with pytest.raises(ValueError, match="only permutations can be chained"):
+        otf.invert(symmetry, soft)
+
+
+# Barycenters
+
+
+def test_permuted_copies_have_themselves_as_their_mean():
+    symmetry, params = heads()
+    copies = [
+        otf.transport(symmetry, symmetry.random(jax.random.key(seed)), params) for seed in range(4)
+    ]
+    found = otf.barycenter(symmetry, copies)
+    assert bool(found.converged)
+    for k, copy in enumerate(copies):
+        close(otf.transport(symmetry, at(k, found.plans), copy), found.params)
+
+
+def test_the_mean_is_that_of_the_moved_models_and_the_history_their_spread():
+    symmetry = mlp()
+    models = [ref.random_net(jax.random.key(seed), "mlp") for seed in range(4)]
+    weights = [0.4, 0.3, 0.2, 0.1]
+    found = otf.barycenter(symmetry, models, weights)
+    moved = [otf.transport(symmetry, at(k, found.plans), m) for k, m in enumerate(models)]
+    close(otf.average(moved, weights), found.params)
+    rounds = np.asarray(found.history)
+    rounds = rounds[np.isfinite(rounds)]
+    assert np.all(np.diff(rounds) <= 1e-6 * rounds[0])
+    apart = [
+        sum(
+            np.sum((np.asarray(x) - y) ** 2)
+            for x, y in zip(*map(jax.tree.leaves, pair), strict=True)
+        )
+        for pair in ((m, found.params) for m in moved)
+    ]
+    np.testing.assert_allclose(rounds[-1], np.dot(weights, apart), rtol=1e-4)
+
+
+def test_it_ends_no_further_apart_than_fusing_onto_the_first_of_all():
+    symmetry = mlp()
+    models = [ref.random_net(jax.random.key(seed), "mlp") for seed in range(5)]
+    found = otf.barycenter(symmetry, models)
+    history = found.history[jnp.isfinite(found.history)]
+    assert len(history) >= 2
+    assert history[-1] < history[0]
+
+
+def test_the_order_of_the_models_does_not_matter():
+    symmetry = mlp()
+    models = [ref.random_net(jax.random.key(seed), "mlp") for seed in range(4)]
+    weights = [0.4, 0.3, 0.2, 0.1]
+    expected = otf.barycenter(symmetry, models, weights)
+    for order in itertools.islice(itertools.permutations(range(4)), 5, None, 9):
+        found = otf.barycenter(symmetry, [models[k] for k in order], [weights[k] for k in order])
+        close(found.params, expected.params)
+        for place, k in enumerate(order):
+            jax.tree.map(
+                np.testing.assert_array_equal, at(place, found.plans), at(k, expected.plans)
+            )
+
+
+def test_the_same_under_jit_and_for_a_stack():
+    symmetry = mlp()
+    models = [ref.random_net(jax.random.key(seed), "mlp") for seed in range(3)]
+    expected = otf.barycenter(symmetry, models).params
+    stacked = otf.stack(models)
+    close(jax.jit(lambda s: otf.barycenter(symmetry, s).params)(stacked), expected)
+
+
+def test_what_makes_no_barycenter_is_refused():
+    symmetry, params = heads()
+    with pytest.raises(ValueError, match="at least two"):
+        otf.barycenter(symmetry, [params])
+    with pytest.raises(ValueError, match="max_rounds is 0"):
+        otf.barycenter(symmetry, [params, params], max_rounds=0)
