@@ -398,8 +398,9 @@ def dot_general(ctx: Context, values: list[Value]) -> list[Value]:
         *(ctx.enter(y.axes[d], y, kind) for d in y_free),
     ]
     out = Value(tuple(axes), kind)
-    ctx.contracted(0, x, x_sum, x_batch)
-    ctx.contracted(1, y, y_sum, y_batch)
+    for position, (value, sums, ties) in enumerate(((x, x_sum, x_batch), (y, y_sum, y_batch))):
+        ctx.contracted(value, sums, ties)
+        ctx.consumed(position, value, sums)
     first = len(batch)
     for value, free in ((x, x_free), (y, y_free)):
         if value.kind is Kind.PARAMETER:
@@ -435,8 +436,12 @@ def conv_general_dilated(ctx: Context, values: list[Value]) -> list[Value]:
         space.pin(x.axes[dim], reason)
         axes[out] = space.pinned(ctx.shape()[out], reason)  # padding: it varies, whatever x does
     out = Value(tuple(axes), kind)
-    ctx.contracted(0, x, [c])
-    ctx.contracted(1, kernel, [i], [o])
+    # Of the channels only those within a group are summed over; the groups are met one by one.
+    ctx.contracted(Value((x.axes[n], whole, part), x.kind), [2], [1])
+    ctx.mixed(x, x_space)
+    ctx.contracted(kernel, [i, *k_space], [o])
+    ctx.consumed(0, x, [c])
+    ctx.consumed(1, kernel, [i])
     if kernel.kind is Kind.PARAMETER:
         ctx.produced(out, [out_c])
     return [out]

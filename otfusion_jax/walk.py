@@ -257,19 +257,15 @@ class Context:
         finally:
             self.walk.loops = outside
 
-    def contracted(
-        self, position: int, value: Value, over: Sequence[int], batch: Sequence[int] = ()
-    ) -> None:
+    def contracted(self, value: Value, over: Sequence[int], batch: Sequence[int] = ()) -> None:
         """Notes that an operand is summed over axes, index by index along these and `batch`."""
         self.meet(value, over, [*over, *batch])
-        rest = [dim for dim in range(len(value.axes)) if dim not in over]
-        self.meet(value, rest, rest)
+        self.mixed(value, over)
+
+    def consumed(self, position: int, value: Value, dims: Sequence[int]) -> None:
+        """Notes that a contraction takes up features along some axes of an operand."""
         if value.kind is Kind.FEATURE and self.path is not None:
-            loops = self.walk.loops
-            dims = frozenset(dim + len(loops) for dim in over)
-            self.walk.consumed.append(
-                (Site(self.path, "in", position), (*loops, *value.axes), dims)
-            )
+            self.walk.consumed.append(self._reading("in", position, value, dims))
 
     def mixed(self, value: Value, dims: Collection[int]) -> None:
         """Notes that what is at one index of some axes of an operand ends up at any other."""
@@ -287,10 +283,15 @@ class Context:
     def produced(self, value: Value, dims: Sequence[int]) -> None:
         """Notes that a contraction with a parameter puts out features along some axes."""
         if value.kind is Kind.FEATURE and self.path is not None:
-            loops = self.walk.loops
-            site = Site(self.path, "out", 0)
-            along = frozenset(dim + len(loops) for dim in dims)
-            self.walk.produced.append((site, (*loops, *value.axes), along))
+            self.walk.produced.append(self._reading("out", 0, value, dims))
+
+    def _reading(
+        self, side: Literal["in", "out"], position: int, value: Value, dims: Sequence[int]
+    ) -> "Reading":
+        assert self.path is not None
+        loops = self.walk.loops
+        along = frozenset(dim + len(loops) for dim in dims)
+        return Site(self.path, side, position), (*loops, *value.axes), along
 
 
 Reading = tuple[Site, tuple[Axis, ...], frozenset[int]]

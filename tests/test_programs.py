@@ -23,10 +23,12 @@ from jax.extend import core
 from programs import (
     BLOCKS,
     Program,
+    conv,
     evaluate,
     factors,
     gradient,
     gram,
+    layers,
     mixer,
     order,
     programs,
@@ -97,6 +99,18 @@ def test_the_certificate_holds(program: Program):
 
 
 FOUND = {
+    "groups of a convolution nested in what it sums over": Program(
+        space=(),
+        width=6,
+        blocks=(
+            layers(
+                count=2,
+                body=(conv(width=6, kernel=1, stride=1, pick=1, kind="groups"),),
+                reverse=False,
+                collect=False,
+            ),
+        ),
+    ),
     "nested in an axis that is summed up, which meets itself as it was": Program(
         space=(), width=6, blocks=(factors(op="cumsum outer", pick=0), tied(pick=0, turn=False))
     ),
