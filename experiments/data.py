@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Num
+
+# Characters of a window of a text, and how often one must occur to have a token of its own.
+_CONTEXT = 64
+_RARE = 20
+# Of a text, one window in so many is for testing: the last ones.
+_TEST_SHARE = 20
 
 
 class DatasetUnavailable(ValueError):
@@ -17,7 +23,10 @@ class DatasetUnavailable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A labelled image dataset, normalised and ready for a model.
+    """A labelled image dataset, normalised and ready for a model; or a text in the same place.
+
+    Of a text, the "images" are windows of tokens, int32 `[n, context]`, and the labels are the
+    tokens that follow each of them, of the same shape.
 
     Attributes:
         name: The name it is registered under.
@@ -25,14 +34,14 @@ class Dataset:
         train_labels: int32 `[train]`, in `range(classes)`.
         test_images: float32 `[test, height, width, channels]`.
         test_labels: int32 `[test]`.
-        classes: Number of classes.
+        classes: Number of classes, or of tokens.
     """
 
     name: str
-    train_images: Float32[np.ndarray, "train height width channels"]
-    train_labels: Int32[np.ndarray, " train"]
-    test_images: Float32[np.ndarray, "test height width channels"]
-    test_labels: Int32[np.ndarray, " test"]
+    train_images: Num[np.ndarray, "train ..."]
+    train_labels: Int32[np.ndarray, "train ..."]
+    test_images: Num[np.ndarray, "test ..."]
+    test_labels: Int32[np.ndarray, "test ..."]
     classes: int
 
     def part(
@@ -120,6 +129,51 @@ def _digits(name: str, data_dir: str | Path | None) -> Dataset:
     images = _normalise(raw.images[..., None], 16.0, mean=(0.3053,), std=(0.3760,))
     train, test = stratified_split(labels, test_every=5)
     return Dataset(name, images[train], labels[train], images[test], labels[test], classes=10)
+
+
+def characters(name: str, text: str, context: int = _CONTEXT, rare: int = _RARE) -> Dataset:
+    """Cuts a text into windows of characters, with no randomness.
+
+    Args:
+        name: Of the dataset.
+        text: Long enough for a few windows.
+        context: Characters of a window; the next window starts where one ends.
+        rare: Characters that occur less often in the training part share token 0.
+
+    Returns:
+        The windows in the order of the text, the last twentieth of them for testing.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    windows = (len(codes) - 1) // context
+    train = windows - windows // _TEST_SHARE
+    found, counts = np.unique(codes[: train * context], return_counts=True)
+    known = found[counts >= rare]
+    place = np.searchsorted(known, codes)
+    is_known = np.append(known, 0)[place] == codes
+    tokens = np.where(is_known, place + 1, 0).astype(np.int32)
+    images, labels = (
+        tokens[shift : shift + windows * context].reshape(windows, context) for shift in (0, 1)
+    )
+    return Dataset(
+        name, images[:train], labels[:train], images[train:], labels[train:], len(known) + 1
+    )
+
+
+def _pydoc(name: str, data_dir: str | Path | None) -> Dataset:
+    """What Python's `help` knows of the language, as text; it differs from version to version."""
+    del data_dir
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DatasetUnavailable(
+            "The help texts are a part of Python's standard library that this installation lacks"
+            " (the module pydoc_data.topics); some distributions package it apart."
+        ) from error
+    # Topics quote each other at length: without this, a third of the test text is known by heart.
+    paragraphs = dict.fromkeys(
+        paragraph for topic in sorted(topics) for paragraph in topics[topic].split("\n\n")
+    )
+    return characters(name, "\n\n".join(paragraphs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,4 +270,5 @@ DATASETS: dict[str, Callable[[str, str | Path | None], Dataset]] = {
     "cifar10": _FromTfds(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "digits": _digits,
     "mnist": _FromTfds(mean=(0.1307,), std=(0.3081,)),
+    "pydoc": _pydoc,
 }

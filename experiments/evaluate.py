@@ -5,45 +5,45 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 # Images held in memory at once, for each model that is evaluated under a vmap.
 _BATCH_SIZE = 1000
 
 
 def accuracy(
-    scores: Callable[[Float[Array, "1 ..."]], Float[Array, "1 classes"]],
-    images: Float[Array, "n ..."],
-    labels: Int[Array, " n"],
+    scores: Callable[[Num[Array, "1 ..."]], Float[Array, "1 ... classes"]],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
 ) -> Float[Array, ""]:
-    """Percentage of images whose highest score is that of their label.
+    """Percentage of images, or of tokens, whose highest score is that of their label.
 
     Args:
         scores: Maps a batch of images to logits, or to anything that ranks the classes alike.
         images: The images.
-        labels: Their classes.
+        labels: Their classes; of windows of a text, the next tokens.
 
     Returns:
         A float32 scalar in [0, 100]; traceable, so it may be compiled, mapped or batched.
     """
 
     def is_correct(logits: Array, label: Array) -> Array:
-        return jnp.argmax(logits) == label
+        return jnp.argmax(logits, axis=-1) == label
 
     return 100 * jnp.mean(_judged(is_correct, scores, images, labels), dtype=jnp.float32)
 
 
 def loss_and_error(
-    scores: Callable[[Float[Array, "1 ..."]], Float[Array, "1 classes"]],
-    images: Float[Array, "n ..."],
-    labels: Int[Array, " n"],
+    scores: Callable[[Num[Array, "1 ..."]], Float[Array, "1 ... classes"]],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
 ) -> Float[Array, " 2"]:
-    """Mean cross-entropy in nats, and the percentage of images given another label than theirs.
+    """Mean cross-entropy in nats, and the percentage given another label than theirs.
 
     Args:
         scores: Maps a batch of images to logits.
         images: The images.
-        labels: Their classes.
+        labels: Their classes; of windows of a text, the next tokens.
 
     Returns:
         Loss and error rate, both such that less is better; traceable.
@@ -51,16 +51,18 @@ def loss_and_error(
 
     def judge(logits: Array, label: Array) -> Array:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return jnp.stack([loss, 100 * (jnp.argmax(logits) != label).astype(loss.dtype)])
+        wrong = (jnp.argmax(logits, axis=-1) != label).astype(loss.dtype)
+        return jnp.stack([loss, 100 * wrong], axis=-1)
 
-    return jnp.mean(_judged(judge, scores, images, labels), axis=0)
+    judged = _judged(judge, scores, images, labels)
+    return jnp.mean(judged, axis=range(judged.ndim - 1))
 
 
 def _judged(
     judge: Callable[[Array, Array], Array],
     scores: Callable[[Array], Array],
-    images: Float[Array, "n ..."],
-    labels: Int[Array, " n"],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
 ) -> Array:
     """What `judge` makes of the scores and the label of each image, stacked."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Num, PyTree
 from ott.geometry import costs
 
 import otfusion_jax as otf
@@ -64,12 +64,27 @@ def _by_correlation(pair: Pair) -> PyTree:
     return _moved(pair, method=otf.ForwardPass(), metric=costs.Cosine(), features=features)
 
 
+def correlations(g: otf.Gram) -> otf.Gram:
+    """Divides inner products by the norms of both units; units that are 0 stay so.
+
+    Args:
+        g: Of any group.
+
+    Returns:
+        Inner products of units of norm 1.
+    """
+    a, b = (jax.lax.rsqrt(jnp.where(x > 0, x, 1)) for x in (g.aa, g.bb))
+    # A unit of a group inside of another has two indices, any other has one.
+    axes = g.ab.ndim - g.aa.ndim
+    source = jnp.expand_dims(a, range(-axes, 0))
+    target = jnp.expand_dims(b, range(-2 * axes, -axes))
+    return otf.Gram(jnp.ones_like(a), jnp.ones_like(b), g.ab * source * target)
+
+
 def _descent_from_correlation(pair: Pair) -> PyTree:
-    found = {}
-    for name, g in _gram(pair, len(pair.images), at="consumed", center=True).items():
-        a, b = (jax.lax.rsqrt(jnp.where(x > 0, x, 1)) for x in (g.aa, g.bb))
-        found[name] = otf.Gram(jnp.ones_like(a), jnp.ones_like(b), g.ab * a[:, None] * b[None, :])
-    return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), features=found)
+    found = _gram(pair, len(pair.images), at="consumed", center=True)
+    features = {name: correlations(g) for name, g in found.items()}
+    return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), features=features)
 
 
 def _algorithm_1(unit_norm: bool, metric: costs.CostFn) -> dict[str, Any]:
@@ -112,9 +127,7 @@ VARIANTS: Mapping[str, Callable[[Pair], PyTree]] = {
 # --- what follows the average
 
 
-def reestimated(
-    network: Network, variables: PyTree, images: Float[Array, "n height width channels"]
-) -> PyTree:
+def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]) -> PyTree:
     """Gives batch norm the statistics that its inputs have on some images.
 
     Args:

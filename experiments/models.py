@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
 from experiments.convolution import convolution
+from experiments.transformers import GPT, ViT
 
 # Of a running statistic, the share that a step keeps.
 BATCH_NORM_MOMENTUM = 0.9
@@ -48,21 +49,23 @@ class ModelConfig:
 class Model(Protocol):
     """What the experiments need of a model; Flax modules are typed for far more than this."""
 
-    def init(
-        self, key: PRNGKeyArray, images: Float[Array, "batch height width channels"], /
-    ) -> PyTree:
+    def init(self, key: PRNGKeyArray, images: Num[Array, "batch ..."], /) -> PyTree:
         """Draws parameters."""
         ...
 
     def apply(
         self,
         variables: PyTree,
-        images: Float[Array, "batch height width channels"],
+        images: Num[Array, "batch ..."],
         /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Maps images to logits `[batch, classes]`; what else it takes is Flax's."""
+        """Maps images to logits `[batch, classes]`; what else it takes is Flax's.
+
+        Instead of images, a language model takes tokens `[batch, context]` and gives the logits
+        of the next ones, `[batch, context, classes]`.
+        """
         ...
 
 
@@ -227,10 +230,17 @@ def _scaled(width: int, config: ModelConfig) -> int:
     return max(1, round(width * config.width))
 
 
+def _without_batch_norm(config: ModelConfig) -> None:
+    """Refuses batch norm in a model that has no place for it."""
+    if config.use_norm:
+        raise ValueError(
+            f"{config.name} has no batch norm; leave --norm out or choose another model."
+        )
+
+
 def _mlpnet(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     """MLPNet of Singh & Jaggi 2020, section 5: hidden layers of 400, 200 and 100 units."""
-    if config.use_norm:
-        raise ValueError("mlpnet has no batch norm; leave --norm out or choose another model.")
+    _without_batch_norm(config)
     widths = tuple(_scaled(width, config) for width in (400, 200, 100))
     return MLP(widths, classes, config.use_bias, dtype)
 
@@ -248,8 +258,22 @@ def _resnet18(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     return ResNet(widths, classes, config.use_bias, config.use_norm, dtype)
 
 
+def _gpt(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
+    """A language model in the manner of GPT-2: two blocks of 64 units, four heads."""
+    _without_batch_norm(config)
+    return GPT(2, 4, _scaled(16, config), classes, config.use_bias, dtype)
+
+
+def _vit(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
+    """A vision transformer (Dosovitskiy et al. 2021): two blocks of 64 units, four heads."""
+    _without_batch_norm(config)
+    return ViT(2, 4, _scaled(16, config), classes, config.use_bias, dtype)
+
+
 MODELS: dict[str, Callable[[ModelConfig, int, Any], nn.Module]] = {
+    "gpt": _gpt,
     "mlpnet": _mlpnet,
     "resnet18": _resnet18,
     "vgg11": _vgg11,
+    "vit": _vit,
 }

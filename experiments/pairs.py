@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Num, PyTree
 
 import otfusion_jax as otf
 from experiments.data import Dataset
@@ -43,7 +43,8 @@ class Network:
 def network(config: ModelConfig, dataset: Dataset) -> Network:
     """Builds a model and traces it; nothing is computed."""
     model = build_model(config, dataset.classes)
-    images = jax.ShapeDtypeStruct((2, *dataset.train_images.shape[1:]), jnp.float32)
+    example = dataset.train_images[0]
+    images = jax.ShapeDtypeStruct((2, *example.shape), example.dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     symmetry = otf.trace_symmetry(model.apply, shapes, images)
     return Network(config, dataset.classes, model.apply, symmetry, shapes)
@@ -63,7 +64,7 @@ class Pair:
     network: Network
     a: PyTree
     b: PyTree
-    images: Float[Array, "samples height width channels"]
+    images: Num[Array, "samples ..."]
 
 
 def pair_of(request: Request, network: Network, dataset: Dataset, models: list[PyTree]) -> Pair:

@@ -72,13 +72,15 @@ class Request:
         """Reads the dataset, and keeps the first images of each split if fewer were asked for.
 
         Raises:
-            ValueError: Fewer than one image was asked for.
+            ValueError: Fewer than one image was asked for, or images to stand for a text.
             DatasetUnavailable: The data is not on this machine.
         """
         for name, count in (("train", self.train_images), ("test", self.test_images)):
             if count is not None and count < 1:
                 raise ValueError(f"--{name}-images is {count}; give at least 1.")
         whole = load_dataset(self.dataset, self.data_dir)
+        if self.options.get("synthetic") and whole.train_labels.ndim > 1:
+            raise ValueError(f"--synthetic draws images; {whole.name} is a text.")
         return whole.part(slice(self.train_images), slice(self.test_images))
 
     @property

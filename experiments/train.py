@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from experiments.data import Dataset
@@ -28,20 +29,21 @@ _MARGIN = 4
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train: SGD with momentum on the cross-entropy.
+    """How to train: SGD with momentum, or AdamW, on the cross-entropy.
 
     Attributes:
         epochs: Passes over the training split, each in its own random order.
         batch_size: Examples per step; those that do not fill a last batch are left out of an epoch.
         learning_rate: Step size; of the one-cycle schedule the peak.
-        momentum: Decay of the gradient's running sum, in [0, 1).
-        weight_decay: Multiple of each parameter added to its gradient.
+        momentum: Decay of the gradient's running sum (AdamW: mean), in [0, 1).
+        weight_decay: Multiple of each parameter added to its gradient (AdamW: to its step).
         one_cycle: Whether the step size rises from a 25th for 30 % of the steps, and then falls to
             almost nothing, each along a cosine (Smith and Topin 2019, as in PyTorch).
         drops: Pairs of an epoch and a factor that the step size is multiplied by from then on.
         augment: Whether images are cropped at random out of a black margin of 4 pixels, and
             flipped.
         dtype: Of the activations, float32 or bfloat16.
+        adam: Whether steps are those of AdamW (Loshchilov and Hutter 2019), not SGD.
     """
 
     epochs: int
@@ -53,6 +55,7 @@ class TrainConfig:
     drops: tuple[tuple[int, float], ...] = ()
     augment: bool = False
     dtype: str = "float32"
+    adam: bool = False
 
 
 class TrainState(NamedTuple):
@@ -190,13 +193,15 @@ def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     else:
         drops = {epoch * steps: factor for epoch, factor in config.drops}
         schedule = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    if config.adam:
+        return optax.adamw(schedule, config.momentum, weight_decay=config.weight_decay)
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum)
     )
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _draw(model: Model, key: PRNGKeyArray, images: Float[Array, "1 ..."]) -> PyTree:
+def _draw(model: Model, key: PRNGKeyArray, images: Num[Array, "1 ..."]) -> PyTree:
     return model.init(key, images)
 
 
@@ -215,13 +220,14 @@ def _run_epoch(
     state: TrainState,
     epoch: int,
     order: Int[Array, "steps batch"],
-    images: Float[Array, "n height width channels"],
-    labels: Int[Array, " n"],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
     key: PRNGKeyArray,
     progress: "_Progress",
 ) -> TrainState:
     """Runs one epoch in chunks of steps and notes its mean loss and accuracy in the history."""
     steps, batch_size = order.shape
+    judged = batch_size * math.prod(labels.shape[1:])  # of a text, every token of a window
     sums = jnp.zeros(2)
     variables, opt_state, history = state
     # A chunk gives its buffers away, and the first ones may be the caller's.
@@ -233,8 +239,8 @@ def _run_epoch(
             model, config, carry, order, low, high, images, labels, key
         )
         loss, correct = sums.tolist()
-        progress.advance(high - low, loss / high, 100 * correct / (high * batch_size))
-    means = sums / jnp.asarray([steps, steps * batch_size / 100], dtype=sums.dtype)
+        progress.advance(high - low, loss / high, 100 * correct / (high * judged))
+    means = sums / jnp.asarray([steps, steps * judged / 100], dtype=sums.dtype)
     return TrainState(variables, opt_state, history.at[epoch].set(means))
 
 
@@ -246,8 +252,8 @@ def _run_steps(
     order: Int[Array, "steps batch"],
     low: int,
     high: int,
-    images: Float[Array, "n height width channels"],
-    labels: Int[Array, " n"],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
     key: PRNGKeyArray,
 ) -> tuple[PyTree, PyTree, Float[Array, " 2"]]:
     """Runs the steps `low` to `high` of an epoch; adds up the loss and the number of correct ones.
@@ -255,12 +261,12 @@ def _run_steps(
     The bounds are traced, so that a last, shorter chunk needs no compilation of its own.
     """
     optimizer = _optimizer(config, len(order))
-    black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
 
     def objective(params: PyTree, rest: PyTree, step: Int[Array, ""]) -> tuple[Array, Any]:
         chosen = order[step]
         batch = images[chosen]
         if config.augment:
+            black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
             batch = _augmented(jax.random.fold_in(key, step), batch, black)
         logits, changed = model.apply(
             {**rest, "params": params}, batch, train=True, mutable=list(rest)

@@ -15,16 +15,16 @@ from otfusion_jax.fuse import stack
 
 def ensemble(
     fn: Callable[..., Array], models: Sequence[PyTree], *inputs: PyTree
-) -> Float[Array, "batch classes"]:
+) -> Float[Array, "batch ... classes"]:
     """Averages the predicted probabilities of several models: the baseline that fusion aims at.
 
     Args:
-        fn: `fn(params, *inputs)`, returns logits `[batch, classes]`.
+        fn: `fn(params, *inputs)`, returns logits `[batch, ..., classes]`.
         models: K pytrees of parameters.
         *inputs: a batch of inputs.
 
     Returns:
-        Probabilities, float `[batch, classes]`.
+        Probabilities, float `[batch, ..., classes]`.
 
     Raises:
         ValueError: for no models, or trees that differ.

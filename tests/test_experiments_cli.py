@@ -48,13 +48,19 @@ def test_results_hang_together(finished: Path):
     assert min(a, b) > 60
     assert list(results["methods"]) == METHODS
     middle = results["t"].index(0.5)
-    for method in results["methods"].values():
+    losses = results["losses"]
+    assert losses["ensemble"] < max(losses["individuals"])
+    for name, method in results["methods"].items():
         # Aligned or not, a path starts at a model that does what A does, and ends at B.
         path = method["path accuracy"]
         assert path[0] == pytest.approx(a, abs=0.6)
         assert path[-1] == pytest.approx(b, abs=0.6)
         assert path[middle] == pytest.approx(method["averaged"], abs=0.6)
-        assert all(0 < loss < 10 for loss in method["path loss"])
+        nats, lost = method["path loss"], losses["methods"][name]
+        assert nats[0] == pytest.approx(losses["individuals"][0], abs=0.01)
+        assert nats[-1] == pytest.approx(losses["individuals"][1], abs=0.01)
+        assert nats[middle] == pytest.approx(lost["averaged"], abs=0.01)
+        assert 0 <= lost["barrier"] <= max(nats)
 
 
 def test_second_run_gives_the_same_results(finished: Path, capsys: pytest.CaptureFixture[str]):
@@ -67,7 +73,7 @@ def test_second_run_gives_the_same_results(finished: Path, capsys: pytest.Captur
     assert (finished / "paths.png").read_bytes() == plot
     table = capsys.readouterr().out
     for label in ["model A", "model B", "ensemble", *METHODS]:
-        assert f"| {label}" in table
+        assert table.count(f"| {label}") == 2  # in accuracies, and in losses
 
 
 def test_runs_have_folders_of_their_own():
@@ -94,6 +100,7 @@ def test_epochs_replace_those_of_the_recipe():
         (["--model", "vgg11"], "no recipe for vgg11 on digits"),
         (["--recipe", "long"], r"choose one of \['short'\]"),
         (["--norm"], "mlpnet has no batch norm"),
+        (["--model", "vit", "--norm"], "vit has no batch norm"),
         (["--width", "0"], "leaves no units"),
         (["--test-images", "0"], "--test-images is 0"),
     ],

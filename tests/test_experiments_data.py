@@ -56,6 +56,40 @@ def test_fingerprint_sees_every_label(digits: data.Dataset):
     assert changed.fingerprint() != digits.fingerprint()
 
 
+def test_text_is_cut_into_windows():
+    text = "ab" * 200 + "cbab"  # 20 windows of 20, and what is left
+    found = data.characters("text", text, context=20, rare=3)
+    assert found.train_images.shape == found.train_labels.shape == (19, 20)
+    assert found.test_images.shape == found.test_labels.shape == (1, 20)
+    assert found.classes == 3
+    windows = np.concatenate([found.train_images, found.test_images])
+    labels = np.concatenate([found.train_labels, found.test_labels])
+    assert windows.dtype == labels.dtype == np.int32
+    np.testing.assert_array_equal(windows.ravel(), [1, 2] * 200)
+    # Each label is the token after; of the last, a character that no training window knows.
+    np.testing.assert_array_equal(labels.ravel(), [*([1, 2] * 200)[1:], 0])
+
+
+def test_rare_characters_share_a_token():
+    found = data.characters("text", "é" * 5 + "a" * 50 + "z" * 4 + "b" * 341, context=10, rare=5)
+    assert found.train_images.shape == (38, 10)
+    np.testing.assert_array_equal(
+        found.train_images.ravel()[:70], [3] * 5 + [1] * 50 + [0] * 4 + [2] * 11
+    )
+
+
+def test_help_texts_are_one_text():
+    text = data.load_dataset("pydoc")
+    images = np.concatenate([text.train_images, text.test_images])
+    labels = np.concatenate([text.train_labels, text.test_labels])
+    np.testing.assert_array_equal(images[1:, 0], labels[:-1, -1])
+    np.testing.assert_array_equal(images[:, 1:], labels[:, :-1])
+    assert 0.04 < len(text.test_labels) / len(labels) <= 0.05
+    assert set(np.unique(labels)) <= set(range(text.classes))
+    assert 0 < np.mean(labels == 0) < 0.01
+    assert text.fingerprint() == data.load_dataset("pydoc").fingerprint()
+
+
 def test_unknown_dataset_names_the_known_ones():
     with pytest.raises(ValueError, match="'digits', 'mnist'"):
         data.load_dataset("imagenet")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import train as training
-from experiments.data import Dataset, load_dataset
-from experiments.evaluate import accuracy
+from experiments.data import Dataset, characters, load_dataset
+from experiments.evaluate import accuracy, loss_and_error
 from experiments.models import ModelConfig, build_model
 from experiments.train import TrainConfig, Trained, train
 
@@ -31,6 +31,21 @@ def uninterrupted(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
 def assert_identical(result: Trained, expected: Trained):
     jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
     np.testing.assert_array_equal(result.history, expected.history)
+
+
+def interrupt(chunks: int, monkeypatch: pytest.MonkeyPatch, *arguments):
+    """Trains, and kills the training after some chunks of steps."""
+    run_steps, left = training._run_steps, iter(range(chunks))
+
+    def killed(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return run_steps(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_run_steps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*arguments)
 
 
 def test_training_learns(digits: Dataset, uninterrupted: Trained):
@@ -65,17 +80,7 @@ def test_killed_training_resumes_to_the_same_result(
 ):
     # 22 steps an epoch in chunks of 10: killed in the first, at the start of, and in a later epoch.
     monkeypatch.setattr(training, "_CHUNK_STEPS", 10)
-    run_steps, left = training._run_steps, iter(range(chunks))
-
-    def killed(*args):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return run_steps(*args)
-
-    monkeypatch.setattr(training, "_run_steps", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(MODEL, CONFIG, digits, 0, tmp_path)
-    monkeypatch.setattr(training, "_run_steps", run_steps)
+    interrupt(chunks, monkeypatch, MODEL, CONFIG, digits, 0, tmp_path)
     resumed = train(MODEL, CONFIG, digits, 0, tmp_path)
     assert resumed.epochs_reused == (chunks - 1) // 3
     assert_identical(resumed, uninterrupted)
@@ -121,6 +126,22 @@ def test_training_updates_parameters_and_statistics(pictures: Dataset, tmp_path:
     assert jnp.abs(mean).max() > 0.01
 
 
+# Optax's AdamW promotes dtypes inside.
+@pytest.mark.usefixtures("default_promotion")
+def test_language_model_learns_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = characters("text", "to be or not to be, " * 100, context=16)
+    model = ModelConfig("gpt", width=0.25)
+    config = TrainConfig(3, 16, 1e-2, 0.9, weight_decay=0.1, one_cycle=True, adam=True)
+    whole = train(model, config, text, 0, tmp_path / "whole")
+    loss, accuracy = whole.history.T
+    assert loss[0] > 1.5 * loss[-1]
+    assert accuracy[0] < accuracy[-1] <= 100
+    interrupt(2, monkeypatch, model, config, text, 0, tmp_path / "killed")
+    resumed = train(model, config, text, 0, tmp_path / "killed")
+    assert resumed.epochs_reused == 2
+    assert_identical(resumed, whole)
+
+
 def test_training_goes_on_from_given_variables(digits: Dataset, tmp_path: Path):
     short = dataclasses.replace(CONFIG, epochs=1)
     first = train(MODEL, short, digits, 0, tmp_path).params
@@ -158,6 +179,16 @@ def test_weights_decay():
     np.testing.assert_allclose(np.asarray(update), -0.1 * 0.5 * 2)
 
 
+@pytest.mark.usefixtures("default_promotion")
+def test_steps_of_adamw():
+    config = TrainConfig(1, 1, 0.1, 0.9, weight_decay=0.5, adam=True)
+    optimizer = training._optimizer(config, steps=1)
+    weights = jnp.asarray([2.0, -3.0])
+    update, _ = optimizer.update(jnp.asarray([1e-3, 10.0]), optimizer.init(weights), weights)
+    # At first the size of the gradient does not matter, and the decay is not divided by it.
+    np.testing.assert_allclose(np.asarray(update), [-0.1 - 0.1, -0.1 + 0.15], rtol=1e-3)
+
+
 def test_augmented_images_are_moved_and_flipped_crops():
     black = jnp.asarray([-1.0, -2.0]).reshape(1, 1, 1, 2)
     pixels = jnp.arange(6 * 6 * 2, dtype=jnp.float32).reshape(6, 6, 2)
@@ -186,3 +217,18 @@ def test_accuracy_counts_examples_beyond_the_last_full_batch():
     labels = jnp.arange(2500, dtype=jnp.int32) % 7
     images = jax.nn.one_hot(labels.at[-10:].add(1) % 7, 7)
     assert accuracy(lambda batch: batch, images, labels) == pytest.approx(100 * 2490 / 2500)
+
+
+def test_every_token_of_a_window_counts():
+    labels = jnp.arange(21, dtype=jnp.int32).reshape(3, 7) % 5
+    shown = 4 * jax.nn.one_hot(labels.at[0, :3].add(1) % 5, 5)
+    images = jnp.arange(3, dtype=jnp.int32)  # of which the scores are those in `shown`
+
+    def scores(batch: jax.Array) -> jax.Array:
+        return shown[batch]
+
+    assert accuracy(scores, images, labels) == pytest.approx(100 * 18 / 21)
+    loss, error = loss_and_error(scores, images, labels)
+    right, wrong = np.log(np.exp(4) + 4) - 4, np.log(np.exp(4) + 4)
+    assert loss == pytest.approx((18 * right + 3 * wrong) / 21, rel=1e-5)
+    assert error == pytest.approx(100 * 3 / 21)

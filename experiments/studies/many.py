@@ -1,7 +1,9 @@
 """Fusion of many models in one call: accuracy, time and memory against their number."""
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +18,17 @@ from experiments.methods import counts, reestimated
 from experiments.pairs import Network, network, parents
 from experiments.runs import Request
 
-_METHODS: dict[str, otf.AbstractMethod] = {
-    "Algorithm 1": otf.ForwardPass(),
-    "fuse": otf.CoordinateDescent(),
+# From the symmetry and a stack of models to one.
+_METHODS: dict[str, Callable[[otf.Symmetry, PyTree], PyTree]] = {
+    "Algorithm 1": lambda symmetry, stack: otf.fuse(
+        symmetry, stack, method=otf.ForwardPass(), leaf_weight=counts
+    ),
+    "fuse": lambda symmetry, stack: otf.fuse(symmetry, stack, leaf_weight=counts),
+    "barycenter": lambda symmetry, stack: (
+        otf.barycenter(symmetry, stack, leaf_weight=counts).params
+    ),
 }
+_REPAIRED = ("fuse, least squares", "barycenter, least squares")
 _RUNS = 3  # timed; the fastest counts
 
 
@@ -77,7 +86,11 @@ def run(request: Request) -> None:
                 "accuracy": report.rounded(judged(reestimated(architecture, fused, seen))),
                 **cost,
             }
-        found["fuse, least squares"] = report.rounded(judged(_regressed(architecture, some, seen)))
+        for name, onto in (("fuse", _onto_the_last), ("barycenter", _into_the_universe)):
+            moved = onto(architecture, some)
+            found[f"{name}, least squares"] = report.rounded(
+                judged(_regressed(architecture, moved, seen))
+            )
         rows.append(found)
     results = {"individuals": alone, "counts": rows}
     _plot(folder, request.title, numbers, rows)
@@ -85,17 +98,14 @@ def run(request: Request) -> None:
 
 
 def _timed(
-    architecture: Network, method: otf.AbstractMethod, models: list[PyTree]
+    architecture: Network,
+    method: Callable[[otf.Symmetry, PyTree], PyTree],
+    models: list[PyTree],
 ) -> tuple[PyTree, dict[str, float]]:
     """Fuses models in one compiled program, and says what that takes."""
-    symmetry = architecture.symmetry
-
-    def fuse(stack: PyTree) -> PyTree:
-        return otf.fuse(symmetry, stack, method=method, leaf_weight=counts)
-
     stack = otf.stack(models)
     began = time.perf_counter()
-    program = jax.jit(fuse).lower(stack).compile()
+    program = jax.jit(functools.partial(method, architecture.symmetry)).lower(stack).compile()
     compiled = time.perf_counter() - began
     seconds = []
     for _ in range(_RUNS):
@@ -111,21 +121,34 @@ def _timed(
     }
 
 
-def _regressed(architecture: Network, models: list[PyTree], images: Array) -> PyTree:
-    """All models moved onto the last one, averaged, and repaired by least squares."""
+def _onto_the_last(architecture: Network, models: list[PyTree]) -> list[PyTree]:
     symmetry, target = architecture.symmetry, models[-1]
     moved = [
         otf.transport(symmetry, otf.align(symmetry, source, target, leaf_weight=counts), source)
         for source in models[:-1]
     ]
+    return [*moved, target]
+
+
+def _into_the_universe(architecture: Network, models: list[PyTree]) -> list[PyTree]:
+    symmetry = architecture.symmetry
+    plans = otf.barycenter(symmetry, models, leaf_weight=counts).plans
+    return [
+        otf.transport(symmetry, {name: plan[k] for name, plan in plans.items()}, model)
+        for k, model in enumerate(models)
+    ]
+
+
+def _regressed(architecture: Network, moved: list[PyTree], images: Array) -> PyTree:
+    """Averages models that have been moved, repaired by least squares."""
     fused = otf.repair(
-        symmetry, architecture.apply, [*moved, target], images, method=otf.LeastSquares()
+        architecture.symmetry, architecture.apply, moved, images, method=otf.LeastSquares()
     )
     return reestimated(architecture, fused, images)
 
 
 def _plot(folder: Any, title: str, numbers: list[int], rows: list[dict[str, Any]]) -> None:
-    plain = ("individuals", "ensemble", "vanilla average", "fuse, least squares")
+    plain = ("individuals", "ensemble", "vanilla average", *_REPAIRED)
     panels = {
         "test accuracy (%)": {
             **{name: [row[name] for row in rows] for name in plain},
@@ -143,7 +166,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "models",
         *plain,
         *(f"{name}{what}" for name in _METHODS for what in (" (%)", " (s)", " (MiB)")),
-        "fuse, least squares",
+        *_REPAIRED,
     )
     cells = [
         [
@@ -158,7 +181,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
                     f"{row[name]['MiB']:.0f}",
                 )
             ),
-            f"{row['fuse, least squares']:.2f}",
+            *(f"{row[name]:.2f}" for name in _REPAIRED),
         ]
         for row in rows
     ]

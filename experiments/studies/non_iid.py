@@ -98,7 +98,8 @@ def run(request: Request) -> None:
         request: The command.
 
     Raises:
-        ValueError: The validation share leaves nothing to train on, or to choose by.
+        ValueError: The validation share leaves nothing to train on, or to choose by; or the data is
+            a text, whose windows are of no class.
     """
     folder = request.folder(f"non_iid-{request.options['split']}")
     timings: dict[str, float] = {}
@@ -106,6 +107,8 @@ def run(request: Request) -> None:
     share = request.options["validation_share"]
     if not 0 < share <= 0.5:
         raise ValueError(f"--validation-share is {share}; give more than 0 and at most 0.5.")
+    if whole.train_labels.ndim > 1:
+        raise ValueError(f"{whole.name} is a text; non_iid divides images by their labels.")
     train_part, held_out = stratified_split(whole.train_labels, test_every=round(1 / share))
     dataset = whole.part(train_part)
     architecture = network(request.model, dataset)

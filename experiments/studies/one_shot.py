@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 import otfusion_jax as otf
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import accuracy, loss_and_error
+from experiments.evaluate import loss_and_error
 from experiments.methods import AVERAGES, METHODS, VARIANTS, mended
 from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
@@ -75,7 +75,11 @@ def run(request: Request) -> None:
     levels = {"test accuracy (%)": {"ensemble": results["ensemble"]}}
     x = (report.PATH_AXIS, results["t"])
     report.plot_lines(folder / "paths.png", title, x, panels, levels)
-    report.write_results(folder, request, title, _table(results), results, timings)
+    tables = [
+        _table(("test accuracy (%)", *AVERAGES, "error barrier (points)"), results, 2),
+        _table(("test loss (nats)", *AVERAGES, "loss barrier (nats)"), results["losses"], 4),
+    ]
+    report.write_results(folder, request, title, "\n\n".join(tables), results, timings)
 
 
 def _compare(
@@ -90,7 +94,8 @@ def _compare(
         timings: Receives the seconds that each method took, compilation included.
 
     Returns:
-        Accuracies in percent and barriers in percentage points, ready for JSON.
+        Accuracies in percent and barriers in percentage points, and losses in nats (of a text, per
+        character) in the same form, ready for JSON.
     """
     apply = pair.network.apply
     images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
@@ -107,12 +112,19 @@ def _compare(
 
     @jax.jit
     def ensemble(models: list[PyTree], images: Array, labels: Array) -> Array:
-        return accuracy(lambda batch: otf.ensemble(apply, models, batch), images, labels)
+        def scores(batch: Array) -> Array:
+            return jnp.log(otf.ensemble(apply, models, batch))
 
-    def test_accuracy(params: PyTree) -> float:
-        return report.rounded(100 - judged(params, images, labels)[1])
+        return loss_and_error(scores, images, labels)
+
+    def shown(found: Array) -> tuple[float, float]:
+        return report.rounded(100 - found[1]), report.rounded(found[0])
+
+    def tested(params: PyTree) -> tuple[float, float]:
+        return shown(judged(params, images, labels))
 
     methods: dict[str, dict[str, Any]] = {}
+    losses: dict[str, dict[str, float]] = {}
     some = VARIANTS if request.options["variants"] else METHODS
     wanted = {name: VARIANTS[name] for name in request.options["methods"] or some}
     for name, method in report.progress(wanted.items(), "fusing"):
@@ -120,36 +132,41 @@ def _compare(
         moved = jax.block_until_ready(method(pair))
         timings[name] = time.perf_counter() - start
         found = methods[name] = {}
+        lost = losses[name] = {}
         for kind, mend in AVERAGES.items():
             if kind not in mended(name):
                 continue
             start = time.perf_counter()
             fused = jax.block_until_ready(mend(pair, moved, (0.5, 0.5)))
             timings[f"{name}, {kind}"] = time.perf_counter() - start
-            found[kind] = test_accuracy(fused)
+            found[kind], lost[kind] = tested(fused)
         if name in _PATHS:
             path = barrier(moved, pair.b, images[few], labels[few])
-            found["barrier"] = report.rounded(path.height[1])
+            lost["barrier"], found["barrier"] = map(report.rounded, path.height)
             found["path loss"] = [report.rounded(value) for value in path.values[:, 0]]
             found["path accuracy"] = [report.rounded(100 - value) for value in path.values[:, 1]]
+    both = shown(ensemble([pair.a, pair.b], images, labels))
+    alone = [tested(model) for model in (pair.a, pair.b)]
+    accuracies, nats = (
+        {"individuals": [one[i] for one in alone], "ensemble": both[i]} for i in range(2)
+    )
     return {
-        "individuals": [test_accuracy(model) for model in (pair.a, pair.b)],
-        "ensemble": report.rounded(ensemble([pair.a, pair.b], images, labels)),
+        **accuracies,
         "t": [round(position, 6) for position in t.tolist()],
         "methods": methods,
+        "losses": {**nats, "methods": losses},
     }
 
 
-def _table(results: dict[str, Any]) -> str:
-    a, b = results["individuals"]
-    blank = [""] * len(AVERAGES)
-    rows = [
-        ["model A", f"{a:.2f}", *blank],
-        ["model B", f"{b:.2f}", *blank],
-        ["ensemble", f"{results['ensemble']:.2f}", *blank],
-    ]
+def _table(header: tuple[str, ...], results: dict[str, Any], digits: int) -> str:
+    """Lays out accuracies or losses, with so many digits after the point."""
+    names = ("model A", "model B", "ensemble")
+    single = zip(names, (*results["individuals"], results["ensemble"]), strict=True)
+    rows = [[name, f"{value:.{digits}f}", *[""] * len(AVERAGES)] for name, value in single]
     for name, method in results["methods"].items():
-        barrier = f"{method['barrier']:.2f}" if "barrier" in method else ""
-        cells = (f"{method[kind]:.2f}" if kind in method else "" for kind in AVERAGES)
-        rows.append([name, *cells, barrier])
-    return report.markdown_table(("test accuracy (%)", *AVERAGES, "error barrier (points)"), rows)
+        cells = (
+            f"{method[kind]:.{digits}f}" if kind in method else ""
+            for kind in (*AVERAGES, "barrier")
+        )
+        rows.append([name, *cells])
+    return report.markdown_table(header, rows)
