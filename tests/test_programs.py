@@ -47,7 +47,7 @@ EXACT = 1e-8
 EXAMPLES = int(os.environ.get("OTFUSION_EXAMPLES", "0"))
 """Number of programs of a long run; 0 for the few of every day."""
 RANDOM = settings(
-    max_examples=EXAMPLES or 150,
+    max_examples=EXAMPLES or 100,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
