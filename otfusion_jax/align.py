@@ -39,7 +39,8 @@ def align(
         metric: ground metric between units, an ott cost function; None means
             `ott.geometry.costs.SqEuclidean()`. Coordinate descent always uses that one for its
             objective.
-        solver: from cost to plan: `Exact()`, or `Sinkhorn()` for soft plans.
+        solver: from cost to plan: `Exact()`, or `Sinkhorn()` for soft plans. Groups with others
+            nested in them (heads) are always matched exactly.
         features: inner products of activations (`feature_gram`), to match by activations instead
             of weights.
         leaf_weight: from the key path of a parameter to how much it counts: its share of every

@@ -5,7 +5,8 @@ weights (or activations) that produce it, with what came before already in place
 `CoordinateDescent` is weight matching: it minimises the distance of the moved source to the target
 over all groups, one group at a time, which is a linear assignment, until nothing improves.
 
-Everything here is traced: `align` checks the input and jits it.
+A group and what is nested in it are matched at once (see `matching`). Everything here is traced:
+`align` checks the input and jits it.
 """
 
 import abc
@@ -37,7 +38,8 @@ class Alignment:
         history: for coordinate descent the objective at the start and after every sweep, float
             `[sweeps + 1]`, NaN after the last; otherwise before and after.
         converged: whether every solve converged and nothing was left to improve.
-        gaps: group name to the duality gap of its last solve, in the units of its ground cost.
+        gaps: group name to the duality gap of its last solve, in the units of its ground cost; of a
+            nested group the largest of its batch.
     """
 
     plans: Plans
