@@ -63,7 +63,7 @@ def all_costs(symmetry: otf.Symmetry, source: PyTree, target: PyTree) -> list[Ar
     for group in symmetry.groups:
         members = group.having("produces")
         ours, theirs = [a[m.leaf] for m in members], [b[m.leaf] for m in members]
-        gram = weight_gram(ours, theirs, members, group.size)
+        gram = weight_gram(ours, theirs, members, group)
         found.append(ground_cost(costs.SqEuclidean(), gram))
     return found
 

@@ -20,7 +20,8 @@ def _conv(x: Array, kernel: Array, stride: int = 1) -> Array:
 def mlpnet() -> Network:
     """784-400-200-100-10, ReLU, no biases."""
     widths = (784, 400, 200, 100, 10)
-    shapes = {f"dense{i}": pair for i, pair in enumerate(zip(widths, widths[1:], strict=False))}
+    pairs = enumerate(zip(widths, widths[1:], strict=False))
+    shapes: dict[str, tuple[int, ...]] = {f"dense{i}": pair for i, pair in pairs}
 
     def apply(params: dict[str, Array], x: Array) -> Array:
         for name in shapes:
