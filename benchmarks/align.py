@@ -13,9 +13,7 @@ import argparse
 import functools
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 
 import otfusion_jax as otf
 from benchmarks.networks import NETWORKS
+from benchmarks.timing import seconds
 from otfusion_jax.costs import ground_cost, weight_gram
 
 METHODS: dict[str, otf.AbstractMethod] = {
@@ -43,16 +42,6 @@ def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
         name: jax.random.normal(key, shape) * np.sqrt(2 / np.prod(shape[:-1])).astype(np.float32)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-
-
-def seconds(runs: int, call: Callable[..., Any], *arguments: Any) -> float:
-    """Median time of a call, its results awaited."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(call(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,10 +11,6 @@ import argparse
 import math
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +18,12 @@ from jax.extend import core
 
 import otfusion_jax as otf
 from benchmarks.networks import transformer
+from benchmarks.timing import seconds
 
 
 def equations(jaxpr: core.Jaxpr) -> int:
     """Counts the equations of a jaxpr and of all jaxprs inside of it."""
-    inner = (x for eqn in jaxpr.eqns for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr))
-    found = (x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in inner if _is_jaxpr(x))
-    return len(jaxpr.eqns) + sum(map(equations, found))
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
-
-
-def seconds(runs: int, call: Callable[..., Any], *arguments: Any) -> float:
-    """Median time of a call."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call(*arguments)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return len(jaxpr.eqns) + sum(map(equations, core.subjaxprs(jaxpr)))
 
 
 def main() -> None:

@@ -73,12 +73,7 @@ def correlations(g: otf.Gram) -> otf.Gram:
     Returns:
         Inner products of units of norm 1.
     """
-    a, b = (jax.lax.rsqrt(jnp.where(x > 0, x, 1)) for x in (g.aa, g.bb))
-    # A unit of a group inside of another has two indices, any other has one.
-    axes = g.ab.ndim - g.aa.ndim
-    source = jnp.expand_dims(a, range(-axes, 0))
-    target = jnp.expand_dims(b, range(-2 * axes, -axes))
-    return otf.Gram(jnp.ones_like(a), jnp.ones_like(b), g.ab * source * target)
+    return otf.Gram(jnp.ones_like(g.aa), jnp.ones_like(g.bb), g.normalised().ab)
 
 
 def _descent_from_correlation(pair: Pair) -> PyTree:

@@ -91,6 +91,24 @@ def leaf_weights(
     return tuple(weights.values())
 
 
+def weight_by_path(
+    symmetry: Symmetry, weights: tuple[float, ...] | None
+) -> Callable[[str], float] | None:
+    """Turns what `leaf_weights` returns back into what it takes.
+
+    Args:
+        symmetry: whose leaves.
+        weights: one per leaf, or None.
+
+    Returns:
+        From key path to weight, or None.
+    """
+    if weights is None:
+        return None
+    paths = (leaf.path for leaf in symmetry.leaves)
+    return dict(zip(paths, weights, strict=True)).__getitem__
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _align(
     symmetry: Symmetry,

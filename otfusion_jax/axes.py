@@ -89,6 +89,11 @@ def constant(size: int) -> Axis:
     return (Factor(size, None),) if size != 1 else ()
 
 
+def is_constant(axis: Axis) -> bool:
+    """Whether nothing is known to vary along an axis."""
+    return all(isinstance(term, Factor) and term.atom is None for term in axis)
+
+
 def concatenated(segments: Iterable[Axis]) -> Axis:
     """Returns the axis of segments one after the other."""
     flat: list[Axis] = []

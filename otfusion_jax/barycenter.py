@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import align, leaf_weights
+from otfusion_jax.align import align, leaf_weights, weight_by_path
+from otfusion_jax.costs import squared_norm
 from otfusion_jax.fuse import average_of, mixture, stacked_models
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.symmetry import Plans, Symmetry
@@ -102,19 +103,17 @@ def _barycenter(
     weights: Float[Array, " k"],
     metric: costs.CostFn,
 ) -> Barycenter:
-    share = counting or (1.0,) * len(symmetry.leaves)
-    paths = (leaf.path for leaf in symmetry.leaves)
-    how: dict[str, Any] = {"leaf_weight": dict(zip(paths, share, strict=True)).__getitem__}
+    how: dict[str, Any] = {"leaf_weight": weight_by_path(symmetry, counting)}
+    counted = counting or (1.0,) * len(symmetry.leaves)
 
     def squared(a: PyTree, b: PyTree | None = None) -> Array:
         """Squared distance of a model to another, or its squared norm, as leaves count."""
-        total = jnp.zeros(())
-        others = [0.0] * len(share) if b is None else jax.tree_util.tree_leaves(b)
-        for x, y, weight, leaf in zip(
-            jax.tree_util.tree_leaves(a), others, share, symmetry.leaves, strict=True
-        ):
+        mine = jax.tree_util.tree_leaves(a)
+        others = [0.0] * len(mine) if b is None else jax.tree_util.tree_leaves(b)
+        total = jnp.zeros((), jnp.float32)
+        for x, y, weight, leaf in zip(mine, others, counted, symmetry.leaves, strict=True):
             if leaf.moves:
-                total = total + weight * jnp.sum(jnp.square(jnp.abs(x - y)).astype(jnp.float32))
+                total = total + weight * squared_norm(x - y).astype(jnp.float32)
         return total
 
     # In an order of their own, so that the one in which they are given does not matter.

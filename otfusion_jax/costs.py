@@ -40,6 +40,25 @@ class Gram:
     def __add__(self, other: "Gram") -> "Gram":
         return jax.tree.map(jnp.add, self, other)
 
+    def outer(self, a: Array, b: Array) -> Array:
+        """Multiplies a number of each unit of the source with one of each unit of the target.
+
+        Args:
+            a: of the shape of `aa`.
+            b: of the shape of `bb`.
+
+        Returns:
+            Products, of the shape of `ab`.
+        """
+        # A unit of a group inside of another has two indices, any other has one.
+        axes = self.ab.ndim - a.ndim
+        return jnp.expand_dims(a, range(-axes, 0)) * jnp.expand_dims(b, range(-2 * axes, -axes))
+
+    def normalised(self) -> "Gram":
+        """Returns the inner products of units scaled to norm 1; units that are 0 stay so."""
+        a, b = (jax.lax.rsqrt(jnp.where(x > 0, x, 1)) for x in (self.aa, self.bb))
+        return Gram(self.aa * a * a, self.bb * b * b, self.ab * self.outer(a, b))
+
 
 def gram(a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"]) -> Gram:
     """Takes the inner products of two sets of vectors.
@@ -55,6 +74,20 @@ def gram(a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"]) -> Gr
     a, b = _real(a), _real(b)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     return Gram(jnp.sum(a * a, -1), jnp.sum(b * b, -1), product(a, jnp.swapaxes(b, -1, -2)))
+
+
+def squared_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
+    """Takes the squared norm of an array.
+
+    Args:
+        x: of any shape, real or complex.
+
+    Returns:
+        The sum of squares, float32, or float64 where `x` has that precision.
+    """
+    x = jnp.abs(x)
+    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return jnp.sum(wide * wide)
 
 
 def _real(x: Array) -> Array:
@@ -199,12 +232,8 @@ def feature_gram(
 
 def _centered(g: Gram, a: Array, b: Array, count: Any) -> Gram:
     count = jnp.maximum(jnp.asarray(count, g.ab.dtype), 1)
-    if g.ab.ndim == a.ndim + 1:
-        products = a[..., :, None] * b[..., None, :]
-    else:
-        products = a[..., :, :, None, None] * b[..., None, None, :, :]
     return Gram(
         jnp.maximum(g.aa - a * a / count, 0),
         jnp.maximum(g.bb - b * b / count, 0),
-        g.ab - products / count,
+        g.ab - g.outer(a, b) / count,
     )

@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import align, leaf_weights
+from otfusion_jax.align import align, leaf_weights, weight_by_path
+from otfusion_jax.matching import at_once
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
 from otfusion_jax.symmetry import Symmetry, leaves_of
@@ -170,8 +171,8 @@ def fuse(
     metric = costs.SqEuclidean() if metric is None else metric
     ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
     counting = leaf_weights(symmetry, leaf_weight)
-    at_once = batch_size or (1 if jax.default_backend() == "cpu" else count)
-    how = (symmetry, method, solver, counting, min(at_once, count - 1))
+    lanes = min(batch_size or at_once(count), count - 1)
+    how = (symmetry, method, solver, counting, lanes)
     return _fuse(*how, ordered, found[np.array(order)], metric)
 
 
@@ -188,9 +189,7 @@ def _fuse(
 ) -> PyTree:
     others, target = jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
     how: dict[str, Any] = {"method": method, "metric": metric, "solver": solver}
-    if counting is not None:
-        paths = (leaf.path for leaf in symmetry.leaves)
-        how["leaf_weight"] = dict(zip(paths, counting, strict=True)).__getitem__
+    how["leaf_weight"] = weight_by_path(symmetry, counting)
 
     def moved(source: PyTree) -> PyTree:
         return transport(symmetry, align(symmetry, source, target, **how), source)

@@ -65,14 +65,26 @@ def families_of(symmetry: Symmetry) -> tuple[Family, ...]:
     return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
 
 
+def at_once(count: int) -> int:
+    """Says how many of some equal problems to work on under one `jax.vmap`.
+
+    Args:
+        count: of the problems.
+
+    Returns:
+        All, but on a CPU one: it gains nothing by doing the same thing to many, and each would wait
+        for the slowest.
+    """
+    return 1 if jax.default_backend() == "cpu" else count
+
+
 def _solve(solver: AbstractSolver, cost: Array) -> Solution:
     """Solves a stack of problems: under one vmap, on a CPU one after the other."""
     *batch, n, m = cost.shape
     if not batch:
         return solver.solve(cost)
     count = math.prod(batch)
-    at_once = 1 if jax.default_backend() == "cpu" else count
-    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once)
+    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once(count))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, gram, weight_gram
+from otfusion_jax.costs import Gram, gram, squared_norm, weight_gram
 from otfusion_jax.matching import Family, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
@@ -102,7 +102,7 @@ class Problem:
     def distance(self, plans: Plans) -> Float[Array, ""]:
         """Squared distance of the moved source to the target, over all parameters that move."""
         terms = [
-            _square(move(self.symmetry, plans, i, a) - b).astype(self.dtype)
+            squared_norm(move(self.symmetry, plans, i, a) - b).astype(self.dtype)
             for i, (a, b) in enumerate(zip(self.source, self.target, strict=True))
             if self.symmetry.leaves[i].moves
         ]
@@ -124,12 +124,6 @@ class Problem:
                 cosine = g.ab[0, 0] / jnp.sqrt(jnp.maximum(g.aa[0] * g.bb[0], 1e-30))
                 total = total + jnp.log(jnp.maximum(cosine, 1e-6)).astype(self.dtype)
         return total
-
-
-def _square(x: Array) -> Array:
-    x = jnp.abs(x)
-    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    return jnp.sum(wide * wide)
 
 
 @jax.tree_util.register_dataclass
@@ -259,7 +253,7 @@ class ForwardPass(AbstractMethod):
                     for m in (g.members if self.members == "all" else _placed(problem, family, g))
                 ]
                 found = problem.compare(family, state.plans, chosen)
-            return [_normalised(g) for g in found] if self.unit_norm else found
+            return [g.normalised() for g in found] if self.unit_norm else found
 
         def solve(found: list[Gram]) -> list[Solution]:
             return solve_family(problem.solver, problem.metric, found)
@@ -304,16 +298,6 @@ def _twice(group: Group) -> set[int]:
     axes = {(m.leaf, m.axis) for m in group.members}
     leaves = [leaf for leaf, _ in axes]
     return {leaf for leaf in leaves if leaves.count(leaf) > 1}
-
-
-def _normalised(g: Gram) -> Gram:
-    a = jax.lax.rsqrt(jnp.where(g.aa > 0, g.aa, 1))
-    b = jax.lax.rsqrt(jnp.where(g.bb > 0, g.bb, 1))
-    if g.ab.ndim == a.ndim + 1:
-        scale = a[..., :, None] * b[..., None, :]
-    else:
-        scale = a[..., :, :, None, None] * b[..., None, None, :, :]
-    return Gram(g.aa * a * a, g.bb * b * b, g.ab * scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import io_callback
 from jax.extend import core
 
-from otfusion_jax.axes import Axis, Kind, Sum, concatenated, constant
+from otfusion_jax.axes import Axis, Kind, concatenated, constant, is_constant
 from otfusion_jax.walk import Context, Value, register, registered
 
 
@@ -130,7 +130,7 @@ def rev(ctx: Context, values: list[Value]) -> list[Value]:
     """Reversed axes are pinned."""
     (x,) = values
     for dim in ctx.params["dimensions"]:
-        if any(isinstance(t, Sum) or t.atom is not None for t in x.axes[dim]):
+        if not is_constant(x.axes[dim]):
             x = _vary(ctx, x, dim)
     return [x]
 

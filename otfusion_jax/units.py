@@ -15,20 +15,17 @@ from jaxtyping import Array
 from otfusion_jax.symmetry import Group, Where
 
 
-def _labels(place_length: int, where_size: int, positions: np.ndarray) -> np.ndarray:
-    """Returns which index each position of an axis belongs to, -1 for none; int `[length]`."""
-    labels = np.full(place_length, -1)
-    index = np.arange(where_size)[None, :, None]
-    labels[positions] = np.broadcast_to(index, positions.shape)
-    return labels
-
-
 def _levels(where: Where, batch: Sequence[int]) -> list[tuple[int, np.ndarray]]:
-    """Returns for each axis of the batch: on which axis it lies, and the index by position."""
-    return [
-        (axis, _labels(length, size, place.positions(size)))
-        for (axis, length, place), size in zip(where.within, batch, strict=True)
-    ]
+    """Returns for each axis of the batch: on which axis it lies, and the index by position.
+
+    Positions that belong to no index have -1.
+    """
+    levels = []
+    for (axis, length, place), size in zip(where.within, batch, strict=True):
+        labels = np.full(length, -1)
+        labels[place.positions(size)] = np.arange(size)[None, :, None]
+        levels.append((axis, labels))
+    return levels
 
 
 def units_of(array: Array, where: Where, group: Group) -> Array:

@@ -8,6 +8,7 @@ merges less. Whatever a rule cannot express is pinned, and a primitive without a
 (or pins all that it touches, on demand).
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -24,12 +25,12 @@ from jax.extend import core
 from otfusion_jax.axes import (
     Axis,
     Disagreement,
-    Factor,
     Kind,
     Space,
     concatenated,
     constant,
     factors_of,
+    is_constant,
 )
 
 OnUnsupported = Literal["raise", "pin"]
@@ -169,7 +170,7 @@ class Context:
 
     def cut(self, axis: Axis, size: int, reason: str) -> Axis:
         """Pins an axis of which a result holds some positions only, or in another order."""
-        if all(isinstance(term, Factor) and term.atom is None for term in axis):
+        if is_constant(axis):
             return constant(size)
         self.space.pin(axis, reason)
         return self.space.pinned(size, reason)
@@ -177,12 +178,10 @@ class Context:
     def pieces(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
         """Takes an axis apart into segments of the sizes given; pins it if its factors forbid."""
         marks = list(itertools.accumulate(sizes))[:-1]
-        if 0 in sizes:
-            return [self.cut(axis, size, reason) for size in sizes]
-        try:
-            return self.space.cut(axis, marks)
-        except Disagreement:
-            return [self.cut(axis, size, reason) for size in sizes]
+        with contextlib.suppress(Disagreement):
+            if 0 not in sizes:
+                return self.space.cut(axis, marks)
+        return [self.cut(axis, size, reason) for size in sizes]
 
     def repeat(
         self, body: Callable[[list[Value]], list[Value]], carry: list[Value]

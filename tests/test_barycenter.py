@@ -133,3 +133,21 @@ def test_what_makes_no_barycenter_is_refused():
         otf.barycenter(symmetry, [params])
     with pytest.raises(ValueError, match="max_rounds is 0"):
         otf.barycenter(symmetry, [params, params], max_rounds=0)
+
+
+def test_leaves_that_do_not_move_are_those_of_the_last_model():
+    def fn(p, x):
+        return jnp.tanh(x @ p["in"]) @ p["out"]
+
+    def model(seed):
+        keys = jax.random.split(jax.random.key(seed))
+        shapes = {"in": (3, 5), "out": (5, 2)}
+        weights = {
+            n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)
+        }
+        return weights | {"steps": jnp.array(seed), "key": jax.random.key(seed)}
+
+    models = [model(seed) for seed in range(3)]
+    found = otf.barycenter(otf.trace_symmetry(fn, models[0], jnp.ones((1, 3))), models).params
+    assert found["steps"] == 2
+    assert jnp.array_equal(found["key"], jax.random.key(2))
