@@ -10,7 +10,7 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 
 from otfusion_jax.align import align
 from otfusion_jax.barycenter import Barycenter, barycenter
-from otfusion_jax.costs import Gram, feature_gram
+from otfusion_jax.costs import Gram, feature_gram, feature_importance, weight_importance
 from otfusion_jax.describe import draw
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
@@ -58,6 +58,7 @@ __all__ = [
     "draw",
     "ensemble",
     "feature_gram",
+    "feature_importance",
     "features",
     "functional",
     "fuse",
@@ -68,4 +69,5 @@ __all__ = [
     "stack",
     "trace_symmetry",
     "transport",
+    "weight_importance",
 ]
