@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import otfusion_jax as otf
@@ -332,3 +333,70 @@ def test_plans_that_lead_elsewhere_are_refused():
         otf.transport(narrow, {**plans, "a": jnp.eye(8) / 8}, params, onto=wide)
     with pytest.raises(ValueError, match="a: a permutation, but 8 units become 16"):
         otf.transport(narrow, {**plans, "a": jnp.arange(8)}, params, onto=wide)
+
+
+# Repair
+
+
+@pytest.mark.parametrize(
+    "method", [otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=100)], ids=str
+)
+@pytest.mark.parametrize("name", ["convolution", "residual", "attention"])
+def test_the_original_of_another_width_tells_what_is_to_be_restored(
+    name: str, method: otf.AbstractRepair
+):
+    """Of a network whose units were split, the features are those of the network itself."""
+    fn, a, b = NETWORKS[name][0], made(name, 4), made(name, 4, seed=1)
+    narrow, wide = traced(name, 4), traced(name, 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    split = otf.transport(narrow, plans, a, onto=wide)
+    original = otf.Original(wide, fn, split, backwards(plans))
+    x = jax.random.normal(jax.random.key(3), (32, 5))
+    found = otf.repair(narrow, fn, [a, b], x, method=method, originals=[original, None])
+    expected = otf.repair(narrow, fn, [a, b], x, method=method)
+    np.testing.assert_allclose(fn(found, X), fn(expected, X), atol=1e-3)
+
+
+def test_statistics_are_those_of_the_units_that_were_merged():
+    wide, narrow = traced("mlp", 8), traced("mlp", 4)
+    a, b = made("mlp", 8), made("mlp", 4)
+    plans = otf.align(wide, a, b, onto=narrow, method=otf.ForwardPass()).plans
+    moved = otf.transport(wide, plans, a, onto=narrow)
+    x = jax.random.normal(jax.random.key(3), (64, 5))
+    original = otf.Original(wide, mlp, a, plans)
+    weights = (0.7, 0.3)
+    fused = otf.repair(narrow, mlp, [moved, b], x, weights=weights, originals=[original, None])
+    ours, theirs = (otf.features(narrow, mlp, p, x)["a"] for p in (fused, b))
+    merged = otf.features(wide, mlp, a, x)["a"]
+    shares = plans["a"] / plans["a"].sum(0, keepdims=True)
+    for statistic in (jnp.std, jnp.mean):
+        expected = 0.7 * statistic(merged, axis=0) @ shares + 0.3 * statistic(theirs, axis=0)
+        if statistic is jnp.std:
+            assert close(statistic(ours, axis=0), expected)
+        else:  # the shift is that of the bias, which comes after
+            before = otf.average([moved, b], weights)["bias"]
+            assert close(statistic(ours, axis=0) + fused["bias"] - before, expected)
+
+
+def test_permutations_need_no_original_but_may_have_one():
+    fn, symmetry = attention, traced("attention", 4)
+    a, b = made("attention", 4), made("attention", 4, seed=1)
+    plans = symmetry.random(jax.random.key(5))
+    moved = otf.transport(symmetry, plans, a)
+    original = otf.Original(symmetry, fn, a, plans)
+    x = jax.random.normal(jax.random.key(3), (32, 5))
+    found = otf.repair(symmetry, fn, [moved, b], x, originals=[original, None])
+    expected = otf.repair(symmetry, fn, [moved, b], x)
+    assert close(fn(found, X), fn(expected, X))
+
+
+def test_originals_that_do_not_fit_are_refused():
+    fn, symmetry, a = mlp, traced("mlp", 4), made("mlp", 4)
+
+    def other(p: Params, x: jax.Array) -> jax.Array:
+        return mlp(jax.tree.map(jnp.tanh, p), x)
+
+    with pytest.raises(ValueError, match="1 originals were given, but there are 2 models"):
+        otf.repair(symmetry, fn, [a, a], X, originals=[None])
+    with pytest.raises(ValueError, match="original 0 runs other operations"):
+        otf.repair(symmetry, fn, [a, a], X, originals=[otf.Original(symmetry, other, a, {}), None])
