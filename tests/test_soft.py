@@ -97,6 +97,17 @@ def test_unbalanced_sees_neither_scale_nor_shift(scale, shift):
     assert solution.gap == pytest.approx(scale * float(expected.gap), rel=1e-2)
 
 
+def test_unbalanced_converges_however_little_mass_there_would_be():
+    # The cheapest match is that of a unit without mass, what can be matched is far from it.
+    a = np.where(np.arange(N) == 2, 0, A)
+    a = a / a.sum()
+    far = COST - 1000 * (np.arange(N) == 2)[:, None]
+    solver = Sinkhorn(1.0, relative=False, tau_a=0.5, tau_b=0.5)
+    solution, expected = solve(solver, far, a), solve(solver, a=a)
+    assert solution.converged
+    np.testing.assert_allclose(solution.plan, expected.plan, atol=1e-4)
+
+
 @pytest.mark.parametrize("solver", [LOOSE, RANK_3, Sinkhorn()])
 def test_gap_bounds_the_loss_against_plans_with_the_same_marginals(solver):
     solution = solve(solver)
