@@ -156,16 +156,11 @@ def _weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...])
 
 def _check_widths(symmetry: Symmetry, onto: Symmetry) -> None:
     """Refuses what has no rectangular plan."""
-    around = {group.outer for group in symmetry.groups}
     wrong = []
     for group, other in zip(symmetry.groups, onto.groups, strict=True):
-        if group.size == other.size:
-            continue
         both = [m.path for m in group.members if m.role == "both"]
-        if both:
+        if both and group.size != other.size:
             wrong.append(f"  {group.name}: {', '.join(both)} both produce and consume the units")
-        if group.name in around:
-            wrong.append(f"  {group.name}: other groups are nested in it")
     if wrong:
         raise ValueError(
             "these groups need as many units in the target as in the source:\n" + "\n".join(wrong)
@@ -202,7 +197,7 @@ def _check_features(symmetry: Symmetry, onto: Symmetry, features: dict[str, Gram
     wrong = [f"  {g.name}: missing" for g in symmetry.groups if g.name not in features]
     for group, other in zip(symmetry.groups, onto.groups, strict=True):
         batch, n, m = group.batch, group.size, other.size
-        shape = (*batch, n, batch[-1], m) if group.outer else (*batch, n, m)
+        shape = (*batch, n, other.batch[-1], m) if group.outer else (*batch, n, m)
         if group.name in features and features[group.name].ab.shape != shape:
             wrong.append(f"  {group.name}: shape {features[group.name].ab.shape}, expected {shape}")
     if wrong:

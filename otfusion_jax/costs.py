@@ -31,15 +31,15 @@ class Gram:
         bb: squared norms of the target's units, float `[*batch, m]`.
         ab: inner products, float `[*batch, n, m]`. For a group inside of another that can be
             permuted, the units of all indices of that one are compared with each other:
-            `[*batch, heads, n, heads, m]`.
+            `[*batch, heads, n, heads of the target, m]`.
         within: inner products among the source's units and among the target's, float
             `[*batch, n, n]` and `[*batch, m, m]`, for quadratic solvers; None if nobody asked.
     """
 
     aa: Float[Array, "*batch n"]
-    bb: Float[Array, "*batch m"]
+    bb: Float[Array, "*others m"]
     ab: Float[Array, "*pairs m"]
-    within: tuple[Float[Array, "*batch n n"], Float[Array, "*batch m m"]] | None = None
+    within: tuple[Float[Array, "*batch n n"], Float[Array, "*others m m"]] | None = None
 
     def __add__(self, other: "Gram") -> "Gram":
         return jax.tree.map(jnp.add, self, other)
@@ -158,7 +158,7 @@ def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
 
 def costs_within(
     metric: costs.CostFn, g: Gram
-) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch m m"]] | None:
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*others m m"]] | None:
     """Evaluates a ground metric between the units of each model.
 
     Args:
@@ -179,15 +179,15 @@ def costs_within(
 
 def unit_gram(
     a: Inexact[Array, "*batch n d"],
-    b: Inexact[Array, "*batch m d"],
+    b: Inexact[Array, "*others m d"],
     group: Group,
     within: bool = False,
 ) -> Gram:
     """Takes the inner products of the units of a group, across the group around it if there is one.
 
     Args:
-        a: units of the source.
-        b: units of the target.
+        a: units of the source, `[*batch, n, d]`.
+        b: units of the target, `[*batch, m, d]`; the number of what is around them may be another.
         group: the group.
         within: whether to take those within each model as well.
 
@@ -196,12 +196,12 @@ def unit_gram(
     """
     if group.outer is None:
         return gram(a, b, within)
-    *batch, heads, n, width = a.shape
-    m = b.shape[-2]
-    found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * m, width))
-    aa, bb = found.aa.reshape(*batch, heads, n), found.bb.reshape(*batch, heads, m)
-    inside = gram(a, b, within).within if within else None
-    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, m), inside)
+    *batch, h, n, width = a.shape
+    g, m = b.shape[-3:-1]
+    found = gram(a.reshape(*batch, h * n, width), b.reshape(*batch, g * m, width))
+    aa, bb = found.aa.reshape(*batch, h, n), found.bb.reshape(*batch, g, m)
+    inside = (gram(a, a).ab, gram(b, b).ab) if within else None
+    return Gram(aa, bb, found.ab.reshape(*batch, h, n, g, m), inside)
 
 
 def feature_gram(

@@ -202,6 +202,18 @@ class Layout:
             axes.append(tuple(changed))
         return Layout(tuple(axes))
 
+    def together(self, dims: set[Dim]) -> bool:
+        """Says whether there is a cell that has all of some dimensions.
+
+        Args:
+            dims: the dimensions.
+
+        Returns:
+            Whether there is one.
+        """
+        cells = itertools.product(*self.axes)
+        return any(dims <= {dim for block in cell for dim in block.dims} for cell in cells)
+
     @property
     def form(self) -> tuple[tuple[tuple[Dim, ...], ...], ...]:
         """What the blocks of each axis are products of: what layouts of other widths share."""
@@ -325,6 +337,27 @@ def mixed(cell: Cell, dim: Dim, levels: Sequence[Dim], weights: Array) -> Cell:
     names = list(range(new))
     out = [new if i == axis else i for i in names]
     by = [*map(cell.dims.index, levels), axis, new]
+    product = jnp.einsum(cell.array, names, weights, by, out, precision=jax.lax.Precision.HIGHEST)
+    return cell._replace(array=product)
+
+
+def mixed_pairs(cell: Cell, around: Dim, dim: Dim, levels: Sequence[Dim], weights: Array) -> Cell:
+    """Replaces what is around units, and the units in each of it, by weighted sums of them.
+
+    Args:
+        cell: that has both dimensions.
+        around: the dimension around the units.
+        dim: the units'.
+        levels: for each axis of the weights' batch, the dimension that it is.
+        weights: float `[*batch, old around, new around, old, new]`.
+
+    Returns:
+        The cell with the new units.
+    """
+    outer, inner, new = cell.dims.index(around), cell.dims.index(dim), cell.array.ndim
+    names = list(range(new))
+    out = [{outer: new, inner: new + 1}.get(i, i) for i in names]
+    by = [*map(cell.dims.index, levels), outer, new, inner, new + 1]
     product = jnp.einsum(cell.array, names, weights, by, out, precision=jax.lax.Precision.HIGHEST)
     return cell._replace(array=product)
 

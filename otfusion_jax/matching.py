@@ -20,6 +20,7 @@ from ott.geometry import costs
 from otfusion_jax.costs import Gram, costs_within, ground_cost
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Symmetry
+from otfusion_jax.transport import is_permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,8 @@ def solve_family(
         masses: of the units of each.
 
     Returns:
-        For each group its plans, values summed up.
+        For each group its plans, values summed up. Inside of heads that do not move one to one,
+        plans are for all pairs of heads.
     """
     own, *inside = grams
     if not inside:
@@ -140,6 +142,8 @@ def solve_family(
     cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
     outer = _solve(Exact(), cost, (None, None), None)
     found = [_total(outer, outer.plan)]
+    if not is_permutation(outer.plan):
+        return [*found, *(_total(solution, solution.plan) for solution in pairs)]
     for solution in pairs:
         # For each head of the target, the match inside with the head that goes there.
         picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)

@@ -101,15 +101,11 @@ class Problem:
         ]
 
     def _gram(self, family: Family, group: Group, members: Sequence[Member], plans: Plans) -> Gram:
-        n, m, batch = group.size, self.onto[group.name].size, group.batch
         if not members:
-            pairs = (*batch, n, *batch[-1:], m) if group.outer else (*batch, n, m)
-            aa, bb = (jnp.zeros((*batch, size), self.dtype) for size in (n, m))
-            ab, within = jnp.zeros(pairs, self.dtype), None
-            if self.solver.quadratic:
-                a, b = (jnp.zeros((*batch, size, size), self.dtype) for size in (n, m))
-                within = a, b
-            return Gram(aa, bb, ab, within)
+            a, b = (
+                jnp.zeros((*g.batch, g.size, 0), self.dtype) for g in (group, self.onto[group.name])
+            )
+            return unit_gram(a, b, group, self.solver.quadratic)
         return functools.reduce(
             Gram.__add__, (self._compared(family, group, member, plans) for member in members)
         )
@@ -123,9 +119,11 @@ class Problem:
         stay = family.beside(member)
         source = units_in(placed(self.symmetry, plans, leaf, self.source[leaf], stay), front)
         target = units_in(self.onto.by_leaf[leaf].layout.split(self.target[leaf]), front)
-        if member.role == "consumes":
-            # Of n units that become m, n/m take the place of one, and what consumes them adds up.
-            source = source * (group.size / self.onto[group.name].size)
+        for beside in family.beside(member):
+            if beside.role == "consumes":
+                # Of n units that become m, n/m take the place of one; what consumes them adds up.
+                name = group.name if beside is member else family.root.name
+                source = source * (self.symmetry[name].size / self.onto[name].size)
         return unit_gram(source, target, group, self.solver.quadratic)
 
     def _moved(self, plans: Plans, leaf: int) -> Array:
@@ -316,6 +314,12 @@ def _start(problem: Problem) -> _State:
         if not is_permutation(form.plan):
             still = _monotone(n, m).astype(form.plan.dtype)
             plans[group.name] = jnp.broadcast_to(still, (*group.batch, n, m))
+        heads = problem.onto[group.name].batch[-1:]
+        if group.outer and heads != group.batch[-1:]:  # a plan for every pair of heads
+            rank = len(group.batch)
+            still = plans[group.name]
+            shape = (*group.batch, *heads, *still.shape[rank:])
+            plans[group.name] = jnp.broadcast_to(jnp.expand_dims(still, rank), shape)
     return _State(plans, gaps, jnp.array(True), jnp.array(False))
 
 

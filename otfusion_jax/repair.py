@@ -286,7 +286,7 @@ def _repair(
             compute,
             normal,
             tuple(_moved(network, mine, path, roles, y) for network, y in pairs),
-            tuple(_statistics(network, path, roles[-1], y) for network, y in pairs if group),
+            tuple(_statistics(network, path, roles, y) for network, y in pairs if group),
             weights,
             units,
             group,
@@ -339,12 +339,20 @@ def _moved(
     return uses_of(form.shape, there).layout.join(cells)
 
 
-def _statistics(network: _Network, path: Path, role: Role, features: Array) -> tuple[Array, Array]:
+def _statistics(
+    network: _Network, path: Path, roles: Sequence[Role], features: Array
+) -> tuple[Array, Array]:
     """Returns the means and deviations of the units of the last group at a site."""
     group, view = network.views[path][-1]
+    around: list[Role] = [
+        role
+        for (other, _), role in zip(network.views[path], roles, strict=True)
+        if other.name == group.outer
+    ]
+    above: Role = around[-1] if around else "produces"
     units = samples_of(features, view, group)
     found = jnp.mean(units, axis=-2), jnp.std(units, axis=-2)
-    mean, deviation = (moved_units(group, network.plans, x, role) for x in found)
+    mean, deviation = (moved_units(group, network.plans, x, roles[-1], above) for x in found)
     return mean, deviation
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.layout import Cell, Cells, mixed, permuted
+from otfusion_jax.layout import Cell, Cells, mixed, mixed_pairs, permuted
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, Use, Uses
-from otfusion_jax.widths import matched
+from otfusion_jax.widths import crowded, matched
 
 
 @runtime_checkable
@@ -60,7 +60,9 @@ def transport(
         plans: group name to plan, or the result of `align`. A permutation is integer `[n]`:
             position `j` receives unit `plan[j]`. A transport plan is float `[n, m]`. Plans of a
             nested group have its batch in front; they apply to what is at an index after the group
-            around has moved. Groups that are left out stay where they are.
+            around has moved. If that moves along a transport plan `[h, g]`, there is one for every
+            pair: `[*batch, g, n]` or `[*batch, g, n, m]`, where h is the last of the batch. Groups
+            that are left out stay where they are.
         params: the parameters; not changed.
         onto: symmetry of the network that the plans lead to, if its widths are others. None takes
             the widths from the plans.
@@ -174,19 +176,52 @@ def moved_along(uses: Uses, plans: Plans, array: Array, stay: Collection[Member]
     cells = uses.layout.split(array)
     for use in uses.uses:
         if use.group.name in plans and use.member not in stay:
-            plan = plans[use.group.name]
-            cells = {key: _along(cell, use, plan) for key, cell in cells.items()}
+            inside = [u for u in uses.uses if u.group.name in plans and u.member not in stay]
+            cells = {key: _along(cell, use, inside, plans) for key, cell in cells.items()}
     return cells
 
 
-def _along(cell: Cell, use: Use, plan: Array) -> Cell:
-    """Moves the units of one member in a cell, if they are in it."""
-    if not {use.dim, *use.levels} <= set(cell.dims):
+def _along(cell: Cell, use: Use, moving: list[Use], plans: Plans) -> Cell:
+    """Moves the units of one member in a cell, if they are in it.
+
+    Args:
+        cell: the cell.
+        use: the member.
+        moving: all members that move, this one among them.
+        plans: of their groups.
+
+    Returns:
+        The cell. Units in heads that do not move one to one move together with the heads.
+    """
+    if not _within(use, cell):
         return cell
+    plan, role = plans[use.group.name], use.member.role
+    around = [u for u in moving if u.group.name == use.group.outer and u.dim == use.levels[-1]]
+    if around and not is_permutation(plans[around[0].group.name]):
+        outer = _weights(plans[around[0].group.name], around[0].member.role)
+        inner = _weights(_as_coupling(plan), role)
+        weights = (outer[..., None, None] * inner).astype(cell.array.dtype)
+        return mixed_pairs(cell, use.levels[-1], use.dim, use.levels[:-1], weights)
     if is_permutation(plan):
         return permuted(cell, use.dim, use.levels, plan)
-    weights = _weights(plan, use.member.role)
-    return mixed(cell, use.dim, use.levels, weights.astype(cell.array.dtype))
+    if any(
+        u.group.outer == use.group.name and u.levels[-1] == use.dim and _within(u, cell)
+        for u in moving
+    ):
+        return cell
+    return mixed(cell, use.dim, use.levels, _weights(plan, role).astype(cell.array.dtype))
+
+
+def _within(use: Use, cell: Cell) -> bool:
+    return {use.dim, *use.levels} <= set(cell.dims)
+
+
+def _as_coupling(plan: Array) -> Array:
+    """Turns permutations into transport plans; others stay."""
+    if not is_permutation(plan):
+        return plan
+    n = plan.shape[-1]
+    return jax.nn.one_hot(plan, n, axis=-2) / n
 
 
 def _weights(plan: Array, role: Role) -> Array:
@@ -195,28 +230,33 @@ def _weights(plan: Array, role: Role) -> Array:
     return plan / jnp.where(masses > 0, masses, 1)
 
 
-def moved_units(group: Group, plans: Plans, numbers: Array, role: Role = "produces") -> Array:
+def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, around: Role) -> Array:
     """Moves what is known of each unit, such as a mean, without checks.
 
     Args:
         group: whose units.
         plans: group name to plan; groups that are left out stay.
         numbers: float `[*batch, n]`.
-        role: of what is known.
+        role: of what is known, as the units of the group.
+        around: its role as what is in the group around, if there is one.
 
     Returns:
         `[*batch, m]`: of a new unit that is produced the mean over the old ones that map to it,
         otherwise the sum of their shares.
     """
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     if group.outer in plans:
-        numbers = jnp.take_along_axis(numbers, plans[group.outer][..., None], axis=-2)
+        outer = plans[group.outer]
+        if not is_permutation(outer):
+            inner = _weights(_as_coupling(plans[group.name]), role)
+            return product("...gn,...gh,...ghnm->...hm", numbers, _weights(outer, around), inner)
+        numbers = jnp.take_along_axis(numbers, outer[..., None], axis=-2)
     if group.name not in plans:
         return numbers
     plan = plans[group.name]
     if is_permutation(plan):
         return jnp.take_along_axis(numbers, plan, axis=-1)
-    weights = _weights(plan, role)
-    return jnp.einsum("...n,...nm->...m", numbers, weights, precision=jax.lax.Precision.HIGHEST)
+    return product("...n,...nm->...m", numbers, _weights(plan, role))
 
 
 def move(
@@ -259,13 +299,15 @@ def _check(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> No
     known = {g.name: g for g in symmetry.groups}
     sizes = {} if onto is None else {g.name: g.size for g in onto.groups}
     wrong = [f"  {name}: no such group" for name in plans if name not in known]
-    for name, plan in plans.items():
-        if name in known and (problem := _problem(known[name], plan, sizes.get(name))):
+    for name in plans:
+        if name in known and (problem := _problem(known[name], plans, sizes.get(name))):
             wrong.append(f"  {name}: {problem}")
-    around = {g.outer for g in symmetry.groups}
-    for name in [n for n in plans if n in around and not wrong]:
-        if plans[name].shape[-1] != known[name].size:
-            wrong.append(f"  {name}: other groups are nested in it, so that its size can't change")
+    if not wrong:
+        wrong = [
+            f"  {name}: {problem}"
+            for name, problem in crowded(symmetry).items()
+            if name in plans and not is_permutation(plans[name])
+        ]
     if not wrong and onto is not None:
         wrong = [
             f"  {g.name}: no plan, but {g.size} units become {sizes[g.name]}"
@@ -286,17 +328,22 @@ def _check(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> No
         )
 
 
-def _problem(group: Group, plan: Any, size: int | None = None) -> str | None:
-    """Says what is wrong with a plan; values are looked at unless they are traced."""
+def _problem(group: Group, plans: Plans, size: int | None = None) -> str | None:
+    """Says what is wrong with a group's plan; values are looked at unless they are traced."""
+    plan: Any = plans[group.name]
     if not isinstance(plan, jax.Array | np.ndarray):
         return f"a {type(plan).__name__}, expected an array"
-    n, batch = group.size, group.batch
+    n, batch, note = group.size, group.batch, ""
+    around: Any = plans.get(group.outer or "")
+    if isinstance(around, jax.Array | np.ndarray) and not is_permutation(around):
+        batch = (*batch, around.shape[-1])
+        note = f", one for every pair of what {group.outer} moves from and to"
     shape = ", ".join(map(str, (*batch, n)))
     alone = f"({n},)" if not batch else f"({shape})"
     known = not isinstance(plan, Tracer)
     if is_permutation(plan):
         if plan.shape != (*batch, n):
-            return f"shape {plan.shape}, expected {alone}"
+            return f"shape {plan.shape}, expected {alone}{note}"
         if size not in (None, n):
             return f"a permutation, but {n} units become {size}"
         if known and not np.all(np.sort(np.asarray(plan), axis=-1) == np.arange(n)):
@@ -305,7 +352,8 @@ def _problem(group: Group, plan: Any, size: int | None = None) -> str | None:
         return None
     new = "m" if size is None else str(size)
     if plan.shape[:-1] != (*batch, n) or size not in (None, plan.shape[-1]):
-        return f"shape {plan.shape}, expected ({shape}, {new}) for a transport plan or int {alone}"
+        expected = f"expected ({shape}, {new}) for a transport plan or int {alone}{note}"
+        return f"shape {plan.shape}, {expected}"
     if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
         return "masses that are negative or not finite"
     both = [m.path for m in group.members if m.role == "both"]

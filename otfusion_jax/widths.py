@@ -48,11 +48,15 @@ def matched(source: Symmetry, target: Symmetry) -> Symmetry:
         around = other.outer and names.get(other.outer)
         if around != group.outer:
             wrong.append(f"  {group.name}: in {group.outer} in the source, in {around} there")
-        elif group.batch != other.batch:
+        elif group.batch[: _fixed(group)] != other.batch[: _fixed(other)]:
             wrong.append(
-                f"  {group.name}: {group.batch} of them in the source, {other.batch} in the target;"
-                " units may differ in number, but not what they are nested in"
+                f"  {group.name}: {group.batch} of them in the source, {other.batch} in the target,"
+                " along what can't be permuted"
             )
+    crowds = crowded(source)
+    for group, other in pairs:
+        if group.size != other.size and group.name in crowds:
+            wrong.append(f"  {group.name}: {crowds[group.name]}")
     _refuse(wrong)
     found = dataclasses.replace(
         target, groups=tuple(_renamed(mine, other, names) for mine, other in pairs)
@@ -66,6 +70,33 @@ def matched(source: Symmetry, target: Symmetry) -> Symmetry:
                 "what can't be permuted"
             )
     _refuse(wrong)
+    return found
+
+
+def _fixed(group: Group) -> int:
+    """Returns how many axes of the batch can't be permuted."""
+    return len(group.batch) - (group.outer is not None)
+
+
+def crowded(symmetry: Symmetry) -> dict[str, str]:
+    """Finds groups that can only be permuted: others are nested in them on two axes of a parameter.
+
+    Args:
+        symmetry: whose groups.
+
+    Returns:
+        For each the reason, in words.
+    """
+    found = {}
+    for leaf, (layout, uses) in zip(symmetry.leaves, symmetry.by_leaf, strict=True):
+        for number, use in enumerate(uses):
+            for other in uses[:number]:
+                same = use.group.outer == other.group.outer and use.levels[-1:] == other.levels[-1:]
+                if use.group.outer and same and layout.together({use.dim, other.dim}):
+                    found[use.group.outer] = (
+                        f"{use.group.name} and {other.group.name}, nested in it, are both in "
+                        f"{leaf.path}, so that it can only be permuted"
+                    )
     return found
 
 

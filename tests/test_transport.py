@@ -258,13 +258,33 @@ def test_soft_plans_of_a_nested_group_mix_within_each_index():
     np.testing.assert_allclose(moved["a"], expected, atol=1e-5)
 
 
-def test_what_others_are_nested_in_keeps_its_size():
+@pytest.mark.parametrize("inner_width", [3, 5])
+def test_heads_that_merge_take_plans_of_all_pairs(inner_width: int):
     params = random_heads()
     del params["scale"]
     symmetry = otf.trace_symmetry(without_scale, params, jnp.ones((7, 5)))
-    outer = symmetry.groups[0]
-    with pytest.raises(ValueError, match=f"{outer.name}: other groups are nested in it"):
-        otf.transport(symmetry, {outer.name: coupling(jax.random.key(0), 4, 2)}, params)
+    outer, inner = symmetry.groups
+    p = coupling(jax.random.key(0), 4, 2)
+    key = jax.random.key(1)
+    if inner_width == 3:
+        still = jnp.broadcast_to(jnp.arange(3), (4, 2, 3))
+        q = jax.random.permutation(key, still, axis=-1, independent=True)
+        pairs = np.asarray(jax.nn.one_hot(q, 3, axis=-2))
+    else:
+        q = jnp.stack([coupling(k, 3, 5) for k in jax.random.split(key, 8)]).reshape(4, 2, 3, 5)
+        pairs = np.asarray(q)
+    moved = otf.transport(symmetry, {outer.name: p, inner.name: q}, params)
+    p = np.asarray(p)
+    a = np.asarray(params["a"]).reshape(5, 4, 3)
+    weights = (p / p.sum(0))[..., None, None] * pairs / pairs.sum(-2, keepdims=True)
+    expected = np.einsum("nhi,hgij->ngj", a, weights).reshape(5, -1)
+    np.testing.assert_allclose(moved["a"], expected, atol=1e-5)
+    b = np.asarray(params["b"]).reshape(4, 3, 2)
+    weights = (p / p.sum(1)[:, None])[..., None, None] * pairs / pairs.sum(-1, keepdims=True)
+    expected = np.einsum("hin,hgij->gjn", b, weights).reshape(-1, 2)
+    np.testing.assert_allclose(moved["b"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"int \(4, 2, 3\), one for every pair of what a moves"):
+        otf.transport(symmetry, {outer.name: jnp.ones((4, 2)) / 8, inner.name: q[0]}, params)
 
 
 # Kinds of leaves

@@ -81,6 +81,17 @@ def attention_shapes(n: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"out": (2 * n, 4)}
 
 
+def multi_head(p: Params, x: jax.Array) -> jax.Array:
+    """Heads of three units, as many as there is room for."""
+    h = x @ p["in"]
+    q, k, v = (
+        y.reshape(len(x), -1, 3) for y in jnp.split(h @ p["qkv"] + p["bias"][None], 3, axis=-1)
+    )
+    weights = jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k), axis=-1)
+    h = h + jnp.einsum("hts,shd->thd", weights, v).reshape(len(x), -1) @ p["proj"]
+    return h @ p["out"]
+
+
 def scanned(p: Params, x: jax.Array) -> jax.Array:
     """Stacked layers: the hidden units of each have an order of their own."""
 
@@ -228,6 +239,48 @@ def scaled_as_the_original(symmetry: otf.Symmetry, onto: otf.Symmetry, params: P
     return params
 
 
+def test_heads_are_a_width_too():
+    """Two heads copied to four, each copy with its units in an order of its own, and back."""
+    fn = multi_head
+
+    def of(heads: int, seed: int) -> tuple[Params, otf.Symmetry]:
+        shapes = {"in": (5, 6), "qkv": (6, 9 * heads), "bias": (9 * heads,)}
+        shapes |= {"proj": (3 * heads, 6), "out": (6, 4)}
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        params = {
+            path: jax.random.normal(key, shape) / 2
+            for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+        }
+        return params, otf.trace_symmetry(fn, params, X)
+
+    (params, two), (_, four) = of(2, 0), of(4, 1)
+    heads, inside = next((g.outer, g.name) for g in two.groups if g.outer)
+    plans = {heads: jax.nn.one_hot(jnp.array([1, 0, 0, 1]), 2, axis=0) / 4}
+    for group in two.groups:
+        if group.outer == heads:
+            still = jnp.broadcast_to(jnp.arange(3), (2, 4, 3))
+            key = jax.random.key(3)
+            plans[group.name] = jax.random.permutation(key, still, axis=-1, independent=True)
+    many = otf.transport(two, plans, params, onto=four)
+    assert close(fn(many, X), fn(params, X))
+
+    found = otf.align(four, many, params, onto=two, method=otf.ForwardPass())
+    assert found.plans[inside].shape == (4, 2, 3)
+    back = otf.transport(four, found, many, onto=two)
+    assert close(fn(back, X), fn(params, X))
+    again = otf.transport(
+        two, otf.align(two, params, many, onto=four, method=otf.ForwardPass()), params, onto=four
+    )
+    assert close(fn(again, X), fn(params, X))
+
+    other, _ = of(2, 2)
+    original = otf.Original(four, fn, many, found)
+    for method in (otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=100)):
+        repaired = otf.repair(two, fn, [back, other], X, method=method, originals=[original, None])
+        expected = otf.repair(two, fn, [params, other], X, method=method)
+        np.testing.assert_allclose(fn(repaired, X), fn(expected, X), atol=1e-3)
+
+
 def test_the_scaling_of_the_original_shrinks_what_was_split():
     params, narrow, wide = made("mlp", 4), traced("mlp", 4), traced("mlp", 8)
     plans = shuffled(jax.random.key(1), narrow, wide)
@@ -307,21 +360,20 @@ def test_networks_that_differ_in_more_than_widths_are_refused():
     refused(otf.trace_symmetry(ordered, made("dense", 8), X), "in the target axis 1 of a is")
 
 
-def test_heads_of_another_number_are_refused():
-    def heads(count: int) -> otf.Symmetry:
-        def fn(p: Params, x: jax.Array) -> jax.Array:
-            q, k = (jnp.reshape(x @ p[name], (len(x), count, 3)) for name in "qk")
-            return jnp.sum(jnp.einsum("thd,shd->hts", q, k) ** 2, axis=0)
+def test_experts_with_two_hidden_layers_can_only_be_permuted():
+    def experts(p: Params, x: jax.Array) -> jax.Array:
+        h = jnp.tanh(jnp.einsum("ni,eih->enh", x, p["a"]))
+        h = jnp.tanh(jnp.einsum("enh,ehk->enk", h, p["b"]))
+        return jnp.sum(jnp.einsum("enk,eko->eno", h, p["c"]), axis=0)
 
-        return otf.trace_symmetry(
-            fn, {"q": jnp.ones((5, 3 * count)), "k": jnp.ones((5, 3 * count))}, X
-        )
+    def of(count: int) -> tuple[Params, otf.Symmetry]:
+        shapes = {"a": (count, 5, 3), "b": (count, 3, 4), "c": (count, 4, 2)}
+        params = {path: jnp.ones(shape) for path, shape in shapes.items()}
+        return params, otf.trace_symmetry(experts, params, X)
 
-    params = {name: jnp.ones((5, 6)) for name in "qk"}
-    with pytest.raises(
-        ValueError, match="units may differ in number, but not what they are nested"
-    ):
-        otf.transport(heads(2), {}, params, onto=heads(4))
+    (params, two), (_, four) = of(2), of(4)
+    with pytest.raises(ValueError, match="both in b, so that it can only be permuted"):
+        otf.transport(two, two.identity(), params, onto=four)
 
 
 def test_plans_that_lead_elsewhere_are_refused():
