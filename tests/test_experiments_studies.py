@@ -113,7 +113,9 @@ def test_language_models_are_fused(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("words", [["one_shot", "--synthetic"], ["non_iid"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["one_shot", "--synthetic"], ["non_iid"], ["federated"]], ids=" ".join
+)
 def test_what_a_text_is_not_fit_for(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -190,6 +192,59 @@ def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
         assert path["test"][-1] == pytest.approx(b["test"], abs=1.5)
     best = max(max(path["test"]) for path in results["methods"].values())
     assert best > max(a["test"], b["test"])
+
+
+# --- federated
+
+
+def test_clients_are_averaged_round_by_round(tmp_path: Path):
+    words = ["--epochs", "2", "--width", "0.5", "--same-start"]
+    results = run(tmp_path, "federated", *words)
+    a, b = results["shares"]
+    assert a < b
+    assert a + b == pytest.approx(1, abs=1e-3)
+    first = [found["clients"][0] for found in results["methods"].values()]
+    assert all(clients == first[0] for clients in first)  # nothing has been averaged yet
+    for found in results["methods"].values():
+        assert np.shape(found["clients"]) == (2, 2)
+        assert found["global"][1] > found["global"][0] - 5
+        assert max(found["global"]) < results["on all data"]
+    # Of one start, models are aligned as they stand.
+    fused, vanilla = (
+        results["methods"][name]["global"]
+        for name in ("coordinate descent (fuse)", "vanilla average")
+    )
+    assert fused == vanilla
+
+
+def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["federated", "--rounds", "0"]) == 2
+    assert "--rounds is 0" in capsys.readouterr().err
+
+
+# --- ablate
+
+
+def test_plans_are_softened_and_samples_drawn(tmp_path: Path):
+    words = ["--epochs", "4", "--width", "0.5", "--epsilons", "10", "--iterations", "100"]
+    results = run(tmp_path, "ablate", *words, "--samples", "100", "--draws", "2")
+    for found in results["entropy"].values():
+        assert list(found) == ["exact", "10"]
+        assert found["exact"]["converged"]
+        # Nothing is left of A once all its units are averaged.
+        assert found["exact"]["moved"] == pytest.approx(results["individuals"][0], abs=0.3)
+        assert found["10"]["moved"] < 40
+        assert found["10"]["average"] == pytest.approx(results["individuals"][1], abs=3)
+    for found in results["samples"].values():
+        assert list(found) == ["100"]
+        assert len(found["100"]) == 2
+        assert min(found["100"]) > 40
+
+
+@pytest.mark.parametrize("words", [["--samples", "1"], ["--draws", "0"]], ids=" ".join)
+def test_there_is_something_to_draw(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["ablate", *words]) == 2
+    assert "--samples are" in capsys.readouterr().err
 
 
 # --- many
