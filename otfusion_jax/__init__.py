@@ -16,9 +16,12 @@ from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.frameworks import functional
 from otfusion_jax.fuse import average, fuse, stack
+from otfusion_jax.gromov import GromovWasserstein
+from otfusion_jax.low_rank import LowRank
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
 from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics, repair
-from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
+from otfusion_jax.soft import Sinkhorn
+from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
 from otfusion_jax.trace import trace_symmetry
 from otfusion_jax.transport import check_symmetry, compose, invert, transport
@@ -35,8 +38,10 @@ __all__ = [
     "Exact",
     "ForwardPass",
     "Gram",
+    "GromovWasserstein",
     "Group",
     "LeastSquares",
+    "LowRank",
     "Member",
     "Pin",
     "RestoreStatistics",

@@ -14,6 +14,7 @@ from otfusion_jax.costs import Gram
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, Problem
 from otfusion_jax.solvers import AbstractSolver, Exact
 from otfusion_jax.symmetry import Symmetry
+from otfusion_jax.widths import matched
 
 
 def align(
@@ -21,6 +22,7 @@ def align(
     source: PyTree,
     target: PyTree,
     *,
+    onto: Symmetry | None = None,
     method: AbstractMethod = CoordinateDescent(),
     metric: costs.CostFn | None = None,
     solver: AbstractSolver = Exact(),
@@ -32,9 +34,11 @@ def align(
     Jitted; the same inside `jax.jit`, and under `jax.vmap` over stacks of models.
 
     Args:
-        symmetry: of both models.
+        symmetry: of the source, and of the target too unless `onto` is given.
         source: parameters of the model to be moved.
         target: parameters of the model to be matched.
+        onto: symmetry of the target, if its widths are others than the source's. Groups are matched
+            by structure; plans between groups of different sizes are float `[n, m]`.
         method: `CoordinateDescent()` or `ForwardPass()`.
         metric: ground metric between units, an ott cost function; None means
             `ott.geometry.costs.SqEuclidean()`. Coordinate descent always uses that one for its
@@ -59,12 +63,14 @@ def align(
             and `converged` False.
     """
     symmetry.validate(source, "the source")
-    symmetry.validate(target, "the target")
-    _check_features(symmetry, features)
+    onto = symmetry if onto is None else matched(symmetry, onto)
+    onto.validate(target, "the target")
+    _check_widths(symmetry, onto)
+    _check_features(symmetry, onto, features)
     metric = costs.SqEuclidean() if metric is None else metric
     leaves = [jax.tree_util.tree_leaves(tree) for tree in (source, target)]
     weights = leaf_weights(symmetry, leaf_weight)
-    return _align(symmetry, method, solver, weights, *leaves, metric, features)
+    return _align(symmetry, onto, method, solver, weights, *leaves, metric, features)
 
 
 def leaf_weights(
@@ -109,9 +115,10 @@ def weight_by_path(
     return dict(zip(paths, weights, strict=True)).__getitem__
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _align(
     symmetry: Symmetry,
+    onto: Symmetry,
     method: AbstractMethod,
     solver: AbstractSolver,
     weights: tuple[float, ...] | None,
@@ -122,7 +129,7 @@ def _align(
 ) -> Alignment:
     if weights is not None:
         source, target = (_weighted(symmetry, leaves, weights) for leaves in (source, target))
-    problem = Problem(symmetry, source, target, metric, solver)
+    problem = Problem(symmetry, onto, source, target, metric, solver)
     if not symmetry.groups:
         distance = problem.distance({})
         return Alignment({}, distance, distance[None], jnp.array(True), {})
@@ -137,13 +144,31 @@ def _weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...])
     ]
 
 
-def _check_features(symmetry: Symmetry, features: dict[str, Gram] | None) -> None:
+def _check_widths(symmetry: Symmetry, onto: Symmetry) -> None:
+    """Refuses what has no rectangular plan."""
+    around = {group.outer for group in symmetry.groups}
+    wrong = []
+    for group, other in zip(symmetry.groups, onto.groups, strict=True):
+        if group.size == other.size:
+            continue
+        both = [m.path for m in group.members if m.role == "both"]
+        if both:
+            wrong.append(f"  {group.name}: {', '.join(both)} both produce and consume the units")
+        if group.name in around:
+            wrong.append(f"  {group.name}: other groups are nested in it")
+    if wrong:
+        raise ValueError(
+            "these groups need as many units in the target as in the source:\n" + "\n".join(wrong)
+        )
+
+
+def _check_features(symmetry: Symmetry, onto: Symmetry, features: dict[str, Gram] | None) -> None:
     if features is None:
         return
     wrong = [f"  {g.name}: missing" for g in symmetry.groups if g.name not in features]
-    for group in symmetry.groups:
-        *batch, n = (*group.batch, group.size)
-        shape = (*batch, n, batch[-1], n) if group.outer else (*batch, n, n)
+    for group, other in zip(symmetry.groups, onto.groups, strict=True):
+        batch, n, m = group.batch, group.size, other.size
+        shape = (*batch, n, batch[-1], m) if group.outer else (*batch, n, m)
         if group.name in features and features[group.name].ab.shape != shape:
             wrong.append(f"  {group.name}: shape {features[group.name].ab.shape}, expected {shape}")
     if wrong:

@@ -35,6 +35,29 @@ def assign(cost: Float[Array, "n n"]) -> tuple[Int[Array, " n"], Float[Array, ""
     return plan, _identity_gap(shifted[plan])
 
 
+def assign_copies(cost: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
+    """Finds the transport plan of lowest cost between uniform masses, one size dividing the other.
+
+    Each unit of the smaller side is split into equal copies, as many as make the sides equal. A
+    plan between the units, spread evenly over their copies, costs the same, as does a plan between
+    the copies, summed up. So both problems have the same minimum, and a gap of one is a gap of the
+    other. Of the copies, some permutation is optimal.
+
+    Args:
+        cost: finite; `n` divides `m` or `m` divides `n`.
+
+    Returns:
+        The plan, of mass 1; and its duality gap, at least 0, in units of the mean cost of a match.
+    """
+    n, m = cost.shape
+    size = max(n, m)
+    copies = jnp.repeat(jnp.repeat(cost, size // n, axis=0), size // m, axis=1)
+    plan, gap = assign(copies)
+    counts = jnp.zeros((n, m), cost.dtype)
+    counts = counts.at[plan // (size // n), jnp.arange(size) // (size // m)].add(1)
+    return counts / size, gap
+
+
 def _precondition(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Shifts rows and columns so that shortest augmenting paths become short.
 

@@ -7,7 +7,7 @@ accumulated, over members or over batches, and memory is n·m however long the v
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Inexact, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.features import At, batches_of, features
-from otfusion_jax.symmetry import Group, Member, Symmetry
-from otfusion_jax.units import units_of
+from otfusion_jax.symmetry import Group, Symmetry
+from otfusion_jax.widths import matched, names
 
 
 @jax.tree_util.register_dataclass
@@ -138,30 +138,6 @@ def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
     return METRICS[type(metric)](g)
 
 
-def weight_gram(
-    source: Sequence[Array], target: Sequence[Array], members: Sequence[Member], group: Group
-) -> Gram:
-    """Sums the inner products of units' weights over members.
-
-    Args:
-        source: for each member the source's parameter, all its *other* axes already moved by the
-            current plans.
-        target: for each member the target's parameter.
-        members: of one group.
-        group: the group.
-
-    Returns:
-        Inner products of the units' concatenated weights.
-    """
-    return functools.reduce(
-        Gram.__add__,
-        (
-            unit_gram(units_of(a, m.where, group), units_of(b, m.where, group), group)
-            for a, b, m in zip(source, target, members, strict=True)
-        ),
-    )
-
-
 def unit_gram(
     a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"], group: Group
 ) -> Gram:
@@ -178,9 +154,10 @@ def unit_gram(
     if group.outer is None:
         return gram(a, b)
     *batch, heads, n, width = a.shape
-    found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * n, width))
-    aa, bb = (x.reshape(*batch, heads, n) for x in (found.aa, found.bb))
-    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, n))
+    m = b.shape[-2]
+    found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * m, width))
+    aa, bb = found.aa.reshape(*batch, heads, n), found.bb.reshape(*batch, heads, m)
+    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, m))
 
 
 def feature_gram(
@@ -190,6 +167,8 @@ def feature_gram(
     target: PyTree,
     batches: Iterable[Any],
     *,
+    onto: Symmetry | None = None,
+    target_fn: Callable[..., Any] | None = None,
     at: At = "produced",
     center: bool = False,
 ) -> dict[str, Gram]:
@@ -206,6 +185,8 @@ def feature_gram(
         target: parameters of the target model.
         batches: arrays, or tuples of arrays for functions of several inputs. Memory does not grow
             with their number.
+        onto: symmetry of the target, if its widths are others than the source's.
+        target_fn: the function of the target, if it is another.
         at: where features are read, see `features`.
         center: whether to subtract from each unit its mean over the samples, which makes
             covariances of the inner products.
@@ -214,15 +195,20 @@ def feature_gram(
         For each group the inner products, ready for `align(..., features=...)`.
 
     Raises:
-        ValueError: if there are no batches, or `features` raises it.
+        ValueError: if there are no batches, if the networks differ in more than widths, or
+            `features` raises it.
     """
     total = None
+    onto = symmetry if onto is None else onto
+    named = names(matched(symmetry, onto), onto)
+    target_fn = fn if target_fn is None else target_fn
     for batch in batches_of(batches):
         found = {}
         a = features(symmetry, fn, source, *batch, at=at)
-        b = features(symmetry, fn, target, *batch, at=at)
+        b = features(onto, target_fn, target, *batch, at=at)
         for group in symmetry.groups:
-            x, y = (jnp.swapaxes(f[group.name], -1, -2) for f in (a, b))
+            pair = a[group.name], b[named[group.name]]
+            x, y = (jnp.swapaxes(found, -1, -2) for found in pair)
             sums = _real(x).sum(-1), _real(y).sum(-1)
             found[group.name] = (unit_gram(x, y, group), *sums, x.shape[-1])
         total = found if total is None else jax.tree.map(jnp.add, total, found)

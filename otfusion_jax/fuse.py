@@ -15,16 +15,22 @@ from otfusion_jax.align import align, leaf_weights, weight_by_path
 from otfusion_jax.matching import at_once
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
-from otfusion_jax.symmetry import Symmetry, leaves_of
+from otfusion_jax.symmetry import Leaf, Symmetry, leaves_of
 from otfusion_jax.transport import transport
 
+Weights = Sequence[float] | Callable[[str], Sequence[float] | None] | None
+"""Of K models: K numbers that sum to 1; or from the key path of a parameter to such numbers, or to
+None where they are uniform, which is also what None means."""
 
-def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
+
+def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     """Averages parameters as they are: the vanilla baseline.
 
     Args:
         models: K pytrees of the same structure and shapes.
-        weights: K weights, summing to 1; uniform if None.
+        weights: K weights, summing to 1; uniform if None. A function of the key path says them
+            parameter by parameter: `lambda path: (0, 1) if path.startswith("head") else None` keeps
+            the head of the second of two models.
 
     Returns:
         The weighted average. Integers, booleans and keys are those of the last model.
@@ -33,7 +39,8 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         ValueError: for no models, weights that do not fit, or trees that differ, listing every
             offender by key path.
     """
-    return average_of(stack(models), mixture(weights, len(models)))
+    stacked = stack(models)
+    return average_of(stacked, mixtures(weights, len(models), leaves_of(models[0])))
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -99,18 +106,45 @@ def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
     return jnp.asarray(weights, float)
 
 
-def average_of(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
+def mixtures(weights: Weights, count: int, leaves: Sequence[Leaf]) -> list[Float[Array, " k"]]:
+    """Checks the weights of models, parameter by parameter.
+
+    Args:
+        weights: see `Weights`.
+        count: K.
+        leaves: of the models.
+
+    Returns:
+        The weights for each leaf.
+
+    Raises:
+        ValueError: for weights that do not fit, naming the key path.
+    """
+    if not callable(weights):
+        return [mixture(weights, count)] * len(leaves)
+    found = []
+    for leaf in leaves:
+        try:
+            found.append(mixture(weights(leaf.path), count))
+        except ValueError as error:
+            raise ValueError(f"{leaf.path}: {error}") from None
+    return found
+
+
+def average_of(
+    stacked: PyTree, weights: Float[Array, " k"] | Sequence[Float[Array, " k"]]
+) -> PyTree:
     """Averages a stack of models, without checks.
 
     Args:
         stacked: leaves `[K, ...]`.
-        weights: of the models.
+        weights: of the models, alike for all leaves or a list of one for each.
 
     Returns:
         The average. Integers, booleans and keys are those of the last model.
     """
 
-    def mean(x: Array) -> Array:
+    def mean(x: Array, weights: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x[-1]
         # At least float32, so that half-precision models lose nothing to the weights.
@@ -118,13 +152,15 @@ def average_of(stacked: PyTree, weights: Float[Array, " k"]) -> PyTree:
         w = weights.astype(wide)
         return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
 
-    return jax.tree.map(mean, stacked)
+    leaves, treedef = jax.tree_util.tree_flatten(stacked)
+    each = [weights] * len(leaves) if isinstance(weights, jax.Array) else weights
+    return treedef.unflatten(map(mean, leaves, each))
 
 
 def fuse(
-    symmetry: Symmetry,
+    symmetry: Symmetry | Sequence[Symmetry],
     models: Sequence[PyTree] | PyTree,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     *,
     reference: int = -1,
     method: AbstractMethod = CoordinateDescent(),
@@ -137,21 +173,24 @@ def fuse(
 
     The defaults are the best one-shot method we have that needs no data. Alignment and transport
     of the stack run under `jax.vmap`; all of it is jitted. To match by activations, use
-    `align(..., features=...)`, `transport` and `average`.
+    `align(..., features=...)`, `transport` and `average`. To leave groups as they are, fuse with
+    `symmetry.only(...)`.
 
     Args:
-        symmetry: of the models.
+        symmetry: of the models; one for each if their widths are not the same.
         models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
-        weights: K weights, summing to 1; uniform if None.
+        weights: K weights, summing to 1; uniform if None. A function of the key path says them
+            parameter by parameter, see `average`.
         reference: which model the others are moved onto. As all of them end in its order of units,
-            it matters for what the result can be averaged with later.
+            and with its widths, it matters for what the result can be averaged with later.
         method: see `align`.
         metric: see `align`.
         solver: see `align`.
         leaf_weight: see `align`.
         batch_size: how many models are aligned at once under `jax.vmap`. None means all, but on a
             CPU one after the other: it gains nothing there by doing the same thing to many models,
-            and each would wait for the slowest.
+            and each would wait for the slowest. Models of several widths are always aligned one by
+            one.
 
     Returns:
         The fused parameters. Integers, booleans and keys are those of the reference.
@@ -162,18 +201,51 @@ def fuse(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
-    stacked, count = stacked_models(symmetry, models)
-    if not -count <= reference < count:
-        raise ValueError(f"reference is {reference}, but there are {count} models")
-    found = mixture(weights, count)
-    # The reference goes last, which is where `average_of` takes integers from.
-    order = np.delete(np.arange(count), reference).tolist() + [reference % count]
     metric = costs.SqEuclidean() if metric is None else metric
-    ordered = jax.tree.map(lambda x: x[np.array(order)], stacked)
+    if not isinstance(symmetry, Symmetry):
+        how = {"method": method, "metric": metric, "solver": solver, "leaf_weight": leaf_weight}
+        return _fuse_widths(tuple(symmetry), models, weights, reference, how)
+    stacked, count = stacked_models(symmetry, models)
+    order = _reference_last(reference, count)
+    found = mixtures(weights, count, symmetry.leaves)
+    ordered = jax.tree.map(lambda x: x[order], stacked)
     counting = leaf_weights(symmetry, leaf_weight)
     lanes = min(batch_size or at_once(count), count - 1)
-    how = (symmetry, method, solver, counting, lanes)
-    return _fuse(*how, ordered, found[np.array(order)], metric)
+    static = (symmetry, method, solver, counting, lanes)
+    return _fuse(*static, ordered, [w[order] for w in found], metric)
+
+
+def _reference_last(reference: int, count: int) -> np.ndarray:
+    """Puts the reference last, which is where `average_of` takes integers from."""
+    if not -count <= reference < count:
+        raise ValueError(f"reference is {reference}, but there are {count} models")
+    return np.append(np.delete(np.arange(count), reference), reference % count)
+
+
+def _fuse_widths(
+    symmetries: tuple[Symmetry, ...],
+    models: Sequence[PyTree],
+    weights: Weights,
+    reference: int,
+    how: dict[str, Any],
+) -> PyTree:
+    """Fuses models of several widths, one after the other."""
+    count = len(symmetries)
+    if not isinstance(models, list | tuple) or len(models) != count or count < 2:
+        raise ValueError(
+            f"{count} symmetries were given; pass a list of as many models, at least two"
+        )
+    order = _reference_last(reference, count)
+    onto, target = symmetries[order[-1]], models[order[-1]]
+    found = mixtures(weights, count, onto.leaves)
+    moved = []
+    for i in order[:-1]:
+        symmetry, model = symmetries[i], models[i]
+        symmetry.validate(model, f"model {i}")
+        plans = align(symmetry, model, target, onto=onto, **how)
+        moved.append(transport(symmetry, plans, model, onto=onto))
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved, target)
+    return average_of(together, [w[order] for w in found])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -184,7 +256,7 @@ def _fuse(
     counting: tuple[float, ...] | None,
     batch_size: int,
     stacked: PyTree,
-    weights: Float[Array, " k"],
+    weights: list[Float[Array, " k"]],
     metric: costs.CostFn,
 ) -> PyTree:
     others, target = jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)

@@ -17,14 +17,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, gram, squared_norm, weight_gram
+from otfusion_jax.costs import Gram, gram, squared_norm, unit_gram
 from otfusion_jax.matching import Family, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
-from otfusion_jax.transport import is_permutation, move
+from otfusion_jax.transport import is_permutation, move, placed
+from otfusion_jax.units import units_in
 
 
 @jax.tree_util.register_dataclass
@@ -51,9 +53,13 @@ class Alignment:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a method works on: flat parameters, and how a cost becomes a plan."""
+    """What a method works on: flat parameters, and how a cost becomes a plan.
+
+    The source has the groups of `symmetry`, the target those of `onto`, by the same names.
+    """
 
     symmetry: Symmetry
+    onto: Symmetry
     source: list[Array]
     target: list[Array]
     metric: costs.CostFn
@@ -87,23 +93,38 @@ class Problem:
         ]
 
     def _gram(self, family: Family, group: Group, members: Sequence[Member], plans: Plans) -> Gram:
+        n, m, batch = group.size, self.onto[group.name].size, group.batch
         if not members:
-            n = group.size
-            pairs = (*group.batch, n, *group.batch[-1:], n) if group.outer else (*group.batch, n, n)
-            norms = jnp.zeros((*group.batch, n), self.dtype)
-            return Gram(norms, norms, jnp.zeros(pairs, self.dtype))
+            pairs = (*batch, n, *batch[-1:], m) if group.outer else (*batch, n, m)
+            aa, bb = (jnp.zeros((*batch, size), self.dtype) for size in (n, m))
+            return Gram(aa, bb, jnp.zeros(pairs, self.dtype))
+        return functools.reduce(
+            Gram.__add__, (self._compared(family, group, member, plans) for member in members)
+        )
+
+    def _compared(self, family: Family, group: Group, member: Member, plans: Plans) -> Gram:
+        """Compares the units of a group by one member."""
+        leaf = member.leaf
+        use = next(use for use in self.symmetry.by_leaf[leaf].uses if use.member is member)
+        front = [*use.levels, use.dim]
         # What is compared stays; the same units elsewhere in the leaf move.
-        source = [
-            move(self.symmetry, plans, m.leaf, self.source[m.leaf], family.beside(m))
-            for m in members
-        ]
-        return weight_gram(source, [self.target[m.leaf] for m in members], members, group)
+        stay = family.beside(member)
+        source = units_in(placed(self.symmetry, plans, leaf, self.source[leaf], stay), front)
+        target = units_in(self.onto.by_leaf[leaf].layout.split(self.target[leaf]), front)
+        if member.role == "consumes":
+            # Of n units that become m, n/m take the place of one, and what consumes them adds up.
+            source = source * (group.size / self.onto[group.name].size)
+        return unit_gram(source, target, group)
+
+    def _moved(self, plans: Plans, leaf: int) -> Array:
+        onto = None if self.onto == self.symmetry else self.onto
+        return move(self.symmetry, plans, leaf, self.source[leaf], onto)
 
     def distance(self, plans: Plans) -> Float[Array, ""]:
         """Squared distance of the moved source to the target, over all parameters that move."""
         terms = [
-            squared_norm(move(self.symmetry, plans, i, a) - b).astype(self.dtype)
-            for i, (a, b) in enumerate(zip(self.source, self.target, strict=True))
+            squared_norm(self._moved(plans, i) - b).astype(self.dtype)
+            for i, b in enumerate(self.target)
             if self.symmetry.leaves[i].moves
         ]
         return jnp.asarray(sum(terms, start=jnp.zeros((), self.dtype)))
@@ -116,10 +137,10 @@ class Problem:
         gladly trades a late layer for an early one.
         """
         total = jnp.zeros((), self.dtype)
-        for i, (a, b) in enumerate(zip(self.source, self.target, strict=True)):
+        for i, b in enumerate(self.target):
             leaf = self.symmetry.leaves[i]
-            if leaf.moves and len(leaf.shape) > 1 and self.symmetry.by_leaf[i]:
-                moved = move(self.symmetry, plans, i, a)
+            if leaf.moves and len(leaf.shape) > 1 and self.symmetry.by_leaf[i].uses:
+                moved = self._moved(plans, i)
                 g = gram(moved.reshape(1, -1), b.reshape(1, -1))
                 cosine = g.ab[0, 0] / jnp.sqrt(jnp.maximum(g.aa[0] * g.bb[0], 1e-30))
                 total = total + jnp.log(jnp.maximum(cosine, 1e-6)).astype(self.dtype)
@@ -236,7 +257,8 @@ class ForwardPass(AbstractMethod):
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`."""
         state = self._pass(problem, features)
-        history = jnp.stack([problem.distance({}), problem.distance(state.plans)])
+        still = _start(problem).plans
+        history = jnp.stack([problem.distance(still), problem.distance(state.plans)])
         return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
 
     def _pass(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
@@ -273,15 +295,23 @@ def _start(problem: Problem) -> _State:
     plans, gaps = problem.symmetry.identity(), {}
     around = {group.outer for group in problem.symmetry.groups}
     for group in problem.symmetry.groups:
-        n = group.size
-        cost = jax.ShapeDtypeStruct((n, n), problem.dtype)
+        n, m = group.size, problem.onto[group.name].size
+        cost = jax.ShapeDtypeStruct((n, m), problem.dtype)
         solver = Exact() if group.name in around else problem.solver
         form = jax.eval_shape(solver.solve, cost)
         gaps[group.name] = jnp.zeros(form.gap.shape, form.gap.dtype)
         if not is_permutation(form.plan):
-            still = jnp.eye(n, dtype=form.plan.dtype) / n
-            plans[group.name] = jnp.broadcast_to(still, (*group.batch, n, n))
+            still = _monotone(n, m).astype(form.plan.dtype)
+            plans[group.name] = jnp.broadcast_to(still, (*group.batch, n, m))
     return _State(plans, gaps, jnp.array(True), jnp.array(False))
+
+
+def _monotone(n: int, m: int) -> Array:
+    """The coupling of uniform masses that keeps the order: the identity where n is m."""
+    rows, columns = np.arange(n + 1) / n, np.arange(m + 1) / m
+    ends = np.minimum(rows[1:, None], columns[None, 1:])
+    starts = np.maximum(rows[:-1, None], columns[None, :-1])
+    return jnp.asarray(np.maximum(ends - starts, 0))
 
 
 def _placed(problem: Problem, family: Family, group: Group) -> Sequence[Member]:
@@ -306,7 +336,9 @@ class CoordinateDescent(AbstractMethod):
 
     Each group in turn is matched by all its members, given the plans of the others, until no group
     improves. A parameter that has one group on two axes makes the problem quadratic; it is
-    linearised at the current plan, and only what improves the true objective is accepted.
+    linearised at the current plan, and only what improves the true objective is accepted. Likewise
+    for plans between groups of different sizes: what is minimised is the mean squared distance of
+    the units that are merged, which bounds that of their mean.
 
     Attributes:
         max_sweeps: how often to go over all groups at most.
@@ -329,7 +361,12 @@ class CoordinateDescent(AbstractMethod):
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`. Features, if given, only serve the start `"forward"`."""
         still = _start(problem)
-        if not all(is_permutation(plan) for plan in still.plans.values()):
+        square = [
+            still.plans[group.name]
+            for group, other in zip(problem.symmetry.groups, problem.onto.groups, strict=True)
+            if group.size == other.size
+        ]
+        if not all(map(is_permutation, square)):
             raise ValueError(
                 f"coordinate descent composes permutations, and {type(problem.solver).__name__} "
                 "returns soft plans; use Exact(), or ForwardPass() with this solver"
@@ -385,13 +422,16 @@ def _accept(
     groups = family.root, *family.nested
     old = [state.plans[group.name] for group in groups]
     new = [solution.plan for solution in solutions]
-    gain = overlap(grams, new) - overlap(grams, old)
-    scale = sum(jnp.sum(g.aa) for g in grams) * sum(jnp.sum(g.bb) for g in grams)
-    better = gain > 1e-6 * jnp.sqrt(scale)
-    if any(map(_twice, groups)):  # the gain is that of the linearised objective
+    better = jnp.array(True)
+    permutations = all(map(is_permutation, new))
+    if permutations:
+        gain = overlap(grams, new) - overlap(grams, old)
+        scale = sum(jnp.sum(g.aa) for g in grams) * sum(jnp.sum(g.bb) for g in grams)
+        better = gain > 1e-6 * jnp.sqrt(scale)
+    if not permutations or any(map(_twice, groups)):  # what was minimised is not the objective
         plans = {group.name: plan for group, plan in zip(groups, new, strict=True)}
-        moved = problem.distance(state.plans | plans)
-        better = better & (moved < problem.distance(state.plans))
+        before = problem.distance(state.plans)
+        better = better & (problem.distance(state.plans | plans) < (1 - 1e-6) * before)
     # A problem without a solution must not pass for one that is solved.
     for solution in solutions:
         better = better | ~jnp.isfinite(solution.value)

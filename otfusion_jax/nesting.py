@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from otfusion_jax.axes import Axis, Factor, Space, Sum, size_of
-from otfusion_jax.symmetry import Place, Where
+from otfusion_jax.layout import Place, Where
 from otfusion_jax.walk import Meeting
 
 

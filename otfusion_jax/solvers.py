@@ -1,4 +1,4 @@
-"""From a cost matrix to a transport plan: the only module that calls ott's solvers.
+"""From a cost matrix to a transport plan: what a solver is, and the exact one.
 
 A solver is a frozen, hashable dataclass, hence static under `jax.jit`; its `solve` is a pure
 function of arrays that `jax.jit` and `jax.vmap` accept. The answer is always a `Solution`: the
@@ -9,6 +9,7 @@ is the *mean* of the costs that it picks.
 import abc
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
 
-from otfusion_jax.assignment import assign, slack
+from otfusion_jax.assignment import assign, assign_copies
+from otfusion_jax.simplex import network_simplex, require_pot
 
 
 @jax.tree_util.register_dataclass
@@ -32,11 +31,12 @@ class Solution:
         plan: int32 `[n]`, a permutation (`plan[j]` is the row, the source unit, that lands at
             column, target position, `j`), or float `[n, m]`, a transport plan of total mass 1 with
             source units as rows.
-        value: float `[]`, `<P, C>` in the units of the cost.
+        value: float `[]`, `<P, C>` in the units of the cost; of a quadratic solver, its objective.
         converged: bool `[]`, whether the solver reached its tolerance; False for invalid input.
         gap: float `[]`, at least 0, in the units of `value`: up to rounding, the plan costs at most
-            this much more than an optimal transport plan with its marginals. The difference to
-            a feasible point of the dual linear program. Carries no gradient.
+            this much more than an optimal transport plan with *its own* marginals, which are those
+            asked for as far as the solver keeps them. The difference to a feasible point of the
+            dual linear program. Carries no gradient.
     """
 
     plan: Array
@@ -47,7 +47,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class AbstractSolver(abc.ABC):
-    """Turns a cost into a plan. Subclasses are frozen dataclasses of hashable settings."""
+    """Turns a cost into a plan. Subclasses are frozen dataclasses of hashable settings.
+
+    Attributes:
+        quadratic: whether `solve` needs the costs `within` each model; of the class, not a setting.
+    """
+
+    quadratic: ClassVar[bool] = False
 
     @abc.abstractmethod
     def solve(
@@ -55,6 +61,7 @@ class AbstractSolver(abc.ABC):
         cost: Float[Array, "n m"],
         a: Float[Array, " n"] | None = None,
         b: Float[Array, " m"] | None = None,
+        within: tuple[Float[Array, "n n"], Float[Array, "m m"]] | None = None,
     ) -> Solution:
         """Finds a plan of low cost.
 
@@ -63,34 +70,45 @@ class AbstractSolver(abc.ABC):
                 float64 is solved in float64, everything narrower in float32.
             a: masses of the source units, at least 0, summing to 1; None means uniform.
             b: masses of the target units, likewise.
+            within: what it would cost to match two units of the source, and two of the target;
+                finite. Only quadratic solvers look at them.
 
         Returns:
             The solution. For traced input that is not valid, nothing can be raised: `converged` is
             False, `value` and `gap` are NaN, and the plan is unusable on purpose (see the class).
 
         Raises:
-            ValueError: for shapes or marginals that the solver cannot handle, and for costs that
-                are known (not traced) and not finite.
+            ValueError: for shapes or marginals that the solver cannot handle, for costs that are
+                known (not traced) and not finite, and for a quadratic solver without `within`.
         """
 
 
 @dataclass(frozen=True)
 class Exact(AbstractSolver):
-    """Optimal assignment of n source units to n target units, all of the same mass.
+    """Optimal transport without regularisation, for any sizes and marginals.
 
-    Runs ott's (optax's) shortest augmenting paths on a cost whose rows and columns were shifted so
-    that little is left to do. ott returns no dual variables; they are recovered from the
-    permutation, so `Solution.gap` certifies it independently of how it was found. For a traced cost
-    that is not finite the plan is filled with `n`, out of range, so that gathering with
-    `mode="fill"` gives NaN. `Solution.value` is differentiable in the cost; no marginals are taken.
+    - As many source units as target units, no marginals: the plan is a permutation. Runs ott's
+      (optax's) shortest augmenting paths on a cost whose rows and columns were shifted so that
+      little is left to do. ott returns no dual variables; they are recovered from the permutation.
+    - One size divides the other, no marginals: the same with as many copies of each unit of the
+      smaller side as it takes. The plan is `[n, m]`.
+    - Otherwise a linear program, solved on the host by POT's network simplex, in float64
+      (`pip install otfusion-jax[lp]`). The plan is `[n, m]`. Under `jax.vmap` one after the other.
+
+    `Solution.gap` certifies the plan independently of how it was found. For traced input that is
+    not valid the permutation is filled with `n`, out of range, so that gathering with
+    `mode="fill"` gives NaN, and a plan `[n, m]` with NaN. `Solution.value` is differentiable in the
+    cost, its gradient being the plan, but not in the marginals.
 
     Attributes:
         tolerance: `converged` means a gap of at most this times the range of the costs (plus their
             rounding).
 
     References:
-        Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016. Peyré and
-        Cuturi, Computational Optimal Transport, 2019, sections 2.5 (duality) and 4.2 (Sinkhorn).
+        Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016. Bonneel et
+        al., Displacement interpolation using Lagrangian mass transport, SIGGRAPH Asia 2011. Peyré
+        and Cuturi, Computational Optimal Transport, 2019, sections 2.3 (linear program), 2.5
+        (duality), 3.5 (network simplex) and 4.2 (Sinkhorn).
     """
 
     tolerance: float = 1e-5
@@ -100,83 +118,32 @@ class Exact(AbstractSolver):
         cost: Float[Array, "n m"],
         a: Float[Array, " n"] | None = None,
         b: Float[Array, " m"] | None = None,
-    ) -> Solution:
-        """See `AbstractSolver.solve`.
-
-        Raises:
-            ValueError: for a cost that is not square or known not to be finite, and for marginals.
-        """
-        _check_cost(cost)
-        if cost.shape[0] != cost.shape[1]:
-            raise ValueError(
-                f"Exact matches one to one and cannot solve a cost of shape {cost.shape}: a "
-                "transport linear program is not implemented yet. Use Sinkhorn()."
-            )
-        if a is not None or b is not None:
-            raise ValueError(
-                "Exact takes no marginals a, b, its masses are uniform: a transport linear program "
-                "is not implemented yet. Leave them out, or use Sinkhorn()."
-            )
-        return _solve_exact(self, cost)
-
-
-@dataclass(frozen=True)
-class Sinkhorn(AbstractSolver):
-    """Entropic optimal transport: a smooth plan, for any widths and marginals.
-
-    Minimises `<P, C> - epsilon H(P)` with ott's Sinkhorn iterations in the log domain, and is
-    differentiable in the cost and the marginals by ott's implicit differentiation. The row
-    marginals of the plan are exact, the column marginals as exact as `threshold`. `Solution.gap`
-    refers to the problem *without* entropy, at the c-transforms of the entropic potentials: it
-    measures the blur as well as what is missing to convergence. Traced input that is not valid
-    gives a plan of NaN.
-
-    Attributes:
-        epsilon: strength of the regularisation. The plan tends to an optimal one as it goes to 0,
-            at the price of iterations.
-        relative: whether `epsilon` counts in standard deviations of the cost, so that neither
-            scaling nor shifting the cost changes the plan. Gradients see this scale (those of ott's
-            own `relative_epsilon` do not).
-        threshold: `converged` means that the column marginals are off by less than this in total.
-        max_iterations: how many iterations at most.
-
-    References:
-        Cuturi, Sinkhorn distances, NeurIPS 2013. Peyré and Cuturi, Computational Optimal Transport,
-        2019, sections 4.2 (iterations), 4.4 (log domain) and 9.1 (differentiation).
-    """
-
-    epsilon: float = 0.05
-    relative: bool = True
-    threshold: float = 1e-3
-    max_iterations: int = 2000
-
-    def __post_init__(self):
-        if not self.epsilon > 0:
-            raise ValueError(
-                f"Sinkhorn needs epsilon > 0, got {self.epsilon}. Without entropy, use Exact()."
-            )
-
-    def solve(
-        self,
-        cost: Float[Array, "n m"],
-        a: Float[Array, " n"] | None = None,
-        b: Float[Array, " m"] | None = None,
+        within: tuple[Float[Array, "n n"], Float[Array, "m m"]] | None = None,
     ) -> Solution:
         """See `AbstractSolver.solve`.
 
         Raises:
             ValueError: for a marginal of the wrong shape, for a cost that is known not to be
                 finite, and for a marginal that is known to be no distribution.
+            ImportError: where it takes the linear program and POT is not installed.
         """
-        _check_cost(cost)
-        _check_marginal("a", a, cost.shape[0])
-        _check_marginal("b", b, cost.shape[1])
-        # ott's Sinkhorn relies on implicit promotion, which its users may have switched off.
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return _solve_sinkhorn(self, cost, a, b)
+        check_cost(cost)
+        check_marginal("a", a, cost.shape[0])
+        check_marginal("b", b, cost.shape[1])
+        if a is not None or b is not None or not _divides(*cost.shape):
+            require_pot()
+        return _solve_exact(self, cost, a, b)
 
 
-def _check_cost(cost: Array) -> None:
+def check_cost(cost: Array) -> None:
+    """Refuses what is no finite matrix, as far as that can be known.
+
+    Args:
+        cost: of one problem.
+
+    Raises:
+        ValueError: for another rank, and for costs that are known not to be finite.
+    """
     if cost.ndim != 2:
         raise ValueError(
             f"A cost is a matrix, got shape {cost.shape}. For a stack of them, jax.vmap the solver."
@@ -192,7 +159,17 @@ def _check_cost(cost: Array) -> None:
         )
 
 
-def _check_marginal(name: str, masses: Array | None, size: int) -> None:
+def check_marginal(name: str, masses: Array | None, size: int) -> None:
+    """Refuses masses that do not fit, as far as that can be known.
+
+    Args:
+        name: for the message.
+        masses: of the units; None means uniform.
+        size: how many units there are.
+
+    Raises:
+        ValueError: for another shape, and for masses that are known to be no distribution.
+    """
     if masses is None:
         return
     if masses.shape != (size,):
@@ -203,79 +180,97 @@ def _check_marginal(name: str, masses: Array | None, size: int) -> None:
     if isinstance(masses, Tracer):
         return
     with jax.ensure_compile_time_eval():  # it may be closed over by what is traced
-        if not _is_distribution(masses):
+        if not is_distribution(masses):
             raise ValueError(
                 f"Marginal {name} is no distribution: its sum is {jnp.sum(masses)}, its minimum "
                 f"{jnp.min(masses)}. Masses are at least 0 and sum to 1: divide by their sum."
             )
 
 
-def _is_distribution(masses: Float[Array, " n"]) -> Bool[Array, ""]:
+def is_distribution(masses: Float[Array, " n"]) -> Bool[Array, ""]:
+    """Says whether masses are at least 0 and sum to 1.
+
+    Args:
+        masses: of the units.
+
+    Returns:
+        bool `[]`; False for NaN.
+    """
     return jnp.all(masses >= 0) & (jnp.abs(jnp.sum(masses) - 1) < 1e-3)
 
 
-def _working_dtype(x: Array):
+def working_dtype(x: Array):
+    """Says in what precision to solve for input of some precision.
+
+    Args:
+        x: the input.
+
+    Returns:
+        float64 for float64, float32 for everything narrower.
+    """
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _solve_exact(solver: Exact, cost: Float[Array, "n n"]) -> Solution:
-    n = len(cost)
-    cost = cost.astype(_working_dtype(cost))
-    zero = jnp.zeros((), cost.dtype)
-    if n == 0:
-        return Solution(jnp.zeros(0, jnp.int32), zero, jnp.array(True), zero)
-    # ott's solver may never return from NaN, so it gets a problem that takes it one step per row.
-    finite = jnp.isfinite(jnp.max(jnp.abs(cost)))
-    safe = jnp.where(finite, lax.stop_gradient(cost), 1 - jnp.eye(n, dtype=cost.dtype))
+def nothing_to_match(cost: Array, plan: Array | None = None) -> Solution:
+    """Solves a problem with no units on a side.
 
-    plan, gap = assign(safe)
-    rounding = 8 * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(safe))
-    tolerance = solver.tolerance * (jnp.max(safe) - jnp.min(safe)) + rounding
-    value = jnp.mean(cost[plan, jnp.arange(n)])
-    return Solution(
-        plan=jnp.where(finite, plan, n),
-        value=jnp.where(finite, value, jnp.nan),
-        converged=finite & (gap <= tolerance),
-        gap=jnp.where(finite, gap, jnp.nan),
-    )
+    Args:
+        cost: `[n, m]`, empty.
+        plan: of another form than a transport plan `[n, m]`.
+
+    Returns:
+        The solution, of value 0.
+    """
+    dtype = working_dtype(cost)
+    plan = jnp.zeros(cost.shape, dtype) if plan is None else plan
+    zero = jnp.zeros((), dtype)
+    return Solution(plan, zero, jnp.array(True), zero)
+
+
+def _divides(n: int, m: int) -> bool:
+    """Whether one size is a multiple of the other."""
+    return min(n, m) == 0 or max(n, m) % min(n, m) == 0
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve_sinkhorn(
-    solver: Sinkhorn,
+def _solve_exact(
+    solver: Exact,
     cost: Float[Array, "n m"],
     a: Float[Array, " n"] | None,
     b: Float[Array, " m"] | None,
 ) -> Solution:
     n, m = cost.shape
-    cost = cost.astype(_working_dtype(cost))
+    cost = cost.astype(working_dtype(cost))
+    uniform = a is None and b is None
     if cost.size == 0:
-        zero = jnp.zeros((), cost.dtype)
-        return Solution(jnp.zeros((n, m), cost.dtype), zero, jnp.array(True), zero)
-    a = jnp.full(n, 1 / n, cost.dtype) if a is None else a.astype(cost.dtype)
-    b = jnp.full(m, 1 / m, cost.dtype) if b is None else b.astype(cost.dtype)
-    finite = jnp.isfinite(jnp.max(jnp.abs(cost)))
-    valid = finite & _is_distribution(a) & _is_distribution(b)
-    safe = jnp.where(finite, cost, 0)
+        return nothing_to_match(cost, jnp.zeros(n, jnp.int32) if uniform and n == m else None)
+    finite = valid = jnp.isfinite(jnp.max(jnp.abs(cost)))
+    # ott's solver may never return from NaN, so it gets a problem that takes it one step per row.
+    safe = jnp.where(finite, lax.stop_gradient(cost), 1 - jnp.eye(n, m, dtype=cost.dtype))
 
-    # The plan depends neither on the shift nor on the first division: they keep squares in range.
-    reduced = safe - lax.stop_gradient(jnp.min(safe))
-    scale = jnp.ones((), cost.dtype)
-    if solver.relative:
-        largest = lax.stop_gradient(jnp.max(reduced))
-        largest = jnp.where(largest > 0, largest, 1)
-        variance = jnp.var(reduced / largest)
-        scale = largest * jnp.sqrt(jnp.where(variance > 0, variance, 1))
-    geom = geometry.Geometry(cost_matrix=reduced / scale, epsilon=solver.epsilon)
-    run = sinkhorn.Sinkhorn(threshold=solver.threshold, max_iterations=solver.max_iterations)
-    output = run(linear_problem.LinearProblem(geom, a=a, b=b))
-
-    plan = jnp.where(valid, output.matrix, jnp.nan)
-    gap = jnp.sum(plan * slack(reduced, output.g * scale))
+    if uniform and n == m:
+        plan, gap = assign(safe)
+        value, unusable = jnp.mean(cost[plan, jnp.arange(n)]), n
+    else:
+        if uniform and _divides(n, m):
+            plan, gap = assign_copies(safe)
+        else:
+            a, b = _masses(a, n, cost), _masses(b, m, cost)
+            valid = finite & is_distribution(a) & is_distribution(b)
+            a, b = (jnp.where(valid, x, 1 / len(x)) for x in (a, b))
+            plan, gap = network_simplex(safe, a, b)
+        value, unusable = jnp.sum(plan * cost), jnp.nan
+    rounding = 8 * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(safe))
+    tolerance = solver.tolerance * (jnp.max(safe) - jnp.min(safe)) + rounding
     return Solution(
-        plan=plan,
-        value=jnp.sum(plan * cost),
-        converged=jnp.logical_and(valid, jnp.asarray(output.converged)),
-        gap=lax.stop_gradient(gap),
+        plan=jnp.where(valid, plan, unusable),
+        value=jnp.where(valid, value, jnp.nan),
+        converged=valid & (gap <= tolerance),
+        gap=jnp.where(valid, gap, jnp.nan),
     )
+
+
+def _masses(given: Array | None, size: int, cost: Array) -> Float[Array, " n"]:
+    if given is None:
+        return jnp.full(size, 1 / size, cost.dtype)
+    return lax.stop_gradient(given).astype(working_dtype(given))

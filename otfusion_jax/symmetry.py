@@ -18,8 +18,8 @@ each index of the axes around it.
 
 import dataclasses
 import functools
-import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,65 +28,12 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax import describe
+from otfusion_jax.layout import Dim, Factor, Layout, Where, layout_of
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
 the group's batch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where units lie along an axis.
-
-    Unit `u` is at the positions `start + i·stride + ... + u·after + a`, with one `i < count` for
-    each pair in `outer`, and `a < after`.
-
-    Attributes:
-        start: position of the first unit.
-        outer: counts and strides of the factors outside the units, outermost first.
-        after: product of the factors inside the units.
-    """
-
-    start: int
-    outer: tuple[tuple[int, int], ...]
-    after: int
-
-    @property
-    def before(self) -> int:
-        """Product of the factors outside the units."""
-        return math.prod(count for count, _ in self.outer)
-
-    def positions(self, size: int) -> np.ndarray:
-        """Returns the positions of `size` units, int `[before, size, after]`."""
-        found = np.array([self.start])
-        for count, stride in self.outer:
-            found = (found[:, None] + stride * np.arange(count)).reshape(-1)
-        units = self.after * np.arange(size)[:, None] + np.arange(self.after)
-        return found[:, None, None] + units
-
-    def fills(self, size: int, length: int) -> bool:
-        """Whether `size` units are all that there is on an axis, as `[before, size, after]`."""
-        dense = not self.outer or self.outer == ((self.before, size * self.after),)
-        return dense and self.before * size * self.after == length
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """Where units lie in an array.
-
-    Attributes:
-        axis: the axis of the array.
-        length: its size.
-        place: where the units are along it.
-        within: for each axis of the group's batch, which axis of the array it is, of which size,
-            and where along it.
-    """
-
-    axis: int
-    length: int
-    place: Place
-    within: tuple[tuple[int, int, Place], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +153,36 @@ def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
     return tuple(leaves)
 
 
+class Use(NamedTuple):
+    """A member, and the dimensions of its leaf's cells that its units and its batch are."""
+
+    group: Group
+    member: Member
+    dim: Dim
+    levels: tuple[Dim, ...]
+
+
+class Uses(NamedTuple):
+    """How a leaf falls into cells, and which groups index it."""
+
+    layout: Layout
+    uses: tuple[Use, ...]
+
+
+def _uses(shape: tuple[int, ...], pairs: list[tuple[Group, Member]]) -> Uses:
+    factors: dict[Factor, int] = {}
+    uses = []
+    for group, member in pairs:
+        where = member.where
+        own = Factor(where.axis, where.place, group.size)
+        levels = tuple(
+            factors.setdefault(Factor(axis, place, size), len(factors))
+            for (axis, _, place), size in zip(where.within, group.batch, strict=True)
+        )
+        uses.append(Use(group, member, factors.setdefault(own, len(factors)), levels))
+    return Uses(layout_of(shape, tuple(factors)), tuple(uses))
+
+
 @dataclasses.dataclass(frozen=True)
 class Symmetry:
     """The permutation symmetry of a network: groups of parameter axes, in dataflow order.
@@ -230,21 +207,42 @@ class Symmetry:
         raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
 
     @functools.cached_property
-    def by_leaf(self) -> tuple[tuple[tuple[Group, Member], ...], ...]:
-        """For each leaf the groups that index it and by which axis.
+    def by_leaf(self) -> tuple["Uses", ...]:
+        """For each leaf how it falls into cells, and which groups index it by which dimension.
 
         Groups around others come first: plans of nested groups are by the place that their
-        surroundings have been moved to. Of the factors of one axis the innermost comes first: that
-        is the order in which rectangular plans can resize them.
+        surroundings have been moved to.
         """
         found: list[list[tuple[Group, Member]]] = [[] for _ in self.leaves]
-        for group in self.groups:
+        for group in sorted(self.groups, key=lambda g: g.outer is not None):
             for member in group.members:
                 found[member.leaf].append((group, member))
         return tuple(
-            tuple(sorted(pairs, key=lambda p: (p[0].outer is not None, -p[1].before)))
-            for pairs in found
+            _uses(leaf.shape, pairs) for leaf, pairs in zip(self.leaves, found, strict=True)
         )
+
+    def only(self, keep: Callable[[str], bool]) -> "Symmetry":
+        """Leaves groups out: what is done with the result does not move them.
+
+        Args:
+            keep: from the name of a group, which is a key path, to whether it may move.
+
+        Returns:
+            The symmetry of the groups that are kept. The axes of the others are pinned.
+        """
+        kept = {g.name for g in self.groups if keep(g.name)}
+        groups = (
+            g if g.outer in kept else dataclasses.replace(g, outer=None)
+            for g in self.groups
+            if g.name in kept
+        )
+        pins = tuple(
+            Pin(m.path, m.axis, g.size, "left out by the caller")
+            for g in self.groups
+            if g.name not in kept
+            for m in g.members
+        )
+        return dataclasses.replace(self, groups=tuple(groups), pinned=self.pinned + pins)
 
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""

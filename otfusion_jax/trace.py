@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 import otfusion_jax.rules  # noqa: F401, fills the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
+from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
-from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, Where, leaves_of
+from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
-from otfusion_jax.units import mixed, permuted
+from otfusion_jax.layout import Cell, Cells, mixed, permuted
+from otfusion_jax.symmetry import Group, Member, Plans, Symmetry, Use
+from otfusion_jax.widths import matched
 
 
 @runtime_checkable
@@ -42,27 +43,13 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(plan.dtype, jnp.integer)
 
 
-def move_axis(leaf: Array, member: Member, group: Group, plan: Array) -> Array:
-    """Moves one axis of one parameter along a plan.
-
-    Args:
-        leaf: the parameter.
-        member: where the units are in it, and its role.
-        group: whose units.
-        plan: integer `[*batch, n]` or float `[*batch, n, m]`.
-
-    Returns:
-        The parameter with that axis moved. An index out of range, which is how a solver marks a
-        problem that it could not solve, gives NaN.
-    """
-    if is_permutation(plan):
-        return permuted(leaf, member.where, group, plan)
-    masses = jnp.sum(plan, axis=-2 if member.role == "produces" else -1, keepdims=True)
-    weights = (plan / jnp.where(masses > 0, masses, 1)).astype(leaf.dtype)
-    return mixed(leaf, member.where, group, weights)
-
-
-def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> PyTree:
+def transport(
+    symmetry: Symmetry,
+    plans: Plans | HasPlans,
+    params: PyTree,
+    *,
+    onto: Symmetry | None = None,
+) -> PyTree:
     """Moves the parameters of a network along plans.
 
     With permutations the moved network computes the same function as the one given. A jitted
@@ -75,24 +62,28 @@ def transport(symmetry: Symmetry, plans: Plans | HasPlans, params: PyTree) -> Py
             nested group have its batch in front; they apply to what is at an index after the group
             around has moved. Groups that are left out stay where they are.
         params: the parameters; not changed.
+        onto: symmetry of the network that the plans lead to, if its widths are others. None takes
+            the widths from the plans.
 
     Returns:
         New parameters of the same structure. Integers, booleans and keys are passed on.
 
     Raises:
         ValueError: for plans of unknown groups, of wrong shapes, or known not to be permutations or
-            couplings, for soft plans of axes with both roles, and for parameters that do not fit.
+            couplings, for soft plans of axes with both roles, for parameters that do not fit, and
+            if the networks differ in more than widths.
     """
     symmetry.validate(params)
     plans = plans if isinstance(plans, dict) else plans.plans
-    _check(symmetry, plans)
-    return _transport(symmetry, plans, params)
+    onto = None if onto is None else matched(symmetry, onto)
+    _check(symmetry, plans, onto)
+    return _transport(symmetry, onto, plans, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _transport(symmetry: Symmetry, plans: Plans, params: PyTree) -> PyTree:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _transport(symmetry: Symmetry, onto: Symmetry | None, plans: Plans, params: PyTree) -> PyTree:
     leaves, treedef = jax.tree_util.tree_flatten(params)
-    return treedef.unflatten(move(symmetry, plans, i, x) for i, x in enumerate(leaves))
+    return treedef.unflatten(move(symmetry, plans, i, x, onto) for i, x in enumerate(leaves))
 
 
 def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans) -> Plans:
@@ -150,8 +141,43 @@ def _permutations(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
     return symmetry.identity() | plans
 
 
-def move(
+def placed(
     symmetry: Symmetry, plans: Plans, leaf: int, array: Any, stay: Collection[Member] = ()
+) -> Cells:
+    """Takes one parameter apart and moves its units along plans, without checks.
+
+    Args:
+        symmetry: of the network.
+        plans: group name to plan; groups that are left out stay.
+        leaf: position of the parameter in `symmetry.leaves`.
+        array: the parameter.
+        stay: members that stay where they are.
+
+    Returns:
+        The cells of the moved parameter.
+    """
+    layout, uses = symmetry.by_leaf[leaf]
+    cells = layout.split(array)
+    for use in uses:
+        if use.group.name in plans and use.member not in stay:
+            plan = plans[use.group.name]
+            cells = {key: _along(cell, use, plan) for key, cell in cells.items()}
+    return cells
+
+
+def _along(cell: Cell, use: Use, plan: Array) -> Cell:
+    """Moves the units of one member in a cell, if they are in it."""
+    if not {use.dim, *use.levels} <= set(cell.dims):
+        return cell
+    if is_permutation(plan):
+        return permuted(cell, use.dim, use.levels, plan)
+    masses = jnp.sum(plan, axis=-2 if use.member.role == "produces" else -1, keepdims=True)
+    weights = plan / jnp.where(masses > 0, masses, 1)
+    return mixed(cell, use.dim, use.levels, weights.astype(cell.array.dtype))
+
+
+def move(
+    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, onto: Symmetry | None = None
 ) -> Any:
     """Moves one parameter along plans, without checks.
 
@@ -160,23 +186,56 @@ def move(
         plans: group name to plan; groups that are left out stay.
         leaf: position of the parameter in `symmetry.leaves`.
         array: the parameter.
-        stay: members that are not to move.
+        onto: symmetry of the network that the plans lead to; None takes the widths from the plans.
 
     Returns:
-        The parameter, moved.
+        The moved parameter.
     """
-    for group, member in symmetry.by_leaf[leaf]:
-        if group.name in plans and member not in stay:
-            array = move_axis(array, member, group, plans[group.name])
-    return array
+    layout, uses = symmetry.by_leaf[leaf]
+    if not any(use.group.name in plans for use in uses):
+        return array
+    if onto is None:
+        target = layout.resized(_sizes(symmetry, plans, leaf))
+        assert target is not None, "checked by the caller"
+    else:
+        target = onto.by_leaf[leaf].layout
+    return target.join(placed(symmetry, plans, leaf, array))
 
 
-def _check(symmetry: Symmetry, plans: Plans) -> None:
+def _sizes(symmetry: Symmetry, plans: Plans, leaf: int) -> dict[Any, int]:
+    """Returns the sizes that plans give to the dimensions of a leaf, where they change."""
+    found = {}
+    for group, _, dim, _ in symmetry.by_leaf[leaf].uses:
+        if group.name in plans and plans[group.name].shape[-1] != group.size:
+            found[dim] = plans[group.name].shape[-1]
+    return found
+
+
+def _check(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> None:
+    """Refuses plans that do not fit the groups; `plans` comes as the caller gave it."""
     known = {g.name: g for g in symmetry.groups}
+    sizes = {} if onto is None else {g.name: g.size for g in onto.groups}
     wrong = [f"  {name}: no such group" for name in plans if name not in known]
     for name, plan in plans.items():
-        if name in known and (problem := _problem(known[name], plan)):
+        if name in known and (problem := _problem(known[name], plan, sizes.get(name))):
             wrong.append(f"  {name}: {problem}")
+    around = {g.outer for g in symmetry.groups}
+    for name in [n for n in plans if n in around and not wrong]:
+        if plans[name].shape[-1] != known[name].size:
+            wrong.append(f"  {name}: other groups are nested in it, so that its size can't change")
+    if not wrong and onto is not None:
+        wrong = [
+            f"  {g.name}: no plan, but {g.size} units become {sizes[g.name]}"
+            for g in symmetry.groups
+            if g.name not in plans and g.size != sizes[g.name]
+        ]
+    if not wrong and onto is None:
+        wrong = [
+            f"  {symmetry.leaves[i].path}: units that change in number alternate with other things "
+            "along an axis; say where they go by `onto`, the symmetry of the network they lead to"
+            for i, (layout, _) in enumerate(symmetry.by_leaf)
+            if layout.resized(_sizes(symmetry, plans, i)) is None
+        ]
     if wrong:
         groups = ", ".join(f"{g.name} ({g.size})" for g in symmetry.groups)
         raise ValueError(
@@ -184,7 +243,7 @@ def _check(symmetry: Symmetry, plans: Plans) -> None:
         )
 
 
-def _problem(group: Group, plan: Any) -> str | None:
+def _problem(group: Group, plan: Any, size: int | None = None) -> str | None:
     """Says what is wrong with a plan; values are looked at unless they are traced."""
     if not isinstance(plan, jax.Array | np.ndarray):
         return f"a {type(plan).__name__}, expected an array"
@@ -195,19 +254,15 @@ def _problem(group: Group, plan: Any) -> str | None:
     if is_permutation(plan):
         if plan.shape != (*batch, n):
             return f"shape {plan.shape}, expected {alone}"
+        if size not in (None, n):
+            return f"a permutation, but {n} units become {size}"
         if known and not np.all(np.sort(np.asarray(plan), axis=-1) == np.arange(n)):
             unsolved = "; its cost was not finite" if np.any(np.asarray(plan) == n) else ""
             return f"not a permutation of 0 to {n - 1}{unsolved}"
         return None
-    if plan.shape[:-1] != (*batch, n):
-        return f"shape {plan.shape}, expected ({shape}, m) for a transport plan or int {alone}"
-    part = [m for m in group.members if not m.where.place.fills(n, m.where.length)]
-    if plan.shape[-1] != n and (batch or part):
-        place = part[0].path if part else "each index around"
-        return (
-            f"a plan to {plan.shape[-1]} units, but {place} holds other things beside these, so "
-            "that only as many as before fit"
-        )
+    new = "m" if size is None else str(size)
+    if plan.shape[:-1] != (*batch, n) or size not in (None, plan.shape[-1]):
+        return f"shape {plan.shape}, expected ({shape}, {new}) for a transport plan or int {alone}"
     if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
         return "masses that are negative or not finite"
     both = [m.path for m in group.members if m.role == "both"]

@@ -19,8 +19,10 @@ README = ROOT / "README.md"
 # Each module imports only from those before it; only `__init__` sees them all.
 LAYERS = (
     "describe",
+    "layout",
     "symmetry",
     "units",
+    "widths",
     "roles",
     "axes",
     "walk",
@@ -31,7 +33,11 @@ LAYERS = (
     "features",
     "costs",
     "assignment",
+    "simplex",
     "solvers",
+    "soft",
+    "low_rank",
+    "gromov",
     "transport",
     "matching",
     "methods",

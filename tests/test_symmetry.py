@@ -9,7 +9,8 @@ import pytest
 from zoo import CASES
 
 import otfusion_jax as otf
-from otfusion_jax.symmetry import Place, leaves_of
+from otfusion_jax.layout import Place
+from otfusion_jax.symmetry import leaves_of
 
 
 def traced(name: str) -> tuple[otf.Symmetry, dict]:
@@ -191,9 +192,6 @@ def test_places_are_positions_along_an_axis():
     ]
     np.testing.assert_array_equal(place.positions(3), expected)
     assert place.before == 6
-    assert not place.fills(3, 36)
-    assert Place(0, ((6, 6),), 2).fills(3, 36)
-    assert not Place(0, ((6, 6),), 2).fills(3, 40)
 
 
 def test_printing_shows_sizes_roles_views_and_reasons():

@@ -251,8 +251,20 @@ def test_soft_plans_of_a_nested_group_mix_within_each_index():
     b = np.asarray(params["b"]).reshape(4, 3, 2)
     expected = np.einsum("ijn,ijl->iln", b, q / q.sum(2, keepdims=True)).reshape(12, 2)
     np.testing.assert_allclose(moved["b"], expected, atol=1e-5)
-    with pytest.raises(ValueError, match="only as many as before fit"):
-        otf.transport(symmetry, {inner.name: jnp.ones((4, 3, 5))}, params)
+    wider = jnp.stack([coupling(jax.random.key(i), 3, 5) for i in range(4)])
+    moved = otf.transport(symmetry, {inner.name: wider}, params)
+    q = np.asarray(wider)
+    expected = np.einsum("nij,ijl->nil", a, q / q.sum(1, keepdims=True)).reshape(5, 20)
+    np.testing.assert_allclose(moved["a"], expected, atol=1e-5)
+
+
+def test_what_others_are_nested_in_keeps_its_size():
+    params = random_heads()
+    del params["scale"]
+    symmetry = otf.trace_symmetry(without_scale, params, jnp.ones((7, 5)))
+    outer = symmetry.groups[0]
+    with pytest.raises(ValueError, match=f"{outer.name}: other groups are nested in it"):
+        otf.transport(symmetry, {outer.name: coupling(jax.random.key(0), 4, 2)}, params)
 
 
 # Kinds of leaves
