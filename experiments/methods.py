@@ -126,6 +126,27 @@ VARIANTS: Mapping[str, Callable[[Pair], PyTree]] = {
 }
 
 
+# --- across widths
+
+
+def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> PyTree:
+    """Moves a model onto one of other widths.
+
+    Args:
+        source: The architecture of A.
+        target: The architecture of B: that of A with other widths.
+        a: Variables of the model that is moved.
+        b: Variables of the model that it is moved onto.
+        **how: As `otf.align` takes it.
+
+    Returns:
+        A in the shapes of B.
+    """
+    onto = target.symmetry
+    plans = otf.align(source.symmetry, a, b, onto=onto, leaf_weight=counts, **how)
+    return otf.transport(source.symmetry, plans, a, onto=onto)
+
+
 # --- what follows the average
 
 

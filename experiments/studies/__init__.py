@@ -1,7 +1,17 @@
 """The studies by the name of their subcommand; each is a small module of its own."""
 
 from experiments.runs import Study
-from experiments.studies import ablate, federated, fine_tune, many, non_iid, one_shot
+from experiments.studies import (
+    ablate,
+    distill,
+    federated,
+    fine_tune,
+    many,
+    non_iid,
+    one_shot,
+    prune,
+    widths,
+)
 
 STUDIES: dict[str, Study] = {
     "one_shot": Study(
@@ -26,6 +36,22 @@ STUDIES: dict[str, Study] = {
         "entropy of the plans, and the number of samples, of Algorithm 1",
         ablate.run,
         ablate.arguments,
+    ),
+    "widths": Study(
+        "fuse networks of other widths, wide into narrow and narrow into wide",
+        widths.run,
+        widths.arguments,
+    ),
+    "prune": Study(
+        "leave out units of a network, and fuse the whole into what is left",
+        prune.run,
+        prune.arguments,
+        seeds=(0,),
+    ),
+    "distill": Study(
+        "train a narrow network by a wide one's answers, started from fused and other networks",
+        distill.run,
+        distill.arguments,
     ),
     "many": Study(
         "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",

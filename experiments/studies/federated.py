@@ -25,6 +25,7 @@ _SERVERS = {
     "coordinate descent (fuse)": ("coordinate descent (fuse)", "averaged"),
     "activation matching": ("activation matching (correlation)", "averaged"),
     "vanilla, least squares": ("vanilla average", "least squares"),
+    "coordinate descent, least squares": ("coordinate descent (fuse)", "least squares"),
     "activation matching, least squares": ("activation matching (correlation)", "least squares"),
 }
 # Between the seeds of one round and those of the next: each has an order of examples of its own.
