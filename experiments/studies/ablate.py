@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from ott.geometry import costs
 
 import otfusion_jax as otf
 from experiments import report
-from experiments.evaluate import accuracy
+from experiments.evaluate import tester
 from experiments.methods import AVERAGES, counts, gram, reestimated
 from experiments.pairs import Pair, network, pair_arguments, pair_of, parents, seen_images
 from experiments.runs import Request
@@ -82,18 +80,11 @@ def run(request: Request) -> None:
     architecture = network(request.model, dataset)
     models = parents(request, architecture, dataset, folder, timings)
     pair = pair_of(request, architecture, dataset, models)
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-
-    @jax.jit
-    def tested(params: PyTree) -> jax.Array:
-        return accuracy(lambda batch: architecture.apply(params, batch), images, labels)
-
-    def judge(params: PyTree) -> float:
-        return report.rounded(tested(params))
+    test = tester(dataset)
 
     def fused(pair: Pair, moved: PyTree) -> float:
         average = AVERAGES["averaged"](pair, moved, (0.5, 0.5))
-        return judge(reestimated(architecture, average, pair.images))
+        return test(architecture.apply, reestimated(architecture, average, pair.images))
 
     began = time.perf_counter()
     solvers: dict[str, otf.AbstractSolver] = {"exact": otf.Exact()}
@@ -106,7 +97,7 @@ def run(request: Request) -> None:
             moved, converged = _moved(pair, solver, metric, found)
             entropy[name][label] = {
                 "average": fused(pair, moved),
-                "moved": judge(reestimated(architecture, moved, pair.images)),
+                "moved": test(architecture.apply, reestimated(architecture, moved, pair.images)),
                 "converged": converged,
             }
     timings["entropy"] = time.perf_counter() - began
@@ -125,7 +116,7 @@ def run(request: Request) -> None:
     timings["samples"] = time.perf_counter() - began
 
     results = {
-        "individuals": [judge(model) for model in models],
+        "individuals": [test(architecture.apply, model) for model in models],
         "vanilla average": fused(pair, pair.a),
         "entropy": entropy,
         "samples": samples,

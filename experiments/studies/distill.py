@@ -5,14 +5,11 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 import otfusion_jax as otf
 from experiments import report
-from experiments.evaluate import accuracy
+from experiments.evaluate import tester
 from experiments.methods import across, reestimated
 from experiments.narrow import narrowed
 from experiments.pairs import network, seen_images
@@ -78,7 +75,7 @@ def run(request: Request) -> None:
     dataset = request.load()
     few = dataclasses.replace(request.model, width=options["student"] * request.model.width)
     wide, narrow = network(request.model, dataset), network(few, dataset)
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+    test = tester(dataset)
     models = []
     for name, config, seed in zip(
         ("teacher", "narrow network"), (request.model, few), request.seeds, strict=True
@@ -88,10 +85,6 @@ def run(request: Request) -> None:
         models.append(trained.params)
     wise, small = models
 
-    def tested(params: PyTree) -> jax.Array:
-        return accuracy(lambda batch: narrow.apply(params, batch), images, labels)
-
-    judge = jax.jit(tested)
     drawn = initial(few, dataset, request.seeds[1])
     moved = across(wide, narrow, wise, small)
     starts = {
@@ -114,19 +107,18 @@ def run(request: Request) -> None:
     for name, start in starts.items():
         began = time.perf_counter()
         start = reestimated(narrow, start, seen)
-        found[name] = {"before": report.rounded(judge(start))}
+        found[name] = {"before": test(narrow.apply, start)}
         for by, teacher in {"labels": None, "teacher": answers}.items():
             after = []
             for number in range(1, options["orders"] + 1):
                 seed = request.seeds[1] + _NEXT * number
                 where = folder / "students"
                 trained = train(few, config, dataset, seed, where, start, teacher)
-                after.append(report.rounded(judge(trained.params)))
+                after.append(test(narrow.apply, trained.params))
             found[name][by] = after
         timings[name] = time.perf_counter() - began
 
-    right = accuracy(lambda batch: wide.apply(wise, batch), images, labels)
-    results = {"teacher": report.rounded(right), "starts": found}
+    results = {"teacher": test(wide.apply, wise), "starts": found}
     report.plot_bars(
         folder / "distill.png",
         f"{request.title}: student of {options['student']:g} the width",

@@ -5,14 +5,12 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import accuracy
+from experiments.evaluate import tester
 from experiments.methods import AVERAGES, VARIANTS, reestimated
 from experiments.pairs import Network, network, pair_of
 from experiments.runs import Request
@@ -63,14 +61,7 @@ def run(request: Request) -> None:
     dataset = request.load()
     refuse_text(dataset)
     architecture = network(request.model, dataset)
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-
-    @jax.jit
-    def tested(params: PyTree) -> jax.Array:
-        return accuracy(lambda batch: architecture.apply(params, batch), images, labels)
-
-    def judge(params: PyTree) -> float:
-        return report.rounded(tested(params))
+    test = tester(dataset)
 
     parts = divide(dataset.train_labels, request.options["split"], request.options["label"])
     shares = np.asarray([len(part) for part in parts]) / len(dataset.train_labels)
@@ -84,8 +75,8 @@ def run(request: Request) -> None:
         for number in range(rounds):
             models = _trained(request, clients, number, starts)
             starts = _averaged(request, architecture, dataset, models, shares, name)
-            found["clients"].append([judge(model) for model in models])
-            found["global"].append(judge(starts))
+            found["clients"].append([test(architecture.apply, model) for model in models])
+            found["global"].append(test(architecture.apply, starts))
         timings[name] = time.perf_counter() - began
     config = dataclasses.replace(request.train_config, epochs=rounds * request.train_config.epochs)
     together = train(request.model, config, dataset, request.seeds[0], folder / "models")
@@ -93,7 +84,7 @@ def run(request: Request) -> None:
     results = {
         "shares": [report.rounded(share) for share in shares],
         "methods": methods,
-        "on all data": judge(together.params),
+        "on all data": test(architecture.apply, together.params),
     }
     _plot(request, folder, results)
     report.write_results(folder, request, _title(request), _tables(results), results, timings)

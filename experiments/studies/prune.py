@@ -6,17 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 import otfusion_jax as otf
 from experiments import report
-from experiments.evaluate import accuracy
+from experiments.evaluate import tester
 from experiments.methods import across
 from experiments.narrow import narrowed
-from experiments.pairs import Network, network, parents
+from experiments.pairs import network, parents
 from experiments.runs import Request
 
 _ORDERS = {"l1": 1, "l2": 2}
@@ -72,13 +69,7 @@ def run(request: Request) -> None:
     dataset = request.load()
     whole = network(request.model, dataset)
     models = parents(request, whole, dataset, folder, timings)
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-
-    def judge(architecture: Network, params: PyTree) -> float:
-        def tested(params: PyTree) -> jax.Array:
-            return accuracy(lambda batch: architecture.apply(params, batch), images, labels)
-
-        return report.rounded(jax.jit(tested)(params))
+    test = tester(dataset)
 
     t = sorted(options["t"])
     rows: list[dict[str, Any]] = []
@@ -91,20 +82,20 @@ def run(request: Request) -> None:
                 child = narrowed(whole.symmetry, model, few.symmetry, _ORDERS[norm])
                 moved = across(whole, few, model, child)
                 averages = {
-                    f"{s:g}": judge(few, otf.average([moved, child], (1 - s, s))) for s in t
+                    f"{s:g}": test(few.apply, otf.average([moved, child], (1 - s, s))) for s in t
                 }
                 rows.append(
                     {
                         "network": name,
                         "share": share,
                         "norm": norm,
-                        "pruned": judge(few, child),
-                        "parent, moved": judge(few, moved),
+                        "pruned": test(few.apply, child),
+                        "parent, moved": test(few.apply, moved),
                         "averages": averages,
                     }
                 )
     timings["pruning and fusing"] = time.perf_counter() - began
-    individuals = [judge(whole, model) for model in models]
+    individuals = [test(whole.apply, model) for model in models]
     results = {"individuals": individuals, "rows": rows}
     _plot(request, folder, results)
     report.write_results(folder, request, request.title, _table(request, results), results, timings)

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 import otfusion_jax as otf
 from experiments import report
-from experiments.evaluate import accuracy
+from experiments.evaluate import tester
 from experiments.methods import across, counts, reestimated
 from experiments.narrow import narrowed
 from experiments.pairs import Network, network, seen_images
@@ -111,21 +110,15 @@ def run(request: Request) -> None:
     timings: dict[str, float] = {}
     dataset = request.load()
     seen = seen_images(request, dataset, request.options["images"])
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+    test = tester(dataset)
     seed_a, seed_b = request.seeds
-
-    def judge(architecture: Network, params: PyTree) -> float:
-        def tested(params: PyTree) -> jax.Array:
-            return accuracy(lambda batch: architecture.apply(params, batch), images, labels)
-
-        return report.rounded(jax.jit(tested)(params))
 
     def trained(factor: float, seed: int) -> tuple[Network, PyTree, float]:
         config = dataclasses.replace(request.model, width=factor * request.model.width)
         found = train(config, request.train_config, dataset, seed, folder / "models")
         timings[f"training, x{factor:g}"] = found.seconds
         architecture = network(config, dataset)
-        return architecture, found.params, judge(architecture, found.params)
+        return architecture, found.params, test(architecture.apply, found.params)
 
     models = {1.0: trained(1, seed_b)} | {factor: trained(factor, seed_a) for factor in factors}
     directions: dict[str, Any] = {}
@@ -139,12 +132,12 @@ def run(request: Request) -> None:
         for name, method in methods.items():
             moved = method(source, target, a, b)
             values = found["methods"][name] = {
-                "moved": judge(target, reestimated(target, moved, seen)),
+                "moved": test(target.apply, reestimated(target, moved, seen)),
                 "averages": {},
             }
             for t in request.options["t"]:
                 average = reestimated(target, otf.average([moved, b], (1 - t, t)), seen)
-                values["averages"][f"{t:g}"] = judge(target, average)
+                values["averages"][f"{t:g}"] = test(target.apply, average)
         title = "x{:g} onto x{:g}".format(*way)
         directions[title] = found
         timings[title] = time.perf_counter() - began
