@@ -10,7 +10,8 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 
 from otfusion_jax.align import align
 from otfusion_jax.barycenter import Barycenter, barycenter
-from otfusion_jax.costs import Gram, feature_gram
+from otfusion_jax.corrections import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.costs import Gram, feature_gram, feature_importance, weight_importance
 from otfusion_jax.describe import draw
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
@@ -19,7 +20,7 @@ from otfusion_jax.fuse import average, fuse, stack
 from otfusion_jax.gromov import GromovWasserstein
 from otfusion_jax.low_rank import LowRank
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
-from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics, repair
+from otfusion_jax.repair import Original, repair
 from otfusion_jax.soft import Sinkhorn
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
@@ -43,6 +44,7 @@ __all__ = [
     "LeastSquares",
     "LowRank",
     "Member",
+    "Original",
     "Pin",
     "RestoreStatistics",
     "Sinkhorn",
@@ -58,6 +60,7 @@ __all__ = [
     "draw",
     "ensemble",
     "feature_gram",
+    "feature_importance",
     "features",
     "functional",
     "fuse",
@@ -68,4 +71,5 @@ __all__ = [
     "stack",
     "trace_symmetry",
     "transport",
+    "weight_importance",
 ]

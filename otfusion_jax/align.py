@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.costs import Gram
@@ -27,6 +29,7 @@ def align(
     metric: costs.CostFn | None = None,
     solver: AbstractSolver = Exact(),
     features: dict[str, Gram] | None = None,
+    marginals: tuple[dict[str, Array], dict[str, Array]] | None = None,
     leaf_weight: Callable[[str], float] | None = None,
 ) -> Alignment:
     """Finds plans that move the units of a source model onto those of a target.
@@ -46,7 +49,11 @@ def align(
         solver: from cost to plan: `Exact()`, or `Sinkhorn()` for soft plans. Groups with others
             nested in them (heads) are always matched exactly.
         features: inner products of activations (`feature_gram`), to match by activations instead
-            of weights.
+            of weights. For a quadratic solver, taken with `within=True`.
+        marginals: masses of the source's units and of the target's, by the names of groups, float
+            `[*batch, n]` and `[*batch, m]`, each summing to 1 over the last axis (see
+            `weight_importance`, `feature_importance`). Groups that are left out have uniform
+            masses.
         leaf_weight: from the key path of a parameter to how much it counts: its share of every
             squared distance between units is multiplied by this, 0 leaves it out. None counts all
             alike. Batch norm's running statistics are best left out: their scale says nothing of
@@ -67,10 +74,12 @@ def align(
     onto.validate(target, "the target")
     _check_widths(symmetry, onto)
     _check_features(symmetry, onto, features)
+    masses = ({}, {}) if marginals is None else marginals
+    _check_marginals(symmetry, onto, masses)
     metric = costs.SqEuclidean() if metric is None else metric
     leaves = [jax.tree_util.tree_leaves(tree) for tree in (source, target)]
     weights = leaf_weights(symmetry, leaf_weight)
-    return _align(symmetry, onto, method, solver, weights, *leaves, metric, features)
+    return _align(symmetry, onto, method, solver, weights, *leaves, metric, features, masses)
 
 
 def leaf_weights(
@@ -126,10 +135,11 @@ def _align(
     target: list[Any],
     metric: costs.CostFn,
     features: dict[str, Gram] | None,
+    marginals: tuple[dict[str, Array], dict[str, Array]],
 ) -> Alignment:
     if weights is not None:
         source, target = (_weighted(symmetry, leaves, weights) for leaves in (source, target))
-    problem = Problem(symmetry, onto, source, target, metric, solver)
+    problem = Problem(symmetry, onto, source, target, metric, solver, marginals)
     if not symmetry.groups:
         distance = problem.distance({})
         return Alignment({}, distance, distance[None], jnp.array(True), {})
@@ -160,6 +170,30 @@ def _check_widths(symmetry: Symmetry, onto: Symmetry) -> None:
         raise ValueError(
             "these groups need as many units in the target as in the source:\n" + "\n".join(wrong)
         )
+
+
+def _check_marginals(
+    symmetry: Symmetry, onto: Symmetry, marginals: tuple[dict[str, Array], dict[str, Array]]
+) -> None:
+    around = {group.outer for group in symmetry.groups}
+    wrong = []
+    for side, groups, masses in zip(("source", "target"), (symmetry, onto), marginals, strict=True):
+        known = {g.name: (*g.batch, g.size) for g in groups.groups}
+        for name, found in masses.items():
+            if name not in known:
+                wrong.append(f"  {name}: no such group")
+            elif name in around:
+                wrong.append(f"  {name}: has groups nested in it, and is matched one to one")
+            elif jnp.shape(found) != known[name]:
+                wrong.append(
+                    f"  {name}: shape {jnp.shape(found)} for the {side}, expected {known[name]}"
+                )
+            elif not isinstance(found, Tracer):
+                sums = np.sum(found, axis=-1)
+                if not (np.all(np.asarray(found) >= 0) and np.all(np.abs(sums - 1) < 1e-3)):
+                    wrong.append(f"  {name}: of the {side}; masses are at least 0 and sum to 1")
+    if wrong:
+        raise ValueError("these marginals do not fit the groups:\n" + "\n".join(wrong))
 
 
 def _check_features(symmetry: Symmetry, onto: Symmetry, features: dict[str, Gram] | None) -> None:

@@ -17,6 +17,7 @@ from ott.geometry import costs
 
 from otfusion_jax.features import At, batches_of, features
 from otfusion_jax.symmetry import Group, Symmetry
+from otfusion_jax.units import units_of
 from otfusion_jax.widths import matched, names
 
 
@@ -31,11 +32,14 @@ class Gram:
         ab: inner products, float `[*batch, n, m]`. For a group inside of another that can be
             permuted, the units of all indices of that one are compared with each other:
             `[*batch, heads, n, heads, m]`.
+        within: inner products among the source's units and among the target's, float
+            `[*batch, n, n]` and `[*batch, m, m]`, for quadratic solvers; None if nobody asked.
     """
 
     aa: Float[Array, "*batch n"]
     bb: Float[Array, "*batch m"]
     ab: Float[Array, "*pairs m"]
+    within: tuple[Float[Array, "*batch n n"], Float[Array, "*batch m m"]] | None = None
 
     def __add__(self, other: "Gram") -> "Gram":
         return jax.tree.map(jnp.add, self, other)
@@ -57,23 +61,33 @@ class Gram:
     def normalised(self) -> "Gram":
         """Returns the inner products of units scaled to norm 1; units that are 0 stay so."""
         a, b = (jax.lax.rsqrt(jnp.where(x > 0, x, 1)) for x in (self.aa, self.bb))
-        return Gram(self.aa * a * a, self.bb * b * b, self.ab * self.outer(a, b))
+        within = self.within
+        if within is not None:
+            within = within[0] * _square(a), within[1] * _square(b)
+        return Gram(self.aa * a * a, self.bb * b * b, self.ab * self.outer(a, b), within)
 
 
-def gram(a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"]) -> Gram:
+def gram(
+    a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"], within: bool = False
+) -> Gram:
     """Takes the inner products of two sets of vectors.
 
     Args:
         a: vectors of the source, one per row.
         b: vectors of the target.
+        within: whether to take those within each set as well.
 
     Returns:
         Their inner products, float32 or float64, whatever the dtype of the vectors. Complex
         vectors count as real ones of twice the length.
     """
     a, b = _real(a), _real(b)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return Gram(jnp.sum(a * a, -1), jnp.sum(b * b, -1), product(a, jnp.swapaxes(b, -1, -2)))
+
+    def products(x: Array, y: Array) -> Array:
+        return jnp.matmul(x, jnp.swapaxes(y, -1, -2), precision=jax.lax.Precision.HIGHEST)
+
+    inside = (products(a, a), products(b, b)) if within else None
+    return Gram(jnp.sum(a * a, -1), jnp.sum(b * b, -1), products(a, b), inside)
 
 
 def squared_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
@@ -94,6 +108,10 @@ def _real(x: Array) -> Array:
     if jnp.iscomplexobj(x):
         return jnp.concatenate([x.real, x.imag], axis=-1)
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _square(x: Array) -> Array:
+    return x[..., :, None] * x[..., None, :]
 
 
 def _squared(g: Gram) -> Array:
@@ -138,8 +156,32 @@ def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
     return METRICS[type(metric)](g)
 
 
+def costs_within(
+    metric: costs.CostFn, g: Gram
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch m m"]] | None:
+    """Evaluates a ground metric between the units of each model.
+
+    Args:
+        metric: see `ground_cost`.
+        g: inner products of the units.
+
+    Returns:
+        The costs within the source and within the target; None if `g` has no such inner products.
+    """
+    if g.within is None:
+        return None
+    a, b = (
+        ground_cost(metric, Gram(norms, norms, inside))
+        for norms, inside in zip((g.aa, g.bb), g.within, strict=True)
+    )
+    return a, b
+
+
 def unit_gram(
-    a: Inexact[Array, "*batch n d"], b: Inexact[Array, "*batch m d"], group: Group
+    a: Inexact[Array, "*batch n d"],
+    b: Inexact[Array, "*batch m d"],
+    group: Group,
+    within: bool = False,
 ) -> Gram:
     """Takes the inner products of the units of a group, across the group around it if there is one.
 
@@ -147,17 +189,19 @@ def unit_gram(
         a: units of the source.
         b: units of the target.
         group: the group.
+        within: whether to take those within each model as well.
 
     Returns:
         The inner products, see `Gram`.
     """
     if group.outer is None:
-        return gram(a, b)
+        return gram(a, b, within)
     *batch, heads, n, width = a.shape
     m = b.shape[-2]
     found = gram(a.reshape(*batch, heads * n, width), b.reshape(*batch, heads * m, width))
     aa, bb = found.aa.reshape(*batch, heads, n), found.bb.reshape(*batch, heads, m)
-    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, m))
+    inside = gram(a, b, within).within if within else None
+    return Gram(aa, bb, found.ab.reshape(*batch, heads, n, heads, m), inside)
 
 
 def feature_gram(
@@ -171,6 +215,7 @@ def feature_gram(
     target_fn: Callable[..., Any] | None = None,
     at: At = "produced",
     center: bool = False,
+    within: bool = False,
 ) -> dict[str, Gram]:
     """Accumulates the inner products of activations over batches of inputs.
 
@@ -190,6 +235,8 @@ def feature_gram(
         at: where features are read, see `features`.
         center: whether to subtract from each unit its mean over the samples, which makes
             covariances of the inner products.
+        within: whether to take the inner products within each model as well, which quadratic
+            solvers (`GromovWasserstein`) need.
 
     Returns:
         For each group the inner products, ready for `align(..., features=...)`.
@@ -210,7 +257,7 @@ def feature_gram(
             pair = a[group.name], b[named[group.name]]
             x, y = (jnp.swapaxes(found, -1, -2) for found in pair)
             sums = _real(x).sum(-1), _real(y).sum(-1)
-            found[group.name] = (unit_gram(x, y, group), *sums, x.shape[-1])
+            found[group.name] = (unit_gram(x, y, group, within), *sums, x.shape[-1])
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     assert total is not None
     return {name: _centered(*sums) if center else sums[0] for name, sums in total.items()}
@@ -218,8 +265,72 @@ def feature_gram(
 
 def _centered(g: Gram, a: Array, b: Array, count: Any) -> Gram:
     count = jnp.maximum(jnp.asarray(count, g.ab.dtype), 1)
+    within = g.within
+    if within is not None:
+        within = within[0] - _square(a) / count, within[1] - _square(b) / count
     return Gram(
         jnp.maximum(g.aa - a * a / count, 0),
         jnp.maximum(g.bb - b * b / count, 0),
         g.ab - g.outer(a, b) / count,
+        within,
+    )
+
+
+def weight_importance(
+    symmetry: Symmetry, params: PyTree, order: int = 2
+) -> dict[str, Float[Array, "*batch n"]]:
+    """Says how much the units of a network matter, by the norms of their incoming weights.
+
+    Args:
+        symmetry: of the network.
+        params: its parameters.
+        order: 1 or 2: of the norm.
+
+    Returns:
+        For each group the norms of the weights that produce its units, divided by their sum:
+        masses for `align(..., marginals=...)`. Where all are 0, uniform.
+
+    Raises:
+        ValueError: for another order, or parameters that do not fit.
+
+    References:
+        Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, section 4 (support and
+        probability mass).
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}; it must be 1 or 2")
+    symmetry.validate(params)
+    leaves = jax.tree_util.tree_leaves(params)
+    found = {}
+    for group in symmetry.groups:
+        members = group.having("produces") or group.members
+        vectors = [units_of(leaves[m.leaf], m.where, group) for m in members]
+        sums = [jnp.sum(jnp.abs(v).astype(jnp.float32) ** order, axis=-1) for v in vectors]
+        found[group.name] = _masses(functools.reduce(jnp.add, sums) ** (1 / order))
+    return found
+
+
+def feature_importance(
+    features: dict[str, Float[Array, "*batch samples n"]],
+) -> dict[str, Float[Array, "*batch n"]]:
+    """Says how much the units of a network matter, by the variance of their activations.
+
+    Args:
+        features: activations, as `features` returns them.
+
+    Returns:
+        For each group the variances over the samples, divided by their sum: masses for
+        `align(..., marginals=...)`. Where all are 0, uniform.
+    """
+    return {name: _masses(jnp.var(_real_norm(x), axis=-2)) for name, x in features.items()}
+
+
+def _real_norm(x: Array) -> Array:
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(jnp.float32)
+
+
+def _masses(importance: Array) -> Array:
+    total = jnp.sum(importance, axis=-1, keepdims=True)
+    return jnp.where(
+        total > 0, importance / jnp.where(total > 0, total, 1), 1 / importance.shape[-1]
     )

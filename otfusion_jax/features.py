@@ -183,6 +183,7 @@ def interpret(
     args: list[Any],
     path: tuple[int, ...],
     step: Step,
+    enter: Callable[[tuple[int, ...], list[Any]], list[Any]] | None = None,
 ) -> list[Any]:
     """Goes through a jaxpr and the bodies of its calls, equation by equation.
 
@@ -191,6 +192,7 @@ def interpret(
         args: its arguments, of any type that `step` understands.
         path: where the jaxpr lies: indices of the calls around it.
         step: evaluates an equation. Constants come to it as they are in the jaxpr.
+        enter: from the path and the operands of a call to what its body is run on.
 
     Returns:
         The results.
@@ -206,7 +208,8 @@ def interpret(
         operands = [read(v) for v in eqn.invars]
         inner = body(eqn)
         if inner is not None:
-            results = interpret(inner, operands, here, step)
+            operands = operands if enter is None else enter(here, operands)
+            results = interpret(inner, operands, here, step, enter)
         else:
             results = step(eqn, here, operands)
         env.update(zip(eqn.outvars, results, strict=True))

@@ -29,8 +29,8 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     Args:
         models: K pytrees of the same structure and shapes.
         weights: K weights, summing to 1; uniform if None. A function of the key path says them
-            parameter by parameter: `lambda path: (0, 1) if path.startswith("head") else None` keeps
-            the head of the second of two models.
+            parameter by parameter: `lambda path: (0.0, 1.0) if path.startswith("head") else None`
+            keeps the head of the second of two models.
 
     Returns:
         The weighted average. Integers, booleans and keys are those of the last model.

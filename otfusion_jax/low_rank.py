@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 from ott.geometry import geometry
@@ -110,7 +111,7 @@ def _solve_low_rank(
         max_iterations=solver.max_iterations,
     )
     geom = geometry.Geometry(cost_matrix=scaled)
-    output = run(linear_problem.LinearProblem(geom, a, b))
+    output = run(linear_problem.LinearProblem(geom, a, b), init=_start(a, b, run.rank))
     # ott's own flag wants changes to become smaller: of rank 1 there are none from the start.
     last_change = output.errors[jnp.sum(output.errors != -1) - 1]
     plan = output.matrix.astype(dtype)
@@ -126,3 +127,13 @@ def _solve_low_rank(
         converged=problem.valid & (last_change < solver.threshold),
         gap=lax.stop_gradient(jnp.sum(plan * slack(problem.reduced, v * problem.scale))),
     )
+
+
+def _start(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
+    """A random start like ott's, the same whatever types and generator are switched on."""
+    rng = np.random.default_rng(0)
+    shares = (np.abs(rng.normal(size=(len(x), rank))) for x in (a, b))
+    shares_a, shares_b = (jnp.asarray(x / x.sum(1, keepdims=True), a.dtype) for x in shares)
+    weights = 1 + rng.uniform(size=rank)
+    weights = jnp.asarray(weights / weights.sum(), a.dtype)
+    return a[:, None] * shares_a, b[:, None] * shares_b, weights

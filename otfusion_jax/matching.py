@@ -10,13 +10,14 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, ground_cost
+from otfusion_jax.costs import Gram, costs_within, ground_cost
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Symmetry
 
@@ -78,13 +79,20 @@ def at_once(count: int) -> int:
     return 1 if jax.default_backend() == "cpu" else count
 
 
-def _solve(solver: AbstractSolver, cost: Array) -> Solution:
+Masses = tuple[Array | None, Array | None]
+"""Of the units of the source and of the target, float `[*batch, n]` and `[*batch, m]`."""
+
+
+def _solve(solver: AbstractSolver, cost: Array, masses: Masses, within: Any) -> Solution:
     """Solves a stack of problems: under one vmap, on a CPU one after the other."""
     *batch, n, m = cost.shape
+    given = (cost, *masses, within)
     if not batch:
-        return solver.solve(cost)
+        return solver.solve(*given)
     count = math.prod(batch)
-    found = jax.lax.map(solver.solve, cost.reshape(count, n, m), batch_size=at_once(count))
+    stacked = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(batch) :]), given)
+    solve = lambda problem: solver.solve(*problem)  # noqa: E731
+    found = jax.lax.map(solve, stacked, batch_size=at_once(count))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
 
 
@@ -99,7 +107,10 @@ def _total(solution: Solution, plan: Array) -> Solution:
 
 
 def solve_family(
-    solver: AbstractSolver, metric: costs.CostFn, grams: Sequence[Gram]
+    solver: AbstractSolver,
+    metric: costs.CostFn,
+    grams: Sequence[Gram],
+    masses: Sequence[Masses],
 ) -> list[Solution]:
     """Matches a group jointly with what is nested in it.
 
@@ -109,33 +120,59 @@ def solve_family(
         solver: from cost to plan. What has something nested in it is always matched exactly.
         metric: the ground metric.
         grams: of the group and of each nested one.
+        masses: of the units of each.
 
     Returns:
         For each group its plans, values summed up.
     """
     own, *inside = grams
     if not inside:
-        found = _solve(solver, ground_cost(metric, own))
+        cost = ground_cost(metric, own)
+        found = _solve(solver, cost, masses[0], costs_within(metric, own))
         return [_total(found, found.plan)]
+    problems = [_pairs(metric, g, pair) for g, pair in zip(inside, masses[1:], strict=True)]
     pairs: list[Solution] = []
-    for _, alike in itertools.groupby(inside, key=lambda g: g.ab.shape):  # one solver for all
-        g = jax.tree.map(lambda *x: jnp.stack(x), *alike)
-        # [groups, *batch, heads, n, heads, m] to [groups, *batch, heads, heads, n, m]
-        ab = jnp.moveaxis(g.ab, -3, -2)
-        aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
-        bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
-        found = _solve(solver, ground_cost(metric, Gram(aa, bb, ab)))
-        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(ab))]
+    for _, alike in itertools.groupby(problems, key=_shapes):  # one solver for all
+        found = _solve(solver, *jax.tree.map(lambda *x: jnp.stack(x), *alike))
+        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(found.gap))]
     # The masses of a problem's units sum up to 1.
     values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
     cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
-    outer = _solve(Exact(), cost)
+    outer = _solve(Exact(), cost, (None, None), None)
     found = [_total(outer, outer.plan)]
     for solution in pairs:
         # For each head of the target, the match inside with the head that goes there.
         picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
         found.append(_total(picked, picked.plan))
     return found
+
+
+def _pairs(metric: costs.CostFn, g: Gram, masses: Masses) -> tuple[Array, Masses, Any]:
+    """Sets up the problems of all pairs of heads: `[*batch, heads, heads, n, m]`."""
+    # From [*batch, heads, n, heads, m].
+    ab = jnp.moveaxis(g.ab, -3, -2)
+    pairs = ab.shape[:-2]
+
+    def of_source(x: Array, rank: int) -> Array:
+        x = jnp.expand_dims(x, -rank - 1)
+        return jnp.broadcast_to(x, (*pairs, *x.shape[x.ndim - rank :]))
+
+    def of_target(x: Array, rank: int) -> Array:
+        x = jnp.expand_dims(x, -rank - 2)
+        return jnp.broadcast_to(x, (*pairs, *x.shape[x.ndim - rank :]))
+
+    cost = ground_cost(metric, Gram(of_source(g.aa, 1), of_target(g.bb, 1), ab))
+    a, b = masses
+    within = costs_within(metric, g)
+    return (
+        cost,
+        (None if a is None else of_source(a, 1), None if b is None else of_target(b, 1)),
+        within and (of_source(within[0], 2), of_target(within[1], 2)),
+    )
+
+
+def _shapes(problem: Any) -> Any:
+    return jax.tree_util.tree_structure(problem), [x.shape for x in jax.tree.leaves(problem)]
 
 
 def _picked(pairs: Array, plan: Array) -> Array:

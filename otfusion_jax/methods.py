@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
 from otfusion_jax.costs import Gram, gram, squared_norm, unit_gram
-from otfusion_jax.matching import Family, families_of, overlap, solve_family
+from otfusion_jax.matching import Family, Masses, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
 from otfusion_jax.transport import is_permutation, move, placed
@@ -56,6 +56,7 @@ class Problem:
     """What a method works on: flat parameters, and how a cost becomes a plan.
 
     The source has the groups of `symmetry`, the target those of `onto`, by the same names.
+    `marginals` are the masses of the units of both, where they are not uniform.
     """
 
     symmetry: Symmetry
@@ -64,6 +65,7 @@ class Problem:
     target: list[Array]
     metric: costs.CostFn
     solver: AbstractSolver
+    marginals: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
 
     @property
     def dtype(self) -> Any:
@@ -75,6 +77,12 @@ class Problem:
     def families(self) -> tuple[Family, ...]:
         """What is solved at once, in dataflow order."""
         return families_of(self.symmetry)
+
+    def masses(self, family: Family) -> list[Masses]:
+        """Returns the masses of the units of a group and of each nested one."""
+        names = [group.name for group in (family.root, *family.nested)]
+        source, target = self.marginals
+        return [(source.get(name), target.get(name)) for name in names]
 
     def compare(self, family: Family, plans: Plans, chosen: Collection[Member]) -> list[Gram]:
         """Compares the units of a family by their weights.
@@ -97,7 +105,11 @@ class Problem:
         if not members:
             pairs = (*batch, n, *batch[-1:], m) if group.outer else (*batch, n, m)
             aa, bb = (jnp.zeros((*batch, size), self.dtype) for size in (n, m))
-            return Gram(aa, bb, jnp.zeros(pairs, self.dtype))
+            ab, within = jnp.zeros(pairs, self.dtype), None
+            if self.solver.quadratic:
+                a, b = (jnp.zeros((*batch, size, size), self.dtype) for size in (n, m))
+                within = a, b
+            return Gram(aa, bb, ab, within)
         return functools.reduce(
             Gram.__add__, (self._compared(family, group, member, plans) for member in members)
         )
@@ -114,7 +126,7 @@ class Problem:
         if member.role == "consumes":
             # Of n units that become m, n/m take the place of one, and what consumes them adds up.
             source = source * (group.size / self.onto[group.name].size)
-        return unit_gram(source, target, group)
+        return unit_gram(source, target, group, self.solver.quadratic)
 
     def _moved(self, plans: Plans, leaf: int) -> Array:
         onto = None if self.onto == self.symmetry else self.onto
@@ -176,7 +188,7 @@ def _visit(
     problem: Problem,
     state: _State,
     compare: Callable[[Family, _State], list[Gram]],
-    solve: Callable[[list[Gram]], list[Solution]],
+    metric: costs.CostFn,
     accept: Callable[[Family, _State, list[Gram], list[Solution]], _State],
 ) -> _State:
     """Solves one family after the other.
@@ -186,11 +198,15 @@ def _visit(
     """
     families = problem.families
 
-    def compared(family: Family, state: _State) -> list[Gram]:
-        return jax.tree.map(lambda x: x.astype(problem.dtype), compare(family, state))
+    def compared(family: Family, state: _State) -> tuple[list[Gram], list[Masses]]:
+        found = compare(family, state), problem.masses(family)
+        return jax.tree.map(lambda x: x.astype(problem.dtype), found)
 
     forms = [jax.eval_shape(functools.partial(compared, f), state) for f in families]
-    shapes = [tuple(x.shape for x in jax.tree.leaves(form)) for form in forms]
+    shapes = [
+        (jax.tree_util.tree_structure(form), *(x.shape for x in jax.tree.leaves(form)))
+        for form in forms
+    ]
     kinds = list(dict.fromkeys(shapes))
     kind_of = jnp.array([kinds.index(shape) for shape in shapes])
 
@@ -202,9 +218,10 @@ def _visit(
 
             def run(state: _State, mine: list[Family] = mine, index: Array = index) -> _State:
                 compares = [functools.partial(compared, f) for f in mine]
-                found = jax.lax.switch(index, compares, state)
+                grams, masses = jax.lax.switch(index, compares, state)
+                solutions = solve_family(problem.solver, metric, grams, masses)
                 accepts = [functools.partial(accept, f) for f in mine]
-                return jax.lax.switch(index, accepts, state, found, solve(found))
+                return jax.lax.switch(index, accepts, state, grams, solutions)
 
             only = len(kinds) == 1
             state = run(state) if only else jax.lax.cond(kind_of[i] == number, run, _same, state)
@@ -277,9 +294,6 @@ class ForwardPass(AbstractMethod):
                 found = problem.compare(family, state.plans, chosen)
             return [g.normalised() for g in found] if self.unit_norm else found
 
-        def solve(found: list[Gram]) -> list[Solution]:
-            return solve_family(problem.solver, problem.metric, found)
-
         def accept(
             family: Family, state: _State, _: list[Gram], solutions: list[Solution]
         ) -> _State:
@@ -287,7 +301,7 @@ class ForwardPass(AbstractMethod):
             pairs = ((solution.plan, solution) for solution in solutions)
             return state.take(dict(zip(names, pairs, strict=True)), jnp.array(True))
 
-        return _visit(problem, _start(problem), compare, solve, accept)
+        return _visit(problem, _start(problem), compare, problem.metric, accept)
 
 
 def _start(problem: Problem) -> _State:
@@ -296,14 +310,22 @@ def _start(problem: Problem) -> _State:
     around = {group.outer for group in problem.symmetry.groups}
     for group in problem.symmetry.groups:
         n, m = group.size, problem.onto[group.name].size
-        cost = jax.ShapeDtypeStruct((n, m), problem.dtype)
         solver = Exact() if group.name in around else problem.solver
-        form = jax.eval_shape(solver.solve, cost)
+        form = jax.eval_shape(solver.solve, *_problem(problem, group.name, n, m))
         gaps[group.name] = jnp.zeros(form.gap.shape, form.gap.dtype)
         if not is_permutation(form.plan):
             still = _monotone(n, m).astype(form.plan.dtype)
             plans[group.name] = jnp.broadcast_to(still, (*group.batch, n, m))
     return _State(plans, gaps, jnp.array(True), jnp.array(False))
+
+
+def _problem(problem: Problem, name: str, n: int, m: int) -> list[Any]:
+    """Returns the form of what the solver of a group is called with."""
+    sizes: list[tuple[int, ...]] = [(n, m), (n,), (m,), (n, n), (m, m)]
+    cost, a, b, *within = (jax.ShapeDtypeStruct(size, problem.dtype) for size in sizes)
+    source, target = problem.marginals
+    masses = [a if name in source else None, b if name in target else None]
+    return [cost, *masses, tuple(within) if problem.solver.quadratic else None]
 
 
 def _monotone(n: int, m: int) -> Array:
@@ -389,9 +411,6 @@ class CoordinateDescent(AbstractMethod):
             chosen = [m for group in (family.root, *family.nested) for m in group.members]
             return problem.compare(family, state.plans, chosen)
 
-        def solve(found: list[Gram]) -> list[Solution]:
-            return solve_family(problem.solver, costs.SqEuclidean(), found)
-
         def unfinished(loop: tuple[_State, Array, Array]) -> Array:
             state, _, count = loop
             return state.improved & (count < self.max_sweeps)
@@ -400,7 +419,7 @@ class CoordinateDescent(AbstractMethod):
             state, history, count = loop
             state = dataclasses.replace(state, converged=jnp.array(True), improved=jnp.array(False))
             accept = functools.partial(_accept, problem)
-            state = _visit(problem, state, compare, solve, accept)
+            state = _visit(problem, state, compare, costs.SqEuclidean(), accept)
             history = history.at[count + 1].set(problem.distance(state.plans))
             return state, history, count + 1
 

@@ -5,9 +5,11 @@ loses accuracy by it. Here the aligned models and their average run side by side
 inputs, equation by equation. Where the average's features come out of a product with a parameter,
 that parameter is corrected, and what follows sees the corrected features. The result has the
 architecture of the models: every correction is folded into the weights.
+
+A model that plans merge or split units of computes something else after the move. Then its original
+runs beside the others, and it is the features of this one that are moved.
 """
 
-import abc
 import dataclasses
 import functools
 import math
@@ -20,11 +22,14 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.corrections import AbstractRepair, Product, RestoreStatistics, along, producing
 from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
-from otfusion_jax.symmetry import Group, Member, Symmetry
-from otfusion_jax.trace import View
-from otfusion_jax.units import units_of, with_units
+from otfusion_jax.rules import body
+from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, uses_of
+from otfusion_jax.trace import Trace, View
+from otfusion_jax.transport import HasPlans, moved_along, moved_units
+from otfusion_jax.widths import matched, names
 
 _PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
 # What a parameter may go through on its way to a product or a sum: linear, and nothing is mixed.
@@ -38,118 +43,21 @@ _ARRANGEMENTS = (
 )
 
 
-class Product(NamedTuple):
-    """A product of features with a parameter, in all models and in their average.
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A model before it was moved.
 
     Attributes:
-        leaf: the parameter of the average.
-        compute: from such a parameter to the average's features, linear.
-        normal: the same, followed by its transpose.
-        found: the features of each model, K arrays of one shape.
-        weights: of the models, float `[K]`.
-        units: brings features to `[*batch, samples, units]`; None if they belong to no group.
-        group: whose units they are.
-        along: the axes of the parameter that produce these units.
+        symmetry: of the model.
+        fn: its function, which differs from that of the average in widths alone.
+        params: its parameters.
+        plans: that moved it, or the result of `align`.
     """
 
-    leaf: Array
-    compute: Callable[[Array], Array]
-    normal: Callable[[Array], Array]
-    found: tuple[Array, ...]
-    weights: Float[Array, " k"]
-    units: Callable[[Array], Array] | None
-    group: Group | None
-    along: tuple[Member, ...]
-
-
-class AbstractRepair(abc.ABC):
-    """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses."""
-
-    @abc.abstractmethod
-    def correct(self, product: Product) -> tuple[Array, Float[Array, "*batch units"] | None]:
-        """Corrects one parameter. Traced: called under `jax.jit`.
-
-        Args:
-            product: where the parameter is used.
-
-        Returns:
-            The parameter, and what is to be added to each unit by a bias, if there is one.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoreStatistics(AbstractRepair):
-    """REPAIR: gives every unit the mean and the deviation that it has in the models, on average.
-
-    Units are scaled by the parameter that produces them and shifted by the bias that follows. In a
-    network without biases they are scaled alone. Outputs of the network are left alone.
-
-    References:
-        Jordan, Sedghi, Saukh, Entezari and Neyshabur, REPAIR, ICLR 2023, section 4.
-    """
-
-    def correct(self, product: Product) -> tuple[Array, Array | None]:
-        """See `AbstractRepair.correct`."""
-        if product.units is None or product.group is None or not product.along:
-            return product.leaf, None
-        ours = product.units(product.compute(product.leaf))
-        theirs = [product.units(y) for y in product.found]
-        deviations, means = (
-            jnp.tensordot(product.weights, jnp.stack([f(y, axis=-2) for y in theirs]), axes=1)
-            for f in (jnp.std, jnp.mean)
-        )
-        deviation = jnp.std(ours, axis=-2)
-        scale = jnp.where(deviation > 0, deviations / jnp.where(deviation > 0, deviation, 1), 1)
-        leaf = product.leaf
-        for member in product.along:
-            leaf = _along(jnp.multiply, leaf, member, product.group, scale)
-        return leaf, means - scale * jnp.mean(ours, axis=-2)
-
-
-@dataclasses.dataclass(frozen=True)
-class LeastSquares(AbstractRepair):
-    """Gives every product the features that the models have on average, in the least squares.
-
-    The parameter is the one that comes closest to the mean of the models' features from the
-    features that the average itself has there, with a penalty on the distance from the average. The
-    outputs of the network are products too: they come close to the models' mean. Solved by
-    conjugate gradients, so that neither shapes nor layouts matter. Layer by layer it is the
-    regression of Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models
-    (RegMean), ICLR 2023, on the features of the merged model instead of those of each parent.
-
-    Attributes:
-        ridge: the penalty, in units of the mean eigenvalue of the features' inner products.
-        steps: of conjugate gradients; to stop early is a penalty too.
-    """
-
-    ridge: float = 0.01
-    steps: int = 20
-
-    def __post_init__(self):
-        if self.ridge < 0 or self.steps < 1:
-            raise ValueError(
-                f"ridge is {self.ridge} and steps {self.steps}; they must be at least 0 and 1"
-            )
-
-    def correct(self, product: Product) -> tuple[Array, Array | None]:
-        """See `AbstractRepair.correct`."""
-        leaf, compute = product.leaf, product.compute
-        # The squared length of the features of random weights is the trace, on average.
-        random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-        penalty = self.ridge * _inner(compute(random)) / _inner(random)
-
-        def normal(x: Array) -> Array:
-            return product.normal(x) + penalty * x
-
-        target = sum(w * y for w, y in zip(product.weights, product.found, strict=True))
-        short = (target - compute(leaf)).astype(product.found[0].dtype)
-        (missing,) = jax.linear_transpose(compute, leaf)(short)
-        change, _ = jax.scipy.sparse.linalg.cg(normal, missing, maxiter=self.steps)
-        return leaf + change, None
-
-
-def _inner(x: Array) -> Array:
-    return jnp.sum(x * x)
+    symmetry: Symmetry
+    fn: Callable[..., Any]
+    params: PyTree
+    plans: Plans | HasPlans
 
 
 def repair(
@@ -159,6 +67,7 @@ def repair(
     *inputs: PyTree,
     weights: Sequence[float] | None = None,
     method: AbstractRepair = RestoreStatistics(),
+    originals: Sequence[Original | None] | None = None,
 ) -> PyTree:
     """Averages aligned models and corrects the average on data, without labels.
 
@@ -174,21 +83,96 @@ def repair(
         *inputs: a batch of inputs; all of its features are in memory at once. 1,000 images do.
         weights: K weights, summing to 1; uniform if None.
         method: `RestoreStatistics()`, or `LeastSquares()`, which corrects far more.
+        originals: of each model what it was before the move, or None where that computes the same.
+            Soft plans, and plans from one width to another, merge units: what is to be matched are
+            then the features of the original, moved along the plans, and for statistics the means
+            over the units that were merged.
 
     Returns:
         The parameters of the repaired average.
 
     Raises:
         ValueError: if models do not fit the symmetry, `fn` and `inputs` give another symmetry, a
-            batch is empty, or weights do not fit.
+            batch is empty, weights do not fit, or an original is of another architecture.
     """
     for number, model in enumerate(models):
         symmetry.validate(model, f"model {number}")
     check_inputs(inputs)
+    befores = [None] * len(models) if originals is None else list(originals)
+    if len(befores) != len(models):
+        raise ValueError(f"{len(befores)} originals were given, but there are {len(models)} models")
+    for number, before in enumerate(befores):
+        if before is not None:
+            before.symmetry.validate(before.params, f"original {number}")
     fused = average(models, weights)
-    leaves = [jax.tree_util.tree_leaves(model) for model in (*models, fused)]
-    found = _repair(symmetry, fn, method, leaves, mixture(weights, len(models)), inputs)
+    shares = mixture(weights, len(models))
+    static = tuple(before and (before.symmetry, before.fn) for before in befores)
+    arrays = [
+        (jax.tree_util.tree_leaves(model), {})
+        if before is None
+        else (jax.tree_util.tree_leaves(before.params), _plans(before))
+        for model, before in zip(models, befores, strict=True)
+    ]
+    mine = jax.tree_util.tree_leaves(fused)
+    found = _repair(symmetry, fn, method, static, mine, arrays, shares, inputs)
     return symmetry.treedef.unflatten(found)
+
+
+def _plans(before: Original) -> Plans:
+    return before.plans if isinstance(before.plans, dict) else before.plans.plans
+
+
+Path = tuple[int, ...]
+
+
+class _Network(NamedTuple):
+    """One of the networks that run side by side.
+
+    Attributes:
+        program: its equations, and the constants around them, by path.
+        views: where its groups are produced, by path.
+        plans: that its features are moved along; empty if they are where they belong.
+        symmetry: of the average, by the names of this network's groups.
+        names: of the average's groups, by the names of this network's.
+    """
+
+    program: dict[Path, tuple[core.JaxprEqn, dict[Any, Any]]]
+    views: dict[Path, list[tuple[Group, View]]]
+    plans: Plans
+    symmetry: Symmetry
+    names: dict[str, str]
+
+
+def _network(traced: Trace, symmetry: Symmetry, plans: Plans) -> _Network:
+    views: dict[Path, list[tuple[Group, View]]] = {}
+    for group in sorted(traced.symmetry.groups, key=lambda g: g.outer is not None):
+        for view in traced.produced.get(group.name, ()):
+            views.setdefault(view.site.path, []).append((group, view))
+    mine = matched(traced.symmetry, symmetry)
+    return _Network(_program(traced.jaxpr, ()), views, plans, mine, names(mine, symmetry))
+
+
+def _program(jaxpr: core.ClosedJaxpr, path: Path) -> dict[Path, tuple[core.JaxprEqn, dict]]:
+    """Returns the equations of a jaxpr and of the bodies of its calls, by path."""
+    constants = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    found: dict[Path, tuple[core.JaxprEqn, dict]] = {}
+    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        found[*path, index] = eqn, constants
+        if (inner := body(eqn)) is not None:
+            found |= _program(inner, (*path, index))
+    return found
+
+
+def _check_programs(networks: Sequence[_Network]) -> None:
+    """Refuses networks that do not do the same thing step by step."""
+    *others, mine = ({p: e.primitive for p, (e, _) in n.program.items()} for n in networks)
+    for number, other in enumerate(others):
+        if other != mine:
+            differ = [p for p in mine | other if mine.get(p) is not other.get(p)]
+            raise ValueError(
+                f"original {number} runs other operations than the function given: "
+                f"{other.get(differ[0])} where that one has {mine.get(differ[0])}"
+            )
 
 
 class _Origin(NamedTuple):
@@ -207,28 +191,42 @@ class _Value(NamedTuple):
     shift: tuple[Group, Array] | None = None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _repair(
     symmetry: Symmetry,
     fn: Callable[..., Any],
     method: AbstractRepair,
-    leaves: list[list[Array]],
+    befores: tuple[tuple[Symmetry, Callable[..., Any]] | None, ...],
+    fused: list[Array],
+    models: list[tuple[list[Array], Plans]],
     weights: Float[Array, " k"],
     inputs: tuple[PyTree, ...],
 ) -> list[Array]:
-    count = len(leaves)
-    treedef = symmetry.treedef
-    traced = retrace(symmetry, fn, treedef.unflatten(leaves[-1]), inputs)
-    views: dict[tuple[int, ...], list[tuple[Group, View]]] = {}
-    for group in symmetry.groups:
-        for view in traced.produced.get(group.name, ()):
-            views.setdefault(view.site.path, []).append((group, view))
-    corrected = list(leaves[-1])
+    traced = retrace(symmetry, fn, symmetry.treedef.unflatten(fused), inputs)
+    networks = []
+    for before, (leaves, plans) in zip(befores, models, strict=True):
+        found = traced
+        if before is not None:
+            theirs, function = before
+            found = retrace(theirs, function, theirs.treedef.unflatten(leaves), inputs)
+        networks.append(_network(found, symmetry, plans))
+    networks.append(_network(traced, symmetry, {}))
+    _check_programs(networks)
+    mine = networks[-1]
+    corrected = list(fused)
     done: set[int] = set()
 
-    def step(eqn: core.JaxprEqn, path: tuple[int, ...], operands: list[Any]) -> list[Any]:
-        values = [x if isinstance(x, _Value) else _Value((x,) * count) for x in operands]
-        values = [_current(v) for v in values]
+    def lifted(path: Path, operands: list[Any]) -> list[_Value]:
+        """Constants and literals may differ from network to network, as means divide by widths."""
+        values = []
+        for position, x in enumerate(operands):
+            if not isinstance(x, _Value):
+                x = _Value(tuple(_constant(n, path, position, x) for n in networks))
+            values.append(x)
+        return values
+
+    def step(eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
+        values = [_current(v) for v in lifted(path, operands)]
         if eqn.primitive in _PRODUCTS:
             pair = sorted(values, key=lambda v: v.feature)
             if pair[1].feature and pair[0].origin and pair[0].origin.leaf not in done:
@@ -240,21 +238,21 @@ def _repair(
                     values = [_current(v) for v in values]
         if eqn.primitive not in _ARRANGEMENTS:
             done.update(v.origin.leaf for v in values if v.origin)
-        return _bind(eqn, values, count)
+        return _bind([n.program[path][0] for n in networks], values)
 
     def _current(value: _Value) -> _Value:
         """The same value, of the average's parameters as they are by now."""
         if value.origin is None or value.origin.leaf not in done:
             return value
-        mine = value.origin.arrange(corrected[value.origin.leaf])
-        return value._replace(arrays=(*value.arrays[:-1], mine))
+        latest = value.origin.arrange(corrected[value.origin.leaf])
+        return value._replace(arrays=(*value.arrays[:-1], latest))
 
     def add_shift(leaf: int, group: Group, shift: Array) -> None:
-        for member in _producing(group, leaf):
-            corrected[leaf] = _along(jnp.add, corrected[leaf], member, group, shift)
+        for member in producing(group, leaf):
+            corrected[leaf] = along(jnp.add, corrected[leaf], member, group, shift)
         done.add(leaf)
 
-    def correct(eqn: core.JaxprEqn, path: tuple[int, ...], values: list[_Value]) -> _Value:
+    def correct(eqn: core.JaxprEqn, path: Path, values: list[_Value]) -> _Value:
         position = int(values[0].feature)
         origin = values[position].origin
         assert origin is not None
@@ -271,27 +269,83 @@ def _repair(
                 return jax.linear_transpose(compute, leaf)(compute(leaf))[0]
             return jax.linear_transpose(origin.arrange, leaf)(gram(origin.arrange(leaf)))[0]
 
-        found = tuple(
-            eqn.primitive.bind(*(v.arrays[k] for v in values), **eqn.params)
-            for k in range(count - 1)
-        )
+        found = []
+        for k, network in enumerate(networks[:-1]):
+            theirs = network.program[path][0]
+            operands = [v.arrays[k] for v in values]
+            found.append(theirs.primitive.bind(*operands, **theirs.params))
         # Of several groups (a product of heads and their units) the last one counts.
-        group, view = views.get(path, [(None, None)])[-1]
-        along = _producing(group, origin.leaf) if group else ()
+        views = mine.views.get(path, [])
+        roles: list[Role] = [_role(group, view, origin.leaf) for group, view in views]
+        group, view = (views or [(None, None)])[-1]
+        members = producing(group, origin.leaf) if group else ()
         units = functools.partial(samples_of, view=view, group=group) if group and view else None
-        leaf = corrected[origin.leaf]
-        product = Product(leaf, compute, normal, found, weights, units, group, along)
+        pairs = list(zip(networks, found, strict=False))
+        product = Product(
+            corrected[origin.leaf],
+            compute,
+            normal,
+            tuple(_moved(network, mine, path, roles, y) for network, y in pairs),
+            tuple(_statistics(network, path, roles[-1], y) for network, y in pairs if group),
+            weights,
+            units,
+            group,
+            members,
+        )
         corrected[origin.leaf], shift = method.correct(product)
         done.add(origin.leaf)
         pending = None if shift is None or group is None else (group, shift)
         return _Value((*found, compute(corrected[origin.leaf])), True, None, pending)
 
-    arguments = [
-        _Value(x, origin=_Origin(i, _same)) for i, x in enumerate(zip(*leaves, strict=True))
-    ]
+    columns = zip(*(leaves for leaves, _ in models), fused, strict=True)
+    arguments = [_Value(x, origin=_Origin(i, _same)) for i, x in enumerate(columns)]
+    count = len(networks)
     arguments += [_Value((x,) * count, feature=True) for x in jax.tree_util.tree_leaves(inputs)]
-    interpret(traced.jaxpr, arguments, (), step)
+    interpret(traced.jaxpr, arguments, (), step, lifted)
     return corrected
+
+
+def _constant(network: _Network, path: Path, position: int, value: Any) -> Any:
+    """Returns an operand that is a constant, as it is in this network."""
+    eqn, constants = network.program[path]
+    atom = eqn.invars[position]
+    return atom.val if isinstance(atom, core.Literal) else constants.get(atom, value)
+
+
+def _role(group: Group, view: View, leaf: int) -> Role:
+    """Returns the role of features that come out of a product with a parameter.
+
+    They have that of the parameter's axis that they lie along: what is contracted with features
+    that push forward is pulled back, as keys are that meet queries.
+    """
+    roles = {m.role for m in group.members if m.leaf == leaf and m.where.place == view.where.place}
+    return "consumes" if roles == {"consumes"} else "produces"
+
+
+def _moved(
+    network: _Network, mine: _Network, path: Path, roles: Sequence[Role], features: Array
+) -> Array:
+    """Moves the features at a site to where they are in the average."""
+    if not network.plans or path not in network.views:
+        return features
+    places = {(g.name, i): v for i, (g, v) in enumerate(mine.views[path])}
+    here, there = [], []
+    for i, ((group, view), role) in enumerate(zip(network.views[path], roles, strict=True)):
+        target = places[network.names[group.name], i]
+        here.append((group, Member(0, "", view.where, role)))
+        there.append((network.symmetry[group.name], Member(0, "", target.where, role)))
+    form: Any = mine.program[path][0].outvars[0].aval
+    cells = moved_along(uses_of(features.shape, here), network.plans, features)
+    return uses_of(form.shape, there).layout.join(cells)
+
+
+def _statistics(network: _Network, path: Path, role: Role, features: Array) -> tuple[Array, Array]:
+    """Returns the means and deviations of the units of the last group at a site."""
+    group, view = network.views[path][-1]
+    units = samples_of(features, view, group)
+    found = jnp.mean(units, axis=-2), jnp.std(units, axis=-2)
+    mean, deviation = (moved_units(group, network.plans, x, role) for x in found)
+    return mean, deviation
 
 
 def _row_gram(
@@ -336,11 +390,12 @@ def _same(x: Array) -> Array:
     return x
 
 
-def _bind(eqn: core.JaxprEqn, values: list[_Value], count: int) -> list[_Value]:
+def _bind(eqns: list[core.JaxprEqn], values: list[_Value]) -> list[_Value]:
     """Evaluates an equation in every model."""
+    eqn = eqns[-1]
     results = []
-    for k in range(count):
-        bound = eqn.primitive.bind(*(v.arrays[k] for v in values), **eqn.params)
+    for k, theirs in enumerate(eqns):
+        bound = theirs.primitive.bind(*(v.arrays[k] for v in values), **theirs.params)
         results.append(bound if eqn.primitive.multiple_results else [bound])
     feature = any(v.feature for v in values)
     origin, shift = None, None
@@ -354,16 +409,3 @@ def _bind(eqn: core.JaxprEqn, values: list[_Value], count: int) -> list[_Value]:
 
             origin = _Origin(leaf, arrange)
     return [_Value(arrays, feature, origin, shift) for arrays in zip(*results, strict=True)]
-
-
-def _producing(group: Group, leaf: int) -> tuple[Member, ...]:
-    return tuple(m for m in group.members if m.leaf == leaf and m.role == "produces")
-
-
-def _along(
-    operation: Callable[..., Array], leaf: Array, member: Member, group: Group, numbers: Array
-) -> Array:
-    """Combines a parameter with one number per unit."""
-    units = units_of(leaf, member.where, group)
-    changed = operation(units, numbers[..., None].astype(leaf.dtype))
-    return with_units(leaf, member.where, group, changed)

@@ -56,7 +56,8 @@ class Sinkhorn(AbstractSolver):
         threshold: `converged` means that the column marginals are off by less than this in total;
             of an unbalanced problem, both marginals, from what they should be given the potentials.
         max_iterations: how many iterations at most.
-        epsilon_init: annealing starts from `epsilon` times this; 1 means none.
+        epsilon_init: annealing starts from `epsilon` times this; 1 means none. To start far above
+            the range of the costs is to lose digits.
         epsilon_decay: the factor of each iteration of annealing, in (0, 1).
         tau_a: how strictly the masses of the source units are kept, in (0, 1]; 1 means exactly.
         tau_b: the same for the target units.

@@ -169,7 +169,16 @@ class Uses(NamedTuple):
     uses: tuple[Use, ...]
 
 
-def _uses(shape: tuple[int, ...], pairs: list[tuple[Group, Member]]) -> Uses:
+def uses_of(shape: tuple[int, ...], pairs: list[tuple[Group, Member]]) -> Uses:
+    """Works out how an array falls into cells.
+
+    Args:
+        shape: of the array.
+        pairs: the groups that index it, and by what.
+
+    Returns:
+        Its layout, and which dimension each member is.
+    """
     factors: dict[Factor, int] = {}
     uses = []
     for group, member in pairs:
@@ -218,7 +227,7 @@ class Symmetry:
             for member in group.members:
                 found[member.leaf].append((group, member))
         return tuple(
-            _uses(leaf.shape, pairs) for leaf, pairs in zip(self.leaves, found, strict=True)
+            uses_of(leaf.shape, pairs) for leaf, pairs in zip(self.leaves, found, strict=True)
         )
 
     def only(self, keep: Callable[[str], bool]) -> "Symmetry":

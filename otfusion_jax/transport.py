@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.layout import Cell, Cells, mixed, permuted
-from otfusion_jax.symmetry import Group, Member, Plans, Symmetry, Use
+from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, Use, Uses
 from otfusion_jax.widths import matched
 
 
@@ -156,9 +156,23 @@ def placed(
     Returns:
         The cells of the moved parameter.
     """
-    layout, uses = symmetry.by_leaf[leaf]
-    cells = layout.split(array)
-    for use in uses:
+    return moved_along(symmetry.by_leaf[leaf], plans, array, stay)
+
+
+def moved_along(uses: Uses, plans: Plans, array: Array, stay: Collection[Member] = ()) -> Cells:
+    """Takes an array apart and moves its units along plans, without checks.
+
+    Args:
+        uses: how it falls into cells, and which groups index it.
+        plans: group name to plan; groups that are left out stay.
+        array: the array.
+        stay: members that stay where they are.
+
+    Returns:
+        The cells of the moved array.
+    """
+    cells = uses.layout.split(array)
+    for use in uses.uses:
         if use.group.name in plans and use.member not in stay:
             plan = plans[use.group.name]
             cells = {key: _along(cell, use, plan) for key, cell in cells.items()}
@@ -171,9 +185,38 @@ def _along(cell: Cell, use: Use, plan: Array) -> Cell:
         return cell
     if is_permutation(plan):
         return permuted(cell, use.dim, use.levels, plan)
-    masses = jnp.sum(plan, axis=-2 if use.member.role == "produces" else -1, keepdims=True)
-    weights = plan / jnp.where(masses > 0, masses, 1)
+    weights = _weights(plan, use.member.role)
     return mixed(cell, use.dim, use.levels, weights.astype(cell.array.dtype))
+
+
+def _weights(plan: Array, role: Role) -> Array:
+    """Divides a plan by its marginals: those of the new units where these are produced."""
+    masses = jnp.sum(plan, axis=-2 if role == "produces" else -1, keepdims=True)
+    return plan / jnp.where(masses > 0, masses, 1)
+
+
+def moved_units(group: Group, plans: Plans, numbers: Array, role: Role = "produces") -> Array:
+    """Moves what is known of each unit, such as a mean, without checks.
+
+    Args:
+        group: whose units.
+        plans: group name to plan; groups that are left out stay.
+        numbers: float `[*batch, n]`.
+        role: of what is known.
+
+    Returns:
+        `[*batch, m]`: of a new unit that is produced the mean over the old ones that map to it,
+        otherwise the sum of their shares.
+    """
+    if group.outer in plans:
+        numbers = jnp.take_along_axis(numbers, plans[group.outer][..., None], axis=-2)
+    if group.name not in plans:
+        return numbers
+    plan = plans[group.name]
+    if is_permutation(plan):
+        return jnp.take_along_axis(numbers, plan, axis=-1)
+    weights = _weights(plan, role)
+    return jnp.einsum("...n,...nm->...m", numbers, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def move(

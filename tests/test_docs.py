@@ -44,6 +44,7 @@ LAYERS = (
     "align",
     "fuse",
     "barycenter",
+    "corrections",
     "repair",
     "evaluate",
 )

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import otfusion_jax as otf
@@ -137,7 +138,7 @@ def traced(name: str, n: int) -> otf.Symmetry:
 
 
 def shuffled(key: jax.Array, narrow: otf.Symmetry, wide: otf.Symmetry) -> dict[str, jax.Array]:
-    """Plans that split units into equal parts, in random order, where there are more in the wide."""
+    """Plans that split units into equal parts, in random order, where the wide one has more."""
     plans = {}
     for group in narrow.groups:
         n, m = group.size, wide[group.name].size
@@ -193,3 +194,209 @@ def test_plans_of_matrices_do_what_permutations_do(name: str):
     }
     found, expected = (otf.transport(symmetry, p, params, onto=symmetry) for p in (soft, plans))
     assert jax.tree.all(jax.tree.map(close, found, expected))
+
+
+# Alignment and fusion
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("dense", otf.ForwardPass()),
+        ("scanned", otf.ForwardPass()),
+        ("attention", otf.ForwardPass()),
+        ("attention", otf.CoordinateDescent(starts=("identity",))),
+    ],
+    ids=str,
+)
+def test_a_network_whose_units_were_split_is_fused_back(name: str, method: otf.AbstractMethod):
+    params, narrow, wide = made(name, 4), traced(name, 4), traced(name, 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    split = otf.transport(narrow, plans, params, onto=wide)
+    found = otf.align(wide, split, params, onto=narrow, method=method)
+    assert found.converged
+    merged = otf.transport(wide, found, split, onto=narrow)
+    assert close(NETWORKS[name][0](merged, X), NETWORKS[name][0](params, X))
+
+
+def scaled_as_the_original(symmetry: otf.Symmetry, onto: otf.Symmetry, params: Params) -> Params:
+    """`P diag(1/b)` on consuming axes too: of n units that become m, m/n of what we have."""
+    for group in symmetry.groups:
+        for member in group.having("consumes"):
+            scale = onto[group.name].size / group.size
+            params = {**params, member.path: params[member.path] * scale}
+    return params
+
+
+def test_the_scaling_of_the_original_shrinks_what_was_split():
+    params, narrow, wide = made("mlp", 4), traced("mlp", 4), traced("mlp", 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    split = otf.transport(narrow, plans, params, onto=wide)
+    ours = otf.transport(wide, backwards(plans), split, onto=narrow)
+    expected = mlp(params, X)
+    assert close(mlp(ours, X), expected)
+    theirs = mlp(scaled_as_the_original(wide, narrow, ours), X)
+    # Two hidden layers, each halved; the bias of the first is not.
+    assert jnp.linalg.norm(theirs) < 0.5 * jnp.linalg.norm(expected)
+
+
+def test_models_of_several_widths_are_fused_onto_the_one_chosen():
+    sizes = (4, 8, 6)
+    models = [made("dense", n, seed) for seed, n in enumerate(sizes)]
+    symmetries = [traced("dense", n) for n in sizes]
+    method = otf.ForwardPass()
+    for reference, n in enumerate(sizes):
+        fused = otf.fuse(symmetries, models, (0.5, 0.3, 0.2), reference=reference, method=method)
+        onto, target = symmetries[reference], models[reference]
+        expected = jax.tree.map(jnp.zeros_like, made("dense", n))
+        for symmetry, model, weight in zip(symmetries, models, (0.5, 0.3, 0.2), strict=True):
+            plans = otf.align(symmetry, model, target, onto=onto, method=method)
+            moved = otf.transport(symmetry, plans, model, onto=onto)
+            expected = jax.tree.map(lambda x, y, w=weight: x + w * y, expected, moved)
+        assert jax.tree.all(jax.tree.map(close, fused, expected))
+
+
+def test_jit_and_vmap_align_other_widths_alike():
+    wide, narrow = traced("mlp", 6), traced("mlp", 4)  # no size divides the other
+    sources = [made("mlp", 6, seed) for seed in range(2)]
+    target = made("mlp", 4)
+
+    def moved(source: Params) -> Params:
+        plans = otf.align(wide, source, target, onto=narrow, method=otf.ForwardPass())
+        return otf.transport(wide, plans, source, onto=narrow)
+
+    together = jax.jit(jax.vmap(moved))(otf.stack(sources))
+    for i, source in enumerate(sources):
+        expected = moved(source)
+        assert jax.tree.all(jax.tree.map(lambda x, y, i=i: close(x[i], y), together, expected))
+
+
+def test_activations_of_other_widths_match_what_was_split():
+    params, narrow, wide = made("dense", 4), traced("dense", 4), traced("dense", 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    split = otf.transport(narrow, plans, params, onto=wide)
+    batches = [jax.random.normal(jax.random.key(i), (6, 5)) for i in range(3)]
+    grams = otf.feature_gram(wide, dense, split, params, batches, onto=narrow)
+    found = otf.align(wide, split, params, onto=narrow, method=otf.ForwardPass(), features=grams)
+    merged = otf.transport(wide, found, split, onto=narrow)
+    assert close(dense(merged, X), dense(params, X))
+
+
+# What does not fit
+
+
+def test_networks_that_differ_in_more_than_widths_are_refused():
+    params, symmetry = made("dense", 4), traced("dense", 4)
+
+    def refused(other: otf.Symmetry, text: str) -> None:
+        with pytest.raises(ValueError, match="differ in more than the widths") as error:
+            otf.transport(symmetry, symmetry.identity(), params, onto=other)
+        assert text in str(error.value), error.value
+
+    refused(traced("mlp", 4), "bias: only in the target")
+    shapes = {**dense_shapes(4), "c": (17, 7)}
+    more = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    refused(otf.trace_symmetry(dense, more, X), "c: shapes (17, 4) and (17, 7) differ along what")
+    shapes = {"a": (5, 1), "b": (6, 8), "c": (14, 4)}
+    one = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    refused(otf.trace_symmetry(dense, one, X), "a has one unit in the target")
+
+    def ordered(p: Params, x: jax.Array) -> jax.Array:
+        return dense(p, x) + jnp.sum(p["a"] * jnp.arange(8.0)[None])
+
+    refused(otf.trace_symmetry(ordered, made("dense", 8), X), "in the target axis 1 of a is")
+
+
+def test_heads_of_another_number_are_refused():
+    def heads(count: int) -> otf.Symmetry:
+        def fn(p: Params, x: jax.Array) -> jax.Array:
+            q, k = (jnp.reshape(x @ p[name], (len(x), count, 3)) for name in "qk")
+            return jnp.sum(jnp.einsum("thd,shd->hts", q, k) ** 2, axis=0)
+
+        return otf.trace_symmetry(
+            fn, {"q": jnp.ones((5, 3 * count)), "k": jnp.ones((5, 3 * count))}, X
+        )
+
+    params = {name: jnp.ones((5, 6)) for name in "qk"}
+    with pytest.raises(
+        ValueError, match="units may differ in number, but not what they are nested"
+    ):
+        otf.transport(heads(2), {}, params, onto=heads(4))
+
+
+def test_plans_that_lead_elsewhere_are_refused():
+    params, narrow, wide = made("mlp", 4), traced("mlp", 4), traced("mlp", 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    with pytest.raises(ValueError, match=r"b: no plan, but 12 units become 24"):
+        otf.transport(narrow, {"a": plans["a"]}, params, onto=wide)
+    with pytest.raises(ValueError, match=r"a: shape \(8, 8\), expected \(8, 16\)"):
+        otf.transport(narrow, {**plans, "a": jnp.eye(8) / 8}, params, onto=wide)
+    with pytest.raises(ValueError, match="a: a permutation, but 8 units become 16"):
+        otf.transport(narrow, {**plans, "a": jnp.arange(8)}, params, onto=wide)
+
+
+# Repair
+
+
+@pytest.mark.parametrize(
+    "method", [otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=100)], ids=str
+)
+@pytest.mark.parametrize("name", ["convolution", "residual", "attention"])
+def test_the_original_of_another_width_tells_what_is_to_be_restored(
+    name: str, method: otf.AbstractRepair
+):
+    """Of a network whose units were split, the features are those of the network itself."""
+    fn, a, b = NETWORKS[name][0], made(name, 4), made(name, 4, seed=1)
+    narrow, wide = traced(name, 4), traced(name, 8)
+    plans = shuffled(jax.random.key(1), narrow, wide)
+    split = otf.transport(narrow, plans, a, onto=wide)
+    original = otf.Original(wide, fn, split, backwards(plans))
+    x = jax.random.normal(jax.random.key(3), (32, 5))
+    found = otf.repair(narrow, fn, [a, b], x, method=method, originals=[original, None])
+    expected = otf.repair(narrow, fn, [a, b], x, method=method)
+    np.testing.assert_allclose(fn(found, X), fn(expected, X), atol=1e-3)
+
+
+def test_statistics_are_those_of_the_units_that_were_merged():
+    wide, narrow = traced("mlp", 8), traced("mlp", 4)
+    a, b = made("mlp", 8), made("mlp", 4)
+    plans = otf.align(wide, a, b, onto=narrow, method=otf.ForwardPass()).plans
+    moved = otf.transport(wide, plans, a, onto=narrow)
+    x = jax.random.normal(jax.random.key(3), (64, 5))
+    original = otf.Original(wide, mlp, a, plans)
+    weights = (0.7, 0.3)
+    fused = otf.repair(narrow, mlp, [moved, b], x, weights=weights, originals=[original, None])
+    ours, theirs = (otf.features(narrow, mlp, p, x)["a"] for p in (fused, b))
+    merged = otf.features(wide, mlp, a, x)["a"]
+    shares = plans["a"] / plans["a"].sum(0, keepdims=True)
+    for statistic in (jnp.std, jnp.mean):
+        expected = 0.7 * statistic(merged, axis=0) @ shares + 0.3 * statistic(theirs, axis=0)
+        if statistic is jnp.std:
+            assert close(statistic(ours, axis=0), expected)
+        else:  # the shift is that of the bias, which comes after
+            before = otf.average([moved, b], weights)["bias"]
+            assert close(statistic(ours, axis=0) + fused["bias"] - before, expected)
+
+
+def test_permutations_need_no_original_but_may_have_one():
+    fn, symmetry = attention, traced("attention", 4)
+    a, b = made("attention", 4), made("attention", 4, seed=1)
+    plans = symmetry.random(jax.random.key(5))
+    moved = otf.transport(symmetry, plans, a)
+    original = otf.Original(symmetry, fn, a, plans)
+    x = jax.random.normal(jax.random.key(3), (32, 5))
+    found = otf.repair(symmetry, fn, [moved, b], x, originals=[original, None])
+    expected = otf.repair(symmetry, fn, [moved, b], x)
+    assert close(fn(found, X), fn(expected, X))
+
+
+def test_originals_that_do_not_fit_are_refused():
+    fn, symmetry, a = mlp, traced("mlp", 4), made("mlp", 4)
+
+    def other(p: Params, x: jax.Array) -> jax.Array:
+        return mlp(jax.tree.map(jnp.tanh, p), x)
+
+    with pytest.raises(ValueError, match="1 originals were given, but there are 2 models"):
+        otf.repair(symmetry, fn, [a, a], X, originals=[None])
+    with pytest.raises(ValueError, match="original 0 runs other operations"):
+        otf.repair(symmetry, fn, [a, a], X, originals=[otf.Original(symmetry, other, a, {}), None])
