@@ -1,11 +1,15 @@
 """Accuracy and loss over a whole split, batch by batch inside one compiled program."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, PyTree
+
+from experiments.data import Dataset
+from experiments.report import rounded
 
 # Images held in memory at once, for each model that is evaluated under a vmap.
 _BATCH_SIZE = 1000
@@ -56,6 +60,30 @@ def loss_and_error(
 
     judged = _judged(judge, scores, images, labels)
     return jnp.mean(judged, axis=range(judged.ndim - 1))
+
+
+def tester(dataset: Dataset) -> Callable[[Callable[[PyTree, Array], Array], PyTree], float]:
+    """Returns what tests networks, compiling once for each architecture.
+
+    Args:
+        dataset: Whose test split.
+
+    Returns:
+        From a function of parameters and images, and the parameters, to the accuracy in percent.
+    """
+    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+    return lambda apply, params: rounded(_tested(apply, params, images, labels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tested(
+    apply: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
+) -> Float[Array, ""]:
+    """Takes the images as arguments: of constants, XLA would evaluate layers while compiling."""
+    return accuracy(lambda batch: apply(params, batch), images, labels)
 
 
 def _judged(

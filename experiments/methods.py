@@ -41,7 +41,14 @@ def _with_outputs(pair: Pair, **how: Any) -> PyTree:
     return _moved(pair, symmetry, **how)
 
 
-def _gram(pair: Pair, samples: int, **how: Any) -> dict[str, otf.Gram]:
+def gram(pair: Pair, samples: int, **how: Any) -> dict[str, otf.Gram]:
+    """Compares the units of both models by their activations.
+
+    Args:
+        pair: The models.
+        samples: How many of the pair's images.
+        **how: As `otf.feature_gram` takes it.
+    """
     images = pair.images[:samples]
     batches = [images[i : i + _BATCH_SIZE] for i in range(0, len(images), _BATCH_SIZE)]
     return otf.feature_gram(
@@ -54,13 +61,13 @@ def _by_activations(pair: Pair, samples: int) -> PyTree:
         pair,
         method=otf.ForwardPass(),
         metric=costs.Euclidean(),
-        features=_gram(pair, samples),
+        features=gram(pair, samples),
     )
 
 
 def _by_correlation(pair: Pair) -> PyTree:
     """Activation matching as in Git Re-Basin and REPAIR: correlations after the nonlinearity."""
-    features = _gram(pair, len(pair.images), at="consumed", center=True)
+    features = gram(pair, len(pair.images), at="consumed", center=True)
     return _moved(pair, method=otf.ForwardPass(), metric=costs.Cosine(), features=features)
 
 
@@ -77,7 +84,7 @@ def correlations(g: otf.Gram) -> otf.Gram:
 
 
 def _descent_from_correlation(pair: Pair) -> PyTree:
-    found = _gram(pair, len(pair.images), at="consumed", center=True)
+    found = gram(pair, len(pair.images), at="consumed", center=True)
     features = {name: correlations(g) for name, g in found.items()}
     return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), features=features)
 
@@ -117,6 +124,27 @@ VARIANTS: Mapping[str, Callable[[Pair], PyTree]] = {
     "activation matching (correlation)": _by_correlation,
     "coordinate descent from activation matching": _descent_from_correlation,
 }
+
+
+# --- across widths
+
+
+def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> PyTree:
+    """Moves a model onto one of other widths.
+
+    Args:
+        source: The architecture of A.
+        target: The architecture of B: that of A with other widths.
+        a: Variables of the model that is moved.
+        b: Variables of the model that it is moved onto.
+        **how: As `otf.align` takes it.
+
+    Returns:
+        A in the shapes of B.
+    """
+    onto = target.symmetry
+    plans = otf.align(source.symmetry, a, b, onto=onto, leaf_weight=counts, **how)
+    return otf.transport(source.symmetry, plans, a, onto=onto)
 
 
 # --- what follows the average

@@ -78,14 +78,28 @@ def pair_of(request: Request, network: Network, dataset: Dataset, models: list[P
         models: A and B.
     """
     a, b = models
+    return Pair(network, a, b, seen_images(request, dataset, request.options["images"]))
+
+
+def seen_images(
+    request: Request, dataset: Dataset, count: int, draw: int = 0
+) -> Num[Array, "samples ..."]:
+    """Draws the images that a method may see, by the seeds.
+
+    Args:
+        request: The command; its option `synthetic` says whether they are of nothing.
+        dataset: The data.
+        count: How many; there may be fewer.
+        draw: Others give other images.
+    """
     if request.options.get("synthetic"):
         shape = dataset.train_images.shape[1:]
-        images = dead_leaves(request.seeds[0], request.options["images"], *shape)
-        return Pair(network, a, b, jnp.asarray(images))
+        return jnp.asarray(dead_leaves(request.seeds[0] + draw, count, *shape))
     key = functools.reduce(jax.random.fold_in, request.seeds[1:], jax.random.key(request.seeds[0]))
-    count = len(dataset.train_labels)
-    drawn = jax.random.choice(key, count, (min(request.options["images"], count),), replace=False)
-    return Pair(network, a, b, jnp.asarray(dataset.train_images[np.asarray(drawn)]))
+    key = jax.random.fold_in(key, draw) if draw else key
+    there = len(dataset.train_labels)
+    drawn = jax.random.choice(key, there, (min(count, there),), replace=False)
+    return jnp.asarray(dataset.train_images[np.asarray(drawn)])
 
 
 def pair_arguments(parser: argparse.ArgumentParser) -> None:

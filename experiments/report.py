@@ -116,6 +116,27 @@ def progress(items: Iterable[Any], title: str) -> Any:
     return tqdm(list(items), desc=title, disable=not sys.stderr.isatty())
 
 
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One of the plots of a figure.
+
+    Attributes:
+        quantity: What the curves show.
+        x: What the axis shows, and the positions on it.
+        curves: By name, as long as there are positions.
+        levels: Values to show as horizontal lines, by name.
+        spreads: Of some curves, by name, how far each value may be off.
+        log: Whether equal factors of the positions lie equally far apart.
+    """
+
+    quantity: str
+    x: tuple[str, Sequence[float]]
+    curves: Mapping[str, Sequence[float]]
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    spreads: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    log: bool = False
+
+
 def plot_lines(
     path: Path,
     title: str,
@@ -136,26 +157,44 @@ def plot_lines(
     Raises:
         ValueError: There are more curves than styles that can be told apart.
     """
-    label, positions = x
-    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    found = [Panel(name, x, curves, levels.get(name, {})) for name, curves in panels.items()]
+    plot_panels(path, title, found)
+
+
+def plot_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Plots panels side by side.
+
+    Args:
+        path: The PNG file to write.
+        title: Title of the plot.
+        panels: A curve has one style in all of them. Those that show other curves than the first
+            have a legend of their own.
+
+    Raises:
+        ValueError: There are more curves than styles that can be told apart.
+    """
+    names = dict.fromkeys(name for panel in panels for name in panel.curves)
     if len(names) > len(_STYLES):
         raise ValueError(f"{len(names)} curves in one plot; draw {len(_STYLES)} at most.")
     styles = dict(zip(names, _STYLES, strict=False))
     figure = Figure(figsize=(2.5 + 5 * len(panels), 4.5), layout="constrained")
-    for axes, (quantity, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for name, values in curves.items():
-            axes.plot(positions, values, label=name, **styles[name])
-        for name, level in levels.get(quantity, {}).items():
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        label, positions = panel.x
+        for name, values in panel.curves.items():
+            spread = panel.spreads.get(name)
+            axes.errorbar(positions, values, spread, label=name, capsize=3, **styles[name])
+        for name, level in panel.levels.items():
             axes.axhline(level, color="0.45", linewidth=1, linestyle=":", label=name)
+        if panel.log:
+            axes.set_xscale("log")
         axes.set_xlabel(label)
-        axes.set_ylabel(quantity)
+        axes.set_ylabel(panel.quantity)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        if panel is panels[0] or not panel.curves.keys() <= panels[0].curves.keys():
+            axes.legend(frameon=False)
     figure.suptitle(title)
-    figure.axes[0].legend(frameon=False)
     _save(figure, path)
 
 

@@ -58,6 +58,44 @@ class TrainConfig:
     adam: bool = False
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("variables",),
+    meta_fields=("config", "temperature", "share"),
+)
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model whose answers another one learns (Hinton, Vinyals and Dean 2015).
+
+    The loss is `share * temperature² * KL + (1 - share) * cross-entropy`. KL is the divergence of
+    the student's softmax from the teacher's, both of logits divided by the temperature; its
+    gradients shrink with the square of that.
+
+    Attributes:
+        config: Which model.
+        variables: Of the model; it is run in inference mode.
+        temperature: That softens both.
+        share: Of the loss that is the teacher's, in [0, 1].
+    """
+
+    config: ModelConfig
+    variables: PyTree
+    temperature: float = 4.0
+    share: float = 0.9
+
+    def loss(
+        self, logits: Float[Array, "*batch classes"], answers: Float[Array, "*batch classes"]
+    ) -> Float[Array, " *batch"]:
+        """Returns the divergence from the teacher, times the square of the temperature.
+
+        Args:
+            logits: Of the student.
+            answers: Logits of the teacher.
+        """
+        mine, theirs = (jax.nn.log_softmax(x / self.temperature) for x in (logits, answers))
+        return self.temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
+
+
 class TrainState(NamedTuple):
     """All that one epoch hands to the next, and so all that a checkpoint holds."""
 
@@ -96,6 +134,7 @@ def train(
     seed: int,
     folder: Path,
     start: PyTree | None = None,
+    teacher: Teacher | None = None,
 ) -> Trained:
     """Trains a model, or resumes or reuses an earlier training of the same configuration.
 
@@ -110,18 +149,25 @@ def train(
         seed: Source of the initialisation and of the order of the examples.
         folder: Where the checkpoints of all trainings of one run are kept.
         start: Variables to go on from, as in fine-tuning; None draws them by the seed.
+        teacher: Whose answers to learn beside the labels; None for the labels alone.
 
     Returns:
         The trained model.
 
     Raises:
-        ValueError: The batch is larger than the training split, or there are no epochs.
+        ValueError: The batch is larger than the training split, there are no epochs, or the teacher
+            has a temperature or share that makes no sense.
     """
     count = len(dataset.train_labels)
     if config.batch_size > count or config.epochs < 1:
         raise ValueError(
             f"Nothing to train with {config.epochs} epochs of batches of {config.batch_size} from"
             f" {count} examples; give at least one epoch and a batch that the examples fill."
+        )
+    if teacher and not (teacher.temperature > 0 and 0 <= teacher.share <= 1):
+        raise ValueError(
+            f"A teacher with temperature {teacher.temperature} and share {teacher.share}; give a"
+            " temperature above 0 and a share of 0 to 1."
         )
     model = build_model(model_config, dataset.classes, config.dtype)
     _, order_key = jax.random.split(jax.random.key(seed))
@@ -136,7 +182,11 @@ def train(
     )
 
     label = f"{model_config.label}-seed-{seed}"
-    digest = fingerprint(model_config, config, seed, dataset.name, dataset.fingerprint(), origin)
+    parts = [model_config, config, seed, dataset.name, dataset.fingerprint(), origin]
+    if teacher:
+        values = _digest(teacher.variables)
+        parts.append([teacher.config, values, teacher.temperature, teacher.share])
+    digest = fingerprint(*parts)
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager((folder / f"{label}-{digest}").resolve(), options=options) as saved:
         # Checkpoints are numbered by the epochs that they have behind them.
@@ -153,7 +203,7 @@ def train(
                     order = _epoch_order(order_key, epoch, count, config.batch_size)
                     noise = jax.random.fold_in(noise_key, epoch)
                     state = _run_epoch(
-                        model, config, state, epoch, order, images, labels, noise, progress
+                        model, config, state, epoch, order, images, labels, noise, teacher, progress
                     )
                     saved.save(epoch + 1, args=ocp.args.StandardSave(state))
         else:
@@ -223,6 +273,7 @@ def _run_epoch(
     images: Num[Array, "n ..."],
     labels: Int[Array, "n ..."],
     key: PRNGKeyArray,
+    teacher: Teacher | None,
     progress: "_Progress",
 ) -> TrainState:
     """Runs one epoch in chunks of steps and notes its mean loss and accuracy in the history."""
@@ -236,7 +287,7 @@ def _run_epoch(
         high = min(low + _CHUNK_STEPS, steps)
         carry = (variables, opt_state, sums)
         variables, opt_state, sums = _run_steps(
-            model, config, carry, order, low, high, images, labels, key
+            model, config, carry, order, low, high, images, labels, key, teacher
         )
         loss, correct = sums.tolist()
         progress.advance(high - low, loss / high, 100 * correct / (high * judged))
@@ -255,6 +306,7 @@ def _run_steps(
     images: Num[Array, "n ..."],
     labels: Int[Array, "n ..."],
     key: PRNGKeyArray,
+    teacher: Teacher | None,
 ) -> tuple[PyTree, PyTree, Float[Array, " 2"]]:
     """Runs the steps `low` to `high` of an epoch; adds up the loss and the number of correct ones.
 
@@ -272,6 +324,10 @@ def _run_steps(
             {**rest, "params": params}, batch, train=True, mutable=list(rest)
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+        if teacher:
+            master = build_model(teacher.config, logits.shape[-1], config.dtype)
+            divergence = teacher.loss(logits, master.apply(teacher.variables, batch)).mean()
+            loss = teacher.share * divergence + (1 - teacher.share) * loss
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels[chosen], dtype=jnp.float32)
         return loss, (changed, correct)
 

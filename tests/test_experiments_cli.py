@@ -152,3 +152,20 @@ def test_plot_refuses_what_cannot_be_told_apart(tmp_path: Path):
     curves = {str(index): [0.0, 1.0] for index in range(9)}
     with pytest.raises(ValueError, match="9 curves"):
         report.plot_lines(tmp_path / "paths.png", "", ("t", [0, 1]), {"": curves}, {})
+
+
+def test_a_panel_of_other_curves_has_a_legend_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
+    panels = [
+        report.Panel("", ("epsilon", [0.1, 1]), {"a": [1, 2], "b": [2, 1]}, log=True),
+        report.Panel("", ("t", [0, 1]), {"b": [0, 1]}, spreads={"b": [0.5, 0]}),
+        report.Panel("", ("t", [0, 1]), {"c": [0, 1]}),
+    ]
+    report.plot_panels(tmp_path / "panels.png", "", panels)
+    first, second, third = drawn[0].axes
+    assert [axes.get_legend() is None for axes in (first, second, third)] == [False, True, False]
+    assert (first.get_xscale(), second.get_xscale()) == ("log", "linear")
+    assert first.lines[1].get_color() == second.lines[0].get_color() != third.lines[0].get_color()

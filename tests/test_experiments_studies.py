@@ -11,10 +11,19 @@ import pytest
 import otfusion_jax as otf
 from experiments import cli
 from experiments.data import Dataset, load_dataset
-from experiments.methods import AVERAGES, ORIGINAL, VARIANTS, correlations, counts, reestimated
+from experiments.methods import (
+    AVERAGES,
+    ORIGINAL,
+    VARIANTS,
+    correlations,
+    counts,
+    reestimated,
+)
 from experiments.models import ModelConfig, build_model
+from experiments.narrow import narrowed, strongest
 from experiments.pairs import network
 from experiments.studies.non_iid import divide
+from experiments.studies.widths import as_original
 from experiments.synthetic import dead_leaves
 from experiments.train import initial
 
@@ -113,7 +122,9 @@ def test_language_models_are_fused(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("words", [["one_shot", "--synthetic"], ["non_iid"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["one_shot", "--synthetic"], ["non_iid"], ["federated"]], ids=" ".join
+)
 def test_what_a_text_is_not_fit_for(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -190,6 +201,176 @@ def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
         assert path["test"][-1] == pytest.approx(b["test"], abs=1.5)
     best = max(max(path["test"]) for path in results["methods"].values())
     assert best > max(a["test"], b["test"])
+
+
+# --- federated
+
+
+def test_clients_are_averaged_round_by_round(tmp_path: Path):
+    words = ["--epochs", "2", "--width", "0.5", "--same-start"]
+    results = run(tmp_path, "federated", *words)
+    a, b = results["shares"]
+    assert a < b
+    assert a + b == pytest.approx(1, abs=1e-3)
+    first = [found["clients"][0] for found in results["methods"].values()]
+    assert all(clients == first[0] for clients in first)  # nothing has been averaged yet
+    for found in results["methods"].values():
+        assert np.shape(found["clients"]) == (2, 2)
+        assert found["global"][1] > found["global"][0] - 5
+        assert max(found["global"]) < results["on all data"]
+    # Of one start, models are aligned as they stand.
+    fused, vanilla = (
+        results["methods"][name]["global"]
+        for name in ("coordinate descent (fuse)", "vanilla average")
+    )
+    assert fused == vanilla
+
+
+def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["federated", "--rounds", "0"]) == 2
+    assert "--rounds is 0" in capsys.readouterr().err
+
+
+# --- ablate
+
+
+def test_plans_are_softened_and_samples_drawn(tmp_path: Path):
+    words = ["--epochs", "4", "--width", "0.5", "--epsilons", "10", "--iterations", "100"]
+    results = run(tmp_path, "ablate", *words, "--samples", "100", "--draws", "2")
+    for found in results["entropy"].values():
+        assert list(found) == ["exact", "10"]
+        assert found["exact"]["converged"]
+        # Nothing is left of A once all its units are averaged.
+        assert found["exact"]["moved"] == pytest.approx(results["individuals"][0], abs=0.3)
+        assert found["10"]["moved"] < 40
+        assert found["10"]["average"] == pytest.approx(results["individuals"][1], abs=3)
+    for found in results["samples"].values():
+        assert list(found) == ["100"]
+        assert len(found["100"]) == 2
+        assert min(found["100"]) > 40
+
+
+@pytest.mark.parametrize("words", [["--samples", "1"], ["--draws", "0"]], ids=" ".join)
+def test_there_is_something_to_draw(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["ablate", *words]) == 2
+    assert "--samples are" in capsys.readouterr().err
+
+
+# --- widths
+
+
+def test_networks_of_other_widths_are_fused(tmp_path: Path):
+    names = ["Algorithm 1", "truncated by l1 norm"]
+    words = ["--epochs", "4", "--width", "0.25", "--factors", "2", "--methods", *names]
+    directions = run(tmp_path, "widths", *words)["directions"]
+    assert list(directions) == ["x2 onto x1", "x1 onto x2"]
+    narrowing, widening = (found["methods"] for found in directions.values())
+    assert list(narrowing) == names
+    assert list(widening) == names[:1]
+    # Units that are copied, and share what they put out, compute the same function.
+    assert widening["Algorithm 1"]["moved"] == directions["x1 onto x2"]["source"]
+    assert narrowing["Algorithm 1"]["averages"]["0.5"] > 80
+    assert all(values["moved"] > 40 for values in narrowing.values())
+
+
+def test_the_original_shrinks_what_consumes(digits: Dataset):
+    wide, narrow = (network(ModelConfig("mlpnet", width=w), digits) for w in (0.5, 0.125))
+    moved = initial(narrow.config, digits, 0)
+    found = as_original(wide, narrow, moved)["params"]
+    for number, factor in enumerate((1, 50 / 200, 25 / 100, 12 / 50)):
+        expected = moved["params"][f"Dense_{number}"]["kernel"] * factor
+        np.testing.assert_allclose(found[f"Dense_{number}"]["kernel"], expected, rtol=1e-6)
+
+
+def test_widths_differ(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["widths", "--factors", "1"]) == 2
+    assert "--factors are [1.0]" in capsys.readouterr().err
+
+
+# --- prune
+
+
+def test_units_are_kept_by_norm(digits: Dataset):
+    wide, few = (network(ModelConfig("mlpnet", True, width=w), digits) for w in (0.25, 0.125))
+    params = initial(wide.config, digits, 0)
+    sizes = {group.name: group.size for group in few.symmetry.groups}
+    units = strongest(wide.symmetry, params, sizes, order=2)
+    kernels = [np.asarray(params["params"][f"Dense_{i}"]["kernel"]) for i in range(4)]
+    biases = [np.asarray(params["params"][f"Dense_{i}"]["bias"]) for i in range(4)]
+    found = narrowed(wide.symmetry, params, few.symmetry, order=2)["params"]
+    rows = np.arange(64)
+    for number, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
+        columns = np.arange(10)
+        if number < 3:  # all but the output
+            order = np.argsort(np.linalg.norm(kernel, axis=0))
+            columns = np.sort(order[-len(found[f"Dense_{number}"]["bias"]) :])
+            np.testing.assert_array_equal(units[wide.symmetry.groups[number].name], columns)
+        np.testing.assert_array_equal(found[f"Dense_{number}"]["kernel"], kernel[rows][:, columns])
+        np.testing.assert_array_equal(found[f"Dense_{number}"]["bias"], bias[columns])
+        rows = columns
+
+
+def test_channels_are_kept_through_a_flattening():
+    def apply(params: dict, x: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", None, None, numbers)
+        x = jax.nn.relu(x).reshape(len(x), -1)
+        return jax.nn.relu(x @ params["dense"]) @ params["out"]
+
+    def init(channels: int, units: int) -> dict:
+        shapes = {"conv": (3, 3, 2, channels), "dense": (16 * channels, units), "out": (units, 5)}
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+    noise = jax.random.normal(jax.random.key(1), (2, 4, 4, 2))
+    params = init(6, 8)
+    wide, few = (otf.trace_symmetry(apply, p, noise) for p in (params, init(3, 5)))
+    found = narrowed(wide, params, few)
+    assert [x.shape for x in found.values()] == [(3, 3, 2, 3), (48, 5), (5, 5)]
+    # With the units that are left out silenced, the whole network does what is left of it does.
+    units = strongest(wide, params, {"conv": 3, "dense": 5})
+    for name in ("conv", "dense"):
+        silent = np.setdiff1d(np.arange(params[name].shape[-1]), units[name])
+        params[name] = params[name].at[..., silent].set(0)
+    np.testing.assert_allclose(apply(found, noise), apply(params, noise), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_are_pruned_and_fused(tmp_path: Path):
+    words = ["--epochs", "4", "--width", "0.5", "--shares", "0.5", "--norms", "l2", "--t", "0.5"]
+    results = run(tmp_path, "prune", *words)
+    (row,) = results["rows"]
+    assert (row["network"], row["share"], row["norm"]) == ("seed 0", 0.5, "l2")
+    assert all(40 < row[name] < 100 for name in ("pruned", "parent, moved"))
+    assert row["averages"]["0.5"] > 80
+
+
+@pytest.mark.parametrize("words", [["--shares", "0", "0.5"], ["--t", "1"]], ids=" ".join)
+def test_something_is_left_out_and_something_is_left(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["prune", *words]) == 2
+    assert "give numbers between 0 and 1" in capsys.readouterr().err
+
+
+# --- distill
+
+
+def test_students_are_distilled_from_several_starts(tmp_path: Path):
+    words = ["--epochs", "4", "--width", "0.5", "--student", "0.5", "--distill-epochs", "1"]
+    results = run(tmp_path, "distill", *words, "--orders", "1")
+    starts = results["starts"]
+    assert len(starts) == 6
+    assert starts["drawn at random"]["before"] < 40
+    for start in starts.values():
+        assert len(start["labels"]) == len(start["teacher"]) == 1
+    fused = starts["teacher and narrow network, fused"]
+    assert fused["teacher"][0] > starts["drawn at random"]["teacher"][0]
+
+
+@pytest.mark.parametrize("words", [["--student", "1"], ["--orders", "0"]], ids=" ".join)
+def test_a_student_is_narrower_and_trained(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["distill", *words]) == 2
+    assert f"{words[0]} is" in capsys.readouterr().err
 
 
 # --- many

@@ -12,7 +12,7 @@ from experiments import train as training
 from experiments.data import Dataset, characters, load_dataset
 from experiments.evaluate import accuracy, loss_and_error
 from experiments.models import ModelConfig, build_model
-from experiments.train import TrainConfig, Trained, train
+from experiments.train import Teacher, TrainConfig, Trained, train
 
 MODEL = ModelConfig("mlpnet")
 CONFIG = TrainConfig(epochs=4, batch_size=64, learning_rate=0.1, momentum=0.9)
@@ -150,6 +150,66 @@ def test_training_goes_on_from_given_variables(digits: Dataset, tmp_path: Path):
     assert tuned.epochs_reused == 0  # another start is another training
     assert tuned.history[-1, 0] < 0.7 * train(MODEL, short, digits, 0, tmp_path).history[-1, 0]
     jax.tree.map(np.testing.assert_array_equal, first, kept)
+
+
+# --- a teacher
+
+
+def test_divergence_from_a_teacher():
+    teacher = Teacher(MODEL, {}, temperature=3.0)
+    rng = np.random.default_rng(0)
+    logits, answers = rng.standard_normal((2, 5, 7)).astype(np.float32) * 4
+
+    def softened(x: np.ndarray) -> np.ndarray:
+        return np.exp(x / 3) / np.exp(x / 3).sum(-1, keepdims=True)
+
+    p, q = softened(answers), softened(logits)
+    found = teacher.loss(jnp.asarray(logits), jnp.asarray(answers))
+    np.testing.assert_allclose(found, 9 * (p * np.log(p / q)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        teacher.loss(jnp.asarray(answers), jnp.asarray(answers)), 0, atol=1e-5
+    )
+    # At a high temperature, half the squared distance of the centred logits: Hinton, section 2.1.
+    hot = Teacher(MODEL, {}, temperature=1000.0)
+    gradient = jax.grad(lambda x: hot.loss(x, jnp.asarray(answers)).sum())(jnp.asarray(logits))
+    difference = logits - answers
+    expected = (difference - difference.mean(-1, keepdims=True)) / 7
+    np.testing.assert_allclose(gradient, expected, atol=2e-2)
+
+
+def test_students_learn_without_labels(
+    digits: Dataset, uninterrupted: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    narrow = ModelConfig("mlpnet", width=0.25)
+    teacher = Teacher(MODEL, uninterrupted.params, temperature=2.0, share=1.0)
+    blind = dataclasses.replace(digits, train_labels=np.zeros_like(digits.train_labels))
+    student = train(narrow, CONFIG, blind, 0, tmp_path / "whole", teacher=teacher)
+    apply = build_model(narrow, digits.classes).apply
+    correct = accuracy(
+        lambda images: apply(student.params, images),
+        jnp.asarray(digits.test_images),
+        jnp.asarray(digits.test_labels),
+    )
+    assert correct > 85
+    interrupt(3, monkeypatch, narrow, CONFIG, blind, 0, tmp_path, None, teacher)
+    resumed = train(narrow, CONFIG, blind, 0, tmp_path, teacher=teacher)
+    assert resumed.epochs_reused == 1
+    assert_identical(resumed, student)
+    # What the teacher says, and how much it counts, make another training.
+    one = dataclasses.replace(CONFIG, epochs=1)
+    first = train(narrow, one, blind, 0, tmp_path, teacher=teacher)
+    cooler = dataclasses.replace(teacher, temperature=1.0)
+    assert train(narrow, one, blind, 0, tmp_path, teacher=cooler).epochs_reused == 0
+    assert train(narrow, one, blind, 0, tmp_path).epochs_reused == 0
+    assert_identical(train(narrow, one, blind, 0, tmp_path, teacher=teacher), first)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"share": 1.5}], ids=str)
+def test_a_teacher_that_makes_no_sense_is_an_error(
+    digits: Dataset, tmp_path: Path, wrong: dict[str, float]
+):
+    with pytest.raises(ValueError, match="temperature above 0 and a share of 0 to 1"):
+        train(MODEL, CONFIG, digits, 0, tmp_path, teacher=Teacher(MODEL, {}, **wrong))
 
 
 @pytest.mark.usefixtures("default_promotion")

@@ -1,7 +1,17 @@
 """The studies by the name of their subcommand; each is a small module of its own."""
 
 from experiments.runs import Study
-from experiments.studies import fine_tune, many, non_iid, one_shot
+from experiments.studies import (
+    ablate,
+    distill,
+    federated,
+    fine_tune,
+    many,
+    non_iid,
+    one_shot,
+    prune,
+    widths,
+)
 
 STUDIES: dict[str, Study] = {
     "one_shot": Study(
@@ -16,6 +26,32 @@ STUDIES: dict[str, Study] = {
     ),
     "non_iid": Study(
         "fuse two models that have seen different data", non_iid.run, non_iid.arguments
+    ),
+    "federated": Study(
+        "average two clients that hold different data, round by round",
+        federated.run,
+        federated.arguments,
+    ),
+    "ablate": Study(
+        "entropy of the plans, and the number of samples, of Algorithm 1",
+        ablate.run,
+        ablate.arguments,
+    ),
+    "widths": Study(
+        "fuse networks of other widths, wide into narrow and narrow into wide",
+        widths.run,
+        widths.arguments,
+    ),
+    "prune": Study(
+        "leave out units of a network, and fuse the whole into what is left",
+        prune.run,
+        prune.arguments,
+        seeds=(0,),
+    ),
+    "distill": Study(
+        "train a narrow network by a wide one's answers, started from fused and other networks",
+        distill.run,
+        distill.arguments,
     ),
     "many": Study(
         "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",

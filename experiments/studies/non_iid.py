@@ -35,6 +35,23 @@ _FUSED = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of this study."""
+    division_arguments(parser, same_start=True)
+    parser.add_argument("--path-points", type=int, default=21, help="from A to B (default: 21)")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        help="of the training images of both, held out to choose t by (default: 0.1)",
+    )
+
+
+def division_arguments(parser: argparse.ArgumentParser, same_start: bool) -> None:
+    """Declares who sees which examples, whence they start, and what a method may see.
+
+    Args:
+        parser: Of the study.
+        same_start: Whether all start from the same parameters unless told otherwise.
+    """
     parser.add_argument(
         "--split",
         choices=("label", "parity", "size"),
@@ -46,18 +63,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--same-start",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether both start from the first seed's parameters, as in the paper",
+        default=same_start,
+        help="whether both start from the first seed's parameters, as in the paper"
+        f" (default: {'yes' if same_start else 'no'})",
     )
     parser.add_argument(
         "--images", type=int, default=1000, help="of both, for methods that use data"
-    )
-    parser.add_argument("--path-points", type=int, default=21, help="from A to B (default: 21)")
-    parser.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.1,
-        help="of the training images of both, held out to choose t by (default: 0.1)",
     )
 
 
@@ -91,6 +102,19 @@ def divide(
     return a, b
 
 
+def refuse_text(dataset: Dataset) -> None:
+    """Refuses what can't be divided by label.
+
+    Args:
+        dataset: The data.
+
+    Raises:
+        ValueError: It is a text, whose windows are of no class.
+    """
+    if dataset.train_labels.ndim > 1:
+        raise ValueError(f"{dataset.name} is a text; images alone are divided by their labels.")
+
+
 def run(request: Request) -> None:
     """Trains two models on different data and evaluates all paths between them.
 
@@ -107,8 +131,7 @@ def run(request: Request) -> None:
     share = request.options["validation_share"]
     if not 0 < share <= 0.5:
         raise ValueError(f"--validation-share is {share}; give more than 0 and at most 0.5.")
-    if whole.train_labels.ndim > 1:
-        raise ValueError(f"{whole.name} is a text; non_iid divides images by their labels.")
+    refuse_text(whole)
     train_part, held_out = stratified_split(whole.train_labels, test_every=round(1 / share))
     dataset = whole.part(train_part)
     architecture = network(request.model, dataset)

@@ -1,0 +1,102 @@
+"""Networks made narrower without training: some units are kept, by norm, and the others left out.
+
+Which axes index a unit, and in which parameters, is the library's to know: nothing here knows a
+layer or a model.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+import otfusion_jax as otf
+from experiments.methods import counts
+from otfusion_jax.units import units_of
+
+
+def narrowed(symmetry: otf.Symmetry, params: PyTree, onto: otf.Symmetry, order: int = 1) -> PyTree:
+    """Prunes a network to the widths of another, by the norm of units' incoming weights.
+
+    Args:
+        symmetry: Of the network.
+        params: Of the network.
+        onto: Symmetry of the same network with fewer units.
+        order: 1 or 2, for the l1 or the l2 norm.
+
+    Returns:
+        The parameters of the narrower network.
+    """
+    sizes = {group.name: group.size for group in onto.groups}
+    return keep(symmetry, params, strongest(symmetry, params, sizes, order), onto)
+
+
+def norms(
+    symmetry: otf.Symmetry, params: PyTree, order: int = 1
+) -> dict[str, Float[Array, "*batch n"]]:
+    """Measures the incoming weights of every unit.
+
+    Args:
+        symmetry: Of the network.
+        params: Of the network.
+        order: 1 or 2, for the l1 or the l2 norm.
+
+    Returns:
+        For each group the norms of its units over all kernels that produce them; of units that only
+        vectors belong to, over these.
+    """
+    leaves = jax.tree.leaves(params)
+    found = {}
+    for group in symmetry.groups:
+        producing = [m for m in group.having("produces") if counts(m.path)]
+        kernels = [m for m in producing if leaves[m.leaf].ndim > 1] or producing
+        units = jnp.concatenate(
+            [units_of(leaves[m.leaf], m.where, group) for m in kernels], axis=-1
+        )
+        found[group.name] = jnp.linalg.norm(units, order, axis=-1)
+    return found
+
+
+def strongest(
+    symmetry: otf.Symmetry, params: PyTree, sizes: Mapping[str, int], order: int = 1
+) -> dict[str, Int[Array, "*batch m"]]:
+    """Chooses the units with the largest incoming weights (Li et al. 2017).
+
+    Args:
+        symmetry: Of the network.
+        params: Of the network.
+        sizes: Of each group, how many units to keep.
+        order: Of the norm.
+
+    Returns:
+        For each group the units that stay, ascending.
+    """
+    return {
+        name: jnp.sort(jnp.argsort(found, axis=-1, descending=True)[..., : sizes[name]], axis=-1)
+        for name, found in norms(symmetry, params, order).items()
+    }
+
+
+def keep(
+    symmetry: otf.Symmetry,
+    params: PyTree,
+    units: Mapping[str, Int[Array, "*batch m"]],
+    onto: otf.Symmetry,
+) -> PyTree:
+    """Leaves out all units but some, on every axis of every parameter that indexes them.
+
+    Args:
+        symmetry: Of the network.
+        params: Of the network.
+        units: Of each group, those that stay, in the order that they are to have.
+        onto: Symmetry of the same network with so many units.
+
+    Returns:
+        The parameters of the narrower network.
+    """
+    # A plan in which each new unit has the mass of one old one selects, on axes of either role.
+    plans = {
+        group.name: jax.nn.one_hot(units[group.name], group.size, axis=-2)
+        for group in symmetry.groups
+    }
+    return otf.transport(symmetry, plans, params, onto=onto)
