@@ -16,6 +16,7 @@ from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.frameworks import functional
 from otfusion_jax.fuse import average, fuse, stack
+from otfusion_jax.learning import LearnedAlignment, learn_alignment
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
 from otfusion_jax.repair import AbstractRepair, LeastSquares, RestoreStatistics, repair
 from otfusion_jax.solvers import AbstractSolver, Exact, Sinkhorn, Solution
@@ -36,6 +37,7 @@ __all__ = [
     "ForwardPass",
     "Gram",
     "Group",
+    "LearnedAlignment",
     "LeastSquares",
     "Member",
     "Pin",
@@ -58,6 +60,7 @@ __all__ = [
     "fuse",
     "interpolate",
     "invert",
+    "learn_alignment",
     "register",
     "repair",
     "stack",

@@ -78,8 +78,16 @@ def at_once(count: int) -> int:
     return 1 if jax.default_backend() == "cpu" else count
 
 
-def _solve(solver: AbstractSolver, cost: Array) -> Solution:
-    """Solves a stack of problems: under one vmap, on a CPU one after the other."""
+def solve_stack(solver: AbstractSolver, cost: Array) -> Solution:
+    """Solves a stack of problems: under one vmap, on a CPU one after the other.
+
+    Args:
+        solver: from cost to plan.
+        cost: float `[*batch, n, m]`.
+
+    Returns:
+        The solutions, `batch` in front of everything.
+    """
     *batch, n, m = cost.shape
     if not batch:
         return solver.solve(cost)
@@ -115,7 +123,7 @@ def solve_family(
     """
     own, *inside = grams
     if not inside:
-        found = _solve(solver, ground_cost(metric, own))
+        found = solve_stack(solver, ground_cost(metric, own))
         return [_total(found, found.plan)]
     pairs: list[Solution] = []
     for _, alike in itertools.groupby(inside, key=lambda g: g.ab.shape):  # one solver for all
@@ -124,22 +132,30 @@ def solve_family(
         ab = jnp.moveaxis(g.ab, -3, -2)
         aa = jnp.broadcast_to(g.aa[..., :, None, :], ab.shape[:-1])
         bb = jnp.broadcast_to(g.bb[..., None, :, :], ab.shape[:-1])
-        found = _solve(solver, ground_cost(metric, Gram(aa, bb, ab)))
+        found = solve_stack(solver, ground_cost(metric, Gram(aa, bb, ab)))
         pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(ab))]
     # The masses of a problem's units sum up to 1.
     values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
     cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
-    outer = _solve(Exact(), cost)
+    outer = solve_stack(Exact(), cost)
     found = [_total(outer, outer.plan)]
     for solution in pairs:
         # For each head of the target, the match inside with the head that goes there.
-        picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
-        found.append(_total(picked, picked.plan))
+        chosen = jax.tree.map(lambda x: picked(x, outer.plan), solution)
+        found.append(_total(chosen, chosen.plan))
     return found
 
 
-def _picked(pairs: Array, plan: Array) -> Array:
-    """Takes `pairs[*batch, plan[*batch, j], j]` for all `j`."""
+def picked(pairs: Array, plan: Array) -> Array:
+    """Picks for each head of the target what belongs to the pair with the head that goes there.
+
+    Args:
+        pairs: `[*batch, heads, heads, ...]`.
+        plan: of the heads, int `[*batch, heads]`.
+
+    Returns:
+        `pairs[*batch, plan[*batch, j], j]` for all `j`, `[*batch, heads, ...]`.
+    """
     lead = plan.ndim + 1
     index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
     return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
@@ -159,7 +175,7 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     outer, *rest = plans
     total = jnp.sum(_along(own.ab, outer))
     for g, plan in zip(inside, rest, strict=True):
-        total = total + jnp.sum(_along(_picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
+        total = total + jnp.sum(_along(picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
     return total
 
 

@@ -40,6 +40,7 @@ LAYERS = (
     "barycenter",
     "repair",
     "evaluate",
+    "learning",
 )
 
 
