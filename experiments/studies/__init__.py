@@ -1,7 +1,7 @@
 """The studies by the name of their subcommand; each is a small module of its own."""
 
 from experiments.runs import Study
-from experiments.studies import fine_tune, many, non_iid, one_shot
+from experiments.studies import fine_tune, learn, many, non_iid, one_shot
 
 STUDIES: dict[str, Study] = {
     "one_shot": Study(
@@ -16,6 +16,12 @@ STUDIES: dict[str, Study] = {
     ),
     "non_iid": Study(
         "fuse two models that have seen different data", non_iid.run, non_iid.arguments
+    ),
+    "learn": Study(
+        "learn the alignment by descent on the loss of the average",
+        learn.run,
+        learn.arguments,
+        seeds=tuple(range(4)),
     ),
     "many": Study(
         "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",
