@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import time
 from typing import Any
@@ -67,13 +68,13 @@ def run(request: Request) -> None:
     dataset = request.load()
     architecture = network(request.model, dataset)
     models = parents(request, architecture, dataset, folder, timings)
-    learner = _Learner(request, architecture, dataset)
+    bench = _Bench(request, architecture, dataset)
     pairs = {}
     numbered = list(zip(request.seeds, models, strict=True))
     for (i, a), (j, b) in report.progress(itertools.combinations(numbered, 2), "fusing"):
         small = dataclasses.replace(request, seeds=(i, j))
         pair = pair_of(small, architecture, dataset, [a, b])
-        pairs[f"{i}, {j}"] = _compare(small, pair, dataset, learner, timings)
+        pairs[f"{i}, {j}"] = _compare(small, pair, bench, timings)
 
     t = np.linspace(0, 1, options["path_points"])
     results = {"t": t.round(6).tolist(), "mean": _mean(pairs), "pairs": pairs}
@@ -88,63 +89,58 @@ def run(request: Request) -> None:
     report.write_results(folder, request, title, _table(results), results, timings)
 
 
-class _Learner:
-    """Learns the alignment of one pair after the other, in one compiled program."""
+class _Bench:
+    """What is the same for all pairs, compiled once."""
 
     def __init__(self, request: Request, architecture: Network, dataset: Dataset):
-        options = request.options
-        self._symmetry = architecture.symmetry
-        self._solver = otf.Sinkhorn(options["epsilon"], relative=False, max_iterations=20)
-        schedule = optax.cosine_decay_schedule(options["step_size"], options["steps"])
-        self._optimizer = optax.adam(schedule)
+        options, apply = request.options, architecture.apply
         images, labels = map(jnp.asarray, (dataset.train_images, dataset.train_labels))
+        tests = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
+        t = jnp.linspace(0, 1, options["path_points"])
+        shape = (options["steps"], options["batch_size"])
+        batches = jax.random.randint(jax.random.key(0), shape, 0, len(labels))
+        schedule = optax.cosine_decay_schedule(options["step_size"], options["steps"])
 
         def loss(params: PyTree, chosen: Int[Array, " batch"]) -> Array:
-            logits = architecture.apply(params, images[chosen])
+            logits = apply(params, images[chosen])
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
 
-        self._loss = loss
-        shape = (options["steps"], options["batch_size"])
-        self._batches = jax.random.randint(jax.random.key(0), shape, 0, len(labels))
+        def judged(params: PyTree) -> Array:
+            return loss_and_error(lambda batch: apply(params, batch), *tests)
 
-    def __call__(self, pair: Pair) -> otf.LearnedAlignment:
-        """Learns from training images and their labels."""
-        return otf.learn_alignment(
-            self._symmetry,
-            self._loss,
-            pair.a,
-            pair.b,
-            self._batches,
-            solver=self._solver,
-            optimizer=self._optimizer,
+        def together(models: list[PyTree]) -> Array:
+            return loss_and_error(lambda batch: jnp.log(otf.ensemble(apply, models, batch)), *tests)
+
+        self.learned = functools.partial(
+            otf.learn_alignment,
+            architecture.symmetry,
+            loss,
+            batches=batches,
+            solver=otf.Sinkhorn(options["epsilon"], relative=False, max_iterations=20),
+            optimizer=optax.adam(schedule),
             leaf_weight=counts,
         )
+        self.judged = jax.jit(judged)
+        self.together = jax.jit(together)
+        self.path = jax.jit(lambda a, b: otf.barrier(judged, a, b, t, batch_size=1))
 
 
 def _compare(
-    request: Request, pair: Pair, dataset: Dataset, learner: _Learner, timings: dict[str, float]
+    request: Request, pair: Pair, bench: _Bench, timings: dict[str, float]
 ) -> dict[str, Any]:
     """Evaluates two models, their ensemble and every method on the test split.
 
     Args:
         request: The command, with the seeds of this pair.
         pair: The models.
-        dataset: The data.
-        learner: Learns alignments.
-        timings: Receives the seconds of learning, compilation included.
+        bench: Learns and judges.
+        timings: Receives the seconds of learning, for the first pair compilation included.
 
     Returns:
         Accuracies in percent, losses in nats and barriers in percentage points, ready for JSON.
     """
-    apply = pair.network.apply
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    t = jnp.linspace(0, 1, request.options["path_points"])
-
-    def judged(params: PyTree) -> Array:
-        return loss_and_error(lambda batch: apply(params, batch), images, labels)
-
     began = time.perf_counter()
-    learned = jax.block_until_ready(learner(pair))
+    learned = jax.block_until_ready(bench.learned(pair.a, pair.b))
     timings[f"learning, seeds {', '.join(map(str, request.seeds))}"] = time.perf_counter() - began
     moved = {name: method(pair) for name, method in METHODS.items()}
     moved |= {
@@ -153,23 +149,20 @@ def _compare(
     }
     methods = {}
     for name, a in moved.items():
-        path = otf.barrier(judged, a, pair.b, t, batch_size=1)
+        path = bench.path(a, pair.b)
         found = methods[name] = {
             "barrier": report.rounded(path.height[1]),
             "path loss": [report.rounded(value) for value in path.values[:, 0]],
             "path accuracy": [report.rounded(100 - value) for value in path.values[:, 1]],
         }
         for kind in _MENDS:
-            loss, error = judged(AVERAGES[kind](pair, a, (0.5, 0.5)))
+            loss, error = bench.judged(AVERAGES[kind](pair, a, (0.5, 0.5)))
             found[kind] = report.rounded(100 - error)
             found[f"{kind} loss"] = report.rounded(loss)
     ends = methods["vanilla average"]["path accuracy"]
-    together = loss_and_error(
-        lambda batch: jnp.log(otf.ensemble(apply, [pair.a, pair.b], batch)), images, labels
-    )
     return {
         "individuals": (ends[0], ends[-1]),
-        "ensemble": report.rounded(100 - together[1]),
+        "ensemble": report.rounded(100 - bench.together([pair.a, pair.b])[1]),
         "history": [report.rounded(value) for value in learned.history],
         "methods": methods,
     }
