@@ -26,7 +26,8 @@ from scipy.optimize import linear_sum_assignment
 import otfusion_jax as otf
 from benchmarks.networks import NETWORKS
 from benchmarks.timing import seconds
-from otfusion_jax.costs import ground_cost, weight_gram
+from otfusion_jax.costs import ground_cost, unit_gram
+from otfusion_jax.units import units_of
 
 METHODS: dict[str, otf.AbstractMethod] = {
     "Algorithm 1, weights": otf.ForwardPass(),
@@ -50,10 +51,13 @@ def all_costs(symmetry: otf.Symmetry, source: PyTree, target: PyTree) -> list[Ar
     a, b = jax.tree.leaves(source), jax.tree.leaves(target)
     found = []
     for group in symmetry.groups:
-        members = group.having("produces")
-        ours, theirs = [a[m.leaf] for m in members], [b[m.leaf] for m in members]
-        gram = weight_gram(ours, theirs, members, group)
-        found.append(ground_cost(costs.SqEuclidean(), gram))
+        grams = (
+            unit_gram(
+                units_of(a[m.leaf], m.where, group), units_of(b[m.leaf], m.where, group), group
+            )
+            for m in group.having("produces")
+        )
+        found.append(ground_cost(costs.SqEuclidean(), functools.reduce(otf.Gram.__add__, grams)))
     return found
 
 

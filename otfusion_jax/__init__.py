@@ -18,6 +18,7 @@ from otfusion_jax.features import features
 from otfusion_jax.frameworks import functional
 from otfusion_jax.fuse import average, fuse, stack
 from otfusion_jax.gromov import GromovWasserstein
+from otfusion_jax.learning import LearnedAlignment, learn_alignment
 from otfusion_jax.low_rank import LowRank
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
 from otfusion_jax.repair import Original, repair
@@ -41,6 +42,7 @@ __all__ = [
     "Gram",
     "GromovWasserstein",
     "Group",
+    "LearnedAlignment",
     "LeastSquares",
     "LowRank",
     "Member",
@@ -66,6 +68,7 @@ __all__ = [
     "fuse",
     "interpolate",
     "invert",
+    "learn_alignment",
     "register",
     "repair",
     "stack",

@@ -138,7 +138,7 @@ def _align(
     marginals: tuple[dict[str, Array], dict[str, Array]],
 ) -> Alignment:
     if weights is not None:
-        source, target = (_weighted(symmetry, leaves, weights) for leaves in (source, target))
+        source, target = (weighted(symmetry, leaves, weights) for leaves in (source, target))
     problem = Problem(symmetry, onto, source, target, metric, solver, marginals)
     if not symmetry.groups:
         distance = problem.distance({})
@@ -146,8 +146,17 @@ def _align(
     return method.run(problem, features)
 
 
-def _weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...]) -> list[Any]:
-    """Scales parameters, so that their squared distances are weighted."""
+def weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...]) -> list[Any]:
+    """Scales parameters, so that their squared distances are weighted.
+
+    Args:
+        symmetry: whose leaves.
+        leaves: the parameters.
+        weights: one per leaf.
+
+    Returns:
+        The parameters, each by the square root of its weight.
+    """
     return [
         x if w == 1 or not leaf.moves else jnp.asarray(x) * jnp.asarray(math.sqrt(w), leaf.dtype)
         for x, w, leaf in zip(leaves, weights, symmetry.leaves, strict=True)

@@ -84,8 +84,20 @@ Masses = tuple[Array | None, Array | None]
 """Of the units of the source and of the target, float `[*batch, n]` and `[*batch, m]`."""
 
 
-def _solve(solver: AbstractSolver, cost: Array, masses: Masses, within: Any) -> Solution:
-    """Solves a stack of problems: under one vmap, on a CPU one after the other."""
+def solve_stack(
+    solver: AbstractSolver, cost: Array, masses: Masses = (None, None), within: Any = None
+) -> Solution:
+    """Solves a stack of problems: under one vmap, on a CPU one after the other.
+
+    Args:
+        solver: from cost to plan.
+        cost: float `[*batch, n, m]`.
+        masses: of the units.
+        within: costs within the source and within the target, `[*batch, n, n]`, `[*batch, m, m]`.
+
+    Returns:
+        The solutions, `batch` in front of everything.
+    """
     *batch, n, m = cost.shape
     given = (cost, *masses, within)
     if not batch:
@@ -130,24 +142,24 @@ def solve_family(
     own, *inside = grams
     if not inside:
         cost = ground_cost(metric, own)
-        found = _solve(solver, cost, masses[0], costs_within(metric, own))
+        found = solve_stack(solver, cost, masses[0], costs_within(metric, own))
         return [_total(found, found.plan)]
     problems = [_pairs(metric, g, pair) for g, pair in zip(inside, masses[1:], strict=True)]
     pairs: list[Solution] = []
     for _, alike in itertools.groupby(problems, key=_shapes):  # one solver for all
-        found = _solve(solver, *jax.tree.map(lambda *x: jnp.stack(x), *alike))
+        found = solve_stack(solver, *jax.tree.map(lambda *x: jnp.stack(x), *alike))
         pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(found.gap))]
     # The masses of a problem's units sum up to 1.
     values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
     cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
-    outer = _solve(Exact(), cost, (None, None), None)
+    outer = solve_stack(Exact(), cost)
     found = [_total(outer, outer.plan)]
     if not is_permutation(outer.plan):
         return [*found, *(_total(solution, solution.plan) for solution in pairs)]
     for solution in pairs:
         # For each head of the target, the match inside with the head that goes there.
-        picked = jax.tree.map(lambda x: _picked(x, outer.plan), solution)
-        found.append(_total(picked, picked.plan))
+        chosen = jax.tree.map(lambda x: picked(x, outer.plan), solution)
+        found.append(_total(chosen, chosen.plan))
     return found
 
 
@@ -179,8 +191,16 @@ def _shapes(problem: Any) -> Any:
     return jax.tree_util.tree_structure(problem), [x.shape for x in jax.tree.leaves(problem)]
 
 
-def _picked(pairs: Array, plan: Array) -> Array:
-    """Takes `pairs[*batch, plan[*batch, j], j]` for all `j`."""
+def picked(pairs: Array, plan: Array) -> Array:
+    """Picks for each head of the target what belongs to the pair with the head that goes there.
+
+    Args:
+        pairs: `[*batch, heads, heads, ...]`.
+        plan: of the heads, int `[*batch, heads]`.
+
+    Returns:
+        `pairs[*batch, plan[*batch, j], j]` for all `j`, `[*batch, heads, ...]`.
+    """
     lead = plan.ndim + 1
     index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
     return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
@@ -200,7 +220,7 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     outer, *rest = plans
     total = jnp.sum(_along(own.ab, outer))
     for g, plan in zip(inside, rest, strict=True):
-        total = total + jnp.sum(_along(_picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
+        total = total + jnp.sum(_along(picked(jnp.moveaxis(g.ab, -3, -2), outer), plan))
     return total
 
 

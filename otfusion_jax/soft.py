@@ -14,6 +14,7 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
 from otfusion_jax.assignment import slack
+from otfusion_jax.implicit import IMPLICIT
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
@@ -228,6 +229,7 @@ def _solve_sinkhorn(
         min_iterations=_annealed(solver),
         max_iterations=solver.max_iterations,
         recenter_potentials=loose,
+        implicit_diff=IMPLICIT,
     )
     geom = geometry.Geometry(cost_matrix=scaled, epsilon=epsilon)
     output = run(linear_problem.LinearProblem(geom, problem.a, problem.b, tau_a, tau_b))

@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_name_the_key_path():
 
 def test_masses_are_the_marginals_of_the_plans():
     symmetry, a, b = symmetry_of("mlp"), net("mlp", 0), net("mlp", 1)
-    masses = tuple(otf.weight_importance(symmetry, x) for x in (a, b))
+    masses = otf.weight_importance(symmetry, a), otf.weight_importance(symmetry, b)
     found = otf.align(symmetry, a, b, method=FORWARD, marginals=masses)
     for name, plan in found.plans.items():
         np.testing.assert_allclose(plan.sum(1), masses[0][name], atol=1e-6)
@@ -179,7 +179,9 @@ def test_features_serve_a_quadratic_solver_if_taken_for_it():
         seen = [otf.features(symmetry, ref.network, net, x[0])["1/kernel"] for net in (a, b)]
         if center:
             seen = [y - y.mean(0, keepdims=True) for y in seen]
-        for inside, y in zip(grams["1/kernel"].within, seen, strict=True):
+        within = grams["1/kernel"].within
+        assert within is not None
+        for inside, y in zip(within, seen, strict=True):
             np.testing.assert_allclose(inside, y.T @ y, rtol=1e-4, atol=1e-4)
         plan = otf.align(symmetry, a, b, features=grams, **how).plans["1/kernel"]
         np.testing.assert_allclose(plan.sum(0), np.full(8, 1 / 8), atol=1e-2)

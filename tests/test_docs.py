@@ -34,6 +34,7 @@ LAYERS = (
     "costs",
     "assignment",
     "simplex",
+    "implicit",
     "solvers",
     "soft",
     "low_rank",
@@ -47,6 +48,7 @@ LAYERS = (
     "corrections",
     "repair",
     "evaluate",
+    "learning",
 )
 
 

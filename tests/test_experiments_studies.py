@@ -393,6 +393,27 @@ def test_as_many_models_as_seeds(numbers: list[str], capsys: pytest.CaptureFixtu
     assert "give 2 models or more" in capsys.readouterr().err
 
 
+# --- learn
+
+
+def test_alignments_are_learned(tmp_path: Path):
+    words = ["--epochs", "2", "--seeds", "0", "1", "--width", "0.2", "--path-points", "3"]
+    results = run(tmp_path, "learn", *words, "--steps", "30", "--batch-size", "64")
+    (pair,) = results["pairs"].values()
+    assert len(pair["history"]) == 30
+    methods = pair["methods"]
+    found = methods["learned"]
+    assert found["averaged loss"] < methods["coordinate descent (fuse)"]["averaged loss"]
+    assert found["path accuracy"][1] == pytest.approx(found["averaged"], abs=1e-3)
+    # A permuted model is the same model, but for rounding.
+    assert methods["learned"]["path accuracy"][0] == pytest.approx(pair["individuals"][0], abs=0.5)
+
+
+def test_there_is_something_to_learn_from(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["learn", "--steps", "0"]) == 2
+    assert "at least one of --steps" in capsys.readouterr().err
+
+
 # --- features
 
 

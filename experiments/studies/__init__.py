@@ -6,6 +6,7 @@ from experiments.studies import (
     distill,
     federated,
     fine_tune,
+    learn,
     many,
     non_iid,
     one_shot,
@@ -52,6 +53,12 @@ STUDIES: dict[str, Study] = {
         "train a narrow network by a wide one's answers, started from fused and other networks",
         distill.run,
         distill.arguments,
+    ),
+    "learn": Study(
+        "learn the alignment by descent on the loss of the average",
+        learn.run,
+        learn.arguments,
+        seeds=tuple(range(4)),
     ),
     "many": Study(
         "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",

@@ -1,0 +1,216 @@
+"""Checks gradients through plans, and alignments that are learned by descent along them."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference as ref
+import zoo_attention  # noqa: F401, adds its networks to `CASES`
+from zoo import CASES
+
+import otfusion_jax as otf
+
+SOLVER = otf.Sinkhorn(epsilon=0.3, threshold=1e-12, max_iterations=20000)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def mlp(seed, width=5):
+    """A network of 4-width-width-3 whose hidden widths can be chosen."""
+    sizes = (4, width, width, 3)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [
+        {"kernel": jax.random.normal(key, (n, m), jnp.float64) / n**0.5}
+        for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+
+
+def loss(params, x):
+    return jnp.mean(jnp.tanh(ref.network(params, x)) ** 2 - ref.network(params, x))
+
+
+def agrees_with_differences(function, point, step=1e-5, rel=1e-4):
+    """Compares the slope along a random direction with a central difference."""
+    function = jax.jit(function)
+    gradient = jax.jit(jax.grad(function))(point)
+    chex.assert_tree_all_finite(gradient)
+    leaves, treedef = jax.tree.flatten(point)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    direction = treedef.unflatten(
+        jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
+    )
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+
+    def at(size):
+        return float(function(jax.tree.map(lambda p, d: p + size * d, point, direction)))
+
+    assert abs(float(slope)) > 1e-4  # there is something to compare
+    assert float(slope) == pytest.approx((at(step) - at(-step)) / (2 * step), rel=rel)
+
+
+# --- gradients
+
+
+def costs(symmetry, source, target):
+    """A cost for each group, of its own and not of any weights."""
+    keys = jax.random.split(jax.random.key(5), len(symmetry.groups))
+    return {
+        g.name: jax.random.normal(k, (source, target), jnp.float64)
+        for k, g in zip(keys, symmetry.groups, strict=True)
+    }
+
+
+SOLVES = {
+    "balanced": SOLVER,
+    "unbalanced": dataclasses.replace(SOLVER, tau_a=0.9, tau_b=0.8),
+    "half unbalanced": dataclasses.replace(SOLVER, tau_b=0.7),
+}
+
+
+@pytest.mark.usefixtures("x64", "default_promotion")
+@pytest.mark.parametrize(
+    ("width", "solve"),
+    [
+        (5, "balanced"),
+        (7, "balanced"),
+        (4, "balanced"),
+        (5, "unbalanced"),
+        (7, "unbalanced"),
+        (4, "half unbalanced"),
+    ],
+)
+def test_the_midpoints_loss_by_the_costs(width, solve):
+    a, b = mlp(0, width), mlp(1)
+    x = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
+    symmetry = otf.trace_symmetry(ref.network, a, x)
+
+    def midpoint(cost):
+        plans = {name: SOLVES[solve].solve(c).plan for name, c in cost.items()}
+        return loss(otf.average([otf.transport(symmetry, plans, a), b]), x)
+
+    agrees_with_differences(midpoint, costs(symmetry, width, 5))
+
+
+@pytest.mark.usefixtures("x64", "default_promotion")
+def test_the_midpoints_loss_by_the_model_that_is_aligned():
+    a, b = mlp(0), mlp(1)
+    x = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
+    symmetry = otf.trace_symmetry(ref.network, a, x)
+
+    def midpoint(a):
+        plans = otf.align(symmetry, a, b, method=otf.ForwardPass(), solver=SOLVER)
+        return loss(otf.average([otf.transport(symmetry, plans, a), b]), x)
+
+    agrees_with_differences(midpoint, a)
+
+
+@pytest.mark.usefixtures("x64", "default_promotion")
+def test_a_plan_by_its_marginals():
+    weights, cost = jax.random.normal(jax.random.key(0), (2, 4, 3), jnp.float64)
+
+    def objective(logits):
+        masses = jax.nn.softmax(logits[:4]), jax.nn.softmax(logits[4:])
+        return jnp.sum(weights * SOLVER.solve(cost, *masses).plan)
+
+    agrees_with_differences(objective, jnp.linspace(0, 1, 7))
+
+
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_gradients_of_plans_that_are_nearly_hard_stay_finite(shape):
+    # In float32, with far fewer iterations than it would take.
+    cost = jax.random.normal(jax.random.key(0), shape)
+    weights = jax.random.normal(jax.random.key(1), shape)
+    for epsilon in (1e-1, 1e-3):
+        solver = otf.Sinkhorn(epsilon=epsilon, max_iterations=30)
+        gradient = jax.grad(lambda c, s=solver: jnp.sum(weights * s.solve(c).plan))(cost)
+        assert jnp.all(jnp.isfinite(gradient))
+        assert jnp.max(jnp.abs(gradient)) < 1 / epsilon
+
+
+# --- learning
+
+
+def pair():
+    """Two networks apart, and a loss that is 0 where one computes what the second does."""
+    a, b = (ref.random_net(jax.random.key(seed), "mlp") for seed in (0, 1))
+    symmetry = otf.trace_symmetry(ref.network, a, jnp.ones(ref.INPUTS["mlp"]))
+    batches = jax.random.normal(jax.random.key(2), (60, 32, 5))
+    return symmetry, a, b, batches, lambda p, x: jnp.mean(jnp.square(target_minus(p, b, x)))
+
+
+def target_minus(params, b, x):
+    return ref.network(b, x) - ref.network(params, x)
+
+
+def midpoint(symmetry, plans, a, b):
+    return otf.average([otf.transport(symmetry, plans, a), b])
+
+
+def test_what_is_learned_beats_weight_matching():
+    symmetry, a, b, batches, loss = pair()
+    learned = otf.learn_alignment(symmetry, loss, a, b, batches)
+    assert learned.history.shape == (60,)
+    held_out = jax.random.normal(jax.random.key(3), (500, 5))
+    matched = loss(midpoint(symmetry, otf.align(symmetry, a, b), a, b), held_out)
+    for plans in (learned.plans, learned.soft):
+        assert loss(midpoint(symmetry, plans, a, b), held_out) < 0.9 * matched
+    x = batches[0]
+    moved = otf.transport(symmetry, learned, a)  # permutations: the same function
+    np.testing.assert_allclose(ref.network(moved, x), ref.network(a, x), atol=1e-5)
+
+
+def test_the_same_under_jit_and_the_loss_is_taken_at_t():
+    symmetry, a, b, batches, loss = pair()
+    few = batches[:3]
+    start = symmetry.random(jax.random.key(4))
+
+    def learn(a):
+        still = optax.sgd(0.0)
+        return otf.learn_alignment(symmetry, loss, a, b, few, start=start, t=0.3, optimizer=still)
+
+    expected = learn(a)
+    chex.assert_trees_all_close(jax.jit(learn)(a), expected, atol=1e-5)
+    moved = otf.transport(symmetry, expected.soft, a)
+    for x, value in zip(few, expected.history, strict=True):
+        np.testing.assert_allclose(loss(otf.interpolate(moved, b, 0.3), x), value, rtol=1e-4)
+
+
+def test_groups_inside_of_others_are_learned():
+    case = CASES["attention"]()
+    symmetry = otf.trace_symmetry(case.fn, case.params, *case.inputs)
+    planted = symmetry.random(jax.random.key(0))
+    target = otf.transport(symmetry, planted, case.params)
+
+    def loss(params, inputs):
+        outputs = case.fn(params, *inputs), case.fn(target, *inputs)
+        return jnp.mean(jnp.square(jnp.subtract(*outputs)))
+
+    batches = jax.tree.map(lambda x: jnp.stack([x, x]), case.inputs)
+    learned = otf.learn_alignment(symmetry, loss, case.params, target, batches, start=planted)
+    # The costs are lowest where the units lie; groups with others inside stay.
+    jax.tree.map(np.testing.assert_array_equal, learned.plans, planted)
+    around = {group.outer for group in symmetry.groups}
+    for group in symmetry.groups:
+        shape = (*group.batch, group.size)
+        soft = (*shape, group.size)
+        assert learned.soft[group.name].shape == (shape if group.name in around else soft)
+    assert any(group.batch for group in symmetry.groups)
+
+
+def test_what_cannot_be_learned_from_is_refused():
+    symmetry, a, b, batches, loss = pair()
+    for wrong in ((), (batches, batches[:3]), 1.0, batches[:0]):
+        with pytest.raises(ValueError, match="batches must be"):
+            otf.learn_alignment(symmetry, loss, a, b, wrong)
+    soft = {"0/kernel": jnp.eye(8) / 8}
+    with pytest.raises(ValueError, match="soft"):
+        otf.learn_alignment(symmetry, loss, a, b, batches, start=soft)
