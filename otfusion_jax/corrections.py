@@ -9,8 +9,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from otfusion_jax.symmetry import Group, Member
+from otfusion_jax.layout import Place
+from otfusion_jax.symmetry import Group, Member, Role
 from otfusion_jax.units import units_of, with_units
+
+
+class Part(NamedTuple):
+    """Units that come out of a product.
+
+    Attributes:
+        group: whose units they are.
+        units: brings features to `[*batch, samples, units]`.
+        statistics: of the units of each model, K means and deviations, float `[*batch, units]`
+            each; of models that plans merge or split, the means over those of their own units.
+        along: the axes of the parameter that they lie along.
+    """
+
+    group: Group
+    units: Callable[[Array], Array]
+    statistics: tuple[tuple[Array, Array], ...]
+    along: tuple[Member, ...]
 
 
 class Product(NamedTuple):
@@ -22,37 +40,35 @@ class Product(NamedTuple):
         normal: the same, followed by its transpose.
         found: the features of each model, K arrays of one shape, those of models of another width
             moved along their plans.
-        statistics: of the units of each model, K means and deviations, float `[*batch, units]`
-            each; of models that plans merge or split, the means over those of their own units.
         weights: of the models, float `[K]`.
-        units: brings features to `[*batch, samples, units]`; None if they belong to no group.
-        group: whose units they are.
-        along: the axes of the parameter that produce these units.
+        parts: the features that belong to groups; those of one part are of no other.
     """
 
     leaf: Array
     compute: Callable[[Array], Array]
     normal: Callable[[Array], Array]
     found: tuple[Array, ...]
-    statistics: tuple[tuple[Array, Array], ...]
     weights: Float[Array, " k"]
-    units: Callable[[Array], Array] | None
-    group: Group | None
-    along: tuple[Member, ...]
+    parts: tuple[Part, ...]
 
 
+Shifts = tuple[Float[Array, "*batch units"] | None, ...]
+"""What is to be added to the units of each part of a product by a bias, if there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class AbstractRepair(abc.ABC):
     """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses."""
 
     @abc.abstractmethod
-    def correct(self, product: Product) -> tuple[Array, Float[Array, "*batch units"] | None]:
+    def correct(self, product: Product) -> tuple[Array, Shifts]:
         """Corrects one parameter. Traced: called under `jax.jit`.
 
         Args:
             product: where the parameter is used.
 
         Returns:
-            The parameter, and what is to be added to each unit by a bias, if there is one.
+            The parameter, and for each part what is to be added to its units by a bias, or None.
         """
 
 
@@ -67,21 +83,23 @@ class RestoreStatistics(AbstractRepair):
         Jordan, Sedghi, Saukh, Entezari and Neyshabur, REPAIR, ICLR 2023, section 4.
     """
 
-    def correct(self, product: Product) -> tuple[Array, Array | None]:
+    def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
-        if product.units is None or product.group is None or not product.along:
-            return product.leaf, None
-        ours = product.units(product.compute(product.leaf))
-        means, deviations = (
-            jnp.tensordot(product.weights, jnp.stack(each), axes=1)
-            for each in zip(*product.statistics, strict=True)
-        )
-        deviation = jnp.std(ours, axis=-2)
-        scale = jnp.where(deviation > 0, deviations / jnp.where(deviation > 0, deviation, 1), 1)
-        leaf = product.leaf
-        for member in product.along:
-            leaf = along(jnp.multiply, leaf, member, product.group, scale)
-        return leaf, means - scale * jnp.mean(ours, axis=-2)
+        leaf, shifts = product.leaf, []
+        features = product.compute(leaf)
+        for part in product.parts:
+            ours = part.units(features)
+            means, deviations = (
+                jnp.tensordot(product.weights, jnp.stack(each), axes=1)
+                for each in zip(*part.statistics, strict=True)
+            )
+            deviation = jnp.std(ours, axis=-2)
+            scale = jnp.where(deviation > 0, deviations / jnp.where(deviation > 0, deviation, 1), 1)
+            for member in part.along:
+                leaf = along(jnp.multiply, leaf, member, part.group, scale)
+            shift = means - scale * jnp.mean(ours, axis=-2)
+            shifts.append(shift if part.along else None)
+        return leaf, tuple(shifts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +127,7 @@ class LeastSquares(AbstractRepair):
                 f"ridge is {self.ridge} and steps {self.steps}; they must be at least 0 and 1"
             )
 
-    def correct(self, product: Product) -> tuple[Array, Array | None]:
+    def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
         leaf, compute = product.leaf, product.compute
         # The squared length of the features of random weights is the trace, on average.
@@ -123,24 +141,28 @@ class LeastSquares(AbstractRepair):
         short = (target - compute(leaf)).astype(product.found[0].dtype)
         (missing,) = jax.linear_transpose(compute, leaf)(short)
         change, _ = jax.scipy.sparse.linalg.cg(normal, missing, maxiter=self.steps)
-        return leaf + change, None
+        return leaf + change, (None,) * len(product.parts)
 
 
 def _inner(x: Array) -> Array:
     return jnp.sum(x * x)
 
 
-def producing(group: Group, leaf: int) -> tuple[Member, ...]:
-    """Returns the members by which a parameter produces a group.
+def members_at(group: Group, leaf: int, role: Role, place: Place) -> tuple[Member, ...]:
+    """Returns the axes of a parameter that units at some place of features lie along.
 
     Args:
-        group: the group.
+        group: whose units.
         leaf: position of the parameter.
+        role: of the units.
+        place: where they are in the features.
 
     Returns:
-        The members.
+        The members at this place, or the only one, wherever it is.
     """
-    return tuple(m for m in group.members if m.leaf == leaf and m.role == "produces")
+    mine = tuple(m for m in group.members if m.leaf == leaf and m.role == role)
+    same = tuple(m for m in mine if m.where.place == place)
+    return same or (mine if len(mine) == 1 else ())
 
 
 def along(

@@ -22,7 +22,14 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.corrections import AbstractRepair, Product, RestoreStatistics, along, producing
+from otfusion_jax.corrections import (
+    AbstractRepair,
+    Part,
+    Product,
+    RestoreStatistics,
+    along,
+    members_at,
+)
 from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
 from otfusion_jax.rules import body
@@ -182,13 +189,22 @@ class _Origin(NamedTuple):
     arrange: Callable[[Array], Array]
 
 
+class _Shift(NamedTuple):
+    """What is still to be added to the units at a place of features."""
+
+    group: Group
+    view: View
+    role: Role
+    amount: Array
+
+
 class _Value(NamedTuple):
-    """A value in every model and last in the average; `shift` is still to be added to units."""
+    """A value in every model and last in the average; `shifts` are still to be added to units."""
 
     arrays: tuple[Any, ...]
     feature: bool = False
     origin: _Origin | None = None
-    shift: tuple[Group, Array] | None = None
+    shifts: tuple[_Shift, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -233,8 +249,8 @@ def _repair(
                 return [correct(eqn, path, values)]
         if eqn.primitive is P.add_p:
             for value, other in (values, values[::-1]):
-                if value.shift and other.origin and other.origin.leaf not in done:
-                    add_shift(other.origin.leaf, *value.shift)
+                if value.shifts and other.origin and other.origin.leaf not in done:
+                    add_shifts(other.origin.leaf, value.shifts)
                     values = [_current(v) for v in values]
         if eqn.primitive not in _ARRANGEMENTS:
             done.update(v.origin.leaf for v in values if v.origin)
@@ -247,9 +263,10 @@ def _repair(
         latest = value.origin.arrange(corrected[value.origin.leaf])
         return value._replace(arrays=(*value.arrays[:-1], latest))
 
-    def add_shift(leaf: int, group: Group, shift: Array) -> None:
-        for member in producing(group, leaf):
-            corrected[leaf] = along(jnp.add, corrected[leaf], member, group, shift)
+    def add_shifts(leaf: int, shifts: tuple[_Shift, ...]) -> None:
+        for group, view, role, amount in shifts:
+            for member in members_at(group, leaf, role, view.where.place):
+                corrected[leaf] = along(jnp.add, corrected[leaf], member, group, amount)
         done.add(leaf)
 
     def correct(eqn: core.JaxprEqn, path: Path, values: list[_Value]) -> _Value:
@@ -274,27 +291,36 @@ def _repair(
             theirs = network.program[path][0]
             operands = [v.arrays[k] for v in values]
             found.append(theirs.primitive.bind(*operands, **theirs.params))
-        # Of several groups (a product of heads and their units) the last one counts.
         views = mine.views.get(path, [])
         roles: list[Role] = [_role(group, view, origin.leaf) for group, view in views]
-        group, view = (views or [(None, None)])[-1]
-        members = producing(group, origin.leaf) if group else ()
-        units = functools.partial(samples_of, view=view, group=group) if group and view else None
         pairs = list(zip(networks, found, strict=False))
+        chosen = _innermost(views)
+        parts = []
+        for i in chosen:
+            (group, view), role = views[i], roles[i]
+            parts.append(
+                Part(
+                    group,
+                    functools.partial(samples_of, view=view, group=group),
+                    tuple(_statistics(network, path, i, roles, y) for network, y in pairs),
+                    members_at(group, origin.leaf, role, view.where.place),
+                )
+            )
         product = Product(
             corrected[origin.leaf],
             compute,
             normal,
             tuple(_moved(network, mine, path, roles, y) for network, y in pairs),
-            tuple(_statistics(network, path, roles, y) for network, y in pairs if group),
             weights,
-            units,
-            group,
-            members,
+            tuple(parts),
         )
-        corrected[origin.leaf], shift = method.correct(product)
+        corrected[origin.leaf], found_shifts = method.correct(product)
         done.add(origin.leaf)
-        pending = None if shift is None or group is None else (group, shift)
+        pending = tuple(
+            _Shift(views[i][0], views[i][1], roles[i], shift)
+            for i, shift in zip(chosen, found_shifts, strict=True)
+            if shift is not None
+        )
         return _Value((*found, compute(corrected[origin.leaf])), True, None, pending)
 
     columns = zip(*(leaves for leaves, _ in models), fused, strict=True)
@@ -318,8 +344,21 @@ def _role(group: Group, view: View, leaf: int) -> Role:
     They have that of the parameter's axis that they lie along: what is contracted with features
     that push forward is pulled back, as keys are that meet queries.
     """
-    roles = {m.role for m in group.members if m.leaf == leaf and m.where.place == view.where.place}
-    return "consumes" if roles == {"consumes"} else "produces"
+    mine = [m for m in group.members if m.leaf == leaf]
+    same = [m for m in mine if m.where.place == view.where.place] or mine
+    return "consumes" if {m.role for m in same} == {"consumes"} else "produces"
+
+
+def _innermost(views: list[tuple[Group, View]]) -> list[int]:
+    """Chooses views that share no features: of heads and of the units in them, the latter."""
+    positions = [
+        (view.where.axis, set(view.where.place.positions(group.size).flat)) for group, view in views
+    ]
+    return [
+        i
+        for i, (axis, mine) in enumerate(positions)
+        if not any(axis != other or mine & theirs for other, theirs in positions[i + 1 :])
+    ]
 
 
 def _moved(
@@ -340,19 +379,19 @@ def _moved(
 
 
 def _statistics(
-    network: _Network, path: Path, roles: Sequence[Role], features: Array
+    network: _Network, path: Path, number: int, roles: Sequence[Role], features: Array
 ) -> tuple[Array, Array]:
-    """Returns the means and deviations of the units of the last group at a site."""
-    group, view = network.views[path][-1]
+    """Returns the means and deviations of the units of one of the views at a site."""
+    group, view = network.views[path][number]
     around: list[Role] = [
         role
-        for (other, _), role in zip(network.views[path], roles, strict=True)
-        if other.name == group.outer
+        for (other, place), role in zip(network.views[path], roles, strict=True)
+        if other.name == group.outer and place.where.place == view.where.within[-1][2]
     ]
     above: Role = around[-1] if around else "produces"
     units = samples_of(features, view, group)
     found = jnp.mean(units, axis=-2), jnp.std(units, axis=-2)
-    mean, deviation = (moved_units(group, network.plans, x, roles[-1], above) for x in found)
+    mean, deviation = (moved_units(group, network.plans, x, roles[number], above) for x in found)
     return mean, deviation
 
 
@@ -406,9 +445,9 @@ def _bind(eqns: list[core.JaxprEqn], values: list[_Value]) -> list[_Value]:
         bound = theirs.primitive.bind(*(v.arrays[k] for v in values), **theirs.params)
         results.append(bound if eqn.primitive.multiple_results else [bound])
     feature = any(v.feature for v in values)
-    origin, shift = None, None
+    origin, shifts = None, ()
     if eqn.primitive in _ARRANGEMENTS and len(values) == 1:
-        shift = values[0].shift if eqn.primitive is P.convert_element_type_p else None
+        shifts = values[0].shifts if eqn.primitive is P.convert_element_type_p else ()
         if values[0].origin is not None:
             leaf, before = values[0].origin
 
@@ -416,4 +455,4 @@ def _bind(eqns: list[core.JaxprEqn], values: list[_Value]) -> list[_Value]:
                 return eqn.primitive.bind(before(x), **eqn.params)
 
             origin = _Origin(leaf, arrange)
-    return [_Value(arrays, feature, origin, shift) for arrays in zip(*results, strict=True)]
+    return [_Value(arrays, feature, origin, shifts) for arrays in zip(*results, strict=True)]

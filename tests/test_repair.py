@@ -104,6 +104,30 @@ def test_every_unit_gets_the_statistics_of_the_models(kind):
     jax.tree.map(close, found[-1], otf.average(nets)[-1])
 
 
+def attention(p, x):
+    """Queries, keys and values in one kernel; rows of x are tokens."""
+    qkv = x @ p["in"] @ p["kernel"] + p["bias"][None]
+    q, k, v = (y.reshape(len(x), 2, 3) for y in jnp.split(qkv, 3, axis=-1))
+    weights = jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k), axis=-1)
+    return jnp.einsum("hts,shd->thd", weights, v).reshape(len(x), -1) @ p["out"]
+
+
+def test_queries_keys_and_values_of_one_kernel_get_their_statistics():
+    shapes = {"in": (5, 6), "kernel": (6, 18), "bias": (18,), "out": (6, 4)}
+    nets = [
+        {path: jax.random.normal(k, shapes[path]) for path, k in zip(shapes, keys, strict=True)}
+        for keys in (jax.random.split(jax.random.key(seed), 4) for seed in range(2))
+    ]
+    x = jax.random.normal(jax.random.key(2), (40, 5))
+    symmetry = otf.trace_symmetry(attention, nets[0], x)
+    found = otf.repair(symmetry, attention, nets, x)
+    theirs = [net["in"] @ net["kernel"] for net in nets]
+    ours = x @ found["in"] @ found["kernel"]
+    close(ours.std(0), np.mean([np.std(x @ w, axis=0) for w in theirs], axis=0), rtol=1e-4)
+    shift = found["bias"] - otf.average(nets)["bias"]
+    close(ours.mean(0) + shift, np.mean([np.mean(x @ w, axis=0) for w in theirs], axis=0))
+
+
 @KINDS
 def test_without_biases_deviations_alone_are_restored(kind):
     symmetry, nets, x = setting(kind, bias=False)
