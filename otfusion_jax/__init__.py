@@ -11,13 +11,14 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 from otfusion_jax.align import align
 from otfusion_jax.barycenter import Barycenter, barycenter
 from otfusion_jax.corrections import AbstractRepair, LeastSquares, RestoreStatistics
-from otfusion_jax.costs import Gram, feature_gram, feature_importance, weight_importance
+from otfusion_jax.costs import Gram, feature_gram
 from otfusion_jax.describe import draw
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.frameworks import functional
 from otfusion_jax.fuse import average, fuse, stack
 from otfusion_jax.gromov import GromovWasserstein
+from otfusion_jax.importance import feature_importance, weight_importance
 from otfusion_jax.learning import LearnedAlignment, learn_alignment
 from otfusion_jax.low_rank import LowRank
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass

@@ -172,7 +172,8 @@ def _check_widths(symmetry: Symmetry, onto: Symmetry) -> None:
             wrong.append(f"  {group.name}: {', '.join(both)} both produce and consume the units")
     if wrong:
         raise ValueError(
-            "these groups need as many units in the target as in the source:\n" + "\n".join(wrong)
+            "these groups need as many units in the target as in the source; give each of the two "
+            "uses (an embedding, the output layer) a leaf of its own:\n" + "\n".join(wrong)
         )
 
 

@@ -360,7 +360,7 @@ def _problem(group: Group, plans: Plans, size: int | None = None) -> str | None:
     if both:
         return (
             f"a soft plan, but {', '.join(both)} both produce and consume the units, which only a "
-            "permutation can serve"
+            "permutation can serve; give each of the two uses a leaf of its own"
         )
     return None
 

@@ -32,6 +32,7 @@ LAYERS = (
     "frameworks",
     "features",
     "costs",
+    "importance",
     "assignment",
     "simplex",
     "implicit",

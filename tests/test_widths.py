@@ -376,6 +376,16 @@ def test_experts_with_two_hidden_layers_can_only_be_permuted():
         otf.transport(two, two.identity(), params, onto=four)
 
 
+def test_tied_embeddings_are_refused():
+    def tied(p: Params, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["e"]) @ p["e"].T
+
+    narrow, wide = {"e": jnp.ones((5, 4))}, {"e": jnp.ones((5, 8))}
+    symmetries = [otf.trace_symmetry(tied, params, X) for params in (wide, narrow)]
+    with pytest.raises(ValueError, match="e: e both produce and consume the units"):
+        otf.align(symmetries[0], wide, narrow, onto=symmetries[1])
+
+
 def test_plans_that_lead_elsewhere_are_refused():
     params, narrow, wide = made("mlp", 4), traced("mlp", 4), traced("mlp", 8)
     plans = shuffled(jax.random.key(1), narrow, wide)
