@@ -45,3 +45,13 @@ def default_promotion() -> Iterator[None]:
     """JAX's own defaults, for what third parties or readers of our documentation run."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """Keeps a process below the system's limit of memory maps, of which each program takes some.
+
+    Beyond it (65,530 on Linux) XLA aborts the process in the middle of a compilation.
+    """
+    yield
+    jax.clear_caches()

@@ -283,7 +283,7 @@ def test_heads_that_merge_take_plans_of_all_pairs(inner_width: int):
     weights = (p / p.sum(1)[:, None])[..., None, None] * pairs / pairs.sum(-1, keepdims=True)
     expected = np.einsum("hin,hgij->gjn", b, weights).reshape(-1, 2)
     np.testing.assert_allclose(moved["b"], expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"int \(4, 2, 3\), one for every pair of what a moves"):
+    with pytest.raises(ValueError, match=r"\(4, 2, 3\), one for every pair of what a moves"):
         otf.transport(symmetry, {outer.name: jnp.ones((4, 2)) / 8, inner.name: q[0]}, params)
 
 
