@@ -81,9 +81,7 @@ SOLVES = {
     [
         (5, "balanced"),
         (7, "balanced"),
-        (4, "balanced"),
         (5, "unbalanced"),
-        (7, "unbalanced"),
         (4, "half unbalanced"),
     ],
 )
