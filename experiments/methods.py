@@ -11,6 +11,7 @@ from ott.geometry import costs
 import otfusion_jax as otf
 from experiments.models import BATCH_NORM_MOMENTUM, build_model
 from experiments.pairs import Network, Pair
+from otfusion_jax.symmetry import Plans
 
 # Images held in memory at once where features are read.
 _BATCH_SIZE = 250
@@ -129,8 +130,8 @@ VARIANTS: Mapping[str, Callable[[Pair], PyTree]] = {
 # --- across widths
 
 
-def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> PyTree:
-    """Moves a model onto one of other widths.
+def plans_across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> Plans:
+    """Aligns a model with one of other widths.
 
     Args:
         source: The architecture of A.
@@ -140,11 +141,20 @@ def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -
         **how: As `otf.align` takes it.
 
     Returns:
+        Group name to plan.
+    """
+    found = otf.align(source.symmetry, a, b, onto=target.symmetry, leaf_weight=counts, **how)
+    return found.plans
+
+
+def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> PyTree:
+    """Moves a model onto one of other widths; see `plans_across`.
+
+    Returns:
         A in the shapes of B.
     """
-    onto = target.symmetry
-    plans = otf.align(source.symmetry, a, b, onto=onto, leaf_weight=counts, **how)
-    return otf.transport(source.symmetry, plans, a, onto=onto)
+    plans = plans_across(source, target, a, b, **how)
+    return otf.transport(source.symmetry, plans, a, onto=target.symmetry)
 
 
 # --- what follows the average

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import otfusion_jax as otf
 from experiments.methods import counts
+from otfusion_jax.symmetry import Plans
 from otfusion_jax.units import units_of
 
 
@@ -94,9 +95,45 @@ def keep(
     Returns:
         The parameters of the narrower network.
     """
-    # A plan in which each new unit has the mass of one old one selects, on axes of either role.
-    plans = {
-        group.name: jax.nn.one_hot(units[group.name], group.size, axis=-2)
-        for group in symmetry.groups
-    }
-    return otf.transport(symmetry, plans, params, onto=onto)
+    return otf.transport(symmetry, selected(symmetry, units), params, onto=onto)
+
+
+def selected(symmetry: otf.Symmetry, units: Mapping[str, Int[Array, "*batch m"]]) -> Plans:
+    """Writes a choice of units as plans, in which each new unit has the mass of one old one.
+
+    Args:
+        symmetry: Of the network.
+        units: Of each group, those that stay, in the order that they are to have.
+
+    Returns:
+        Group name to plan: a permutation if all units stay.
+    """
+    plans = {}
+    for name, chosen in units.items():
+        size = symmetry[name].size
+        whole = chosen.shape[-1] == size
+        plans[name] = chosen if whole else jax.nn.one_hot(chosen, size, axis=-2)
+    return plans
+
+
+def reordered(symmetry: otf.Symmetry, plans: Plans, order: Plans) -> Plans:
+    """Follows plans by permutations.
+
+    Args:
+        symmetry: Of the network that the plans start from.
+        plans: Of each group; where groups lie in one another, the one around is permuted.
+        order: Permutations of the units of the network that they lead to.
+
+    Returns:
+        Plans that do both at once.
+    """
+    found = {}
+    for name, plan in plans.items():
+        outer, then = symmetry[name].outer, order[name]
+        if outer is not None:
+            # Plans of what is in a group have the order that this group has in the end.
+            at = order[outer]
+            plan = jnp.take(plan, at, axis=len(symmetry[name].batch) - 1)
+        soft = jnp.issubdtype(plan.dtype, jnp.floating)
+        found[name] = jnp.take_along_axis(plan, then[..., None, :] if soft else then, axis=-1)
+    return found

@@ -20,7 +20,7 @@ from experiments.methods import (
     reestimated,
 )
 from experiments.models import ModelConfig, build_model
-from experiments.narrow import narrowed, strongest
+from experiments.narrow import narrowed, reordered, selected, strongest
 from experiments.pairs import network
 from experiments.studies.non_iid import divide
 from experiments.studies.widths import as_original
@@ -260,17 +260,58 @@ def test_there_is_something_to_draw(words: list[str], capsys: pytest.CaptureFixt
 
 
 def test_networks_of_other_widths_are_fused(tmp_path: Path):
-    names = ["Algorithm 1", "truncated by l1 norm"]
+    scaled = "coordinate descent, scaled as in the original"
+    names = [scaled, "coordinate descent", "truncated by l1 norm", "truncated, then aligned"]
     words = ["--epochs", "4", "--width", "0.25", "--factors", "2", "--methods", *names]
+    words += ["--grid", "0.3", "0.6", "--held-out", "0.1", "--images", "300"]
     directions = run(tmp_path, "widths", *words)["directions"]
     assert list(directions) == ["x2 onto x1", "x1 onto x2"]
     narrowing, widening = (found["methods"] for found in directions.values())
     assert list(narrowing) == names
-    assert list(widening) == names[:1]
+    assert list(widening) == names[:2]
     # Units that are copied, and share what they put out, compute the same function.
-    assert widening["Algorithm 1"]["moved"] == directions["x1 onto x2"]["source"]
-    assert narrowing["Algorithm 1"]["averages"]["0.5"] > 80
+    alone = directions["x1 onto x2"]["source"]
+    assert widening["coordinate descent"]["moved"] == alone
+    assert widening["coordinate descent"]["least squares"]["moved"] == pytest.approx(alone, abs=1)
+    # Without biases the scaling of layers changes no prediction.
+    assert narrowing[scaled]["moved"] == narrowing["coordinate descent"]["moved"]
+    assert narrowing[scaled]["averages"] != narrowing["coordinate descent"]["averages"]
+    assert narrowing[scaled]["least squares"] is None
+    for values in (narrowing["coordinate descent"], narrowing["truncated, then aligned"]):
+        assert values["averages"]["0.5"] > 80
+        assert list(values["least squares"]) == ["moved", "0.5"]
+        assert values["least squares"]["moved"] > max(80, values["moved"])
+        assert values["best"]["t"] == max(values["held out"], key=values["held out"].get)
     assert all(values["moved"] > 40 for values in narrowing.values())
+
+
+def test_the_network_that_is_moved_onto_comes_from_a_file(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    sizes = [64, 100, 50, 25, 10]
+    arrays = {
+        f"fc{i}.weight": rng.standard_normal((m, n)).astype(np.float32) / n**0.5
+        for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False))
+    }
+    np.savez(tmp_path / "b.npz", **arrays)
+    words = ["--epochs", "4", "--width", "0.25", "--factors", "2", "--weights"]
+    words += [str(tmp_path / "b.npz"), "--methods", "Algorithm 1", "--grid", "0.5"]
+    directions = run(tmp_path / "run", "widths", *words)["directions"]
+    assert directions["x2 onto x1"]["source"] > 80
+    assert directions["x2 onto x1"]["target"] < 40
+
+
+def test_a_choice_of_units_is_followed_by_permutations(digits: Dataset):
+    # Heads are all kept, and what is in each of them is not.
+    wide, few = (network(ModelConfig("vit", width=w), digits) for w in (0.5, 0.25))
+    params = initial(wide.config, digits, 0)
+    sizes = {group.name: group.size for group in few.symmetry.groups}
+    plans = selected(wide.symmetry, strongest(wide.symmetry, params, sizes))
+    order = few.symmetry.random(jax.random.key(1))
+    kept = otf.transport(wide.symmetry, plans, params, onto=few.symmetry)
+    expected = otf.transport(few.symmetry, order, kept)
+    both = reordered(wide.symmetry, plans, order)
+    found = otf.transport(wide.symmetry, both, params, onto=few.symmetry)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
 
 
 def test_the_original_shrinks_what_consumes(digits: Dataset):
@@ -282,9 +323,20 @@ def test_the_original_shrinks_what_consumes(digits: Dataset):
         np.testing.assert_allclose(found[f"Dense_{number}"]["kernel"], expected, rtol=1e-6)
 
 
-def test_widths_differ(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["widths", "--factors", "1"]) == 2
-    assert "--factors are [1.0]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--factors", "1"], "--factors are [1.0]"),
+        (["--grid", "0"], "--grid is [0.0]"),
+        (["--held-out", "1"], "--held-out is 1.0"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_widths_differ_and_something_is_held_out(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["widths", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- prune
