@@ -243,14 +243,21 @@ def _regressed(architecture: Network, moved: list[PyTree], images: Array) -> PyT
 
 
 def _plot(folder: Any, title: str, numbers: list[int], rows: list[dict[str, Any]]) -> None:
-    panels = {
-        "test accuracy (%)": {name: [row["mean"][name] for row in rows] for name in _ACCURACIES},
-        "seconds, compiled": {
-            name: [row["cost"][name]["seconds"] for row in rows] for name in _METHODS
-        },
-        "memory (MiB)": {name: [row["cost"][name]["MiB"] for row in rows] for name in _METHODS},
-    }
-    report.plot_lines(folder / "many.png", title, ("models fused", numbers), panels, {})
+    x = ("models fused", numbers)
+
+    def each(what: str, names: Sequence[str]) -> dict[str, list[float]]:
+        return {name: [row[what][name] or 0.0 for row in rows] for name in names}
+
+    def cost(what: str) -> dict[str, list[float]]:
+        return {name: [row["cost"][name][what] for row in rows] for name in _METHODS}
+
+    spreads = each("standard deviation", _ACCURACIES)
+    panels = [
+        report.Panel("test accuracy (%)", x, each("mean", _ACCURACIES), spreads=spreads),
+        report.Panel("seconds, compiled", x, cost("seconds")),
+        report.Panel("memory (MiB)", x, cost("MiB")),
+    ]
+    report.plot_panels(folder / "many.png", title, panels)
 
 
 def _table(rows: list[dict[str, Any]], share: float | None) -> str:
