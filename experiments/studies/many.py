@@ -296,6 +296,6 @@ def _table(rows: list[dict[str, Any]], share: float | None) -> str:
     if share is not None:
         parts.append(
             f"From a to b and on to c, {share:.1f} % of the units end elsewhere than from a to c"
-            " by pairwise alignment; by a barycenter's plans none do."
+            " by pairwise alignment; through a reference or a barycenter none do."
         )
     return "\n\n".join(parts)
