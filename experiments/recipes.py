@@ -44,7 +44,10 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
             drops=tuple((epoch, 0.5) for epoch in range(30, 300, 30)),
             augment=True,
         ),
-        # For narrow ones on a CPU: with SGD they learn nothing in as few epochs.
+        # python -m experiments many --dataset cifar10 --model vgg11 --width 0.25 --recipe quick \
+        #     --seeds 0 1 2 3 4 5 --counts 4 6
+        # 68.99 and 69.18; 3 to 12 minutes on a busy machine. For narrow ones on a CPU: an epoch
+        # of SGD on 12,800 images, without augmentation, left one at chance, and AdamW at 20 %.
         "quick": dataclasses.replace(_ADAMW, epochs=3, learning_rate=2e-3),
     },
     ("cifar10", "resnet18"): {

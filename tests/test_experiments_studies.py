@@ -22,6 +22,7 @@ from experiments.methods import (
 from experiments.models import ModelConfig, build_model
 from experiments.narrow import narrowed, reordered, selected, strongest
 from experiments.pairs import network
+from experiments.studies.many import draws, inconsistency
 from experiments.studies.non_iid import divide
 from experiments.studies.widths import as_original
 from experiments.synthetic import dead_leaves
@@ -430,19 +431,71 @@ def test_a_student_is_narrower_and_trained(words: list[str], capsys: pytest.Capt
 
 def test_many_models_are_fused_at_once(tmp_path: Path):
     words = ["--epochs", "2", "--seeds", "0", "1", "2", "--counts", "3", "2", "--width", "0.4"]
-    results = run(tmp_path, "many", *words)
+    results = run(tmp_path, "many", *words, "--draws", "2")
     assert [row["models"] for row in results["counts"]] == [2, 3]
     two, three = results["counts"]
-    assert two["individuals"] == pytest.approx(np.mean(results["individuals"][:2]), abs=1e-3)
+    assert [draw["seeds"] for draw in two["draws"]][0] == [0, 1]
+    for draw in two["draws"]:
+        chosen = [results["individuals"][seed] for seed in draw["seeds"]]
+        assert draw["individuals"] == pytest.approx(np.mean(chosen), abs=1e-3)
     for name in ("Algorithm 1", "fuse"):
-        assert three[name]["accuracy"] > 30
-        assert three[name]["MiB"] > two[name]["MiB"] > 0
+        assert three["mean"][name] > 30
+        assert three["cost"][name]["MiB"] > two["cost"][name]["MiB"] > 0
+    # Means and deviations are those of the draws, and gains are within a draw.
+    fused = {name: [draw[name] for draw in three["draws"]] for name in ("fuse", "barycenter")}
+    gain = np.subtract(fused["barycenter"], fused["fuse"])
+    assert three["mean"]["fuse"] == pytest.approx(np.mean(fused["fuse"]), abs=1e-3)
+    assert three["mean"]["barycenter - fuse"] == pytest.approx(np.mean(gain), abs=1e-3)
+    assert three["standard deviation"]["barycenter - fuse"] == pytest.approx(
+        abs(gain[1] - gain[0]) / 2**0.5, abs=1e-3
+    )
+    assert three["draws that gain"]["barycenter - fuse"] == np.sum(gain > 0)
+    # All three in another order: the barycenter does not mind.
+    assert np.ptp(fused["barycenter"]) < 1
+    assert 0 < results["inconsistent units (%)"] <= 100
 
 
-@pytest.mark.parametrize("numbers", [["1"], ["2", "9"]])
-def test_as_many_models_as_seeds(numbers: list[str], capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["many", "--counts", *numbers]) == 2
-    assert "give 2 models or more" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--counts", "1"], "give 2 models or more"),
+        (["--counts", "2", "9"], "give 2 models or more"),
+        (["--draws", "0"], "--draws is 0"),
+    ],
+    ids=" ".join,
+)
+def test_what_many_can_not_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["many", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "found"), [(2, 12), (4, 4)])
+def test_draws_are_all_there_are_and_no_two_the_same(count: int, found: int):
+    chosen = draws(4, count, 99)
+    assert len(chosen) == found
+    assert len({(frozenset(some), some[-1]) for some in chosen}) == found
+    assert all(len(set(some)) == count and set(some) <= set(range(4)) for some in chosen)
+    assert draws(4, count, 3) == chosen[:3]
+    assert chosen[0] == tuple(range(count))
+
+
+def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset):
+    symmetry = network(ModelConfig("vit", width=0.25), digits).symmetry
+    universe = [symmetry.random(jax.random.key(seed)) for seed in range(3)]
+
+    def through(a: int, b: int) -> dict[str, jax.Array]:
+        return otf.compose(symmetry, universe[a], otf.invert(symmetry, universe[b]))
+
+    assert inconsistency(symmetry, through, 3) == 0
+    assert inconsistency(symmetry, through, 2) is None
+    # One model's first two units of one group of 400 + 200 + 100, exchanged on one of the maps.
+    symmetry = network(ModelConfig("mlpnet"), digits).symmetry
+    still = symmetry.identity()
+    name = symmetry.groups[0].name
+    other = still | {name: still[name].at[jnp.array([0, 1])].set(jnp.array([1, 0]))}
+    maps = {(0, 1): still, (1, 2): other, (0, 2): still}
+    found = inconsistency(symmetry, lambda a, b: maps[a, b], 3)
+    assert found == pytest.approx(100 * 2 / 700, abs=1e-3)
 
 
 # --- learn
