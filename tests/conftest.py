@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import beartype
 import jax
@@ -48,10 +49,12 @@ def default_promotion() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_dropped() -> Iterator[None]:
+def compiled_programs_are_few() -> Iterator[None]:
     """Keeps a process below the system's limit of memory maps, of which each program takes some.
 
     Beyond it (65,530 on Linux) XLA aborts the process in the middle of a compilation.
     """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()

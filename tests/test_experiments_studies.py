@@ -76,7 +76,8 @@ def test_models_come_from_files(tmp_path: Path):
         }
         np.savez(tmp_path / f"{name}.npz", **arrays)
     files = [str(tmp_path / f"{name}.npz") for name in "ab"]
-    results = run(tmp_path / "run", "one_shot", "--path-points", "3", "--weights", *files)
+    words = ["one_shot", "--path-points", "3", "--methods", "vanilla average"]
+    results = run(tmp_path / "run", *words, "--weights", *files)
     assert all(value < 40 for value in results["individuals"])
     assert not (tmp_path / "run" / "models").exists()
     words = ["one_shot", "--width", "0.5", "--weights", *files, "--out", str(tmp_path / "other")]

@@ -181,7 +181,7 @@ def test_splitting_all_units_keeps_the_function_and_merging_undoes_it(name: str)
         assert close(merged[path], params[path]), path
 
 
-@ALL
+@pytest.mark.parametrize("name", ["mlp", "attention", "interleaved"])
 def test_the_widths_are_read_off_the_plans_where_they_can_be(name: str):
     params, narrow, wide = made(name, 4), traced(name, 4), traced(name, 8)
     plans = shuffled(jax.random.key(1), narrow, wide)
@@ -194,7 +194,7 @@ def test_the_widths_are_read_off_the_plans_where_they_can_be(name: str):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
 
 
-@ALL
+@pytest.mark.parametrize("name", ["convolution", "attention", "scanned", "interleaved"])
 def test_plans_of_matrices_do_what_permutations_do(name: str):
     params, symmetry = made(name, 4), traced(name, 4)
     plans = symmetry.random(jax.random.key(2))
@@ -398,9 +398,14 @@ def test_plans_that_lead_elsewhere_are_refused():
 
 
 @pytest.mark.parametrize(
-    "method", [otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=100)], ids=str
+    ("name", "method"),
+    [
+        ("residual", otf.RestoreStatistics()),
+        ("attention", otf.RestoreStatistics()),
+        ("attention", otf.LeastSquares(ridge=0.1, steps=100)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["residual", "attention"])
 def test_the_original_of_another_width_tells_what_is_to_be_restored(
     name: str, method: otf.AbstractRepair
 ):
