@@ -183,8 +183,8 @@ def test_features_serve_a_quadratic_solver_if_taken_for_it():
         assert within is not None
         for inside, y in zip(within, seen, strict=True):
             np.testing.assert_allclose(inside, y.T @ y, rtol=1e-4, atol=1e-4)
-        plan = otf.align(symmetry, a, b, features=grams, **how).plans["1/kernel"]
-        np.testing.assert_allclose(plan.sum(0), np.full(8, 1 / 8), atol=1e-2)
+    plan = otf.align(symmetry, a, b, features=grams, **how).plans["1/kernel"]
+    np.testing.assert_allclose(plan.sum(0), np.full(8, 1 / 8), atol=1e-2)
     bare = otf.feature_gram(symmetry, ref.network, a, b, x)
     with pytest.raises(ValueError, match="within"):
         otf.align(symmetry, a, b, features=bare, **how)

@@ -53,8 +53,9 @@ def test_width_multiplies_the_hidden_units():
 
 
 # The residual stream of a stage is one group, and each block has one inside; the stem's is stage 1.
-@pytest.mark.parametrize(("name", "groups"), [("vgg11", 8), ("resnet18", 4 + 8)])
-@pytest.mark.parametrize("use_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(
+    ("name", "groups", "use_norm"), [("vgg11", 8, False), ("resnet18", 4 + 8, True)]
+)
 def test_symmetry_of_the_networks(name: str, groups: int, use_norm: bool):
     config = ModelConfig(name, use_bias=use_norm, use_norm=use_norm, width=1 / 16)
     model = build_model(config, classes=10)

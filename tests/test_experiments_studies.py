@@ -13,7 +13,6 @@ from experiments import cli
 from experiments.data import Dataset, load_dataset
 from experiments.methods import (
     AVERAGES,
-    ORIGINAL,
     VARIANTS,
     correlations,
     counts,
@@ -46,22 +45,23 @@ def digits() -> Dataset:
 # --- one_shot
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    words = ["one_shot", "--epochs", "4", "--variants", "--path-points", "3", "--width", "0.5"]
-    return run(tmp_path_factory.mktemp("one_shot"), *words)
-
-
-def test_every_variant_is_evaluated(variants: dict):
-    methods = variants["methods"]
-    assert list(methods) == list(VARIANTS)
+def test_methods_are_evaluated_and_mended(tmp_path: Path):
+    names = [
+        "vanilla average",
+        "coordinate descent (fuse)",
+        "the original: unit norm, Euclidean",
+        "Algorithm 1, activations of 100",
+        "activation matching (correlation)",
+    ]
+    words = ["--epochs", "4", "--path-points", "3", "--width", "0.5", "--methods", *names]
+    methods = run(tmp_path, "one_shot", *words)["methods"]
+    assert list(methods) == names
+    assert set(names) <= set(VARIANTS)
     assert all(
         method[kind] > 40 for method in methods.values() for kind in AVERAGES if kind in method
     )
-    assert [name for name in methods if "statistics restored" not in methods[name]] == list(
-        ORIGINAL
-    )
-    assert sum("least squares" in method for method in methods.values()) == 6
+    assert [name for name in names if "statistics restored" not in methods[name]] == names[2:3]
+    assert [name for name in names if "least squares" not in methods[name]] == names[2:4]
     assert methods["coordinate descent (fuse)"]["averaged"] > methods["vanilla average"]["averaged"]
 
 

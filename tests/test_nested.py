@@ -43,8 +43,14 @@ def test_a_planted_permutation_is_undone(name: str):
     close(otf.transport(symmetry, alignment, source), case.params)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixture_of_experts", "transformer_scanned_linen"])
-@pytest.mark.parametrize("at", ["produced", "consumed"])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("gpt2", "produced"),
+        ("mixture_of_experts", "consumed"),
+        ("transformer_scanned_linen", "consumed"),
+    ],
+)
 def test_a_planted_permutation_is_undone_by_activations(name: str, at):
     case, symmetry = setting(name)
     source = otf.transport(symmetry, symmetry.random(jax.random.key(4)), case.params)

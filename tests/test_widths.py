@@ -217,7 +217,6 @@ def test_plans_of_matrices_do_what_permutations_do(name: str):
     ("name", "method"),
     [
         ("dense", otf.ForwardPass()),
-        ("scanned", otf.ForwardPass()),
         ("attention", otf.ForwardPass()),
         ("attention", otf.CoordinateDescent(starts=("identity",))),
     ],
