@@ -19,7 +19,7 @@ from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
     check_cost,
-    check_marginal,
+    check_problem,
     nothing_to_match,
     working_dtype,
 )
@@ -93,9 +93,7 @@ class GromovWasserstein(AbstractSolver):
             ValueError: without `within`, for shapes that do not fit, for costs that are known not
                 to be finite, and for a marginal that is known to be no distribution.
         """
-        check_cost(cost)
-        check_marginal("a", a, cost.shape[0])
-        check_marginal("b", b, cost.shape[1])
+        check_problem(cost, a, b)
         _check_within(within, *cost.shape)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return _solve(self, cost, a, b, within)

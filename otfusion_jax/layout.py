@@ -321,44 +321,24 @@ def permuted(cell: Cell, dim: Dim, levels: Sequence[Dim], plan: Array) -> Cell:
     return cell._replace(array=jnp.take_along_axis(cell.array, index, **how))
 
 
-def mixed(cell: Cell, dim: Dim, levels: Sequence[Dim], weights: Array) -> Cell:
-    """Replaces the units along a dimension by weighted sums of units.
+def mixed(cell: Cell, dims: Sequence[Dim], levels: Sequence[Dim], weights: Array) -> Cell:
+    """Replaces the units along a dimension by weighted sums of units, or along two at once.
 
     Args:
-        cell: that has this dimension.
-        dim: the dimension.
+        cell: that has these dimensions.
+        dims: the units', after that of what is around them if it is replaced too.
         levels: for each axis of the weights' batch, the dimension that it is.
-        weights: float `[*batch, old, new]`.
+        weights: float `[*batch, old, new]`, or `[*batch, old, new, old, new]`.
 
     Returns:
         The cell with the new units.
     """
-    axis, new = cell.dims.index(dim), cell.array.ndim
-    names = list(range(new))
-    out = [new if i == axis else i for i in names]
-    by = [*map(cell.dims.index, levels), axis, new]
-    product = jnp.einsum(cell.array, names, weights, by, out, precision=jax.lax.Precision.HIGHEST)
-    return cell._replace(array=product)
-
-
-def mixed_pairs(cell: Cell, around: Dim, dim: Dim, levels: Sequence[Dim], weights: Array) -> Cell:
-    """Replaces what is around units, and the units in each of it, by weighted sums of them.
-
-    Args:
-        cell: that has both dimensions.
-        around: the dimension around the units.
-        dim: the units'.
-        levels: for each axis of the weights' batch, the dimension that it is.
-        weights: float `[*batch, old around, new around, old, new]`.
-
-    Returns:
-        The cell with the new units.
-    """
-    outer, inner, new = cell.dims.index(around), cell.dims.index(dim), cell.array.ndim
-    names = list(range(new))
-    out = [{outer: new, inner: new + 1}.get(i, i) for i in names]
-    by = [*map(cell.dims.index, levels), outer, new, inner, new + 1]
-    product = jnp.einsum(cell.array, names, weights, by, out, precision=jax.lax.Precision.HIGHEST)
+    rank = cell.array.ndim
+    new = {cell.dims.index(dim): rank + i for i, dim in enumerate(dims)}
+    by = [*map(cell.dims.index, levels), *itertools.chain(*new.items())]
+    out = [new.get(i, i) for i in range(rank)]
+    names, highest = list(range(rank)), jax.lax.Precision.HIGHEST
+    product = jnp.einsum(cell.array, names, weights, by, out, precision=highest)
     return cell._replace(array=product)
 
 

@@ -17,8 +17,7 @@ from otfusion_jax.soft import prepare
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
-    check_cost,
-    check_marginal,
+    check_problem,
     nothing_to_match,
     working_dtype,
 )
@@ -77,9 +76,7 @@ class LowRank(AbstractSolver):
             ValueError: for a marginal of the wrong shape, for a cost that is known not to be
                 finite, and for a marginal that is known to be no distribution.
         """
-        check_cost(cost)
-        check_marginal("a", a, cost.shape[0])
-        check_marginal("b", b, cost.shape[1])
+        check_problem(cost, a, b)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return _solve_low_rank(self, cost, a, b)
 

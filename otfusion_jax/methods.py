@@ -127,8 +127,7 @@ class Problem:
         return unit_gram(source, target, group, self.solver.quadratic)
 
     def _moved(self, plans: Plans, leaf: int) -> Array:
-        onto = None if self.onto == self.symmetry else self.onto
-        return move(self.symmetry, plans, leaf, self.source[leaf], onto)
+        return move(self.symmetry, plans, leaf, self.source[leaf], self.onto)
 
     def distance(self, plans: Plans) -> Float[Array, ""]:
         """Squared distance of the moved source to the target, over all parameters that move."""

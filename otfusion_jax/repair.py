@@ -35,7 +35,7 @@ from otfusion_jax.fuse import average, mixture
 from otfusion_jax.rules import body
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, uses_of
 from otfusion_jax.trace import Trace, View
-from otfusion_jax.transport import HasPlans, moved_along, moved_units
+from otfusion_jax.transport import HasPlans, moved_along, moved_units, plans_of
 from otfusion_jax.widths import matched, names
 
 _PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
@@ -117,16 +117,12 @@ def repair(
     arrays = [
         (jax.tree_util.tree_leaves(model), {})
         if before is None
-        else (jax.tree_util.tree_leaves(before.params), _plans(before))
+        else (jax.tree_util.tree_leaves(before.params), plans_of(before.plans))
         for model, before in zip(models, befores, strict=True)
     ]
     mine = jax.tree_util.tree_leaves(fused)
     found = _repair(symmetry, fn, method, static, mine, arrays, shares, inputs)
     return symmetry.treedef.unflatten(found)
-
-
-def _plans(before: Original) -> Plans:
-    return before.plans if isinstance(before.plans, dict) else before.plans.plans
 
 
 Path = tuple[int, ...]

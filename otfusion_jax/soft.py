@@ -18,8 +18,7 @@ from otfusion_jax.implicit import IMPLICIT
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
-    check_cost,
-    check_marginal,
+    check_problem,
     is_distribution,
     nothing_to_match,
     working_dtype,
@@ -110,9 +109,7 @@ class Sinkhorn(AbstractSolver):
             ValueError: for a marginal of the wrong shape, for a cost that is known not to be
                 finite, and for a marginal that is known to be no distribution.
         """
-        check_cost(cost)
-        check_marginal("a", a, cost.shape[0])
-        check_marginal("b", b, cost.shape[1])
+        check_problem(cost, a, b)
         # ott's Sinkhorn relies on implicit promotion, which its users may have switched off.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return _solve_sinkhorn(self, cost, a, b)

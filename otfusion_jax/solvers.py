@@ -127,12 +127,27 @@ class Exact(AbstractSolver):
                 finite, and for a marginal that is known to be no distribution.
             ImportError: where it takes the linear program and POT is not installed.
         """
-        check_cost(cost)
-        check_marginal("a", a, cost.shape[0])
-        check_marginal("b", b, cost.shape[1])
+        check_problem(cost, a, b)
         if a is not None or b is not None or not _divides(*cost.shape):
             require_pot()
         return _solve_exact(self, cost, a, b)
+
+
+def check_problem(cost: Array, a: Array | None, b: Array | None) -> None:
+    """Refuses a cost and masses that do not fit, as far as that can be known.
+
+    Args:
+        cost: of one problem, `[n, m]`.
+        a: masses of the source units, `[n]`; None means uniform.
+        b: masses of the target units, `[m]`, likewise.
+
+    Raises:
+        ValueError: for another rank, for costs that are known not to be finite, for marginals of
+            another shape, and for those that are known to be no distribution.
+    """
+    check_cost(cost)
+    check_marginal("a", a, cost.shape[0])
+    check_marginal("b", b, cost.shape[1])
 
 
 def check_cost(cost: Array) -> None:
@@ -187,16 +202,16 @@ def check_marginal(name: str, masses: Array | None, size: int) -> None:
             )
 
 
-def is_distribution(masses: Float[Array, " n"]) -> Bool[Array, ""]:
+def is_distribution(masses: Float[Array, "*batch n"]) -> Bool[Array, ""]:
     """Says whether masses are at least 0 and sum to 1.
 
     Args:
-        masses: of the units.
+        masses: of the units, or a batch of such.
 
     Returns:
-        bool `[]`; False for NaN.
+        bool `[]`, for all together; False for NaN.
     """
-    return jnp.all(masses >= 0) & (jnp.abs(jnp.sum(masses) - 1) < 1e-3)
+    return jnp.all(masses >= 0) & jnp.all(jnp.abs(jnp.sum(masses, axis=-1) - 1) < 1e-3)
 
 
 def working_dtype(x: Array):

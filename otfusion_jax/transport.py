@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.layout import Cell, Cells, mixed, mixed_pairs, permuted
+from otfusion_jax.layout import Cell, Cells, mixed, permuted
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, Use, Uses
 from otfusion_jax.widths import crowded, matched
 
@@ -29,6 +29,18 @@ class HasPlans(Protocol):
     def plans(self) -> Plans:
         """Group name to plan."""
         ...
+
+
+def plans_of(plans: Plans | HasPlans) -> Plans:
+    """Returns the plans of what has some.
+
+    Args:
+        plans: group name to plan, or the result of `align`.
+
+    Returns:
+        Group name to plan.
+    """
+    return plans if isinstance(plans, dict) else plans.plans
 
 
 def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
@@ -76,7 +88,7 @@ def transport(
             if the networks differ in more than widths.
     """
     symmetry.validate(params)
-    plans = plans if isinstance(plans, dict) else plans.plans
+    plans = plans_of(plans)
     onto = None if onto is None else matched(symmetry, onto)
     _check(symmetry, plans, onto)
     return _transport(symmetry, onto, plans, params)
@@ -135,7 +147,7 @@ def invert(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
 
 
 def _permutations(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
-    plans = plans if isinstance(plans, dict) else plans.plans
+    plans = plans_of(plans)
     _check(symmetry, plans)
     soft = [name for name, plan in plans.items() if not is_permutation(plan)]
     if soft:
@@ -174,10 +186,9 @@ def moved_along(uses: Uses, plans: Plans, array: Array, stay: Collection[Member]
         The cells of the moved array.
     """
     cells = uses.layout.split(array)
-    for use in uses.uses:
-        if use.group.name in plans and use.member not in stay:
-            inside = [u for u in uses.uses if u.group.name in plans and u.member not in stay]
-            cells = {key: _along(cell, use, inside, plans) for key, cell in cells.items()}
+    moving = [use for use in uses.uses if use.group.name in plans and use.member not in stay]
+    for use in moving:
+        cells = {key: _along(cell, use, moving, plans) for key, cell in cells.items()}
     return cells
 
 
@@ -201,7 +212,7 @@ def _along(cell: Cell, use: Use, moving: list[Use], plans: Plans) -> Cell:
         outer = _weights(plans[around[0].group.name], around[0].member.role)
         inner = _weights(_as_coupling(plan), role)
         weights = (outer[..., None, None] * inner).astype(cell.array.dtype)
-        return mixed_pairs(cell, use.levels[-1], use.dim, use.levels[:-1], weights)
+        return mixed(cell, use.levels[-1:] + (use.dim,), use.levels[:-1], weights)
     if is_permutation(plan):
         return permuted(cell, use.dim, use.levels, plan)
     if any(
@@ -209,7 +220,7 @@ def _along(cell: Cell, use: Use, moving: list[Use], plans: Plans) -> Cell:
         for u in moving
     ):
         return cell
-    return mixed(cell, use.dim, use.levels, _weights(plan, role).astype(cell.array.dtype))
+    return mixed(cell, (use.dim,), use.levels, _weights(plan, role).astype(cell.array.dtype))
 
 
 def _within(use: Use, cell: Cell) -> bool:
@@ -302,7 +313,7 @@ def _check(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> No
     for name in plans:
         if name in known and (problem := _problem(known[name], plans, sizes.get(name))):
             wrong.append(f"  {name}: {problem}")
-    if not wrong:
+    if not wrong and not all(map(is_permutation, plans.values())):
         wrong = [
             f"  {name}: {problem}"
             for name, problem in crowded(symmetry).items()
