@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         subparser.add_argument(
             "--seeds",
-            nargs=2 if len(study.seeds) == 2 else "+",
+            nargs="+" if study.any_number else len(study.seeds),
             type=int,
             default=study.seeds,
             help=f"seeds of the models (default: {' '.join(map(str, study.seeds))})",

@@ -109,10 +109,12 @@ class Study:
         summary: One line for the help text.
         run: Does the study, prints its outcome and leaves files in the run's folder.
         arguments: Declares the flags of this study alone.
-        seeds: Of the models, unless others are asked for. Of two, just two others may be.
+        seeds: Of the models, unless others are asked for.
+        any_number: Whether there may be another number of seeds.
     """
 
     summary: str
     run: Callable[[Request], None]
     arguments: Callable[[argparse.ArgumentParser], None]
     seeds: tuple[int, ...] = (0, 1)
+    any_number: bool = False

@@ -139,23 +139,41 @@ def test_what_a_text_is_not_fit_for(
 
 @pytest.mark.usefixtures("default_promotion")  # of optax's schedules
 def test_fine_tuning_chooses_by_validation(tmp_path: Path):
-    names = ["model A", "vanilla average", "coordinate descent, least squares"]
-    words = ["--epochs", "3", "--fine-tune-epochs", "2", "--factors", "1", "0.001"]
-    words += ["--validation-images", "200", "--starts", *names]
+    names = ["model A", "model B", "coordinate descent, least squares"]
+    words = ["--seeds", "0", "1", "2", "0", "--epochs", "3", "--fine-tune-epochs", "2"]
+    words += ["--factors", "1", "0.001", "--validation-images", "200", "--starts", *names]
     results = run(tmp_path, "fine_tune", *words)
-    assert list(results["starts"]) == names
-    assert results["ensemble loss"] < results["starts"]["vanilla average"]["before"]["test loss"]
-    for start in results["starts"].values():
-        assert [found["schedule"] for found in start["runs"]] == [
-            "one-cycle, 0.1",
-            "halved, 0.1",
-            "one-cycle, 0.0001",
-            "halved, 0.0001",
-        ]
-        assert start["best"]["validation"] == max(found["validation"] for found in start["runs"])
-        # Hardly trained at all, a model stays what it was.
-        assert start["runs"][-1]["test"] == pytest.approx(start["before"]["test"], abs=2)
-        assert start["best"]["test"] > start["before"]["test"] - 2
+    assert list(results["pairs"]) == ["0, 1", "2, 0"]
+    for pair in results["pairs"].values():
+        assert list(pair["starts"]) == names
+        for start in pair["starts"].values():
+            assert [found["schedule"] for found in start["runs"]] == [
+                "one-cycle, 0.1",
+                "halved, 0.1",
+                "one-cycle, 0.0001",
+                "halved, 0.0001",
+            ]
+            best = start["best"]["validation"]
+            assert best == max(found["validation"] for found in start["runs"])
+            # Hardly trained at all, a model stays what it was.
+            assert start["runs"][-1]["test"] == pytest.approx(start["before"]["test"], abs=2)
+            assert start["best"]["test"] > start["before"]["test"] - 2
+
+    fused = [pair["starts"][names[-1]]["best"]["test"] for pair in results["pairs"].values()]
+    parents = [
+        max(pair["starts"][name]["best"]["test"] for name in names[:2])
+        for pair in results["pairs"].values()
+    ]
+    mean = results["mean"]["starts"][names[-1]]
+    assert mean["after"] == pytest.approx(np.mean(fused), abs=1e-3)
+    above = np.subtract(fused, parents)
+    assert mean["above the better parent"] == pytest.approx(above.mean(), abs=1e-3)
+    assert mean["deviation"] == pytest.approx(above.std(), abs=1e-3)
+
+
+def test_fine_tuning_needs_pairs(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["fine_tune", "--seeds", "0", "1", "2"]) == 2
+    assert "--seeds of pairs" in capsys.readouterr().err
 
 
 def test_fine_tuning_needs_images_to_choose_by(capsys: pytest.CaptureFixture[str]):

@@ -24,6 +24,7 @@ STUDIES: dict[str, Study] = {
         "train fused models on, beside their parents and the vanilla average",
         fine_tune.run,
         fine_tune.arguments,
+        any_number=True,
     ),
     "non_iid": Study(
         "fuse two models that have seen different data", non_iid.run, non_iid.arguments
@@ -48,6 +49,7 @@ STUDIES: dict[str, Study] = {
         prune.run,
         prune.arguments,
         seeds=(0,),
+        any_number=True,
     ),
     "distill": Study(
         "train a narrow network by a wide one's answers, started from fused and other networks",
@@ -59,11 +61,13 @@ STUDIES: dict[str, Study] = {
         learn.run,
         learn.arguments,
         seeds=tuple(range(4)),
+        any_number=True,
     ),
     "many": Study(
         "fuse 2, 4, 6 and 8 models at once: accuracy, time and memory",
         many.run,
         many.arguments,
         seeds=tuple(range(8)),
+        any_number=True,
     ),
 }

@@ -3,20 +3,24 @@
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
 from experiments import report
+from experiments.data import Dataset
 from experiments.evaluate import loss_and_error
 from experiments.methods import AVERAGES, VARIANTS, reestimated
-from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
+from experiments.pairs import Network, Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
 from experiments.train import TrainConfig, train
 
+_PARENTS = ("model A", "model B")
 # What each start is made by: what moves model A, what makes one model, and the weights of the two.
 _STARTS = {
     "model A": ("vanilla average", "averaged", (1.0, 0.0)),
@@ -74,15 +78,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(request: Request) -> None:
     """Trains parents, averages and fused models on, each under several schedules.
 
-    The schedule of each start is chosen by accuracy on images held out from training; models from
-    files may have been trained on these.
+    Models are paired in the order given: of seeds 0 1 2 3, 0 with 1 and 2 with 3. The schedule of
+    each start is chosen by accuracy on images held out from training; models from files may have
+    been trained on these.
 
     Args:
         request: The command.
 
     Raises:
-        ValueError: No training images are left.
+        ValueError: A model is without another, or no training images are left.
     """
+    if len(request.seeds) % 2:
+        raise ValueError("Give --seeds of pairs: 0 1 for one, 0 1 2 3 for two.")
     folder = request.folder("fine_tune")
     timings: dict[str, float] = {}
     whole = request.load()
@@ -93,54 +100,99 @@ def run(request: Request) -> None:
             f" {len(whole.train_labels)} training images to share."
         )
     dataset = whole.part(slice(count))
-    held_out = (whole.train_images[count:], whole.train_labels[count:])
     architecture = network(request.model, dataset)
     models = parents(request, architecture, dataset, folder, timings)
-    pair = pair_of(request, architecture, dataset, models)
-    starts = _starts(request, pair)
+    bench = _Bench(architecture, whole.part(slice(count, None)), dataset)
+    pairs = {}
+    for i in range(0, len(models), 2):
+        small = dataclasses.replace(request, seeds=request.seeds[i : i + 2])
+        pair = pair_of(small, architecture, dataset, models[i : i + 2])
+        pairs[", ".join(map(str, small.seeds))] = _compare(
+            small, pair, dataset, bench, folder, timings
+        )
 
-    apply = architecture.apply
-    judged = jax.jit(lambda params, x, y: loss_and_error(lambda batch: apply(params, batch), x, y))
-    splits = {
-        "validation": tuple(map(jnp.asarray, held_out)),
-        "test": (jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)),
-    }
+    results = {"mean": _mean(pairs), "pairs": pairs}
+    starts, title = results["mean"]["starts"], request.title
+    if len(pairs) > 1:
+        title = f"{title}: mean of {len(pairs)} pairs"
+    report.plot_bars(
+        folder / "starts.png",
+        f"{title}: {request.options['fine_tune_epochs']} epochs more",
+        "test accuracy (%)",
+        {name: (found["before"], found["after"]) for name, found in starts.items()},
+        ("before", "after"),
+        {"ensemble of the parents": results["mean"]["ensemble"]},
+    )
+    report.write_results(folder, request, title, _table(results), results, timings)
 
-    def both(params: PyTree) -> dict[str, float]:
+
+class _Bench:
+    """Judges models on images held out from training and on the test split; compiled once."""
+
+    def __init__(self, architecture: Network, held_out: Dataset, dataset: Dataset):
+        def judged(params: PyTree, images: Array, labels: Array) -> Array:
+            return loss_and_error(lambda batch: architecture.apply(params, batch), images, labels)
+
+        def together(models: list[PyTree], images: Array, labels: Array) -> Array:
+            def scores(batch: Array) -> Array:
+                return jnp.log(otf.ensemble(architecture.apply, models, batch))
+
+            return loss_and_error(scores, images, labels)
+
+        self._judged, self._together = jax.jit(judged), jax.jit(together)
+        self._splits = {
+            "validation": tuple(map(jnp.asarray, (held_out.train_images, held_out.train_labels))),
+            "test": tuple(map(jnp.asarray, (dataset.test_images, dataset.test_labels))),
+        }
+
+    def both(self, params: PyTree) -> dict[str, float]:
+        """Accuracy in percent and loss in nats on each split."""
         found = {}
-        for name, split in splits.items():
-            loss, error = judged(params, *split)
+        for name, split in self._splits.items():
+            loss, error = self._judged(params, *split)
             found[name] = report.rounded(100 - error)
             found[f"{name} loss"] = report.rounded(loss)
         return found
 
-    loss, error = loss_and_error(
-        lambda batch: jnp.log(otf.ensemble(apply, models, batch)), *splits["test"]
-    )
-    results: dict[str, Any] = {
-        "ensemble": report.rounded(100 - error),
-        "ensemble loss": report.rounded(loss),
-        "starts": {},
-    }
-    schedules = _schedules(request)
-    for name, start in starts.items():
+    def ensemble(self, models: list[PyTree]) -> dict[str, float]:
+        """Accuracy and loss of the models' mean probabilities on the test split."""
+        loss, error = self._together(models, *self._splits["test"])
+        return {"ensemble": report.rounded(100 - error), "ensemble loss": report.rounded(loss)}
+
+
+def _compare(
+    request: Request,
+    pair: Pair,
+    dataset: Dataset,
+    bench: _Bench,
+    folder: Path,
+    timings: dict[str, float],
+) -> dict[str, Any]:
+    """Trains every start of one pair on, under every schedule.
+
+    Args:
+        request: The command, with the seeds of this pair.
+        pair: The parents.
+        dataset: What to train on.
+        bench: Judges.
+        folder: Of the run.
+        timings: Receives the seconds of each training.
+
+    Returns:
+        Accuracies in percent and losses in nats, ready for JSON.
+    """
+    starts = {}
+    for name, start in _starts(request, pair).items():
         runs = []
-        for label, config in schedules.items():
+        for label, config in _schedules(request).items():
             began = time.perf_counter()
             trained = train(request.model, config, dataset, request.seeds[0], folder, start)
-            timings[f"{name}, {label}"] = time.perf_counter() - began
-            runs.append({"schedule": label, **both(trained.params)})
+            seconds = time.perf_counter() - began
+            timings[f"seeds {', '.join(map(str, request.seeds))}: {name}, {label}"] = seconds
+            runs.append({"schedule": label, **bench.both(trained.params)})
         best = max(runs, key=lambda found: found["validation"])
-        results["starts"][name] = {"before": both(start), "runs": runs, "best": best}
-    report.plot_bars(
-        folder / "starts.png",
-        f"{request.title}: {request.options['fine_tune_epochs']} epochs more",
-        "test accuracy (%)",
-        {name: (s["before"]["test"], s["best"]["test"]) for name, s in results["starts"].items()},
-        ("before", "after"),
-        {"ensemble of the parents": results["ensemble"]},
-    )
-    report.write_results(folder, request, request.title, _table(results), results, timings)
+        starts[name] = {"before": bench.both(start), "runs": runs, "best": best}
+    return {**bench.ensemble([pair.a, pair.b]), "starts": starts}
 
 
 def _starts(request: Request, pair: Pair) -> dict[str, PyTree]:
@@ -174,25 +226,62 @@ def _schedules(request: Request) -> dict[str, TrainConfig]:
     return found
 
 
+def _mean(pairs: dict[str, Any]) -> dict[str, Any]:
+    """Averages over pairs; what a start ends above the better parent, with its deviation.
+
+    Parents are trained on like any start, where they are among the starts.
+    """
+    found: dict[str, Any] = {
+        key: report.rounded(np.mean([pair[key] for pair in pairs.values()]))
+        for key in ("ensemble", "ensemble loss")
+    }
+    every = [pair["starts"] for pair in pairs.values()]
+    found["starts"] = {}
+    for name in every[0]:
+        means = {
+            "before": [starts[name]["before"]["test"] for starts in every],
+            "after": [starts[name]["best"]["test"] for starts in every],
+            "validation": [starts[name]["best"]["validation"] for starts in every],
+            "loss before": [starts[name]["before"]["test loss"] for starts in every],
+            "loss after": [starts[name]["best"]["test loss"] for starts in every],
+        }
+        found["starts"][name] = {key: report.rounded(np.mean(of)) for key, of in means.items()}
+        if set(_PARENTS) <= set(every[0]):
+            above = [
+                starts[name]["best"]["test"]
+                - max(starts[parent]["best"]["test"] for parent in _PARENTS)
+                for starts in every
+            ]
+            found["starts"][name]["above the better parent"] = report.rounded(np.mean(above))
+            found["starts"][name]["deviation"] = report.rounded(np.std(above))
+    return found
+
+
 def _table(results: dict[str, Any]) -> str:
-    rows = [
-        (
-            name,
-            f"{start['before']['test']:.2f}",
-            f"{start['best']['test']:.2f}",
-            f"{start['best']['validation']:.2f}",
-            f"{start['before']['test loss']:.4f}",
-            f"{start['best']['test loss']:.4f}",
-            start["best"]["schedule"],
+    mean, pairs = results["mean"], results["pairs"].values()
+    rows = []
+    for name, found in mean["starts"].items():
+        schedules = dict.fromkeys(pair["starts"][name]["best"]["schedule"] for pair in pairs)
+        above = found.get("above the better parent")
+        rows.append(
+            (
+                name,
+                f"{found['before']:.2f}",
+                f"{found['after']:.2f}",
+                "" if above is None else f"{above:+.2f} ± {found['deviation']:.2f}",
+                f"{found['validation']:.2f}",
+                f"{found['loss before']:.4f}",
+                f"{found['loss after']:.4f}",
+                "; ".join(schedules),
+            )
         )
-        for name, start in results["starts"].items()
-    ]
-    ensemble, loss = f"{results['ensemble']:.2f}", f"{results['ensemble loss']:.4f}"
-    rows.append(("ensemble of the parents", ensemble, "", "", loss, "", ""))
+    ensemble, loss = f"{mean['ensemble']:.2f}", f"{mean['ensemble loss']:.4f}"
+    rows.append(("ensemble of the parents", ensemble, "", "", "", loss, "", ""))
     header = (
         "accuracy (%)",
         "before, test",
         "after, test",
+        "above the better parent",
         "validation",
         "loss before (nats)",
         "loss after",
