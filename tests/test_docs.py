@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "otfusion_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = ROOT / "README.md"
+PRIMITIVES = ROOT / "docs" / "primitives.md"
 
 # Each module imports only from those before it; only `__init__` sees them all.
 LAYERS = (
@@ -139,14 +140,29 @@ def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         exec(compile("\n" * line + block, str(README), "exec"), namespace)
 
 
-def test_readme_primitives_are_the_registered_ones():
+def test_documented_primitives_are_the_registered_ones():
     rules = importlib.import_module("otfusion_jax.rules")
     begin, end = "<!-- primitives:begin -->", "<!-- primitives:end -->"
-    match = re.search(f"{begin}(.*?){end}", README.read_text(), re.S)
-    assert match, f"README.md has no {begin} ... {end}"
+    match = re.search(f"{begin}(.*?){end}", PRIMITIVES.read_text(), re.S)
+    assert match, f"{name(PRIMITIVES)} has no {begin} ... {end}"
     assert match[1].strip() == rules.primitive_table().strip(), (
-        f"README.md: put otfusion_jax.rules.primitive_table() between {begin} and {end}"
+        f"{name(PRIMITIVES)}: put otfusion_jax.rules.primitive_table() between {begin} and {end}"
     )
+
+
+@pytest.mark.parametrize("path", [README, *sorted(README.parent.glob("docs/*.md"))], ids=name)
+def test_links_lead_somewhere(path: Path):
+    text = path.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)$", text, re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors, f"{name(path)} has no heading for {link}"
+        elif "://" not in link:
+            assert (path.parent / link).exists(), (
+                f"{name(path)} leads to {link}, which is not there"
+            )
 
 
 # --- layering
