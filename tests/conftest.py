@@ -6,13 +6,19 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 
+import inspect
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import beartype
 import jax
+import jaxlib
 import pytest
 from jaxtyping import install_import_hook
+
+checked: dict[tuple, Callable] = {}
+"""What `typecheck` made of functions inside of others."""
 
 
 def typecheck(function: Callable, *args, **kwargs) -> Callable:
@@ -21,8 +27,22 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
     JAX rebuilds a registered dataclass by calling its constructor, with batched arrays under vmap
     and with None, ints or `ShapeDtypeStruct` where it only handles the structure: no annotation of
     a field holds for all of these.
+
+    Functions inside of others are decorated again at each call of the outer one. What jaxtyping
+    passes here is an empty function of their signature, without a closure: one does for all calls.
     """
-    return function if function.__name__ == "__init__" else beartype.beartype(function)
+    if function.__name__ == "__init__":
+        return function
+    if "<locals>" not in function.__qualname__:
+        return beartype.beartype(function)
+    key = (function.__module__, function.__qualname__, inspect.signature(function))
+    try:
+        hash(key)
+    except TypeError:  # arguments whose default is an array or a list
+        return beartype.beartype(function)
+    if key not in checked:
+        checked[key] = beartype.beartype(function)
+    return checked[key]
 
 
 # Only modules imported from here on are checked.
@@ -31,6 +51,15 @@ install_import_hook("otfusion_jax", f"{__name__}.typecheck")
 # Most of the suite's time goes into compiling small programs once. XLA's costlier passes would make
 # it half as long again and change nothing but the last digits.
 jax.config.update("jax_disable_most_optimizations", True)
+# Its new emitters of fused loops take longer still: they would double the time of a compilation.
+# Flags are read at the first use of a device, and those that XLA does not know abort the process:
+# this one is looked for in what is installed.
+FLAG = "xla_cpu_use_fusion_emitters"
+library = Path(jaxlib.__file__).with_name("libjax_common.so")
+if FLAG not in os.environ.get("XLA_FLAGS", "") and library.exists():
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        if code.find(FLAG.encode()) >= 0:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FLAG}=false"
 
 # Our own code holds to both everywhere. Not all of our dependencies do: ott's Sinkhorn promotes
 # ranks and dtypes (its Hungarian algorithm and costs do not); Flax's avg_pool, optax's Adam and its
