@@ -51,6 +51,9 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
         "quick": dataclasses.replace(_ADAMW, epochs=3, learning_rate=2e-3),
     },
     ("cifar10", "resnet18"): {
+        # python -m experiments one_shot --dataset cifar10 --model resnet18 --norm \
+        #     --width 0.5 --epochs 2
+        # 69.57 and 70.39; 18 minutes on a busy machine.
         "short": TrainConfig(
             epochs=20,
             batch_size=128,
