@@ -1,13 +1,14 @@
 """Accuracy and loss over a whole split, batch by batch inside one compiled program."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num, PyTree
 
+import otfusion_jax as otf
 from experiments.data import Dataset
 from experiments.report import rounded
 
@@ -60,6 +61,30 @@ def loss_and_error(
 
     judged = _judged(judge, scores, images, labels)
     return jnp.mean(judged, axis=range(judged.ndim - 1))
+
+
+def ensemble_loss_and_error(
+    apply: Callable[[PyTree, Array], Array],
+    models: Sequence[PyTree],
+    images: Num[Array, "n ..."],
+    labels: Int[Array, "n ..."],
+) -> Float[Array, " 2"]:
+    """The same of the models' mean probabilities.
+
+    Args:
+        apply: Maps variables and a batch of images to logits.
+        models: Variables of each.
+        images: The images.
+        labels: Their classes; of windows of a text, the next tokens.
+
+    Returns:
+        Loss and error rate; traceable.
+    """
+
+    def scores(batch: Array) -> Array:
+        return jnp.log(otf.ensemble(apply, models, batch))
+
+    return loss_and_error(scores, images, labels)
 
 
 def tester(dataset: Dataset) -> Callable[[Callable[[PyTree, Array], Array], PyTree], float]:

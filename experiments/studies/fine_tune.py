@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-import otfusion_jax as otf
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import loss_and_error
+from experiments.evaluate import ensemble_loss_and_error, loss_and_error
 from experiments.methods import AVERAGES, VARIANTS, reestimated
 from experiments.pairs import Network, Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
@@ -133,13 +133,8 @@ class _Bench:
         def judged(params: PyTree, images: Array, labels: Array) -> Array:
             return loss_and_error(lambda batch: architecture.apply(params, batch), images, labels)
 
-        def together(models: list[PyTree], images: Array, labels: Array) -> Array:
-            def scores(batch: Array) -> Array:
-                return jnp.log(otf.ensemble(architecture.apply, models, batch))
-
-            return loss_and_error(scores, images, labels)
-
-        self._judged, self._together = jax.jit(judged), jax.jit(together)
+        self._judged = jax.jit(judged)
+        self._together = jax.jit(functools.partial(ensemble_loss_and_error, architecture.apply))
         self._splits = {
             "validation": tuple(map(jnp.asarray, (held_out.train_images, held_out.train_labels))),
             "test": tuple(map(jnp.asarray, (dataset.test_images, dataset.test_labels))),
@@ -236,6 +231,9 @@ def _mean(pairs: dict[str, Any]) -> dict[str, Any]:
         for key in ("ensemble", "ensemble loss")
     }
     every = [pair["starts"] for pair in pairs.values()]
+    better = []
+    if set(_PARENTS) <= set(every[0]):
+        better = [max(starts[name]["best"]["test"] for name in _PARENTS) for starts in every]
     found["starts"] = {}
     for name in every[0]:
         means = {
@@ -246,12 +244,8 @@ def _mean(pairs: dict[str, Any]) -> dict[str, Any]:
             "loss after": [starts[name]["best"]["test loss"] for starts in every],
         }
         found["starts"][name] = {key: report.rounded(np.mean(of)) for key, of in means.items()}
-        if set(_PARENTS) <= set(every[0]):
-            above = [
-                starts[name]["best"]["test"]
-                - max(starts[parent]["best"]["test"] for parent in _PARENTS)
-                for starts in every
-            ]
+        if better:
+            above = np.subtract([starts[name]["best"]["test"] for starts in every], better)
             found["starts"][name]["above the better parent"] = report.rounded(np.mean(above))
             found["starts"][name]["deviation"] = report.rounded(np.std(above))
     return found

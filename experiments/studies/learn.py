@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 import otfusion_jax as otf
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import loss_and_error
+from experiments.evaluate import ensemble_loss_and_error, loss_and_error
 from experiments.methods import AVERAGES, METHODS, counts
 from experiments.pairs import Network, Pair, network, pair_of, parents
 from experiments.runs import Request
@@ -109,7 +109,7 @@ class _Bench:
             return loss_and_error(lambda batch: apply(params, batch), *tests)
 
         def together(models: list[PyTree]) -> Array:
-            return loss_and_error(lambda batch: jnp.log(otf.ensemble(apply, models, batch)), *tests)
+            return ensemble_loss_and_error(apply, models, *tests)
 
         self.learned = functools.partial(
             otf.learn_alignment,

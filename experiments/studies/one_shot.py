@@ -1,6 +1,7 @@
 """One-shot fusion of two models trained from different seeds (Singh & Jaggi 2020, section 5.1)."""
 
 import argparse
+import functools
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, PyTree
 import otfusion_jax as otf
 from experiments import report
 from experiments.data import Dataset
-from experiments.evaluate import loss_and_error
+from experiments.evaluate import ensemble_loss_and_error, loss_and_error
 from experiments.methods import AVERAGES, METHODS, VARIANTS, mended
 from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
 from experiments.runs import Request
@@ -110,12 +111,7 @@ def _compare(
     def barrier(a: PyTree, b: PyTree, images: Array, labels: Array) -> otf.Barrier:
         return otf.barrier(lambda params: judged(params, images, labels), a, b, t, batch_size=1)
 
-    @jax.jit
-    def ensemble(models: list[PyTree], images: Array, labels: Array) -> Array:
-        def scores(batch: Array) -> Array:
-            return jnp.log(otf.ensemble(apply, models, batch))
-
-        return loss_and_error(scores, images, labels)
+    ensemble = jax.jit(functools.partial(ensemble_loss_and_error, apply))
 
     def shown(found: Array) -> tuple[float, float]:
         return report.rounded(100 - found[1]), report.rounded(found[0])
