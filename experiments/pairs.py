@@ -31,6 +31,7 @@ class Network:
         apply: Maps variables and images to logits, in inference mode.
         symmetry: Which axes of the variables move together.
         shapes: The variables as `jax.ShapeDtypeStruct`s.
+        augment: Whether its images are cropped and flipped in training.
     """
 
     config: ModelConfig
@@ -38,16 +39,23 @@ class Network:
     apply: Callable[[PyTree, Array], Array]
     symmetry: otf.Symmetry
     shapes: PyTree
+    augment: bool
 
 
-def network(config: ModelConfig, dataset: Dataset) -> Network:
-    """Builds a model and traces it; nothing is computed."""
+def network(config: ModelConfig, dataset: Dataset, augment: bool = False) -> Network:
+    """Builds a model and traces it; nothing is computed.
+
+    Args:
+        config: Which model.
+        dataset: What it is for.
+        augment: Whether its images are cropped and flipped in training.
+    """
     model = build_model(config, dataset.classes)
     example = dataset.train_images[0]
     images = jax.ShapeDtypeStruct((2, *example.shape), example.dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     symmetry = otf.trace_symmetry(model.apply, shapes, images)
-    return Network(config, dataset.classes, model.apply, symmetry, shapes)
+    return Network(config, dataset.classes, model.apply, symmetry, shapes, augment)
 
 
 @dataclasses.dataclass(frozen=True)

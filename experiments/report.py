@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -109,6 +110,27 @@ def write_results(
 def rounded(value: Any) -> float:
     """Rounds to what float32 tells apart; a finer figure would only look different, not be."""
     return round(float(value), 4)
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float | None:
+    """Standard deviation of what a few values were drawn from (n - 1); None of a single one."""
+    return rounded(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def with_deviation(mean: float, spread: float | None, sign: str = "") -> str:
+    """Shows a mean and, if there is any, how far single values lie from it.
+
+    Args:
+        mean: The mean.
+        spread: The deviation.
+        sign: `"+"` for one before positive means.
+    """
+    return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def summary(values: Sequence[float]) -> str:
+    """Shows the mean of a few values, and their deviation."""
+    return with_deviation(float(np.mean(values)), deviation(values))
 
 
 def progress(items: Iterable[Any], title: str) -> Any:

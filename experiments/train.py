@@ -319,7 +319,7 @@ def _run_steps(
         batch = images[chosen]
         if config.augment:
             black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
-            batch = _augmented(jax.random.fold_in(key, step), batch, black)
+            batch = augmented(jax.random.fold_in(key, step), batch, black)
         logits, changed = model.apply(
             {**rest, "params": params}, batch, train=True, mutable=list(rest)
         )
@@ -343,12 +343,18 @@ def _run_steps(
     return jax.lax.fori_loop(low, high, one_step, carry)
 
 
-def _augmented(
+def augmented(
     key: PRNGKeyArray,
     images: Float[Array, "batch height width channels"],
     black: Float[Array, "1 1 1 channels"],
 ) -> Float[Array, "batch height width channels"]:
-    """Crops each image out of a black margin, somewhere, and flips every other one."""
+    """Crops each image out of a black margin, somewhere, and flips every other one.
+
+    Args:
+        key: Source of both.
+        images: The images.
+        black: The value of each channel in the margin.
+    """
     count, height, width, channels = images.shape
     where, flips = jax.random.split(key)
     corners = jax.random.randint(where, (count, 2), 0, 2 * _MARGIN + 1)

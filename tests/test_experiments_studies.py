@@ -25,7 +25,7 @@ from experiments.studies.many import draws, inconsistency
 from experiments.studies.non_iid import divide
 from experiments.studies.widths import as_original
 from experiments.synthetic import dead_leaves
-from experiments.train import initial
+from experiments.train import augmented, initial
 
 
 def run(folder: Path, *words: str) -> dict:
@@ -168,7 +168,7 @@ def test_fine_tuning_chooses_by_validation(tmp_path: Path):
     assert mean["after"] == pytest.approx(np.mean(fused), abs=1e-3)
     above = np.subtract(fused, parents)
     assert mean["above the better parent"] == pytest.approx(above.mean(), abs=1e-3)
-    assert mean["deviation"] == pytest.approx(above.std(), abs=1e-3)
+    assert mean["deviation"] == pytest.approx(above.std(ddof=1), abs=1e-3)
 
 
 def test_fine_tuning_needs_pairs(capsys: pytest.CaptureFixture[str]):
@@ -565,19 +565,21 @@ def test_correlations_are_of_units_of_norm_1(heads: int):
 # --- statistics of batch norm
 
 
-def test_statistics_are_those_of_the_images():
+@pytest.mark.parametrize("augment", [False, True])
+def test_statistics_are_those_of_the_images_as_training_shows_them(augment: bool):
     config = ModelConfig("resnet18", use_norm=True, width=1 / 32)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((300, 32, 32, 3)).astype(np.float32)
     dataset = Dataset("noise", images, np.zeros(300, np.int32), images, np.zeros(300, np.int32), 10)
     variables = initial(config, dataset, 0)
-    found = reestimated(network(config, dataset), variables, jnp.asarray(images))
+    found = reestimated(network(config, dataset, augment), variables, jnp.asarray(images))
     kernel = variables["params"]["Conv_0"]["kernel"]
     numbers = ("NHWC", "HWIO", "NHWC")
     # A batch of 250; what is over is left out.
-    first = jax.lax.conv_general_dilated(
-        jnp.asarray(images[:250]), kernel, (1, 1), "SAME", None, None, numbers
-    )
+    shown = jnp.asarray(images)
+    if augment:
+        shown = augmented(jax.random.key(0), shown, jnp.min(shown, (0, 1, 2), keepdims=True))
+    first = jax.lax.conv_general_dilated(shown[:250], kernel, (1, 1), "SAME", None, None, numbers)
     expected = {"mean": first.mean((0, 1, 2)), "var": first.var((0, 1, 2))}
     for name, value in found["batch_stats"]["BatchNorm_0"].items():
         np.testing.assert_allclose(value, expected[name], atol=1e-4)

@@ -253,7 +253,7 @@ def test_augmented_images_are_moved_and_flipped_crops():
     black = jnp.asarray([-1.0, -2.0]).reshape(1, 1, 1, 2)
     pixels = jnp.arange(6 * 6 * 2, dtype=jnp.float32).reshape(6, 6, 2)
     images = jnp.broadcast_to(pixels, (200, 6, 6, 2))
-    augmented = np.asarray(training._augmented(jax.random.key(0), images, black))
+    augmented = np.asarray(training.augmented(jax.random.key(0), images, black))
     framed = np.broadcast_to(np.asarray(black[0]), (14, 14, 2)).copy()
     framed[4:10, 4:10] = pixels
     crops = {

@@ -77,7 +77,7 @@ def run(request: Request) -> None:
     folder = request.folder("ablate")
     timings: dict[str, float] = {}
     dataset = request.load()
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     models = parents(request, architecture, dataset, folder, timings)
     pair = pair_of(request, architecture, dataset, models)
     test = tester(dataset)
@@ -169,7 +169,8 @@ def _plot(request: Request, folder: Any, results: dict[str, Any]) -> None:
             ("images that activations are compared on", numbers),
             {name: [float(np.mean(draws)) for draws in found] for name, found in drawn.items()},
             spreads={
-                name: [float(np.std(draws)) for draws in found] for name, found in drawn.items()
+                name: [report.deviation(draws) or 0.0 for draws in found]
+                for name, found in drawn.items()
             },
             log=True,
         ),
@@ -189,7 +190,7 @@ def _tables(results: dict[str, Any]) -> str:
             cells += [f"{found['average']:.2f}{mark}", f"{found['moved']:.2f}"]
         rows.append([label if label == "exact" else f"epsilon {label}", *cells])
     drawn = [
-        [number, *(f"{np.mean(f[number]):.2f} ± {np.std(f[number]):.2f}" for f in samples.values())]
+        [number, *(report.summary(found[number]) for found in samples.values())]
         for number in next(iter(samples.values()))
     ]
     columns = [title for name in entropy for title in (f"{name}, averaged", "A moved")]

@@ -74,13 +74,14 @@ def run(request: Request) -> None:
     timings: dict[str, float] = {}
     dataset = request.load()
     few = dataclasses.replace(request.model, width=options["student"] * request.model.width)
-    wide, narrow = network(request.model, dataset), network(few, dataset)
+    recipe = request.train_config
+    wide, narrow = (network(config, dataset, recipe.augment) for config in (request.model, few))
     test = tester(dataset)
     models = []
     for name, config, seed in zip(
         ("teacher", "narrow network"), (request.model, few), request.seeds, strict=True
     ):
-        trained = train(config, request.train_config, dataset, seed, folder / "models")
+        trained = train(config, recipe, dataset, seed, folder / "models")
         timings[f"training, {name}"] = trained.seconds
         models.append(trained.params)
     wise, small = models
@@ -96,7 +97,6 @@ def run(request: Request) -> None:
         "teacher and narrow network, fused": otf.average([moved, small]),
     }
     seen = seen_images(request, dataset, options["images"])
-    recipe = request.train_config
     config = dataclasses.replace(
         recipe,
         epochs=options["distill_epochs"],
@@ -134,11 +134,12 @@ def run(request: Request) -> None:
 
 
 def _table(results: dict[str, Any]) -> str:
-    def spread(values: list[float]) -> str:
-        return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
-
     rows = [
-        (name, f"{start['before']:.2f}", spread(start["labels"]), spread(start["teacher"]))
+        (
+            name,
+            f"{start['before']:.2f}",
+            *(report.summary(start[by]) for by in ("labels", "teacher")),
+        )
         for name, start in results["starts"].items()
     ]
     rows.append(("teacher", f"{results['teacher']:.2f}", "", ""))

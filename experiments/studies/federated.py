@@ -60,7 +60,7 @@ def run(request: Request) -> None:
         raise ValueError(f"--rounds is {rounds}; give at least 1.")
     dataset = request.load()
     refuse_text(dataset)
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     test = tester(dataset)
 
     parts = divide(dataset.train_labels, request.options["split"], request.options["label"])

@@ -100,7 +100,7 @@ def run(request: Request) -> None:
             f" {len(whole.train_labels)} training images to share."
         )
     dataset = whole.part(slice(count))
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     models = parents(request, architecture, dataset, folder, timings)
     bench = _Bench(architecture, whole.part(slice(count, None)), dataset)
     pairs = {}
@@ -247,7 +247,7 @@ def _mean(pairs: dict[str, Any]) -> dict[str, Any]:
         if better:
             above = np.subtract([starts[name]["best"]["test"] for starts in every], better)
             found["starts"][name]["above the better parent"] = report.rounded(np.mean(above))
-            found["starts"][name]["deviation"] = report.rounded(np.std(above))
+            found["starts"][name]["deviation"] = report.deviation(above)
     return found
 
 
@@ -262,7 +262,7 @@ def _table(results: dict[str, Any]) -> str:
                 name,
                 f"{found['before']:.2f}",
                 f"{found['after']:.2f}",
-                "" if above is None else f"{above:+.2f} ± {found['deviation']:.2f}",
+                "" if above is None else report.with_deviation(above, found["deviation"], "+"),
                 f"{found['validation']:.2f}",
                 f"{found['loss before']:.4f}",
                 f"{found['loss after']:.4f}",

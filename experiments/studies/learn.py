@@ -66,7 +66,7 @@ def run(request: Request) -> None:
     folder = request.folder("learn")
     timings: dict[str, float] = {}
     dataset = request.load()
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     models = parents(request, architecture, dataset, folder, timings)
     bench = _Bench(request, architecture, dataset)
     pairs = {}

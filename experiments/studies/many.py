@@ -77,7 +77,7 @@ def run(request: Request) -> None:
     folder = request.folder("many")
     timings: dict[str, float] = {}
     dataset = request.load()
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     models = parents(request, architecture, dataset, folder, timings)
     images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     seen = jnp.asarray(dataset.train_images[: request.options["images"]])
@@ -212,13 +212,9 @@ def _summary(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     columns = {name: [draw[name] for draw in found] for name in _ACCURACIES}
     for name, (better, other) in _GAINS.items():
         columns[name] = list(np.subtract(columns[better], columns[other]))
-    spread = {
-        name: report.rounded(np.std(values, ddof=1)) if len(values) > 1 else None
-        for name, values in columns.items()
-    }
     return {
         "mean": {name: report.rounded(np.mean(values)) for name, values in columns.items()},
-        "standard deviation": spread,
+        "standard deviation": {name: report.deviation(of) for name, of in columns.items()},
         "draws that gain": {
             name: sum(bool(value > 0) for value in columns[name]) for name in _GAINS
         },
@@ -262,8 +258,7 @@ def _plot(folder: Any, title: str, numbers: list[int], rows: list[dict[str, Any]
 
 def _table(rows: list[dict[str, Any]], share: float | None) -> str:
     def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
-        mean, spread = row["mean"][name], row["standard deviation"][name]
-        return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        return report.with_deviation(row["mean"][name], row["standard deviation"][name], sign)
 
     def gain(row: dict[str, Any], name: str) -> str:
         return f"{cell(row, name, '+')} ({row['draws that gain'][name]} of {len(row['draws'])})"

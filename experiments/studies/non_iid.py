@@ -134,7 +134,7 @@ def run(request: Request) -> None:
     refuse_text(whole)
     train_part, held_out = stratified_split(whole.train_labels, test_every=round(1 / share))
     dataset = whole.part(train_part)
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
 
     how = (request.options["split"], request.options["label"])
     start = initial(request.model, dataset, request.seeds[0])

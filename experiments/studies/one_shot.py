@@ -59,7 +59,7 @@ def run(request: Request) -> None:
     start = time.perf_counter()
     dataset = request.load()
     timings["reading data"] = time.perf_counter() - start
-    architecture = network(request.model, dataset)
+    architecture = network(request.model, dataset, request.train_config.augment)
     models = parents(request, architecture, dataset, folder, timings)
     pair = pair_of(request, architecture, dataset, models)
     results = _compare(request, pair, dataset, timings)

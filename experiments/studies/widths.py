@@ -173,7 +173,7 @@ def run(request: Request) -> None:
 
     def model(factor: float) -> tuple[Network, PyTree, float]:
         config = dataclasses.replace(request.model, width=factor * request.model.width)
-        architecture = network(config, dataset)
+        architecture = network(config, dataset, recipe.augment)
         if factor == 1 and options["weights"]:
             params = import_pytorch(architecture.symmetry, read_arrays(options["weights"][0]))
         else:
