@@ -165,7 +165,7 @@ def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]
     """Gives batch norm the statistics that its inputs have on some images.
 
     They are shown as in training. Whole images have other statistics than crops with a black
-    margin, to which the layers behind are used: a network of its own loses 1 to 3 points by them.
+    margin, which the layers behind are used to: with them a trained network loses 1 to 3 points.
 
     Args:
         network: The architecture; says whether images are cropped and flipped.
