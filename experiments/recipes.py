@@ -8,6 +8,16 @@ import dataclasses
 
 from experiments.train import TrainConfig
 
+# Of the convolutional networks, in a fifteenth of the paper's epochs.
+_ONE_CYCLE = TrainConfig(
+    epochs=20,
+    batch_size=128,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+    one_cycle=True,
+    augment=True,
+)
 # Of the transformers, for which SGD learned less in as many epochs.
 _ADAMW = TrainConfig(
     epochs=5, batch_size=64, learning_rate=6e-3, momentum=0.9, one_cycle=True, adam=True
@@ -25,15 +35,7 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
         "paper": TrainConfig(epochs=10, batch_size=64, learning_rate=0.01, momentum=0.5),
     },
     ("cifar10", "vgg11"): {
-        "short": TrainConfig(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.05,
-            momentum=0.9,
-            weight_decay=5e-4,
-            one_cycle=True,
-            augment=True,
-        ),
+        "short": _ONE_CYCLE,
         # Singh & Jaggi 2020, VGG11.
         "paper": TrainConfig(
             epochs=300,
@@ -51,15 +53,7 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
         "quick": dataclasses.replace(_ADAMW, epochs=3, learning_rate=2e-3),
     },
     ("cifar10", "resnet18"): {
-        "short": TrainConfig(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.2,
-            momentum=0.9,
-            weight_decay=5e-4,
-            one_cycle=True,
-            augment=True,
-        ),
+        "short": dataclasses.replace(_ONE_CYCLE, learning_rate=0.2),
         # Singh & Jaggi 2020, ResNet18.
         "paper": TrainConfig(
             epochs=300,
@@ -75,15 +69,7 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
         # 67.13 and 69.19; 15 minutes.
         # For a CPU. At a step of 0.2 half of the initial weights would still be there after two
         # epochs, and networks that compute with them average badly: no permutation aligns them.
-        "quick": TrainConfig(
-            epochs=2,
-            batch_size=128,
-            learning_rate=1.0,
-            momentum=0.9,
-            weight_decay=5e-4,
-            one_cycle=True,
-            augment=True,
-        ),
+        "quick": dataclasses.replace(_ONE_CYCLE, epochs=2, learning_rate=1.0),
     },
     # python -m experiments one_shot --model vit
     # 97.25 and 98.35; 20 s.
