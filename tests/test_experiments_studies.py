@@ -169,6 +169,14 @@ def test_fine_tuning_chooses_by_validation(tmp_path: Path):
     above = np.subtract(fused, parents)
     assert mean["above the better parent"] == pytest.approx(above.mean(), abs=1e-3)
     assert mean["deviation"] == pytest.approx(above.std(ddof=1), abs=1e-3)
+    # Of two step sizes either is the last one tried on its side.
+    rows = (tmp_path / "results.md").read_text().splitlines()
+    for name in names:
+        row = next(row for row in rows if row.startswith(f"| {name} "))
+        for pair in results["pairs"].values():
+            best = pair["starts"][name]["best"]
+            edge = {0.1: "largest", 0.0001: "smallest"}[best["step size"]]
+            assert f"{best['schedule']} ({edge} tried)" in row
 
 
 def test_fine_tuning_needs_pairs(capsys: pytest.CaptureFixture[str]):

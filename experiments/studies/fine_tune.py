@@ -49,8 +49,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--factors",
         nargs="+",
         type=float,
-        default=(1.0, 0.3, 0.1),
-        help="peak step sizes, as multiples of the recipe's (default: 1 0.3 0.1)",
+        default=(3.0, 1.0, 0.3),
+        help="peak step sizes, as multiples of the recipe's (default: 3 1 0.3)",
     )
     parser.add_argument(
         "--schedules",
@@ -184,7 +184,8 @@ def _compare(
             trained = train(request.model, config, dataset, request.seeds[0], folder, start)
             seconds = time.perf_counter() - began
             timings[f"seeds {', '.join(map(str, request.seeds))}: {name}, {label}"] = seconds
-            runs.append({"schedule": label, **bench.both(trained.params)})
+            found = {"schedule": label, "step size": config.learning_rate}
+            runs.append({**found, **bench.both(trained.params)})
         best = max(runs, key=lambda found: found["validation"])
         starts[name] = {"before": bench.both(start), "runs": runs, "best": best}
     return {**bench.ensemble([pair.a, pair.b]), "starts": starts}
@@ -251,11 +252,20 @@ def _mean(pairs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _chosen(found: dict[str, Any]) -> str:
+    """The schedule chosen for a start; says so where a step beyond those tried may be better."""
+    best, steps = found["best"], [run["step size"] for run in found["runs"]]
+    if len(set(steps)) == 1 or min(steps) < best["step size"] < max(steps):
+        return best["schedule"]
+    edge = "largest" if best["step size"] == max(steps) else "smallest"
+    return f"{best['schedule']} ({edge} tried)"
+
+
 def _table(results: dict[str, Any]) -> str:
     mean, pairs = results["mean"], results["pairs"].values()
     rows = []
     for name, found in mean["starts"].items():
-        schedules = dict.fromkeys(pair["starts"][name]["best"]["schedule"] for pair in pairs)
+        schedules = dict.fromkeys(_chosen(pair["starts"][name]) for pair in pairs)
         above = found.get("above the better parent")
         rows.append(
             (
