@@ -184,8 +184,8 @@ def _compare(
             trained = train(request.model, config, dataset, request.seeds[0], folder, start)
             seconds = time.perf_counter() - began
             timings[f"seeds {', '.join(map(str, request.seeds))}: {name}, {label}"] = seconds
-            found = {"schedule": label, "step size": config.learning_rate}
-            runs.append({**found, **bench.both(trained.params)})
+            judged = bench.both(trained.params)
+            runs.append({"schedule": label, "step size": config.learning_rate, **judged})
         best = max(runs, key=lambda found: found["validation"])
         starts[name] = {"before": bench.both(start), "runs": runs, "best": best}
     return {**bench.ensemble([pair.a, pair.b]), "starts": starts}
