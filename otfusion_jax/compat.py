@@ -127,7 +127,6 @@ OBSERVERS += internal("lax.lax", "dce_sink")
 
 # What JAX says no more of than that it is called.
 PURE_CALLBACK = traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
-SCALED_DOT = internal("lax.scaled_dot", "scaled_dot")
 CHOLESKY_UPDATE = internal("lax.linalg", "cholesky_update")
 OPAQUE = [
     *traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X),
@@ -136,7 +135,7 @@ OPAQUE = [
     *internal("ffi", "ffi_call"),
     *internal("buffer_callback", "buffer_callback"),
     *internal("lax.lax", "from_edtype to_edtype"),
-    *SCALED_DOT,
+    *internal("lax.scaled_dot", "scaled_dot"),
     *CHOLESKY_UPDATE,
 ]
 
@@ -151,11 +150,9 @@ REFERENCES = [
 
 # --- primitives that run a jaxpr
 
-EVAL_JAXPR = internal("lax.control_flow.loops", "eval_jaxpr")
 CALLS = [
     *named("jit remat call closed_call custom_jvp_call custom_vjp_call"),
     *traced("remat2", jax.checkpoint(jnp.sin), _X),
-    *EVAL_JAXPR,
     *internal("lax.lax", "composite"),
     *internal("custom_batching", "custom_vmap"),
     *internal("custom_dce", "custom_dce"),

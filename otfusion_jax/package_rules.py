@@ -71,7 +71,7 @@ def _walked(ctx: Context, values: list[Value], jaxpr: core.ClosedJaxpr) -> list[
 
 @register(*compat.PURE_CALLBACK)
 def pure_callback(ctx: Context, values: list[Value]) -> list[Value]:
-    """Nothing is known of it: all axes are pinned. But what only raises an error returns nothing."""
+    """All axes are pinned, as nothing is known of it. One that raises an error returns nothing."""
     if not _raises(ctx.params["callback"]):
         return pinned(ctx, values)
     shapes = map(ctx.shape, range(len(ctx.eqn.outvars)))
