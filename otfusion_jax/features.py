@@ -15,8 +15,8 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.compat import body, scan_operands
 from otfusion_jax.entry_points import Program, as_function
-from otfusion_jax.rules import body
 from otfusion_jax.symmetry import Group, Symmetry
 from otfusion_jax.trace import Trace, View, trace
 from otfusion_jax.units import units_of
@@ -115,8 +115,8 @@ def _scanned(
     wanted: dict[tuple[int, ...], list[Site]],
 ) -> tuple[list[Any], dict[Site, Array]]:
     """Runs a scan and keeps what is wanted of each iteration, stacked along a new first axis."""
-    consts, count = eqn.params["num_consts"], eqn.params["num_carry"]
-    fixed, init, stacked = operands[:consts], operands[consts:][:count], operands[consts + count :]
+    fixed, init, stacked = scan_operands(eqn, operands)
+    count = len(init)
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], Any]]:
         kept: dict[Site, Array] = {}

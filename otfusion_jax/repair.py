@@ -22,6 +22,7 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.compat import body
 from otfusion_jax.corrections import (
     AbstractRepair,
     Part,
@@ -33,7 +34,6 @@ from otfusion_jax.corrections import (
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
-from otfusion_jax.rules import body
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, uses_of
 from otfusion_jax.trace import Trace, View
 from otfusion_jax.transport import HasPlans, moved_along, moved_units, plans_of

@@ -14,7 +14,8 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import PyTree
 
-import otfusion_jax.rules  # noqa: F401, fills the registry
+import otfusion_jax.package_rules
+import otfusion_jax.rules  # noqa: F401, both fill the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.layout import Where
