@@ -61,10 +61,10 @@ def families_of(symmetry: Symmetry) -> tuple[Family, ...]:
     Returns:
         One family for each group that is in no other, in dataflow order.
     """
-    inside: dict[str, list[Group]] = {}
+    inside: dict[str | None, list[Group]] = {}
     for group in symmetry.groups:
-        inside.setdefault(group.outer or "", []).append(group)
-    return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
+        inside.setdefault(group.outer, []).append(group)
+    return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get(None, ()))
 
 
 def at_once(count: int) -> int:

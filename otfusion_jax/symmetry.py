@@ -35,6 +35,9 @@ Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
 the group's batch."""
 
+NOT_USED = "not used by the function"
+"""Why a parameter is pinned that nothing reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -113,7 +116,10 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included."""
+    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included.
+
+    The path of parameters that are one array, and no tree, is `"params"`.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -139,7 +145,7 @@ def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
     """
     leaves, strange = [], []
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         try:
             aval = jax.typeof(value) if not isinstance(value, jax.ShapeDtypeStruct) else value
             leaves.append(Leaf(name, tuple(aval.shape), aval.dtype))

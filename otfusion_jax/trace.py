@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 
 import otfusion_jax.rules  # noqa: F401, fills the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
+from otfusion_jax.checks import warn_not_used
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
-from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
+from otfusion_jax.symmetry import NOT_USED, Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 
@@ -68,7 +69,7 @@ def trace(
             if not leaf.moves:
                 space.pin(axis, f"a leaf of dtype {leaf.dtype} passes untouched")
             elif var not in used:
-                space.pin(axis, "not used by the function")
+                space.pin(axis, NOT_USED)
         mine.append(axes)
     args = [Value(axes, Kind.PARAMETER) for axes in mine]
     for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
@@ -136,7 +137,9 @@ permuted
         in      8     0     tied to input 0, axis 1
         out     4     1     tied to the output, axis 1
     """
-    return trace(fn, params, *inputs, on_unsupported=on_unsupported).symmetry
+    symmetry = trace(fn, params, *inputs, on_unsupported=on_unsupported).symmetry
+    warn_not_used(symmetry)
+    return symmetry
 
 
 def _used(jaxpr: core.Jaxpr) -> set[Any]:
