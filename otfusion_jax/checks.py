@@ -150,23 +150,6 @@ def require_batches(batches: Any) -> None:
         )
 
 
-def require_key(key: Any) -> None:
-    """Refuses what is no key of `jax.random`.
-
-    Args:
-        key: what was given.
-
-    Raises:
-        TypeError: for a number, and for a batch of keys.
-    """
-    if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
-            return
-        if key.dtype == jnp.uint32 and key.ndim == 1:  # as jax.random.PRNGKey makes them
-            return
-    raise TypeError(f"key is {f'{key!r}'[:80]}; pass a single key, as jax.random.key(0) is one")
-
-
 # Settings
 
 

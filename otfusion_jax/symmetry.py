@@ -274,7 +274,11 @@ class Symmetry:
 
         Returns:
             Plans, int32 `[*batch, n]` each.
+
+        Raises:
+            TypeError: for a number in place of a key, and for a batch of keys.
         """
+        _require_key(key)
         keys = jax.random.split(key, len(self.groups)) if self.groups else ()
         return {
             name: jax.random.permutation(k, plan, axis=-1, independent=True)
@@ -343,3 +347,12 @@ class Symmetry:
             of it, the most first, with the source line where they met what does not move.
         """
         return describe.summary(self)
+
+
+def _require_key(key: Any) -> None:
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return
+        if key.dtype == jnp.uint32 and key.ndim == 1:  # as jax.random.PRNGKey makes them
+            return
+    raise TypeError(f"key is {f'{key!r}'[:80]}; pass a single key, as jax.random.key(0) is one")

@@ -19,7 +19,6 @@ from jaxtyping import Array, PyTree
 from otfusion_jax.checks import (
     require_arrays,
     require_function,
-    require_key,
     require_model,
     require_symmetry,
 )
@@ -423,9 +422,8 @@ def check_symmetry(
     """
     require_symmetry(symmetry, "check_symmetry(symmetry, fn, params, *inputs)")
     require_function(fn, "check_symmetry(symmetry, fn, params, *inputs)")
+    require_model(symmetry, params)
     require_arrays(inputs, "inputs")
-    if key is not None:
-        require_key(key)
     plans = symmetry.random(jax.random.key(0) if key is None else key)
     outputs = fn(params, *inputs), fn(transport(symmetry, plans, params), *inputs)
     before, after = (
