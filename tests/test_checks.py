@@ -97,7 +97,7 @@ def test_every_setting_of_every_class_is_checked():
 
 
 def test_settings_may_be_numbers_of_numpy():
-    assert otf.Exact(tolerance=np.float32(0)).tolerance == 0
+    assert otf.Exact(tolerance=np.float32(0)).tolerance == 0  # pyright: ignore
     assert otf.CoordinateDescent(max_sweeps=np.int64(3)).max_sweeps == 3  # pyright: ignore
 
 
