@@ -168,24 +168,59 @@ class Space:
         """Returns the number of elements of an atom."""
         return self._sizes[atom]
 
-    def expand(self, axis: Axis) -> Axis:
-        """Rewrites an axis in the finest atoms known, each by its representative."""
+    def expand(self, axis: Axis, singles: bool = False) -> Axis:
+        """Rewrites an axis in the finest atoms known, each by its representative.
+
+        Args:
+            axis: the axis.
+            singles: whether to keep factors of a single position, which axes do without.
+
+        Returns:
+            The axis.
+        """
         out: list[Term] = []
         for term in axis:
             if isinstance(term, Sum):
-                out += concatenated([self.expand(segment) for segment in term.segments])
+                out += concatenated([self.expand(segment, singles) for segment in term.segments])
             elif term.atom is None:
                 out.append(term)
             else:
                 root = self.find(term.atom)
                 if root in self._factors:
-                    out += self.expand(self._parts(term, self._factors[root]))
+                    out += self.expand(self._parts(term, self._factors[root]), singles)
                 elif root in self._segments:
                     parts = self._parts(term, self._segments[root])
-                    out += concatenated([self.expand((part,)) for part in parts])
-                elif term.size > 1:
+                    out += concatenated([self.expand((part,), singles) for part in parts])
+                elif singles or term.size > 1:
                     out.append(Factor(term.size, root, term.role))
         return tuple(out)
+
+    def atoms(self, axis: Axis) -> set[int]:
+        """Returns the finest atoms of an axis, those of single positions included."""
+        factors = factors_of(self.expand(axis, singles=True))
+        return {factor.atom for factor in factors if factor.atom is not None}
+
+    def singles(self, axis: Axis, start: int, end: int) -> set[int]:
+        """Returns the atoms of single positions that lie within a range of an axis.
+
+        Args:
+            axis: an axis that has been cut where the range begins and ends.
+            start: the first position.
+            end: the position after the last.
+        """
+        terms = list(self.expand(axis, singles=True))
+        found = set()
+        while terms and terms[0].size == 1:
+            found |= self.atoms((terms.pop(0),))
+        if terms and isinstance(terms[0], Sum):
+            inner = size_of(tuple(terms[1:]))
+            first, last = start // inner, end // inner
+            for segment in terms[0].segments:
+                size = size_of(segment)
+                if first < size and last > 0:
+                    found |= self.singles(segment, max(first, 0), min(last, size))
+                first, last = first - size, last - size
+        return {atom for atom in found if self._sizes[atom] == 1}
 
     def _parts(self, factor: Factor, atoms: Sequence[int]) -> tuple[Factor, ...]:
         return tuple(

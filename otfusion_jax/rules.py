@@ -6,6 +6,7 @@ for the result to be equivariant under a permutation of the units, and nothing e
 """
 
 import itertools
+from collections.abc import Sequence
 
 from jax.extend import core
 
@@ -291,10 +292,18 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
     (x,) = values
     dim = ctx.params["axis"]
     reason = ctx.because(f"along axis {dim}")
-    pieces = ctx.pieces(
-        x.axes[dim], [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))], reason
-    )
+    sizes = [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))]
+    pieces = ctx.pieces(x.axes[dim], sizes, reason)
+    _select_used(ctx, x.axes[dim], sizes)
     return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
+
+
+def _select_used(ctx: Context, axis: Axis, sizes: Sequence[int]) -> None:
+    """Notes of which results, one after the other along an axis, anything depends."""
+    ends = itertools.accumulate(sizes)
+    for used, size, end in zip(ctx.used, sizes, ends, strict=True):
+        if used:
+            ctx.select(axis, end - size, end)
 
 
 @register(*compat.UNSTACK, reads=False)
@@ -303,7 +312,9 @@ def unstack(ctx: Context, values: list[Value]) -> list[Value]:
     (x,) = values
     dim = ctx.params["axis"]
     if ctx.operand_shape(0)[dim] > 1:
-        ctx.pieces(x.axes[dim], [1] * len(ctx.eqn.outvars), ctx.because(f"along axis {dim}"))
+        sizes = [1] * len(ctx.eqn.outvars)
+        ctx.pieces(x.axes[dim], sizes, ctx.because(f"along axis {dim}"))
+        _select_used(ctx, x.axes[dim], sizes)
     return [Value((*x.axes[:dim], *x.axes[dim + 1 :]), x.kind) for _ in ctx.eqn.outvars]
 
 
@@ -592,7 +603,9 @@ def _segment(ctx: Context, axis: Axis, start: int, end: int, size: int, reason: 
     sizes = [n for n in (start, end - start, size - end) if n]
     if start >= end:
         return ctx.cut(axis, 0, reason)
-    return ctx.pieces(axis, sizes, reason)[int(start > 0)]
+    kept = ctx.pieces(axis, sizes, reason)[int(start > 0)]
+    ctx.select(axis, start, end)
+    return kept
 
 
 def _vary(ctx: Context, value: Value, dim: int) -> Value:

@@ -22,7 +22,7 @@ from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
 from otfusion_jax.pieces import cuts_of, rewritten
-from otfusion_jax.symmetry import NOT_USED, Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
+from otfusion_jax.symmetry import NOT_USED, Cut, Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 UNREAD = "not read on these inputs"
@@ -74,7 +74,11 @@ def trace(
         walked_apart = _walked(of_parts, apart, inputs, on_unsupported)
         # Of a part that is not read nothing tells where it belongs. Whole, the leaf moves as one.
         unread = {apart.leaf_of[number] for number in walked_apart.not_all_read()}
-        cuts = tuple(cut for cut in apart.cuts if cut.leaf not in unread)
+        cuts = tuple(
+            cut
+            for cut in apart.cuts
+            if cut.leaf not in unread and walked_apart.parts_differ(apart, cut)
+        )
         if cuts == apart.cuts:
             whole, jaxpr, walked = apart, of_parts, walked_apart
             break
@@ -105,7 +109,7 @@ class _Walked(NamedTuple):
     walk: Walk
     mine: list[tuple[Axis, ...]]
     used: list[bool]
-    read: set[int | None]
+    read: set[int]
 
     def unread(self) -> Iterator[Axis]:
         """Yields the axes of parameters of which parts have not been taken up on these inputs.
@@ -124,13 +128,22 @@ class _Walked(NamedTuple):
             if not used or any(map(self._is_unread, axes)):
                 yield number
 
+    def parts_differ(self, symmetry: Symmetry, cut: Cut) -> bool:
+        """Whether the parts of a leaf may move in different ways."""
+        forms = set()
+        for number, leaf in enumerate(symmetry.leaf_of):
+            if leaf == cut.leaf:
+                forms.add(tuple(map(self._free_atoms, self.mine[number])))
+        return len(forms) > 1
+
+    def _free_atoms(self, axis: Axis) -> tuple[int | None, ...]:
+        space = self.walk.space
+        atoms = (factor.atom for factor in factors_of(space.expand(axis)))
+        return tuple(None if a is None or not space.is_free(a) else a for a in atoms)
+
     def _is_unread(self, axis: Axis) -> bool:
         space = self.walk.space
-        for factor in factors_of(space.expand(axis)):
-            atom = factor.atom
-            if atom is not None and space.is_free(atom) and atom not in self.read:
-                return True
-        return False
+        return any(space.is_free(atom) and atom not in self.read for atom in space.atoms(axis))
 
 
 def _walked(
@@ -164,7 +177,9 @@ def _walked(
         for dim, axis in enumerate(value.axes):
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
-    read = {f.atom for axis in walk.read for f in factors_of(space.expand(axis))}
+    read = set(walk.picked)
+    for axis in walk.read:
+        read |= space.atoms(axis)
     return _Walked(walk, mine, used, read)
 
 
@@ -232,7 +247,7 @@ def _collect(
     walk: Walk,
     leaves: tuple[Leaf, ...],
     mine: Sequence[tuple[Axis, ...]],
-    read: set[int | None],
+    read: set[int],
 ) -> tuple[tuple[Group, ...], dict[int, str], Nest, tuple[Pin, ...]]:
     """Reads groups, the name of each group's atom, their nest and pins off the finished walk."""
     space = walk.space
@@ -291,19 +306,21 @@ def _collect(
     return groups, names, nest, tuple(pins)
 
 
-def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, read: set[int | None]) -> Iterator[Pin]:
+def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, read: set[int]) -> Iterator[Pin]:
     """Yields what holds an axis of a leaf without units: the first reason, and what isn't read."""
-    held, unread = [], []
+    held, unread, selected = [], [], False
     for occurrence in occurrences(axis):
         atom = occurrence.factor.atom
         if atom is None:
             continue
         if space.reason(atom) != UNREAD:
             held.append(atom)
-        elif atom not in read:
+            continue
+        selected = True
+        if atom not in read:
             unread.append(occurrence.place.positions(occurrence.factor.size).ravel())
     size = leaf.shape[dim]
-    if axis and (held or not unread):
+    if axis and (held or not selected):
         reason = space.reason(held[0]) if held else None
         reason = reason or "taken apart into single positions"
         met = space.met.get(held[0]) if held else None
@@ -313,6 +330,8 @@ def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, read: set[int | None])
         positions = np.unique(np.concatenate(unread))
         some = "" if len(positions) == size else f"{_ranges(positions)} "
         yield Pin(leaf.path, dim, size, f"{some}{UNREAD}")
+    elif selected:
+        yield Pin(leaf.path, dim, size, f"in part {UNREAD}")
 
 
 def _ranges(positions: np.ndarray) -> str:

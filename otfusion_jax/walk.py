@@ -205,6 +205,10 @@ class Context:
                 return self.space.cut(axis, marks)
         return [self.cut(axis, size, reason) for size in sizes]
 
+    def select(self, axis: Axis, start: int, end: int) -> None:
+        """Notes that positions of an axis are selected: single ones are read thereby."""
+        self.walk.picked |= self.space.singles(axis, start, end)
+
     def repeat(
         self, body: Callable[[list[Value]], list[Value]], carry: list[Value]
     ) -> tuple[list[Value], list[Value]]:
@@ -346,6 +350,7 @@ class Walk:
         self.meetings: list[Meeting] = []
         self.regroupings: list[Regrouping] = []
         self.read: dict[Axis, None] = {}  # what an operation took up, in whole
+        self.picked: set[int] = set()  # atoms of single positions that were selected
         self.calls = 0  # how many sub-jaxprs have been walked
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []

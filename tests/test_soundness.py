@@ -209,10 +209,10 @@ def test_a_lookup_of_one_row_under_vmap():
 
 def test_a_lookup_in_a_table_for_each_expert():
     """The experts, an axis of which both the tables and the indices are batches, move together."""
-    params = draw(tables=(4, 20, 16), offsets=(4,), out=(4, 16, 5))
+    params = draw(tables=(4, 20, 16), out=(4, 16, 5))
 
     def fn(p, tokens):
-        index = (tokens[0] + jnp.zeros_like(p["offsets"], int)) % 20
+        index = jnp.full(4, tokens[0] % 20)
         rows = jax.vmap(lambda table, i: lax.dynamic_index_in_dim(table, i, 0, False))(
             p["tables"], index
         )
@@ -403,6 +403,69 @@ def test_parts_picked_in_the_body_of_a_scan():
     assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
 
 
+def without_first(p, x):
+    return jnp.tanh(x @ p["in"])[:, 1:] @ p["out"]
+
+
+def without_last(p, x):
+    return jnp.tanh(x @ p["in"])[:, :-1] @ p["out"]
+
+
+def density_and_colours(p, x):
+    h = jnp.tanh(x @ p["in"])
+    return h[:, :1] * (h[:, 1:] @ p["out"])
+
+
+def split_in_two(p, x):
+    first, rest = jnp.split(jnp.tanh(x @ p["in"]), [1], 1)
+    return first * (rest @ p["out"])
+
+
+def split_in_vain(p, x):
+    return jnp.split(jnp.tanh(x @ p["in"]), [1], 1)[1] @ p["out"]
+
+
+def scaled_then_split(p, x):
+    first, rest = jnp.split(x @ p["in"] * p["scale"][None], [1], 1)
+    return first * (jnp.tanh(rest) @ p["out"])
+
+
+def rolled(p, x):
+    return jnp.roll(jnp.tanh(x @ p["in"]), 1, 1)[:, :5] @ p["out"]
+
+
+SINGLES = {
+    without_first: None,
+    without_last: None,
+    split_in_vain: None,
+    rolled: None,
+    density_and_colours: 5,
+    split_in_two: 5,
+    scaled_then_split: 5,
+}
+
+
+def test_parts_that_move_alike_remain_one_leaf():
+    params = draw(out=(8, 3)) | {"in": inputs(6, 8)}
+
+    def fn(p, x):
+        a, b, c = jnp.unstack(jnp.tanh(x @ p["in"]) @ p["out"], axis=1)
+        return a * b + c
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert symmetry.cuts == ()
+    assert table(symmetry) == {"in": {makes("in", 1), takes("out", 0)}}
+
+
+@pytest.mark.parametrize("fn", SINGLES, ids=lambda fn: fn.__name__)
+def test_a_single_position_counts_as_read_or_not(fn: Callable):
+    params = draw(scale=(6,), out=(5, 3)) | {"in": inputs(4, 6)}
+    symmetry = otf.trace_symmetry(fn, params, inputs(7, 4))
+    found = [group.size for group in symmetry.groups]
+    assert found == ([] if SINGLES[fn] is None else [SINGLES[fn]])
+    assert change(symmetry, fn, params, inputs(7, 4)) < EXACT
+
+
 @pytest.mark.parametrize("exits", [2, 3])
 def test_parts_that_are_not_all_read_move_together(exits: int):
     """An exit that is not in use reads the same units as the one that is."""
@@ -418,11 +481,10 @@ def test_parts_that_are_not_all_read_move_together(exits: int):
 
 
 def test_the_source_of_a_pin_is_the_users_line_after_parts_were_taken():
-    params = draw(w=(2, 6, 8), v=(8, 3))
+    params = draw(w=(2, 6, 8), v=(8, 3), u=(8, 3))
 
     def fn(p, x):
-        h = jnp.tanh(x @ p["w"][0]) + x @ p["w"][1]
-        return jnp.cumsum(h, 1) @ p["v"]
+        return jnp.cumsum(x @ p["w"][0], 1) @ p["v"] + jnp.tanh(x @ p["w"][1]) @ p["u"]
 
     symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
     assert symmetry.cuts
