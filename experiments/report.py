@@ -199,7 +199,7 @@ def plot_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
     if len(names) > len(_STYLES):
         raise ValueError(f"{len(names)} curves in one plot; draw {len(_STYLES)} at most.")
     styles = dict(zip(names, _STYLES, strict=False))
-    figure = Figure(figsize=(2.5 + 5 * len(panels), 4.5), layout="constrained")
+    figure = Figure(figsize=(2.5 + 5 * len(panels), 5.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         label, positions = panel.x
         for name, values in panel.curves.items():
@@ -215,7 +215,9 @@ def plot_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if panel is panels[0] or not panel.curves.keys() <= panels[0].curves.keys():
-            axes.legend(frameon=False)
+            # Below the axis, where no curve runs: the search for the best place among the curves
+            # warns when it takes long, and so whenever the machine is busy.
+            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.suptitle(title)
     _save(figure, path)
 

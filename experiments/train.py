@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
+from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset
 from experiments.models import Model, ModelConfig, build_model
 
@@ -187,27 +187,23 @@ def train(
         values = _digest(teacher.variables)
         parts.append([teacher.config, values, teacher.temperature, teacher.share])
     digest = fingerprint(*parts)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((folder / f"{label}-{digest}").resolve(), options=options) as saved:
-        # Checkpoints are numbered by the epochs that they have behind them.
-        done = saved.latest_step() or 0
-        if done:
-            restored = saved.restore(done, args=ocp.args.StandardRestore(state))
-            # Orbax commits arrays to a device, for which JAX would compile everything once more.
-            state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
-        began = time.perf_counter()
-        if done < config.epochs:
-            images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-            with _Progress(f"{dataset.name} {label}", config, count, done) as progress:
-                for epoch in range(done, config.epochs):
-                    order = _epoch_order(order_key, epoch, count, config.batch_size)
-                    noise = jax.random.fold_in(noise_key, epoch)
-                    state = _run_epoch(
-                        model, config, state, epoch, order, images, labels, noise, teacher, progress
-                    )
-                    saved.save(epoch + 1, args=ocp.args.StandardSave(state))
-        else:
-            print(f"{dataset.name} {label}: reusing the training finished earlier", file=sys.stderr)
+    saved = Checkpoints(folder / f"{label}-{digest}")
+    done, restored = saved.newest(state)
+    # Orbax commits arrays to a device, for which JAX would compile everything once more.
+    state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
+    began = time.perf_counter()
+    if done < config.epochs:
+        images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        with _Progress(f"{dataset.name} {label}", config, count, done) as progress:
+            for epoch in range(done, config.epochs):
+                order = _epoch_order(order_key, epoch, count, config.batch_size)
+                noise = jax.random.fold_in(noise_key, epoch)
+                state = _run_epoch(
+                    model, config, state, epoch, order, images, labels, noise, teacher, progress
+                )
+                saved.save(epoch + 1, state)
+    else:
+        print(f"{dataset.name} {label}: reusing the training finished earlier", file=sys.stderr)
     return Trained(
         state.variables, np.asarray(state.history), time.perf_counter() - began, epochs_reused=done
     )

@@ -167,5 +167,8 @@ def test_a_panel_of_other_curves_has_a_legend_of_its_own(
     report.plot_panels(tmp_path / "panels.png", "", panels)
     first, second, third = drawn[0].axes
     assert [axes.get_legend() is None for axes in (first, second, third)] == [False, True, False]
+    drawn[0].draw_without_rendering()
+    for axes in (first, third):  # beside the curves: a place among them would have to be searched
+        assert axes.get_legend().get_window_extent().y1 < axes.bbox.y0
     assert (first.get_xscale(), second.get_xscale()) == ("log", "linear")
     assert first.lines[1].get_color() == second.lines[0].get_color() != third.lines[0].get_color()

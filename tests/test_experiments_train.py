@@ -1,6 +1,7 @@
 """Checks that training learns, is deterministic and survives being killed."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -84,6 +85,33 @@ def test_killed_training_resumes_to_the_same_result(
     resumed = train(MODEL, CONFIG, digits, 0, tmp_path)
     assert resumed.epochs_reused == (chunks - 1) // 3
     assert_identical(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "emptied"])
+def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(
+    digits: Dataset, uninterrupted: Trained, tmp_path: Path, damage: str
+):
+    train(MODEL, CONFIG, digits, 0, tmp_path)
+    newest = next(tmp_path.glob(f"*/{CONFIG.epochs}"))
+    biggest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    content = biggest.read_bytes()
+    middle = len(content) // 2
+    if damage == "truncated":
+        biggest.write_bytes(content[:middle])
+    elif damage == "flipped":
+        flipped = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+        biggest.write_bytes(content[:middle] + flipped + content[middle + 64 :])
+    elif damage == "deleted":
+        biggest.unlink()
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    with pytest.warns(UserWarning, match=f"{newest} is damaged.*goes on from the one before"):
+        resumed = train(MODEL, CONFIG, digits, 0, tmp_path)
+    assert resumed.epochs_reused == CONFIG.epochs - 1
+    assert_identical(resumed, uninterrupted)
+    # What was damaged has been replaced.
+    assert train(MODEL, CONFIG, digits, 0, tmp_path).epochs_reused == CONFIG.epochs
 
 
 def test_finished_training_is_reused(
