@@ -271,6 +271,10 @@ class Space:
         """Returns why an atom is pinned, None where it is free."""
         return self._pins.get(self.find(atom))
 
+    def is_free(self, atom: int) -> bool:
+        """Whether an atom may be permuted."""
+        return self.find(atom) not in self._pins
+
     # --- two axes
 
     def _match(self, a: Axis, b: Axis, meet: Callable[[Factor, Factor], Factor]) -> Axis:

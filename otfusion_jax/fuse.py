@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.align import align, leaf_weights, weight_by_path
-from otfusion_jax.matching import at_once
+from otfusion_jax.matching import at_once, map_in_batches
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
 from otfusion_jax.symmetry import Leaf, Symmetry, leaves_of
@@ -266,7 +266,7 @@ def _fuse(
     def moved(source: PyTree) -> PyTree:
         return transport(symmetry, align(symmetry, source, target, **how), source)
 
-    aligned = jax.lax.map(moved, others, batch_size=batch_size)
+    aligned = map_in_batches(moved, others, batch_size)
     together = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aligned, target)
     return average_of(together, weights)
 

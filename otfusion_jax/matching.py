@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,22 @@ def at_once(count: int) -> int:
     return 1 if jax.default_backend() == "cpu" else count
 
 
+def map_in_batches(fn: Callable[[Any], Any], stacked: Any, batch_size: int) -> Any:
+    """Applies a function to each of a stack of arguments, some of them under one `jax.vmap`.
+
+    Args:
+        fn: from a pytree to a pytree.
+        stacked: its arguments, with leaves `[count, ...]`.
+        batch_size: how many to work on at once.
+
+    Returns:
+        The results, stacked.
+    """
+    # `jax.lax.map` cannot batch arrays without elements, which a leaf of the parameters may be.
+    empty = any(x.size == 0 for x in jax.tree.leaves(stacked))
+    return jax.lax.map(fn, stacked, batch_size=None if empty or batch_size == 1 else batch_size)
+
+
 Masses = tuple[Array | None, Array | None]
 """Of the units of the source and of the target, float `[*batch, n]` and `[*batch, m]`."""
 
@@ -105,7 +121,7 @@ def solve_stack(
     count = math.prod(batch)
     stacked = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(batch) :]), given)
     solve = lambda problem: solver.solve(*problem)  # noqa: E731
-    found = jax.lax.map(solve, stacked, batch_size=at_once(count))
+    found = map_in_batches(solve, stacked, at_once(count))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from otfusion_jax.axes import Axis, Factor, Space, Sum, size_of
 from otfusion_jax.layout import Place, Where
-from otfusion_jax.walk import Meeting
+from otfusion_jax.walk import Meeting, Regrouping
 
 
 class Occurrence(NamedTuple):
@@ -91,6 +91,22 @@ def _partners(
     }
 
 
+def _has_powers(axes: Sequence[Axis]) -> bool:
+    """Whether an atom occurs more than once in the product of some expanded axes."""
+    seen: set[int] = set()
+    for axis in axes:
+        mine: set[int] = set()
+        for factor, _, around in occurrences(axis):
+            if factor.atom is not None:
+                mine.add(factor.atom)
+                if any(other.atom == factor.atom for other, _ in around):
+                    return True
+        if mine & seen:
+            return True
+        seen |= mine
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Nest:
     """Of each free atom: the atoms that can't be permuted, and the one that can, around it."""
@@ -109,6 +125,7 @@ def find_nest(
     atoms: Sequence[int],
     values: Iterable[tuple[Axis, ...]],
     meetings: Iterable[Meeting],
+    regroupings: Iterable[Regrouping],
 ) -> Nest:
     """Finds what is nested in what.
 
@@ -120,6 +137,7 @@ def find_nest(
         atoms: those of the groups, in dataflow order.
         values: the axes of every value of the program, parameters included.
         meetings: all that the walk has noted.
+        regroupings: likewise.
 
     Returns:
         The nest.
@@ -145,6 +163,19 @@ def find_nest(
                 if atom is not None and candidates.get(atom):
                     partners = _partners(axes, dim, occurrence)
                     restrict(atom, [o for o, (d, _) in partners.items() if d in together])
+
+    for axes, over in regroupings:
+        axes = tuple(map(space.expand, axes))
+        if not _has_powers([axes[dim] for dim in over]):
+            continue
+        # An atom that is multiplied with itself has two companions of a kind: which belongs to
+        # which can't be told from the axes that they come to lie in.
+        for dim in over:
+            for occurrence in occurrences(axes[dim]):
+                atom = occurrence.factor.atom
+                if atom is not None and candidates.get(atom):
+                    partners = _partners(axes, dim, occurrence)
+                    restrict(atom, [o for o, (d, _) in partners.items() if d not in over])
 
     outer: dict[int, int] = {}
     families: dict[int, list[int]] = {}

@@ -84,6 +84,8 @@ RANDOM = [
     *WRAP,
 ]
 P = core.primitives
+# Operations that commute and associate, up to rounding.
+SYMMETRIC = {P.add_p, P.and_p, P.max_p, P.min_p, P.mul_p, P.or_p, P.xor_p}
 
 
 @register(*ELEMENTWISE)
@@ -111,11 +113,31 @@ def reduction(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(P.reduce_p)
 def reduce(ctx: Context, values: list[Value]) -> list[Value]:
-    """Reduced axes are dropped; all operands are reduced alike along the others."""
+    """Reduced axes are dropped if order does not matter, else pinned; the others are tied."""
+    reduced = ctx.params["dimensions"]
+    if not _is_symmetric(ctx.params["jaxpr"].jaxpr):
+        for value in values:
+            for dim in reduced if value.axes else ():
+                reason = f"by a function that is not known to commute, over axis {dim}"
+                ctx.space.pin(value.axes[dim], ctx.because(reason))
     tied = ctx.join(values[: len(values) // 2])
     kind = max(v.kind for v in values)
-    kept = (a for d, a in enumerate(tied.axes) if d not in ctx.params["dimensions"])
+    kept = (a for d, a in enumerate(tied.axes) if d not in reduced)
     return [Value(tuple(ctx.enter(a, tied, kind) for a in kept), kind)] * len(ctx.eqn.outvars)
+
+
+def _is_symmetric(combine: core.Jaxpr) -> bool:
+    """Whether a function that combines two sets of numbers commutes and associates for certain.
+
+    It does if it combines the numbers one by one, each pair by an operation that does.
+    """
+    count = len(combine.outvars)
+    pairs = zip(combine.invars[:count], combine.invars[count:], strict=True)
+    made = {eqn.outvars[0]: eqn for eqn in combine.eqns if eqn.primitive in SYMMETRIC}
+    return len(made) == len(combine.eqns) == count and all(
+        not isinstance(out, core.Literal) and out in made and set(made[out].invars) == {x, y}
+        for out, (x, y) in zip(combine.outvars, pairs, strict=True)
+    )
 
 
 @register(*CUMULATIVE)
@@ -196,7 +218,7 @@ def reshape(ctx: Context, values: list[Value]) -> list[Value]:
     """Axes become products of axes, or are split into factors."""
     x = values[0]
     reason = ctx.because(f"of {ctx.operand_shape(0)} to {ctx.shape()}")
-    return [Value(tuple(ctx.space.regroup(x.axes, ctx.shape(), reason)), x.kind)]
+    return [Value(tuple(ctx.regroup(x, ctx.shape(), reason)), x.kind)]
 
 
 @register(P.squeeze_p)
@@ -214,7 +236,7 @@ def transpose(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(x.axes[d] for d in ctx.params["permutation"]), x.kind)]
 
 
-@register(P.slice_p)
+@register(P.slice_p, reads=False)
 def slice_(ctx: Context, values: list[Value]) -> list[Value]:
     """An axis that is cut falls into segments, one of which is kept; with strides it is pinned."""
     (x,) = values
@@ -246,7 +268,7 @@ def dynamic_slice(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(axes), kind)]
 
 
-@register(P.pad_p)
+@register(P.pad_p, reads=False)
 def pad(ctx: Context, values: list[Value]) -> list[Value]:
     """Padding adds segments along which the value is constant; in between, it pins."""
     x, filler = values
@@ -293,7 +315,7 @@ def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
 
-@register(*SPLIT)
+@register(*SPLIT, reads=False)
 def split(ctx: Context, values: list[Value]) -> list[Value]:
     """The axis that is split falls into segments, the others pass."""
     (x,) = values
@@ -342,7 +364,7 @@ def bitcast(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*x.axes[:rank], *new), x.kind)]
 
 
-@register(*OBSERVERS)
+@register(*OBSERVERS, reads=False)
 def observer(ctx: Context, values: list[Value]) -> list[Value]:
     """Looks at values and returns nothing: ties nothing."""
     return []
@@ -350,7 +372,11 @@ def observer(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(P.gather_p)
 def gather(ctx: Context, values: list[Value]) -> list[Value]:
-    """Axes taken whole pass, those that are picked from are pinned; index axes come in front."""
+    """Axes taken whole pass, those that are picked from are pinned; index axes come in front.
+
+    There is one place only from which an axis can be taken whole. Where an index says otherwise it
+    is clamped, or all of the slice is filled: either way the same along the axis.
+    """
     x, index = values
     dims = ctx.params["dimension_numbers"]
     sizes, shape = ctx.params["slice_sizes"], ctx.operand_shape(0)
@@ -363,7 +389,7 @@ def gather(ctx: Context, values: list[Value]) -> list[Value]:
         if dim in tied:  # the index vector is the last axis of the indices, always
             pair = [axis, batch[tied[dim]]]
             batch[tied[dim]] = ctx.space.unify(pair, [x.kind, index.kind])
-        elif dim in dims.start_index_map or sizes[dim] != shape[dim]:
+        elif sizes[dim] != shape[dim]:
             window.append((dim, ctx.cut(axis, sizes[dim], ctx.because(f"along axis {dim}"))))
         else:
             window.append((dim, ctx.enter(axis, x, kind)))
@@ -372,9 +398,7 @@ def gather(ctx: Context, values: list[Value]) -> list[Value]:
     offsets = set(dims.offset_dims)
     axes = tuple(next(kept if d in offsets else rest) for d in range(len(ctx.shape())))
     # The axes of the indices may be tied to those that they pick from.
-    ctx.mixed(
-        x, [d for d in range(len(sizes)) if d in dims.start_index_map or sizes[d] != shape[d]]
-    )
+    ctx.mixed(x, [d for d in range(len(sizes)) if sizes[d] != shape[d] and d not in tied])
     return [Value(axes, kind)]
 
 
@@ -558,44 +582,48 @@ def matrix(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(*SCATTER)
 def scatter(ctx: Context, values: list[Value]) -> list[Value]:
-    """Axes written whole are tied to the updates', those written at positions are pinned."""
+    """Axes written whole are tied to the updates', those written at positions are pinned.
+
+    There is one place only at which an axis can be written whole; see `gather`.
+    """
     x, index, updates = values
     dims = ctx.params["dimension_numbers"]
+    shapes = ctx.operand_shape(0), ctx.operand_shape(2)
     kind = max(v.kind for v in values)
-    picked = {
-        int(dim)  # NumPy's, as JAX makes them
-        for dim in (
-            *dims.inserted_window_dims,
-            *dims.scatter_dims_to_operand_dims,
-            *dims.operand_batching_dims,
-        )
-    }
     reason = ctx.because()
-    for axis in index.axes:
-        ctx.space.pin(axis, reason)
-    for dim, axis in enumerate(updates.axes):
-        if dim not in dims.update_window_dims:
+    # Axes of the indices, all but the last, and those of the updates outside of the window go
+    # together, in order.
+    outside = [d for d in range(len(updates.axes)) if d not in dims.update_window_dims]
+    batch = zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
+    tied = {dim: (of_index, outside[of_index]) for dim, of_index in batch}
+    alone = [d for d in range(len(x.axes)) if d not in tied and d not in dims.inserted_window_dims]
+    window = dict(zip(alone, dims.update_window_dims, strict=True))
+    for dim, axis in enumerate(index.axes):
+        if dim not in dims.scatter_indices_batching_dims:
             ctx.space.pin(axis, reason)
-    written = iter(dims.update_window_dims)
-    window = {
-        dim: next(written)
-        for dim in range(len(x.axes))
-        if dim not in (*dims.inserted_window_dims, *dims.operand_batching_dims)
-    }
-    axes = []
+    for dim in outside:
+        if dim not in {of_updates for _, of_updates in tied.values()}:
+            ctx.space.pin(updates.axes[dim], reason)
+    axes, picked = [], []
     for dim, axis in enumerate(x.axes):
-        whole = dim not in picked and ctx.operand_shape(2)[window[dim]] == ctx.operand_shape(0)[dim]
-        if whole:
-            pair = [axis, updates.axes[window[dim]]]
-            tied = ctx.space.unify(pair, [x.kind, updates.kind])
-            axes.append(ctx.space.enter(tied, max(x.kind, updates.kind), kind))
+        if dim in tied:
+            of_index, of_updates = tied[dim]
+            met = [axis, index.axes[of_index], updates.axes[of_updates]]
+            axes.append(ctx.space.unify(met, [v.kind for v in values]))
+        elif dim in window and shapes[0][dim] == shapes[1][window[dim]]:
+            met = [axis, updates.axes[window[dim]]]
+            among = max(x.kind, updates.kind)
+            axis = ctx.space.unify(met, [x.kind, updates.kind])
+            axes.append(ctx.space.enter(axis, among, kind))
         else:
+            picked.append(dim)
             ctx.space.pin(axis, reason)
             if dim in window:
                 ctx.space.pin(updates.axes[window[dim]], reason)
-            axes.append(ctx.space.pinned(ctx.operand_shape(0)[dim], reason))
+            axes.append(ctx.space.pinned(shapes[0][dim], reason))
     ctx.mixed(x, picked)
-    ctx.mixed(updates, [d for d in range(len(updates.axes)) if d not in dims.update_window_dims])
+    kept = {window[d] for d in window if d not in picked} | {d for _, d in tied.values()}
+    ctx.mixed(updates, [d for d in range(len(updates.axes)) if d not in kept])
     return [Value(tuple(axes), kind)]
 
 

@@ -6,7 +6,8 @@ every parameter, and reads off which of them the primitives have tied together.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
 from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
+
+UNREAD = "not read on these inputs"
+"""Why parts of a leaf stay that the function selects nowhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,8 @@ def trace(
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
 
+    for axis in _unread(walk, mine):
+        space.pin(axis, UNREAD)
     groups, names, nest, pins = _collect(walk, leaves, mine)
     symmetry = Symmetry(groups, pins, leaves, jax.tree_util.tree_structure(params))
     seen, produced, consumed = (
@@ -157,22 +163,11 @@ def _collect(
     pins = []
     for leaf, axes in zip(leaves, expanded, strict=True):
         for dim, axis in enumerate(axes):
-            reason, source, free = None, None, False
-            for factor in factors_of(axis):
-                assert factor.atom is not None
-                held = space.reason(factor.atom)
-                if held is None:
-                    owners.setdefault(space.use(factor)[0], leaf.path)
-                    found.setdefault(factor.atom, leaf.path)
-                    free = True
-                elif reason is None:
-                    reason = held
-                    met = space.met.get(factor.atom)
-                    source = met and met.source
-            if not free and axis:
-                reason = reason or "taken apart into single positions"
-                source = None if source is None or source in reason else source
-                pins.append(Pin(leaf.path, dim, leaf.shape[dim], reason, source))
+            free = [f for f in factors_of(axis) if f.atom is not None and space.is_free(f.atom)]
+            for factor in free:
+                owners.setdefault(space.use(factor)[0], leaf.path)
+                found.setdefault(factor.atom, leaf.path)
+            pins += _pins(space, leaf, dim, axis, bool(free))
 
     # Dataflow order: by the first use of a parameter that puts the units into the features.
     order: dict[int, str] = {}
@@ -182,7 +177,7 @@ def _collect(
             if use in owners:
                 order.setdefault(use[1], owners[use])
     order |= {atom: path for atom, path in found.items() if atom not in order}
-    nest = find_nest(space, list(order), walk.values, walk.meetings)
+    nest = find_nest(space, list(order), walk.values, walk.meetings, walk.regroupings)
     names: dict[int, str] = {}
     count: collections.Counter[str] = collections.Counter()
     for atom, name in order.items():
@@ -212,6 +207,54 @@ def _collect(
         for atom, name in names.items()
     )
     return groups, names, nest, tuple(pins)
+
+
+def _unread(walk: Walk, mine: Sequence[tuple[Axis, ...]]) -> Iterator[Axis]:
+    """Yields the parts of leaves that nothing has taken up on these inputs.
+
+    On others they may be, and then it matters where they are: positions beyond the length of these,
+    units beyond the width in use.
+    """
+    space = walk.space
+    read = {f.atom for axis in walk.read for f in factors_of(space.expand(axis))}
+    for axis in itertools.chain(*mine):
+        for factor in factors_of(space.expand(axis)):
+            if factor.atom is not None and factor.atom not in read:
+                yield (factor,)
+
+
+def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, has_units: bool) -> Iterator[Pin]:
+    """Yields what holds an axis of a leaf: the first reason if it has no units; what isn't read."""
+    held, unread = [], []
+    for occurrence in occurrences(axis):
+        factor = occurrence.factor
+        if factor.atom is None or space.is_free(factor.atom):
+            continue
+        if space.reason(factor.atom) == UNREAD:
+            unread.append(occurrence.place.positions(factor.size).ravel())
+        else:
+            held.append(factor.atom)
+    size = leaf.shape[dim]
+    if axis and not has_units and (held or not unread):
+        reason = "taken apart into single positions"
+        source = None
+        if held:
+            reason = space.reason(held[0]) or reason
+            met = space.met.get(held[0])
+            source = met and met.source
+        source = None if source is None or source in reason else source
+        yield Pin(leaf.path, dim, size, reason, source)
+    if unread:
+        positions = np.unique(np.concatenate(unread))
+        some = "" if len(positions) == size else f"{_ranges(positions)} "
+        yield Pin(leaf.path, dim, len(positions), f"{some}{UNREAD}")
+
+
+def _ranges(positions: np.ndarray) -> str:
+    """Writes ascending positions as ranges, in the manner of a slice."""
+    starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
+    runs = np.split(positions, starts[1:])
+    return "[" + ", ".join(f"{run[0]}:{run[-1] + 1}" for run in runs) + "]"
 
 
 def _role(signs: set[int]) -> Role:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from jax.extend import core
 from otfusion_jax.axes import (
     Axis,
     Disagreement,
+    Factor,
     Kind,
     Space,
     concatenated,
@@ -74,15 +76,25 @@ class UnsupportedPrimitiveError(NotImplementedError):
     """A primitive of the traced function has no rule."""
 
 
+class Regrouping(NamedTuple):
+    """Some axes of a value are read as others, which may part what lay in one axis before."""
+
+    axes: tuple[Axis, ...]
+    over: frozenset[int]
+
+
 Rule = Callable[["Context", list[Value]], list[Value]]
 _registry: dict[core.Primitive, Rule] = {}
+_selecting: set[core.Primitive] = set()
 
 
-def register(*primitives: core.Primitive) -> Callable[[Rule], Rule]:
+def register(*primitives: core.Primitive, reads: bool = True) -> Callable[[Rule], Rule]:
     """Decorator: declares the rule of one or more primitives.
 
     Args:
         *primitives: primitive objects (`jax.extend.core.primitives.add_p`).
+        reads: whether the results depend on all of the operands. False where parts of them are
+            selected: parts of a parameter that the program selects nowhere stay in place.
 
     Returns:
         The decorator. A rule takes the `Context` of the equation and the operands' `Value`s and
@@ -92,6 +104,8 @@ def register(*primitives: core.Primitive) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
         for primitive in primitives:
             _registry[primitive] = rule
+            if not reads:
+                _selecting.add(primitive)
         return rule
 
     return add
@@ -246,6 +260,7 @@ class Context:
             used: which of its results anything depends on; all if None.
             iterations: the axis that its operands are slices of; None if they are none.
         """
+        self.walk.calls += 1
         consts = [self.walk.constant(c) for c in jaxpr.consts]
         path = self.path if once else None
         outside = self.walk.loops
@@ -279,6 +294,21 @@ class Context:
         axes = (*self.walk.loops, *value.axes)
         self.walk.meetings.append(Meeting(axes, first, second | set(range(loops))))
 
+    def regroup(self, value: Value, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """Reads the same elements, in row-major order, as axes of other sizes; see `Space`."""
+        # An axis of one size at one place, counted in elements, is the same axis before and after.
+        same = set(zip(itertools.accumulate(sizes, operator.mul), sizes, strict=True))
+        before = _sizes(value)
+        ends = itertools.accumulate(before, operator.mul)
+        loops = len(self.walk.loops)
+        changed = frozenset(
+            dim + loops
+            for dim, (end, size) in enumerate(zip(ends, before, strict=True))
+            if size > 1 and (end, size) not in same
+        )
+        self.walk.regroupings.append(Regrouping((*self.walk.loops, *value.axes), changed))
+        return self.space.regroup(value.axes, sizes, reason)
+
     def produced(self, value: Value, dims: Sequence[int]) -> None:
         """Notes that a contraction with a parameter puts out features along some axes."""
         if value.kind is Kind.FEATURE and self.path is not None:
@@ -306,6 +336,9 @@ class Walk:
         self.loops: tuple[Axis, ...] = ()  # of the scans around, outermost first
         self.values: dict[tuple[Axis, ...], None] = {}  # the axes of every value
         self.meetings: list[Meeting] = []
+        self.regroupings: list[Regrouping] = []
+        self.read: dict[Axis, None] = {}  # what an operation took up, in whole
+        self.calls = 0  # how many sub-jaxprs have been walked
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []  # every feature, in dataflow order
@@ -349,9 +382,12 @@ class Walk:
             context = Context(eqn, here, self, caller, flags)
             operands = [read(v) for v in eqn.invars]
             self.space.here = context
+            calls = self.calls
             results = self._rule(context)(context, operands)
             assert len(results) == len(eqn.outvars), eqn.primitive
-            self._lost(context, operands, results)
+            # What a call reads, the equations within have read.
+            reads = eqn.primitive not in _selecting and self.calls == calls
+            self._lost(context, operands, results, reads)
             for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
                 assert _sizes(value) == _shape(var), (context.source, operands)
                 env[var] = value
@@ -365,7 +401,9 @@ class Walk:
             for v in jaxpr.outvars
         ]
 
-    def _lost(self, context: Context, operands: list[Value], results: list[Value]) -> None:
+    def _lost(
+        self, context: Context, operands: list[Value], results: list[Value], reads: bool
+    ) -> None:
         """Notes what no result keeps: a new axis in its place may be tied to it again later on."""
         kept = {
             factor.atom
@@ -377,10 +415,17 @@ class Walk:
             gone = {
                 dim
                 for dim, axis in enumerate(value.axes)
-                if any(f.atom not in kept for f in factors_of(self.space.expand(axis)))
+                if any(self._left_out(f, kept) for f in factors_of(self.space.expand(axis)))
             }
+            if reads:
+                self.read.update((value.axes[dim], None) for dim in gone)
             if 0 < len(gone) < len(value.axes):
                 context.mixed(value, gone)
+
+    @staticmethod
+    def _left_out(factor: Factor, kept: Collection[int | None]) -> bool:
+        """Whether a factor along which a value varies is not among those kept."""
+        return factor.atom is not None and factor.atom not in kept
 
     def note(self, value: Value) -> tuple[Axis, ...]:
         """Keeps the axes of a value, those of the loops around it first, and returns them."""
@@ -414,8 +459,12 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _runs(array: np.ndarray, dim: int) -> tuple[int, ...]:
-    """Returns the lengths of the stretches along which an array does not vary."""
-    rows = np.moveaxis(array, dim, 0).reshape(array.shape[dim], -1)
+    """Returns the lengths of the stretches along which an array does not vary, bit by bit.
+
+    Values would not do: 0.0 and -0.0 are equal, and a division tells them apart.
+    """
+    rows = np.ascontiguousarray(np.moveaxis(array, dim, 0)).reshape(array.shape[dim], -1)
+    rows = rows.view(np.uint8)
     changes = np.flatnonzero(np.any(rows[1:] != rows[:-1], axis=1)) + 1
     edges = [0, *changes.tolist(), len(rows)]
     return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))

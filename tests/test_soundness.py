@@ -1,0 +1,289 @@
+"""Programs that tempt a tracer into a wrong group, or into none, each with what is right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from zoo import Groups, makes, rows_of, takes
+
+import otfusion_jax as otf
+
+EXACT = 1e-4
+"""Of a relative change of outputs: what rounding may make."""
+
+
+def draw(**shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in shapes.items()}
+
+
+def inputs(*shape: int) -> jax.Array:
+    return draw(x=shape)["x"]
+
+
+def change(symmetry: otf.Symmetry, fn: Callable, params: Any, *inputs: Any) -> float:
+    """The largest relative change of the outputs under four random elements of the symmetry."""
+    worst = 0.0
+    before = fn(params, *inputs)
+    for seed in range(4):
+        plans = symmetry.random(jax.random.key(seed))
+        after = fn(otf.transport(symmetry, plans, params), *inputs)
+        worst = max(worst, float(jnp.max(jnp.abs(after - before)) / jnp.std(before)))
+    return worst
+
+
+def table(symmetry: otf.Symmetry) -> Groups:
+    return {group.name: rows_of(group) for group in symmetry.groups}
+
+
+def batches(symmetry: otf.Symmetry) -> dict[str, tuple[int, ...]]:
+    return {group.name: (*group.batch, group.size) for group in symmetry.groups}
+
+
+# --- parts of a leaf that the example does not read
+
+
+def with_positions(p, tokens):
+    h = p["embed"][tokens] + p["at"][: tokens.shape[1]][None]
+    return jax.nn.relu(h @ p["in"]) @ p["out"]
+
+
+def test_positions_beyond_the_example_stay():
+    params = draw(embed=(20, 16), at=(64, 16), out=(32, 5)) | {"in": inputs(16, 32)}
+    symmetry = otf.trace_symmetry(with_positions, params, jnp.zeros((2, 8), int))
+    assert table(symmetry) == {
+        "embed": {makes("embed", 1), makes("at", 1), takes("in", 0)},
+        "in": {makes("in", 1), takes("out", 0)},
+    }
+    assert "[8:64] not read on these inputs" in str(symmetry)
+    longer = jnp.arange(128).reshape(2, 64) % 20
+    assert change(symmetry, with_positions, params, longer) < EXACT
+
+
+def slimmable(width: int) -> Callable:
+    return lambda p, x: jnp.tanh(x @ p["in"][:, :width]) @ p["out"][:width]
+
+
+def test_units_beyond_the_width_in_use_stay():
+    params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
+    symmetry = otf.trace_symmetry(slimmable(8), params, inputs(4, 6))
+    assert batches(symmetry) == {"in": (8,)}
+    pins = {(pin.path, pin.axis, pin.size, pin.reason) for pin in symmetry.pinned}
+    assert ("in", 1, 8, "[8:16] not read on these inputs") in pins
+    assert ("out", 0, 8, "[8:16] not read on these inputs") in pins
+    assert change(symmetry, slimmable(16), params, inputs(4, 6)) < EXACT
+
+
+def test_what_is_sliced_in_a_call_is_not_read_by_the_call():
+    params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
+    symmetry = otf.trace_symmetry(jax.jit(slimmable(8)), params, inputs(4, 6))
+    assert batches(symmetry) == {"in": (8,)}
+
+
+# --- a group multiplied with itself
+
+
+def pairs(h: jax.Array) -> jax.Array:
+    """The products of all units with each other, in another shape."""
+    return (h[:, :, None] * h[:, None, :]).reshape(-1, 18, 2)
+
+
+@pytest.mark.parametrize(
+    ("read", "shape"),
+    [
+        (lambda h, v: pairs(h).max(-1) @ v, (18, 3)),
+        (lambda h, v: jnp.einsum("bij,ijo->bo", pairs(h), v), (18, 2, 3)),
+    ],
+    ids=["reduced", "contracted"],
+)
+def test_pairs_of_units_regrouped(read: Callable, shape: tuple[int, ...]):
+    params = draw(out=shape) | {"in": inputs(6, 6)}
+
+    def fn(p, x):
+        return read(jnp.tanh(x @ p["in"]), p["out"])
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+    assert all(group.batch == () for group in symmetry.groups)
+
+
+# --- reductions
+
+
+def reduced(combine: Callable, start: float) -> Callable:
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        return lax.reduce(h, jnp.float32(start), combine, (1,))[:, None] @ p["out"]
+
+    return fn
+
+
+def two_at_once(op: Callable) -> Callable:
+    """A reduction of two arrays, side by side if `op` says so."""
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        start = (jnp.float32(0), jnp.float32(0))
+        a, b = lax.reduce((h, h * h), start, op, (1,))
+        return (a + 2 * b)[:, None] @ p["out"]
+
+    return fn
+
+
+REDUCTIONS = {
+    "first that is not 0": (reduced(lambda a, b: jnp.where(a != 0, a, b), 0), {}),
+    "mean of two": (reduced(lambda a, b: (a + b) / 2, 0), {}),
+    "difference": (reduced(lambda a, b: a - b, 0), {}),
+    "twice": (reduced(lambda a, b: a + a, 0), {}),
+    "sum": (reduced(lambda a, b: a + b, 0), {"in": (8,)}),
+    "largest": (reduced(lambda a, b: lax.max(b, a), -2), {"in": (8,)}),
+    "two sums": (two_at_once(lambda a, b: (a[0] + b[0], a[1] + b[1])), {"in": (8,)}),
+    "two sums crossed": (two_at_once(lambda a, b: (a[1] + b[0], a[0] + b[1])), {}),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_that_do_not_commute_pin_what_they_reduce(name: str):
+    fn, groups = REDUCTIONS[name]
+    params = draw(out=(1, 3)) | {"in": inputs(6, 8)}
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert batches(symmetry) == groups
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
+# --- constants
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        np.array([0.0, -0.0] * 4, np.float32),
+        np.array([np.nan, -np.nan] * 4, np.float32),
+        np.array([0.0, -0.0] * 4, np.float32).astype(jnp.bfloat16),
+    ],
+    ids=["zeros", "nan", "bfloat16"],
+)
+def test_constants_are_compared_bit_by_bit(constant: np.ndarray):
+    signs = jnp.asarray(constant)[None]
+
+    def fn(p, x):
+        h = x @ p["in"]
+        return jnp.tanh(jnp.where(jnp.signbit(signs), h, 2 * h)) @ p["out"]
+
+    params = draw(out=(8, 3)) | {"in": inputs(6, 8)}
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert symmetry.groups == ()
+
+
+# --- what is selected under vmap
+
+
+def test_a_lookup_of_one_row_under_vmap():
+    params = draw(embed=(20, 16), out=(16, 5))
+
+    def fn(p, tokens):
+        return jax.vmap(lambda token: p["embed"][token])(tokens) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, jnp.arange(7))
+    assert table(symmetry) == {"embed": {makes("embed", 1), takes("out", 0)}}
+    assert change(symmetry, fn, params, jnp.arange(7)) < EXACT
+
+
+def test_a_lookup_in_a_table_for_each_expert():
+    """The experts, an axis of which both the tables and the indices are batches, move together."""
+    params = draw(tables=(4, 20, 16), offsets=(4,), out=(4, 16, 5))
+
+    def fn(p, tokens):
+        index = (tokens[0] + jnp.zeros_like(p["offsets"], int)) % 20
+        rows = jax.vmap(lambda table, i: lax.dynamic_index_in_dim(table, i, 0, False))(
+            p["tables"], index
+        )
+        return (jnp.tanh(rows)[:, None] @ p["out"]).sum((0, 1))
+
+    symmetry = otf.trace_symmetry(fn, params, jnp.arange(3))
+    assert batches(symmetry) == {"tables": (4,), "tables#2": (4, 16)}
+    assert change(symmetry, fn, params, jnp.arange(3)) < EXACT
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_cache_that_is_written_at_a_position(mapped: bool):
+    params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
+
+    def write(cache, row, position):
+        return lax.dynamic_update_slice(cache, row[None], (position, 0))
+
+    def fn(p, x, positions):
+        rows = x @ p["in"]
+        if mapped:
+            cache = jax.vmap(write)(jnp.zeros((5, 4, 16)), rows, positions)
+        else:
+            cache = write(jnp.zeros((4, 16)), rows[0], positions[0])
+        return jnp.tanh(cache) @ p["out"]
+
+    given = inputs(5, 6), jnp.arange(5) % 4
+    symmetry = otf.trace_symmetry(fn, params, *given)
+    assert table(symmetry) == {"in": {makes("in", 1), takes("out", 0)}}
+    assert change(symmetry, fn, params, *given) < EXACT
+
+
+def test_updates_of_each_expert_are_tied_to_the_expert():
+    """Experts are a batch of what is written to, of the indices and of what is written."""
+    params = draw(cache=(4, 5, 8), rows=(4, 8), out=(4, 8, 3))
+
+    def fn(p, x):
+        at = jnp.zeros(4, int) + x[0, 0].astype(int) % 5
+        write = lambda cache, row, i: cache.at[i].add(row)  # noqa: E731
+        written = jax.vmap(write)(p["cache"], p["rows"], at)
+        h = jax.nn.softmax(written, -1)  # units meet within each expert
+        return jnp.einsum("eph,eho->po", h, p["out"])
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(1, 6))
+    assert batches(symmetry) == {"cache": (4,), "cache#2": (4, 8)}
+    assert change(symmetry, fn, params, inputs(1, 6)) < EXACT
+
+
+# --- heads
+
+
+def test_repeated_heads_of_keys_and_values_keep_their_units():
+    params = draw(embed=(6, 16), q=(16, 4, 8), k=(16, 2, 8), v=(16, 2, 8), o=(4, 8, 16))
+    params |= draw(head=(16, 3))
+
+    def fn(p, x):
+        h = x @ p["embed"]
+        q, k, v = (jnp.einsum("bti,ihd->bthd", h, p[name]) for name in "qkv")
+        k, v = jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return (h + jnp.einsum("bhts,bshd,hdo->bto", weights, v, p["o"])) @ p["head"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(2, 5, 6))
+    assert batches(symmetry) == {
+        "embed": (16,),
+        "q": (2,),
+        "q#2": (2, 2),
+        "q#3": (2, 8),
+        "v": (2, 8),
+    }
+    assert change(symmetry, fn, params, inputs(2, 5, 6)) < EXACT
+
+
+# --- leaves of strange sizes
+
+
+def test_leaves_without_elements():
+    params = draw(out=(8, 3), down=(8, 0), up=(0, 3), none=(0,)) | {"in": inputs(6, 8)}
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        return h @ p["out"] + h @ p["down"] @ p["up"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert batches(symmetry) == {"in": (8,)}
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+    models = [params, jax.tree.map(lambda x: x + 1, params)]
+    fused = otf.fuse(symmetry, models)
+    assert jax.tree.map(jnp.shape, fused) == jax.tree.map(jnp.shape, params)
