@@ -76,9 +76,9 @@ def align(
     masses = ({}, {}) if marginals is None else marginals
     _check_marginals(symmetry, onto, masses)
     metric = costs.SqEuclidean() if metric is None else metric
-    leaves = [jax.tree_util.tree_leaves(tree) for tree in (source, target)]
+    parts = [symmetry.split(source), onto.split(target)]
     weights = leaf_weights(symmetry, leaf_weight)
-    return _align(symmetry, onto, method, solver, weights, *leaves, metric, features, masses)
+    return _align(symmetry, onto, method, solver, weights, *parts, metric, features, masses)
 
 
 def leaf_weights(
@@ -137,7 +137,7 @@ def _align(
     marginals: tuple[dict[str, Array], dict[str, Array]],
 ) -> Alignment:
     if weights is not None:
-        source, target = (weighted(symmetry, leaves, weights) for leaves in (source, target))
+        source, target = (weighted(symmetry, parts, weights) for parts in (source, target))
     problem = Problem(symmetry, onto, source, target, metric, solver, marginals)
     if not symmetry.groups:
         distance = problem.distance({})
@@ -145,21 +145,23 @@ def _align(
     return method.run(problem, features)
 
 
-def weighted(symmetry: Symmetry, leaves: list[Any], weights: tuple[float, ...]) -> list[Any]:
+def weighted(symmetry: Symmetry, parts: list[Any], weights: tuple[float, ...]) -> list[Any]:
     """Scales parameters, so that their squared distances are weighted.
 
     Args:
-        symmetry: whose leaves.
-        leaves: the parameters.
+        symmetry: whose parameters.
+        parts: the parameters, as `Symmetry.split` takes them apart.
         weights: one per leaf.
 
     Returns:
         The parameters, each by the square root of its weight.
     """
-    return [
-        x if w == 1 or not leaf.moves else jnp.asarray(x) * jnp.asarray(math.sqrt(w), leaf.dtype)
-        for x, w, leaf in zip(leaves, weights, symmetry.leaves, strict=True)
-    ]
+    found = []
+    for x, part, leaf in zip(parts, symmetry.parts, symmetry.leaf_of, strict=True):
+        if part.moves and weights[leaf] != 1:
+            x = jnp.asarray(x) * jnp.asarray(math.sqrt(weights[leaf]), part.dtype)
+        found.append(x)
+    return found
 
 
 def _check_widths(symmetry: Symmetry, onto: Symmetry) -> None:

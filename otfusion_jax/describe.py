@@ -48,7 +48,7 @@ def summary(symmetry: "Symmetry") -> str:
     Returns:
         See `Symmetry.summary`.
     """
-    sizes = [math.prod(leaf.shape) for leaf in symmetry.leaves]
+    sizes = [math.prod(part.shape) for part in symmetry.parts]
     total = max(1, sum(sizes))
     free: set[tuple[str, int]] = {(m.path, m.axis) for g in symmetry.groups for m in g.members}
     moving = {path for path, _ in free}
@@ -61,7 +61,7 @@ def summary(symmetry: "Symmetry") -> str:
     for pin in symmetry.pinned:
         reason = pin.reason if pin.source is None else f"{pin.reason}, at {pin.source}"
         held.setdefault(reason, []).append(pin)
-    still = {leaf.path: n for leaf, n in zip(symmetry.leaves, sizes, strict=True)}
+    still = {part.path: n for part, n in zip(symmetry.parts, sizes, strict=True)}
     found = []
     for reason, pins in held.items():
         paths = dict.fromkeys(pin.path for pin in pins)
@@ -98,7 +98,7 @@ def draw(symmetry: "Symmetry", ax: Any = None) -> Any:
     from matplotlib.patches import Patch, Rectangle
 
     colours = {"produces": "tab:blue", "consumes": "tab:orange", "both": "tab:green"}
-    leaves = [leaf.path for leaf in symmetry.leaves]
+    leaves = [part.path for part in symmetry.parts]
     if ax is None:
         width, height = 4 + 0.25 * len(symmetry.groups), 2 + 0.18 * len(leaves)
         _, ax = plt.subplots(figsize=(width, height), layout="constrained")
@@ -127,7 +127,7 @@ def draw(symmetry: "Symmetry", ax: Any = None) -> Any:
 
 def _headline(symmetry: "Symmetry") -> str:
     moving = {m.leaf for g in symmetry.groups for m in g.members}
-    sizes = [math.prod(leaf.shape) for leaf in symmetry.leaves]
+    sizes = [math.prod(part.shape) for part in symmetry.parts]
     total = sum(sizes)
     share = 100 * sum(sizes[i] for i in moving) / total if total else 0.0
     count = "1 group" if len(symmetry.groups) == 1 else f"{len(symmetry.groups)} groups"

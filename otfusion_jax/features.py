@@ -73,7 +73,10 @@ def _features(
         wanted.setdefault(site.path, []).append(site)
 
     interpret(
-        traced.jaxpr, jax.tree_util.tree_leaves((params, *inputs)), (), _keeping(wanted, arrays)
+        traced.jaxpr,
+        [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)],
+        (),
+        _keeping(wanted, arrays),
     )
     return {
         g.name: jnp.concatenate(

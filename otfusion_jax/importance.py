@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -34,7 +33,7 @@ def weight_importance(
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
     symmetry.validate(params)
-    leaves = jax.tree_util.tree_leaves(params)
+    leaves = symmetry.split(params)
     found = {}
     for group in symmetry.groups:
         members = group.having("produces") or group.members

@@ -174,7 +174,7 @@ def _matching_costs(
     Returns:
         Costs of mean 0 and standard deviation 1.
     """
-    a, b = (jax.tree_util.tree_leaves(tree) for tree in (source, target))
+    a, b = symmetry.split(source), symmetry.split(target)
     if counting is not None:
         a, b = (weighted(symmetry, leaves, counting) for leaves in (a, b))
     problem = Problem(symmetry, symmetry, a, b, costs.SqEuclidean(), Exact())

@@ -59,12 +59,42 @@ def families_of(symmetry: Symmetry) -> tuple[Family, ...]:
         symmetry: whose groups.
 
     Returns:
-        One family for each group that is in no other, in dataflow order.
+        Families in dataflow order: one for each group that is in no other, or several if those
+        nested in it are coupled. Then the root is matched anew with each of them, and the others
+        are carried along, each with the index of the root that it is in.
     """
     inside: dict[str, list[Group]] = {}
     for group in symmetry.groups:
         inside.setdefault(group.outer or "", []).append(group)
-    return tuple(Family(g, tuple(inside.get(g.name, ()))) for g in inside.get("", ()))
+    coupled = _coupled(symmetry)
+    families: list[Family] = []
+    for root in inside.get("", ()):
+        sets: list[list[Group]] = []
+        for group in inside.get(root.name, ()):
+            apart = (s for s in sets if not any({group.name, g.name} in coupled for g in s))
+            found = next(apart, None)
+            if found is None:
+                sets.append([group])
+            else:
+                found.append(group)
+        families += [Family(root, tuple(nested)) for nested in sets or [[]]]
+    return tuple(families)
+
+
+def _coupled(symmetry: Symmetry) -> list[set[str]]:
+    """Finds the pairs of groups, nested in one and the same, that one array of numbers has both of.
+
+    What either gains by moving depends on where the other is: they can't be matched at once.
+    """
+    found = []
+    for layout, uses in symmetry.by_leaf:
+        for number, use in enumerate(uses):
+            for other in uses[:number]:
+                outer = use.group.outer
+                if outer and outer == other.group.outer and use.group is not other.group:
+                    if layout.together({use.dim, other.dim}):
+                        found.append({use.group.name, other.group.name})
+    return found
 
 
 def at_once(count: int) -> int:

@@ -115,8 +115,11 @@ class Problem:
         leaf = member.leaf
         use = next(use for use in self.symmetry.by_leaf[leaf].uses if use.member is member)
         front = [*use.levels, use.dim]
-        # What is compared stays; the same units elsewhere in the leaf move.
+        # What is compared stays; the same units elsewhere in the leaf move. Where the root stays,
+        # what else is nested in it moves within each of its indices.
         stay = family.beside(member)
+        if any(m in family.root.members for m in stay):
+            plans = plans | self.carried(family, plans, self.symmetry.identity())
         source = units_in(placed(self.symmetry, plans, leaf, self.source[leaf], stay), front)
         target = units_in(self.onto.by_leaf[leaf].layout.split(self.target[leaf]), front)
         for beside in family.beside(member):
@@ -126,6 +129,35 @@ class Problem:
                 source = source * (self.symmetry[name].size / self.onto[name].size)
         return unit_gram(source, target, group, self.solver.quadratic)
 
+    def carried(self, family: Family, plans: Plans, to: Plans) -> Plans:
+        """Returns the plans of what is nested in a root, but not in this family, as it moves.
+
+        Args:
+            family: whose root moves.
+            plans: of all groups, as they are.
+            to: where the root moves to, from the same place as in `plans`.
+
+        Returns:
+            Their plans: what is inside of an index of the root goes along with it.
+        """
+        root = family.root.name
+        mine = {group.name for group in family.nested}
+        inside = [g for g in self.symmetry.groups if g.outer == root and g.name not in mine]
+        if not inside or not is_permutation(plans[root]):
+            return {}
+        # The plan at position j belongs to the index that has come there.
+        came_from = jnp.take_along_axis(jnp.argsort(plans[root], axis=-1), to[root], axis=-1)
+        found = {}
+        for group in inside:
+            plan = plans[group.name]
+            ranks = plan.ndim - came_from.ndim
+            index = came_from.reshape(*came_from.shape, *[1] * ranks)
+            nowhere = group.size if is_permutation(plan) else jnp.nan
+            found[group.name] = jnp.take_along_axis(
+                plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=nowhere
+            )
+        return found
+
     def _moved(self, plans: Plans, leaf: int) -> Array:
         return move(self.symmetry, plans, leaf, self.source[leaf], self.onto)
 
@@ -134,7 +166,7 @@ class Problem:
         terms = [
             squared_norm(self._moved(plans, i) - b).astype(self.dtype)
             for i, b in enumerate(self.target)
-            if self.symmetry.leaves[i].moves
+            if self.symmetry.parts[i].moves
         ]
         return jnp.asarray(sum(terms, start=jnp.zeros((), self.dtype)))
 
@@ -147,7 +179,7 @@ class Problem:
         """
         total = jnp.zeros((), self.dtype)
         for i, b in enumerate(self.target):
-            leaf = self.symmetry.leaves[i]
+            leaf = self.symmetry.parts[i]
             if leaf.moves and len(leaf.shape) > 1 and self.symmetry.by_leaf[i].uses:
                 moved = self._moved(plans, i)
                 g = gram(moved.reshape(1, -1), b.reshape(1, -1))
@@ -296,6 +328,8 @@ class ForwardPass(AbstractMethod):
         ) -> _State:
             names = [group.name for group in (family.root, *family.nested)]
             pairs = ((solution.plan, solution) for solution in solutions)
+            carried = problem.carried(family, state.plans, {names[0]: solutions[0].plan})
+            state = dataclasses.replace(state, plans=state.plans | carried)
             return state.take(dict(zip(names, pairs, strict=True)), jnp.array(True))
 
         return _visit(problem, _start(problem), compare, problem.metric, accept)
@@ -342,7 +376,8 @@ def _monotone(n: int, m: int) -> Array:
 def _placed(problem: Problem, family: Family, group: Group) -> Sequence[Member]:
     """Returns the members that produce a group out of earlier groups or of what is pinned."""
     later = problem.families[problem.families.index(family) + 1 :]
-    waiting = {m.leaf for f in later for g in (f.root, *f.nested) for m in g.members}
+    groups = [g for f in later for g in (f.root, *f.nested) if g is not family.root]
+    waiting = {m.leaf for g in groups for m in g.members}
     waiting |= _twice(group)
     candidates = group.having("produces") or group.members
     return [m for m in candidates if m.leaf not in waiting] or candidates
@@ -450,8 +485,9 @@ def _accept(
         gain = overlap(grams, new) - overlap(grams, old)
         scale = sum(jnp.sum(g.aa) for g in grams) * sum(jnp.sum(g.bb) for g in grams)
         better = gain > 1e-6 * jnp.sqrt(scale)
+    carried = problem.carried(family, state.plans, {family.root.name: new[0]})
     if not permutations or any(map(_twice, groups)):  # what was minimised is not the objective
-        plans = {group.name: plan for group, plan in zip(groups, new, strict=True)}
+        plans = carried | {group.name: plan for group, plan in zip(groups, new, strict=True)}
         before = problem.distance(state.plans)
         better = better & (problem.distance(state.plans | plans) < (1 - 1e-6) * before)
     # A problem without a solution must not pass for one that is solved.
@@ -461,4 +497,5 @@ def _accept(
         group.name: (jnp.where(better, solution.plan, before), solution)
         for group, solution, before in zip(groups, solutions, old, strict=True)
     }
-    return state.take(taken, better)
+    moved = {name: jnp.where(better, plan, state.plans[name]) for name, plan in carried.items()}
+    return dataclasses.replace(state, plans=state.plans | moved).take(taken, better)

@@ -115,14 +115,14 @@ def repair(
     shares = mixture(weights, len(models))
     static = tuple(before and (before.symmetry, before.fn) for before in befores)
     arrays = [
-        (jax.tree_util.tree_leaves(model), {})
+        (symmetry.split(model), {})
         if before is None
-        else (jax.tree_util.tree_leaves(before.params), plans_of(before.plans))
+        else (before.symmetry.split(before.params), plans_of(before.plans))
         for model, before in zip(models, befores, strict=True)
     ]
-    mine = jax.tree_util.tree_leaves(fused)
+    mine = symmetry.split(fused)
     found = _repair(symmetry, fn, method, static, mine, arrays, shares, inputs)
-    return symmetry.treedef.unflatten(found)
+    return symmetry.join(found)
 
 
 Path = tuple[int, ...]
@@ -214,13 +214,13 @@ def _repair(
     weights: Float[Array, " k"],
     inputs: tuple[PyTree, ...],
 ) -> list[Array]:
-    traced = retrace(symmetry, fn, symmetry.treedef.unflatten(fused), inputs)
+    traced = retrace(symmetry, fn, symmetry.join(fused), inputs)
     networks = []
     for before, (leaves, plans) in zip(befores, models, strict=True):
         found = traced
         if before is not None:
             theirs, function = before
-            found = retrace(theirs, function, theirs.treedef.unflatten(leaves), inputs)
+            found = retrace(theirs, function, theirs.join(leaves), inputs)
         networks.append(_network(found, symmetry, plans))
     networks.append(_network(traced, symmetry, {}))
     _check_programs(networks)

@@ -18,7 +18,7 @@ each index of the axes around it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -41,8 +41,9 @@ class Member:
     """One parameter axis (or one part of it) that a group's units index.
 
     Attributes:
-        leaf: position of the parameter among the leaves of the pytree.
-        path: key path of the parameter, as in `"params/Dense_0/kernel"`.
+        leaf: position of the parameter among the parts of the symmetry: the leaves of the pytree,
+            unless there are any cuts.
+        path: key path of the parameter, as in `"params/Dense_0/kernel"`, or of a part of it.
         where: at which positions of the parameter the units are.
         role: `"produces"`, `"consumes"`, or `"both"` (a tied embedding).
     """
@@ -125,6 +126,31 @@ class Leaf:
         return jnp.issubdtype(self.dtype, jnp.inexact)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A leaf that falls into parts of one size along an axis, each with a symmetry of its own.
+
+    Attributes:
+        leaf: position of the parameter among the leaves of the pytree.
+        axis: along which the parts lie one after the other.
+        count: how many there are.
+    """
+
+    leaf: int
+    axis: int
+    count: int
+
+    def parts(self, leaf: Leaf) -> Iterator[Leaf]:
+        """Yields path, shape and dtype of every part, the path in the manner of an index."""
+        size = leaf.shape[self.axis] // self.count
+        before, after = leaf.shape[: self.axis], leaf.shape[self.axis + 1 :]
+        for number in range(self.count):
+            # Of parts that are wider than one position the name does not depend on the width.
+            index = str(number) if size == 1 else f"{number} of {self.count}"
+            name = ", ".join([*[":"] * self.axis, index])
+            yield Leaf(f"{leaf.path}[{name}]", (*before, size, *after), leaf.dtype)
+
+
 def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
     """Reads path, shape and dtype of every leaf.
 
@@ -201,12 +227,15 @@ class Symmetry:
         pinned: what cannot, with reasons; factors of an axis that also has units are left out.
         leaves: path, shape and dtype of every parameter.
         treedef: structure of the parameters.
+        cuts: the leaves that the function picks apart by index (`qkv[0]`). Their parts are as
+            different as leaves are; members and pins are of parts.
     """
 
     groups: tuple[Group, ...]
     pinned: tuple[Pin, ...]
     leaves: tuple[Leaf, ...]
     treedef: Any
+    cuts: tuple[Cut, ...] = ()
 
     def __getitem__(self, name: str) -> Group:
         """Returns the group of that name; `KeyError` lists the names there are."""
@@ -216,18 +245,69 @@ class Symmetry:
         raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
 
     @functools.cached_property
+    def parts(self) -> tuple[Leaf, ...]:
+        """Path, shape and dtype of every part: of the leaves, where they are not cut."""
+        found: list[Leaf] = []
+        cuts = {cut.leaf: cut for cut in self.cuts}
+        for number, leaf in enumerate(self.leaves):
+            found += cuts[number].parts(leaf) if number in cuts else [leaf]
+        return tuple(found)
+
+    @functools.cached_property
+    def leaf_of(self) -> tuple[int, ...]:
+        """For each part the position of its leaf."""
+        counts = {cut.leaf: cut.count for cut in self.cuts}
+        return tuple(i for i in range(len(self.leaves)) for _ in range(counts.get(i, 1)))
+
+    def split(self, params: PyTree) -> list[Any]:
+        """Takes parameters apart, without checks.
+
+        Args:
+            params: of the structure that was traced.
+
+        Returns:
+            One array for each of `parts`.
+        """
+        found: list[Any] = []
+        cuts = {cut.leaf: cut for cut in self.cuts}
+        for number, leaf in enumerate(jax.tree_util.tree_leaves(params)):
+            cut = cuts.get(number)
+            found += [leaf] if cut is None else jnp.split(jnp.asarray(leaf), cut.count, cut.axis)
+        return found
+
+    def join(self, parts: Iterable[Any]) -> PyTree:
+        """Puts parameters together again, without checks.
+
+        Args:
+            parts: one array for each of `parts`.
+
+        Returns:
+            The parameters.
+        """
+        left = iter(parts)
+        leaves: list[Any] = []
+        cuts = {cut.leaf: cut for cut in self.cuts}
+        for number in range(len(self.leaves)):
+            cut = cuts.get(number)
+            if cut is None:
+                leaves.append(next(left))
+            else:
+                leaves.append(jnp.concatenate([next(left) for _ in range(cut.count)], cut.axis))
+        return self.treedef.unflatten(leaves)
+
+    @functools.cached_property
     def by_leaf(self) -> tuple["Uses", ...]:
-        """For each leaf how it falls into cells, and which groups index it by which dimension.
+        """For each part how it falls into cells, and which groups index it by which dimension.
 
         Groups around others come first: plans of nested groups are by the place that their
         surroundings have been moved to.
         """
-        found: list[list[tuple[Group, Member]]] = [[] for _ in self.leaves]
+        found: list[list[tuple[Group, Member]]] = [[] for _ in self.parts]
         for group in sorted(self.groups, key=lambda g: g.outer is not None):
             for member in group.members:
                 found[member.leaf].append((group, member))
         return tuple(
-            uses_of(leaf.shape, pairs) for leaf, pairs in zip(self.leaves, found, strict=True)
+            uses_of(part.shape, pairs) for part, pairs in zip(self.parts, found, strict=True)
         )
 
     def only(self, keep: Callable[[str], bool]) -> "Symmetry":

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ import otfusion_jax.rules  # noqa: F401, fills the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
+from otfusion_jax.pieces import cuts_of, rewritten
 from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
@@ -40,7 +41,7 @@ class Trace:
 
     Attributes:
         symmetry: the static result.
-        jaxpr: the traced function, flat parameters first.
+        jaxpr: the traced function, first the parameters as `Symmetry.split` takes them apart.
         produced: per group, where its features are produced (before bias and nonlinearity).
         consumed: per group, where they are consumed (after bias and nonlinearity).
     """
@@ -60,13 +61,59 @@ def trace(
     """Traces a function; see `trace_symmetry`. Also returns what reading features needs."""
     if on_unsupported not in ("raise", "pin"):
         raise ValueError(f"on_unsupported is {on_unsupported!r}; it must be 'raise' or 'pin'")
-    leaves = leaves_of(params)
+    whole = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
+    walked = _walked(jaxpr, whole, inputs, on_unsupported)
+    cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine, walked.read)
+    if cuts:
+        whole = dataclasses.replace(whole, cuts=cuts)
+        jaxpr = rewritten(jaxpr, whole)
+        walked = _walked(jaxpr, whole, inputs, on_unsupported)
+    walk, mine = walked.walk, walked.mine
+    space = walk.space
+    for axis in walked.unread():
+        space.pin(axis, UNREAD)
+    groups, names, nest, pins = _collect(walk, whole.parts, mine)
+    symmetry = dataclasses.replace(whole, groups=groups, pinned=pins)
+    seen, produced, consumed = (
+        _views(space, readings, names, nest)
+        for readings in (walk.seen, walk.produced, walk.consumed)
+    )
+    produced = {name: views[:1] for name, views in seen.items()} | produced
+    return Trace(symmetry, jaxpr, produced, produced | consumed)
+
+
+class _Walked(NamedTuple):
+    """A finished walk, the axes of the parameters that it began with, and the atoms it read."""
+
+    walk: Walk
+    mine: list[tuple[Axis, ...]]
+    read: set[int | None]
+
+    def unread(self) -> Iterator[Axis]:
+        """Yields the parts of parameters that nothing has taken up on these inputs.
+
+        On others they may be, and then it matters where they are: positions beyond the length of
+        these, units beyond the width in use.
+        """
+        for axis in itertools.chain(*self.mine):
+            for factor in factors_of(self.walk.space.expand(axis)):
+                if factor.atom is not None and factor.atom not in self.read:
+                    yield (factor,)
+
+
+def _walked(
+    jaxpr: core.ClosedJaxpr,
+    symmetry: Symmetry,
+    inputs: tuple[PyTree, ...],
+    on_unsupported: OnUnsupported,
+) -> _Walked:
+    """Walks a jaxpr whose first arguments are the parts of the parameters."""
     walk = Walk(on_unsupported)
     space = walk.space
     mine = []
     used = _used(jaxpr.jaxpr)
-    for leaf, var in zip(leaves, jaxpr.jaxpr.invars, strict=False):
+    for leaf, var in zip(symmetry.parts, jaxpr.jaxpr.invars, strict=False):
         axes = tuple(space.fresh(n) for n in leaf.shape)
         for axis in axes:
             if not leaf.moves:
@@ -85,17 +132,8 @@ def trace(
         for dim, axis in enumerate(value.axes):
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
-
-    for axis in _unread(walk, mine):
-        space.pin(axis, UNREAD)
-    groups, names, nest, pins = _collect(walk, leaves, mine)
-    symmetry = Symmetry(groups, pins, leaves, jax.tree_util.tree_structure(params))
-    seen, produced, consumed = (
-        _views(space, readings, names, nest)
-        for readings in (walk.seen, walk.produced, walk.consumed)
-    )
-    produced = {name: views[:1] for name, views in seen.items()} | produced
-    return Trace(symmetry, jaxpr, produced, produced | consumed)
+    read = {f.atom for axis in walk.read for f in factors_of(space.expand(axis))}
+    return _Walked(walk, mine, read)
 
 
 def trace_symmetry(
@@ -163,11 +201,13 @@ def _collect(
     pins = []
     for leaf, axes in zip(leaves, expanded, strict=True):
         for dim, axis in enumerate(axes):
-            free = [f for f in factors_of(axis) if f.atom is not None and space.is_free(f.atom)]
-            for factor in free:
-                owners.setdefault(space.use(factor)[0], leaf.path)
-                found.setdefault(factor.atom, leaf.path)
-            pins += _pins(space, leaf, dim, axis, bool(free))
+            has_units = False
+            for factor in factors_of(axis):
+                if factor.atom is not None and space.is_free(factor.atom):
+                    owners.setdefault(space.use(factor)[0], leaf.path)
+                    found.setdefault(factor.atom, leaf.path)
+                    has_units = True
+            pins += _pins(space, leaf, dim, axis, has_units)
 
     # Dataflow order: by the first use of a parameter that puts the units into the features.
     order: dict[int, str] = {}
@@ -207,20 +247,6 @@ def _collect(
         for atom, name in names.items()
     )
     return groups, names, nest, tuple(pins)
-
-
-def _unread(walk: Walk, mine: Sequence[tuple[Axis, ...]]) -> Iterator[Axis]:
-    """Yields the parts of leaves that nothing has taken up on these inputs.
-
-    On others they may be, and then it matters where they are: positions beyond the length of these,
-    units beyond the width in use.
-    """
-    space = walk.space
-    read = {f.atom for axis in walk.read for f in factors_of(space.expand(axis))}
-    for axis in itertools.chain(*mine):
-        for factor in factors_of(space.expand(axis)):
-            if factor.atom is not None and factor.atom not in read:
-                yield (factor,)
 
 
 def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, has_units: bool) -> Iterator[Pin]:

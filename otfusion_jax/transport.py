@@ -96,8 +96,9 @@ def transport(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _transport(symmetry: Symmetry, onto: Symmetry | None, plans: Plans, params: PyTree) -> PyTree:
-    leaves, treedef = jax.tree_util.tree_flatten(params)
-    return treedef.unflatten(move(symmetry, plans, i, x, onto) for i, x in enumerate(leaves))
+    parts = symmetry.split(params)
+    moved = (move(symmetry, plans, i, part, onto) for i, part in enumerate(parts))
+    return (onto or symmetry).join(moved)
 
 
 def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans) -> Plans:
@@ -163,7 +164,7 @@ def placed(
     Args:
         symmetry: of the network.
         plans: group name to plan; groups that are left out stay.
-        leaf: position of the parameter in `symmetry.leaves`.
+        leaf: position of the parameter in `symmetry.parts`.
         array: the parameter.
         stay: members that stay where they are.
 
@@ -278,7 +279,7 @@ def move(
     Args:
         symmetry: of the network.
         plans: group name to plan; groups that are left out stay.
-        leaf: position of the parameter in `symmetry.leaves`.
+        leaf: position of the parameter in `symmetry.parts`.
         array: the parameter.
         onto: symmetry of the network that the plans lead to; None takes the widths from the plans.
 
@@ -327,7 +328,7 @@ def _check(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> No
         ]
     if not wrong and onto is None:
         wrong = [
-            f"  {symmetry.leaves[i].path}: units that change in number alternate with other things "
+            f"  {symmetry.parts[i].path}: units that change in number alternate with other things "
             "along an axis; say where they go by `onto`, the symmetry of the network they lead to"
             for i, (layout, _) in enumerate(symmetry.by_leaf)
             if layout.resized(_sizes(symmetry, plans, i)) is None

@@ -116,6 +116,16 @@ def registered() -> dict[core.Primitive, Rule]:
     return dict(_registry)
 
 
+def users_frame(eqn: core.JaxprEqn) -> Any:
+    """Returns the innermost frame of an equation's traceback outside of JAX itself, or None."""
+    home = os.path.dirname(jax.__file__)
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(home):
+            return frame
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a rule sees of its equation, and the operations on axes that it may use."""
@@ -152,14 +162,12 @@ class Context:
     @property
     def source(self) -> str:
         """The source line: the innermost frame outside of JAX itself."""
-        home = os.path.dirname(jax.__file__)
-        traceback = self.eqn.source_info.traceback
-        for frame in traceback.frames if traceback is not None else ():
-            if not frame.file_name.startswith(home):
-                file = frame.file_name.rpartition("site-packages/")[2]
-                return f"{file}:{frame.line_num} ({frame.function_name})"
-        # Inside its own jitted helpers JAX keeps no frame of the user's.
-        return self.caller.source if self.caller else "unknown source"
+        frame = users_frame(self.eqn)
+        if frame is None:
+            # Inside its own jitted helpers JAX keeps no frame of the user's.
+            return self.caller.source if self.caller else "unknown source"
+        file = frame.file_name.rpartition("site-packages/")[2]
+        return f"{file}:{frame.line_num} ({frame.function_name})"
 
     def join(self, values: Sequence[Value], skip: Sequence[int] = ()) -> Value:
         """Ties values elementwise; scalars and axes of size 1 meet anything.

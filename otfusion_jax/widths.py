@@ -24,8 +24,8 @@ def matched(source: Symmetry, target: Symmetry) -> Symmetry:
     """
     if source == target:
         return target
-    if source.treedef != target.treedef:
-        paths = [{leaf.path for leaf in s.leaves} for s in (source, target)]
+    if source.treedef != target.treedef or _paths(source) != _paths(target):
+        paths = [set(_paths(s)) for s in (source, target)]
         wrong = [f"  {p}: only in the source" for p in sorted(paths[0] - paths[1])]
         wrong += [f"  {p}: only in the target" for p in sorted(paths[1] - paths[0])]
         _refuse(wrong or ["  the same leaves in containers of other types"])
@@ -61,7 +61,7 @@ def matched(source: Symmetry, target: Symmetry) -> Symmetry:
     found = dataclasses.replace(
         target, groups=tuple(_renamed(mine, other, names) for mine, other in pairs)
     )
-    for leaf, mine, other in zip(source.leaves, source.by_leaf, found.by_leaf, strict=True):
+    for leaf, mine, other in zip(source.parts, source.by_leaf, found.by_leaf, strict=True):
         if mine.layout.form != other.layout.form:
             wrong.append(f"  {leaf.path}: its axes are products and sums of other things")
         elif mine.layout.between != other.layout.between:
@@ -71,6 +71,10 @@ def matched(source: Symmetry, target: Symmetry) -> Symmetry:
             )
     _refuse(wrong)
     return found
+
+
+def _paths(symmetry: Symmetry) -> list[str]:
+    return [part.path for part in symmetry.parts]
 
 
 def _fixed(group: Group) -> int:
@@ -88,7 +92,7 @@ def crowded(symmetry: Symmetry) -> dict[str, str]:
         For each the reason, in words.
     """
     found = {}
-    for leaf, (layout, uses) in zip(symmetry.leaves, symmetry.by_leaf, strict=True):
+    for leaf, (layout, uses) in zip(symmetry.parts, symmetry.by_leaf, strict=True):
         for number, use in enumerate(uses):
             for other in uses[:number]:
                 same = use.group.outer == other.group.outer and use.levels[-1:] == other.levels[-1:]
@@ -135,7 +139,7 @@ def _structure(group: Group) -> Any:
 def _missing(group: Group, target: Symmetry) -> str:
     """Says what the target has where the source has a group."""
     member = group.members[0]
-    size = target.leaves[member.leaf].shape[member.axis : member.axis + 1]
+    size = target.parts[member.leaf].shape[member.axis : member.axis + 1]
     if size == (1,):
         return f"{member.path} has one unit in the target, which is no group; give it two or more"
     path = (member.path, member.axis)

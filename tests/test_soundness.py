@@ -287,3 +287,129 @@ def test_leaves_without_elements():
     models = [params, jax.tree.map(lambda x: x + 1, params)]
     fused = otf.fuse(symmetry, models)
     assert jax.tree.map(jnp.shape, fused) == jax.tree.map(jnp.shape, params)
+
+
+# --- parts of a leaf that are picked by index
+
+
+def attention(p, x, parts: Callable):
+    h = x @ p["embed"]
+    q, k, v = parts(h, p["qkv"])
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    return (h + jnp.einsum("bhts,bshd,hdo->bto", weights, v, p["o"])) @ p["head"]
+
+
+def indexed(h, qkv):
+    z = jnp.einsum("bti,ijhd->jbthd", h, qkv)
+    return z[0], z[1], z[2]
+
+
+def unpacked(h, qkv):
+    return jnp.einsum("bti,ijhd->jbthd", h, qkv)
+
+
+def indexed_before(h, qkv):
+    return [jnp.einsum("bti,ihd->bthd", h, qkv[:, j]) for j in range(3)]
+
+
+def reshaped(h, qkv):
+    """As in vision transformers: one kernel [features, 3 heads units], read as [3, heads, units]."""
+    z = (h @ qkv.reshape(16, -1)).reshape(*h.shape[:2], 3, 4, 8)
+    return jnp.unstack(z.transpose(2, 0, 1, 3, 4))
+
+
+PARTS = {f.__name__: f for f in (indexed, unpacked, indexed_before, reshaped)}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_parts_picked_by_index_are_as_different_as_leaves(name: str, flat: bool):
+    params = draw(embed=(6, 16), qkv=(16, 3, 4, 8), o=(4, 8, 16), head=(16, 3))
+    if flat:
+        params["qkv"] = params["qkv"].reshape(16, -1)
+
+    def fn(p, x):
+        return attention(p | {"qkv": p["qkv"].reshape(16, 3, 4, 8)}, x, PARTS[name])
+
+    given = inputs(2, 5, 6)
+    symmetry = otf.trace_symmetry(fn, params, given)
+    assert sorted(batches(symmetry).values()) == [(4,), (4, 8), (4, 8), (16,)]
+    assert change(symmetry, fn, params, given) < EXACT
+    of_values = next(g for g in symmetry.groups if g.batch and len(g.members) == 2)
+    index = "2 of 3" if flat else "2"
+    assert {m.path for m in of_values.members if m.role == "produces"} == {f"qkv[:, {index}]"}
+
+    # The parts take part in all that is done with a symmetry.
+    planted = otf.transport(symmetry, symmetry.random(jax.random.key(5)), params)
+    found = otf.align(symmetry, planted, params, leaf_weight=lambda path: {"qkv": 2.0}.get(path, 1))
+    assert float(found.objective) < 1e-6
+    moved = otf.transport(symmetry, found, planted)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), moved, params)
+    activations = otf.features(symmetry, fn, params, given)
+    assert activations[of_values.name].shape == (4, 10, 8)
+    assert set(otf.weight_importance(symmetry, params)) == set(activations)
+    repaired = otf.repair(symmetry, fn, [params, params], given)
+    close = {"rtol": 0, "atol": 1e-3}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **close), repaired, params)
+
+
+def test_layers_of_a_stack_that_is_indexed_have_units_of_their_own():
+    params = draw(layers=(3, 8, 8), out=(8, 3)) | {"in": inputs(6, 8)}
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        for i in range(3):
+            h = jnp.tanh(h @ p["layers"][i])
+        return h @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert table(symmetry) == {
+        "in": {makes("in", 1), takes("layers[0]", 0)},
+        "layers[0]": {makes("layers[0]", 1), takes("layers[1]", 0)},
+        "layers[1]": {makes("layers[1]", 1), takes("layers[2]", 0)},
+        "layers[2]": {makes("layers[2]", 1), takes("out", 0)},
+    }
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
+def test_parts_picked_in_the_body_of_a_scan():
+    params = draw(qkv=(2, 6, 3, 6), out=(6, 3))
+
+    def layer(h, qkv):
+        q, k, v = (h @ qkv[:, j] for j in range(3))
+        return h + jnp.tanh(q * k)[..., :1] * v, None
+
+    def fn(p, x):
+        return jax.lax.scan(layer, x, p["qkv"])[0] @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    (cut,) = symmetry.cuts
+    assert (cut.axis, cut.count) == (2, 3)
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
+def test_parts_that_are_not_all_read_move_together():
+    """An exit that is not in use reads the same units as the one that is."""
+    params = draw(exits=(3, 8, 4)) | {"in": inputs(6, 8)}
+
+    def fn(p, x, exit=0):
+        return jnp.tanh(x @ p["in"]) @ p["exits"][exit]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert symmetry.cuts == ()
+    assert batches(symmetry) == {"in": (8,)}
+    assert change(symmetry, lambda p, x: fn(p, x, 2), params, inputs(5, 6)) < EXACT
+
+
+def test_the_source_of_a_pin_is_the_users_line_after_parts_were_taken():
+    params = draw(w=(2, 6, 8), v=(8, 3))
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["w"][0]) + x @ p["w"][1]
+        return jnp.cumsum(h, 1) @ p["v"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert symmetry.cuts
+    reasons = {pin.path: pin.reason for pin in symmetry.pinned if pin.size == 8}
+    assert "test_soundness.py" in reasons["v"]
+    assert "cumsum" in reasons["v"]
