@@ -239,12 +239,13 @@ class Program:
         rng = np.random.default_rng(self.seed)
         x = rng.uniform(-1, 1, (BATCH, *self.space, INPUTS))
         params: dict[str, np.ndarray] = {}
-        scope = Scope(params, x, seed=self.seed)
+        planted: list[Plant] = []
 
         def draw(v: jax.Array) -> jax.Array:
-            scope.raw = v
+            scope = Scope(params, v, seed=self.seed)
             halfway, _ = self._first_half(scope, v)
             self._second_half(scope, halfway)
+            planted.extend(scope.intact())
             return halfway
 
         halfway = jax.eval_shape(draw, x)
@@ -258,7 +259,7 @@ class Program:
             entries = [main, (self.exit, (x,))]
         elif enters:
             entries = [main, (self.enter, (x, rng.uniform(-1, 1, halfway.shape)))]
-        return Drawn(params, entries, unseen, scope.intact())
+        return Drawn(params, entries, unseen, planted)
 
     def names(self) -> set[str]:
         """Names of all blocks."""
