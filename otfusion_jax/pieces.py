@@ -19,14 +19,14 @@ from jax._src import source_info_util
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-from otfusion_jax.axes import Axis, Space, Sum, factors_of, size_of
+from otfusion_jax.axes import Axis, Space, Sum, size_of
 from otfusion_jax.rules import ELEMENTWISE, REDUCTION, SPLIT, UNSTACK, body
 from otfusion_jax.symmetry import Cut, Leaf, Symmetry
 from otfusion_jax.walk import users_frame
 
 
 def cuts_of(
-    space: Space, leaves: Sequence[Leaf], axes: Sequence[Sequence[Axis]], read: set[int | None]
+    space: Space, leaves: Sequence[Leaf], axes: Sequence[Sequence[Axis]]
 ) -> tuple[Cut, ...]:
     """Finds the leaves that a program has picked apart by index.
 
@@ -34,18 +34,14 @@ def cuts_of(
         space: of the finished walk.
         leaves: the parameters.
         axes: the axes of each, as the walk began with them.
-        read: the atoms of all that was taken up. Where a part has not been, nothing is known of
-            what it belongs to, and the leaf is left as it is: the parts then move together.
 
     Returns:
         One cut at most for each leaf, along its first such axis.
     """
     found = []
     for number, (leaf, mine) in enumerate(zip(leaves, axes, strict=True)):
-        expanded = [space.expand(axis) for axis in mine]
-        whole = all(f.atom is None or f.atom in read for axis in expanded for f in factors_of(axis))
-        for dim, axis in enumerate(expanded):
-            if whole and leaf.moves and len(leaf.shape) > 1 and _is_picked_apart(axis):
+        for dim, axis in enumerate(map(space.expand, mine)):
+            if leaf.moves and len(leaf.shape) > 1 and _is_picked_apart(axis):
                 found.append(Cut(number, dim, axis[0].size))
                 break
     return tuple(found)
@@ -182,9 +178,13 @@ def _elementwise(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     pieces = _first(operands)
 
     def of(number: int) -> list[Any]:
+        # What is a scalar, or has size 1 there, meets every piece.
+        shapes = [jax.numpy.shape(_shaped(x)) for x in operands]
         return [
-            _piece_of(x, number, pieces, pieces.dim) if jax.numpy.ndim(_shaped(x)) else x
-            for x in operands
+            _piece_of(x, number, pieces, pieces.dim)
+            if isinstance(x, _Pieces) or (shape and shape[pieces.dim] != 1)
+            else x
+            for x, shape in zip(operands, shapes, strict=True)
         ]
 
     return _each(eqn, pieces, pieces.dim, of)

@@ -327,12 +327,13 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
 
 
-@register(*UNSTACK)
+@register(*UNSTACK, reads=False)
 def unstack(ctx: Context, values: list[Value]) -> list[Value]:
-    """The axis that is taken apart is pinned, the others pass."""
+    """The axis that is taken apart falls into single positions, the others pass."""
     (x,) = values
     dim = ctx.params["axis"]
-    ctx.space.pin(x.axes[dim], ctx.because(f"along axis {dim}"))
+    if ctx.operand_shape(0)[dim] > 1:
+        ctx.pieces(x.axes[dim], [1] * len(ctx.eqn.outvars), ctx.because(f"along axis {dim}"))
     return [Value((*x.axes[:dim], *x.axes[dim + 1 :]), x.kind) for _ in ctx.eqn.outvars]
 
 

@@ -130,6 +130,8 @@ class Leaf:
 class Cut:
     """A leaf that falls into parts of one size along an axis, each with a symmetry of its own.
 
+    Axes of a part are numbered as those of the leaf.
+
     Attributes:
         leaf: position of the parameter among the leaves of the pytree.
         axis: along which the parts lie one after the other.

@@ -6,7 +6,6 @@ every parameter, and reads off which of them the primitives have tied together.
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leav
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 UNREAD = "not read on these inputs"
-"""Why parts of a leaf stay that the function selects nowhere."""
+"""Why an axis stays of which the function selects a part alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +63,22 @@ def trace(
     whole = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     walked = _walked(jaxpr, whole, inputs, on_unsupported)
-    cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine, walked.read)
-    if cuts:
-        whole = dataclasses.replace(whole, cuts=cuts)
-        jaxpr = rewritten(jaxpr, whole)
-        walked = _walked(jaxpr, whole, inputs, on_unsupported)
+    cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine)
+    while cuts:
+        apart = dataclasses.replace(whole, cuts=cuts)
+        of_parts = rewritten(jaxpr, apart)
+        walked_apart = _walked(of_parts, apart, inputs, on_unsupported)
+        # Of a part that is not read nothing tells where it belongs. Whole, the leaf moves as one.
+        unread = {apart.leaf_of[number] for number in walked_apart.not_all_read()}
+        cuts = tuple(cut for cut in apart.cuts if cut.leaf not in unread)
+        if cuts == apart.cuts:
+            whole, jaxpr, walked = apart, of_parts, walked_apart
+            break
     walk, mine = walked.walk, walked.mine
     space = walk.space
-    for axis in walked.unread():
+    for axis in list(walked.unread()):
         space.pin(axis, UNREAD)
-    groups, names, nest, pins = _collect(walk, whole.parts, mine)
+    groups, names, nest, pins = _collect(walk, whole.parts, mine, walked.read)
     symmetry = dataclasses.replace(whole, groups=groups, pinned=pins)
     seen, produced, consumed = (
         _views(space, readings, names, nest)
@@ -84,22 +89,44 @@ def trace(
 
 
 class _Walked(NamedTuple):
-    """A finished walk, the axes of the parameters that it began with, and the atoms it read."""
+    """A finished walk.
+
+    Attributes:
+        walk: what it found.
+        mine: the axes of the parameters that it began with.
+        used: of each parameter, whether anything depends on it.
+        read: the atoms of all that an operation has taken up.
+    """
 
     walk: Walk
     mine: list[tuple[Axis, ...]]
+    used: list[bool]
     read: set[int | None]
 
     def unread(self) -> Iterator[Axis]:
-        """Yields the parts of parameters that nothing has taken up on these inputs.
+        """Yields the axes of parameters of which parts have not been taken up on these inputs.
 
-        On others they may be, and then it matters where they are: positions beyond the length of
-        these, units beyond the width in use.
+        On others they may be, in place of what is read now or beside it: positions at another
+        offset, units beyond the width in use.
         """
-        for axis in itertools.chain(*self.mine):
-            for factor in factors_of(self.walk.space.expand(axis)):
-                if factor.atom is not None and factor.atom not in self.read:
-                    yield (factor,)
+        for axes in self.mine:
+            for axis in axes:
+                if self._is_unread(axis):
+                    yield axis
+
+    def not_all_read(self) -> Iterator[int]:
+        """Yields the numbers of the parameters that have such axes, or that nothing depends on."""
+        for number, (axes, used) in enumerate(zip(self.mine, self.used, strict=True)):
+            if not used or any(map(self._is_unread, axes)):
+                yield number
+
+    def _is_unread(self, axis: Axis) -> bool:
+        space = self.walk.space
+        for factor in factors_of(space.expand(axis)):
+            atom = factor.atom
+            if atom is not None and space.is_free(atom) and atom not in self.read:
+                return True
+        return False
 
 
 def _walked(
@@ -112,13 +139,14 @@ def _walked(
     walk = Walk(on_unsupported)
     space = walk.space
     mine = []
-    used = _used(jaxpr.jaxpr)
-    for leaf, var in zip(symmetry.parts, jaxpr.jaxpr.invars, strict=False):
+    wanted = _used(jaxpr.jaxpr)
+    used = [var in wanted for var in jaxpr.jaxpr.invars[: len(symmetry.parts)]]
+    for leaf, matters in zip(symmetry.parts, used, strict=True):
         axes = tuple(space.fresh(n) for n in leaf.shape)
         for axis in axes:
             if not leaf.moves:
                 space.pin(axis, f"a leaf of dtype {leaf.dtype} passes untouched")
-            elif var not in used:
+            elif not matters:
                 space.pin(axis, "not used by the function")
         mine.append(axes)
     args = [Value(axes, Kind.PARAMETER) for axes in mine]
@@ -133,7 +161,7 @@ def _walked(
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
     read = {f.atom for axis in walk.read for f in factors_of(space.expand(axis))}
-    return _Walked(walk, mine, read)
+    return _Walked(walk, mine, used, read)
 
 
 def trace_symmetry(
@@ -191,7 +219,10 @@ def _used(jaxpr: core.Jaxpr) -> set[Any]:
 
 
 def _collect(
-    walk: Walk, leaves: tuple[Leaf, ...], mine: Sequence[tuple[Axis, ...]]
+    walk: Walk,
+    leaves: tuple[Leaf, ...],
+    mine: Sequence[tuple[Axis, ...]],
+    read: set[int | None],
 ) -> tuple[tuple[Group, ...], dict[int, str], Nest, tuple[Pin, ...]]:
     """Reads groups, the name of each group's atom, their nest and pins off the finished walk."""
     space = walk.space
@@ -207,7 +238,8 @@ def _collect(
                     owners.setdefault(space.use(factor)[0], leaf.path)
                     found.setdefault(factor.atom, leaf.path)
                     has_units = True
-            pins += _pins(space, leaf, dim, axis, has_units)
+            if not has_units:
+                pins += _pins(space, leaf, dim, axis, read)
 
     # Dataflow order: by the first use of a parameter that puts the units into the features.
     order: dict[int, str] = {}
@@ -249,31 +281,28 @@ def _collect(
     return groups, names, nest, tuple(pins)
 
 
-def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, has_units: bool) -> Iterator[Pin]:
-    """Yields what holds an axis of a leaf: the first reason if it has no units; what isn't read."""
+def _pins(space: Space, leaf: Leaf, dim: int, axis: Axis, read: set[int | None]) -> Iterator[Pin]:
+    """Yields what holds an axis of a leaf without units: the first reason, and what isn't read."""
     held, unread = [], []
     for occurrence in occurrences(axis):
-        factor = occurrence.factor
-        if factor.atom is None or space.is_free(factor.atom):
+        atom = occurrence.factor.atom
+        if atom is None:
             continue
-        if space.reason(factor.atom) == UNREAD:
-            unread.append(occurrence.place.positions(factor.size).ravel())
-        else:
-            held.append(factor.atom)
+        if space.reason(atom) != UNREAD:
+            held.append(atom)
+        elif atom not in read:
+            unread.append(occurrence.place.positions(occurrence.factor.size).ravel())
     size = leaf.shape[dim]
-    if axis and not has_units and (held or not unread):
-        reason = "taken apart into single positions"
-        source = None
-        if held:
-            reason = space.reason(held[0]) or reason
-            met = space.met.get(held[0])
-            source = met and met.source
-        source = None if source is None or source in reason else source
-        yield Pin(leaf.path, dim, size, reason, source)
+    if axis and (held or not unread):
+        reason = space.reason(held[0]) if held else None
+        reason = reason or "taken apart into single positions"
+        met = space.met.get(held[0]) if held else None
+        source = met and met.source
+        yield Pin(leaf.path, dim, size, reason, None if source and source in reason else source)
     if unread:
         positions = np.unique(np.concatenate(unread))
         some = "" if len(positions) == size else f"{_ranges(positions)} "
-        yield Pin(leaf.path, dim, len(positions), f"{some}{UNREAD}")
+        yield Pin(leaf.path, dim, size, f"{some}{UNREAD}")
 
 
 def _ranges(positions: np.ndarray) -> str:

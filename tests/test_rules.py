@@ -378,13 +378,13 @@ CUT = {
     "roll": Operation(P.concatenate_p, lambda h: jnp.roll(h, 2, 1)),
 }
 SEGMENTS = {
-    "slice": {"in": {(1, 0, 3)}},
+    "slice": {"in": {(1, 0, 3)}, "in#2": {(4, None, 2)}},
     "pad": {"in": {(0, 1, 6)}, "out": {(None, 7, 2)}},
     "pad that shifts": {"in": {(1, 0, 5)}},
     "pad of a constant": {"in": {(0, 0, 5)}},
     "concatenate": {"in": {(0, 0, 6), (None, 6, 6)}},
     "concatenate constants": {"in": {(0, 0, 2)}, "in#2": {(2, 2, 4)}},
-    "split": {"in": {(2, 0, 4)}},
+    "split": {"in": {(0, None, 2)}, "in#2": {(2, 0, 4)}},
     "roll": {"in": {(0, 2, 4)}, "in#2": {(4, 0, 2)}},
 }
 
@@ -393,7 +393,12 @@ def cutting(name: str) -> tuple[Callable, dict]:
     op = CUT[name].fn
     size = jax.eval_shape(op, jax.ShapeDtypeStruct((ROWS, UNITS), jnp.float32)).shape[1]
     params = weights(**{"in": (5, UNITS), "out": (size, 3)})
-    return lambda p, x: op(jnp.tanh(x @ p["in"])) @ p["out"], params
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        return op(h) @ p["out"] + h.sum(1, keepdims=True)  # all units are read
+
+    return fn, params
 
 
 @pytest.mark.parametrize("name", CUT)
