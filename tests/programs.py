@@ -344,17 +344,17 @@ class Scope:
         return Scope(params, self.raw if raw is None else raw, other=self.other)
 
     def stacked(
-        self, count: int, body: Sequence[Block], x: jax.Array, read: int | None = None
+        self, count: int, body: Sequence[Block], x: jax.Array, whole: bool = True
     ) -> dict[str, jax.Array]:
         """Returns `count` sets of the parameters of a body that keeps the shape, stacked.
 
-        `read` is how many of them matter for the outputs, if not all do.
+        Where not the whole of a leaf is read, as `whole` says, nothing is known to be free.
         """
         inner = self.of({})
         inner.seed = 0
         jax.eval_shape(lambda v: same(inner, body, v), x)
-        for leaf, axis, size, each, readers in inner.intact():
-            self.plant(leaf, axis + 1, size, *readers, count=each * (read or count))
+        for leaf, axis, size, each, readers in inner.intact() if whole else ():
+            self.plant(leaf, axis + 1, size, *readers, count=each * count)
         return {name: self(name, count, *value.shape) for name, value in inner.params.items()}
 
     def plant(self, name: str, axis: int, size: int, *readers: str, count: int = 1) -> None:
@@ -953,16 +953,22 @@ def resplit(s: Scope, y: jax.Array, pick: int, how: str) -> jax.Array:
     """Reads all axes but the first as a product of two others, and does something to the last."""
     whole = math.prod(y.shape[1:])
     d = divisor(whole, pick)
-    return inside(s, y.reshape(y.shape[0], whole // d, d), how).reshape(y.shape)
+    split = y.reshape(y.shape[0], whole // d, d)
+    return split.max(-1) if how == "largest" else inside(s, split, how).reshape(y.shape)
 
 
-@block(units=st.sampled_from((6, 4, 3)), others=st.sampled_from((0, 4, 3)), how=INSIDE, pick=PICK)
+@block(
+    units=st.sampled_from((6, 4, 3)),
+    others=st.sampled_from((0, 4, 3)),
+    how=("largest", *INSIDE),
+    pick=PICK,
+)
 def pairs(s: Scope, x: jax.Array, units: int, others: int, how: str, pick: int) -> jax.Array:
     """All products of two units, of one layer or of two, taken apart elsewhere."""
     y = jnp.tanh(project(s, "w", pooled(x), units))
     z = jnp.tanh(project(s, "v", pooled(x), others)) if others else y
-    y = resplit(s, y[:, :, None] * z[:, None, :], pick, how)
-    return x + fit_space(y.reshape(x.shape[0], -1) @ s("out", y[0].size, x.shape[-1]), x)
+    y = resplit(s, y[:, :, None] * z[:, None, :], pick, how).reshape(x.shape[0], -1)
+    return x + fit_space(y @ s("out", y.shape[-1], x.shape[-1]), x)
 
 
 @block(what=("kernel", "tokens", "bias", "pairs of parameters"), how=INSIDE, pick=PICK)
@@ -980,8 +986,8 @@ def regroup(s: Scope, x: jax.Array, what: str, how: str, pick: int) -> jax.Array
             return x + across(resplit(s, s("bias", 1, n), pick, how)[0], x)
         case _:
             p = s("p", n)
-            w = resplit(s, p[None, :, None] * p[None, None, :], pick, how)[0]
-            return jnp.tanh(x @ w)
+            w = resplit(s, p[None, :, None] * p[None, None, :], pick, how)
+            return jnp.tanh(x @ w[0])
 
 
 # --- reductions by functions
@@ -1520,7 +1526,7 @@ def branch(s: Scope, x: jax.Array, left: Any, right: Any, kind: str) -> jax.Arra
 @block(count=COUNT, body=BODY, how=("mean", "max", "weights", "concatenate", "first"))
 def ensemble(s: Scope, x: jax.Array, count: int, body: Sequence[Block], how: str) -> jax.Array:
     """The same body with several sets of parameters."""
-    stacked = s.stacked(count, body, x, read=2 if how == "first" else count)
+    stacked = s.stacked(count, body, x, whole=how != "first" or count == 2)
     y = jax.vmap(lambda p: same(s.of(p), body, x), axis_size=count)(stacked)
     match how:
         case "mean":
