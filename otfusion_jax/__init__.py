@@ -13,6 +13,7 @@ from otfusion_jax.barycenter import Barycenter, barycenter
 from otfusion_jax.corrections import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.costs import Gram, feature_gram
 from otfusion_jax.describe import draw
+from otfusion_jax.entry_points import together
 from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
 from otfusion_jax.features import features
 from otfusion_jax.frameworks import functional
@@ -27,6 +28,7 @@ from otfusion_jax.soft import Sinkhorn
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
 from otfusion_jax.trace import trace_symmetry
+from otfusion_jax.training_state import transport_state
 from otfusion_jax.transport import check_symmetry, compose, invert, transport
 from otfusion_jax.walk import UnsupportedPrimitiveError, register
 
@@ -73,7 +75,9 @@ __all__ = [
     "register",
     "repair",
     "stack",
+    "together",
     "trace_symmetry",
     "transport",
+    "transport_state",
     "weight_importance",
 ]

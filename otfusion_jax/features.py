@@ -15,7 +15,8 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.rules import body
+from otfusion_jax.compat import body, scan_operands
+from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.symmetry import Group, Symmetry
 from otfusion_jax.trace import Trace, View, trace
 from otfusion_jax.units import units_of
@@ -28,7 +29,7 @@ Step = Callable[[core.JaxprEqn, tuple[int, ...], list[Any]], list[Any]]
 
 def features(
     symmetry: Symmetry,
-    fn: Callable[..., Any],
+    fn: Program,
     params: PyTree,
     *inputs: PyTree,
     at: At = "produced",
@@ -37,7 +38,8 @@ def features(
 
     Args:
         symmetry: of this function.
-        fn: the function that was traced, `fn(params, *inputs)`.
+        fn: the function that was traced, `fn(params, *inputs)`, or the list of functions and
+            inputs.
         params: its parameters.
         *inputs: a batch of inputs.
         at: `"produced"`: as a contraction puts them out, before bias and nonlinearity, as in
@@ -55,6 +57,7 @@ def features(
     """
     if at not in ("produced", "consumed"):
         raise ValueError(f"at is {at!r}; it must be 'produced' or 'consumed'")
+    fn, inputs = as_function(fn, inputs)
     symmetry.validate(params)
     check_inputs(inputs)
     return _features(symmetry, fn, at, params, inputs)
@@ -112,8 +115,8 @@ def _scanned(
     wanted: dict[tuple[int, ...], list[Site]],
 ) -> tuple[list[Any], dict[Site, Array]]:
     """Runs a scan and keeps what is wanted of each iteration, stacked along a new first axis."""
-    consts, count = eqn.params["num_consts"], eqn.params["num_carry"]
-    fixed, init, stacked = operands[:consts], operands[consts:][:count], operands[consts + count :]
+    fixed, init, stacked = scan_operands(eqn, operands)
+    count = len(init)
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], Any]]:
         kept: dict[Site, Array] = {}

@@ -10,19 +10,18 @@ done part by part, such as a sum over them, is done to the parts put together ag
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax._src import source_info_util
 from jax.extend import core
 from jax.extend.core import primitives as P
 
 from otfusion_jax.axes import Axis, Space, Sum, size_of
-from otfusion_jax.rules import ELEMENTWISE, REDUCTION, SPLIT, UNSTACK, body
+from otfusion_jax.compat import SPLIT, UNSTACK, at_source, body, scan_operands, source
+from otfusion_jax.rules import ELEMENTWISE, REDUCTION
 from otfusion_jax.symmetry import Cut, Leaf, Symmetry
-from otfusion_jax.walk import users_frame
 
 
 def cuts_of(
@@ -111,7 +110,7 @@ def _evaluated(jaxpr: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         inner = body(eqn)
         # An equation keeps its place in the user's source. One inside of a function of JAX's own
         # has none, and takes that of the call.
-        with _at_source(eqn) if users_frame(eqn) is not None else contextlib.nullcontext():
+        with contextlib.nullcontext() if source(eqn) is None else at_source(eqn):
             if inner is not None:
                 results = _evaluated(inner, operands)
             elif any(isinstance(x, _Pieces) for x in operands):
@@ -120,13 +119,6 @@ def _evaluated(jaxpr: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
                 results = _bound(eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
-
-
-@contextlib.contextmanager
-def _at_source(eqn: core.JaxprEqn) -> Iterator[None]:
-    """Lets equations that are traced inside stand where another does."""
-    with source_info_util.user_context(eqn.source_info.traceback):
-        yield
 
 
 def _bound(eqn: core.JaxprEqn, operands: Sequence[Any], **changed: Any) -> list[Any]:
@@ -319,8 +311,7 @@ def _concatenate(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
 
 def _scan(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     """Pieces enter the body as such; what it hands on is put together."""
-    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
-    consts, init, stacked = operands[:first], operands[first:last], operands[last:]
+    consts, init, stacked = scan_operands(eqn, operands)
     stacked = [_merged(x) if isinstance(x, _Pieces) and x.dim == 0 else x for x in stacked]
     dims = [x.dim - 1 if isinstance(x, _Pieces) else None for x in stacked]
     arrays = [x.parts if isinstance(x, _Pieces) else (x,) for x in stacked]

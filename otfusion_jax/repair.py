@@ -22,6 +22,7 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.compat import body
 from otfusion_jax.corrections import (
     AbstractRepair,
     Part,
@@ -30,9 +31,9 @@ from otfusion_jax.corrections import (
     along,
     members_at,
 )
+from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
-from otfusion_jax.rules import body
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, uses_of
 from otfusion_jax.trace import Trace, View
 from otfusion_jax.transport import HasPlans, moved_along, moved_units, plans_of
@@ -69,7 +70,7 @@ class Original:
 
 def repair(
     symmetry: Symmetry,
-    fn: Callable[..., Any],
+    fn: Program,
     models: Sequence[PyTree],
     *inputs: PyTree,
     weights: Sequence[float] | None = None,
@@ -85,7 +86,8 @@ def repair(
 
     Args:
         symmetry: of the models.
-        fn: the function that was traced, `fn(params, *inputs)`.
+        fn: the function that was traced, `fn(params, *inputs)`, or the list of functions and
+            inputs.
         models: K pytrees of parameters, aligned: `[transport(symmetry, plans, a), b]`.
         *inputs: a batch of inputs; all of its features are in memory at once. 1,000 images do.
         weights: K weights, summing to 1; uniform if None.
@@ -102,6 +104,7 @@ def repair(
         ValueError: if models do not fit the symmetry, `fn` and `inputs` give another symmetry, a
             batch is empty, weights do not fit, or an original is of another architecture.
     """
+    fn, inputs = as_function(fn, inputs)
     for number, model in enumerate(models):
         symmetry.validate(model, f"model {number}")
     check_inputs(inputs)

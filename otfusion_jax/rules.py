@@ -6,82 +6,46 @@ for the result to be equivariant under a permutation of the units, and nothing e
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import io_callback
 from jax.extend import core
 
+from otfusion_jax import compat
 from otfusion_jax.axes import Axis, Kind, concatenated, constant, is_constant
+from otfusion_jax.compat import named
 from otfusion_jax.walk import Context, Value, register, registered
 
-
-def _named(names: str) -> list[core.Primitive]:
-    """Looks primitives up in JAX's public namespace; versions differ in which there are."""
-    found = (getattr(core.primitives, f"{name}_p", None) for name in names.split())
-    return [primitive for primitive in found if primitive is not None]
-
-
-def _traced(name: str, fn: Callable[..., Any], *args: Any) -> list[core.Primitive]:
-    """Finds a primitive that JAX does not export, by tracing what emits it.
-
-    In a version of JAX where the function emits others instead, there is nothing to find.
-    """
-    eqns = jax.make_jaxpr(fn)(*args).eqns
-    return [eqn.primitive for eqn in eqns if eqn.primitive.name == name][:1]
-
-
-_X = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-_KEY = jax.eval_shape(lambda: jax.random.key(0))
-_BITS = jax.ShapeDtypeStruct((2,), jnp.uint32)
-_X3 = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
-_SIZES = jax.ShapeDtypeStruct((1,), jnp.int32)
-BARRIER = _traced("optimization_barrier", jax.lax.optimization_barrier, _X)
-BITCAST = _traced("bitcast_convert_type", lambda x: x.view(jnp.uint32), _X)
-SPLIT = _traced("split", lambda x: jax.lax.split(x, (1, 1)), _X)
-STACK = _traced("stack", lambda x: jnp.stack([x, x]), _X)
-UNSTACK = _traced("unstack", jnp.unstack, _X)
-TILE = _traced("tile", lambda x: jnp.tile(x, (2, 2)), _X)
-WRAP = _traced("random_wrap", jax.random.wrap_key_data, _BITS)
-WRAP += _traced("random_unwrap", jax.random.key_data, _KEY)
-OBSERVERS = _traced("debug_print", lambda x: jax.debug.print("{}", x), _X)
-OBSERVERS += _traced("debug_callback", lambda x: jax.debug.callback(lambda _: None, x), _X)
-
-ELEMENTWISE = _named(
+ELEMENTWISE = named(
     "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
     "ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf "
     "erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow "
-    "is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not "
+    "is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not "
     "or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem "
     "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
     "sqrt square stop_gradient sub tan tanh xor zeta"
 )
-ONE_BY_ONE = [*_named("device_put sharding_constraint"), *BARRIER]
-REDUCTION = _named(
+ELEMENTWISE += compat.NEW_ELEMENTWISE
+ONE_BY_ONE = [*named("device_put sharding_constraint"), *compat.RELOCATIONS]
+REDUCTION = named(
     "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
 )
-CUMULATIVE = _named("cumlogsumexp cummax cummin cumprod cumsum")
-WINDOW = _named("reduce_window_max reduce_window_min reduce_window_sum")
-SCATTER = _named("scatter scatter_add scatter_max scatter_min scatter_mul")
-# What JAX has no more to say of than that it is called.
-PINNED = _named(
+CUMULATIVE = named("cumlogsumexp cummax cummin cumprod cumsum")
+WINDOW = named("reduce_window_max reduce_window_min reduce_window_sum")
+SCATTER = named("scatter scatter_add scatter_max scatter_min scatter_mul") + compat.SCATTER_SUB
+PINNED = named(
     "approx_top_k linear_solve reduce_window select_and_gather_add select_and_scatter "
     "select_and_scatter_add"
 )
-PINNED += _traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
-PINNED += _traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X)
-PINNED += _traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES)
-PINNED += _traced("platform_index", lambda x: jax.lax.platform_dependent(x, default=abs), _X)
-MATRIX = _named(
+PINNED += compat.OPAQUE
+MATRIX = named(
     "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
     "tridiagonal tridiagonal_solve"
 )
+MATRIX += [*compat.NEW_MATRIX, *compat.PIVOTS]
 RANDOM = [
-    *_named("random_bits random_fold_in random_gamma random_seed random_split rng_bit_generator"),
-    *_named("rng_uniform threefry2x32"),
-    *WRAP,
+    *named("random_bits random_fold_in random_gamma random_seed random_split rng_bit_generator"),
+    *named("rng_uniform threefry2x32"),
+    *compat.WRAP,
+    *compat.NEW_RANDOM,
 ]
 P = core.primitives
 # Operations that commute and associate, up to rounding.
@@ -173,7 +137,7 @@ def sort(ctx: Context, values: list[Value]) -> list[Value]:
 def top_k(ctx: Context, values: list[Value]) -> list[Value]:
     """The ranked axis is pinned; values and indices share the others."""
     (x,) = values
-    ranked = ctx.params.get("axis", len(x.axes) - 1) % len(x.axes)
+    ranked = compat.top_k_axis(ctx.eqn)
     reason = ctx.because(f"along axis {ranked}")
     ctx.space.pin(x.axes[ranked], reason)
     axes = list(x.axes)
@@ -190,7 +154,7 @@ def iota(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(axes), Kind.CONSTANT)]
 
 
-@register(P.empty2_p)
+@register(*compat.EMPTY)
 def empty(ctx: Context, values: list[Value]) -> list[Value]:
     """Space without values that vary."""
     return [Value(tuple(constant(n) for n in ctx.shape()), Kind.CONSTANT)]
@@ -200,6 +164,12 @@ def empty(ctx: Context, values: list[Value]) -> list[Value]:
 def random(ctx: Context, values: list[Value]) -> list[Value]:
     """Random numbers belong to their positions: all axes are pinned."""
     return ctx.pin_all(values, ctx.because())
+
+
+@register(*compat.TIE)
+def tie(ctx: Context, values: list[Value]) -> list[Value]:
+    """The last operand is passed on: it waits for the others and does not depend on them."""
+    return values[-1:]
 
 
 @register(P.broadcast_in_dim_p)
@@ -315,7 +285,7 @@ def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
 
-@register(*SPLIT, reads=False)
+@register(*compat.SPLIT, reads=False)
 def split(ctx: Context, values: list[Value]) -> list[Value]:
     """The axis that is split falls into segments, the others pass."""
     (x,) = values
@@ -327,7 +297,7 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
 
 
-@register(*UNSTACK, reads=False)
+@register(*compat.UNSTACK, reads=False)
 def unstack(ctx: Context, values: list[Value]) -> list[Value]:
     """The axis that is taken apart falls into single positions, the others pass."""
     (x,) = values
@@ -337,7 +307,7 @@ def unstack(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*x.axes[:dim], *x.axes[dim + 1 :]), x.kind) for _ in ctx.eqn.outvars]
 
 
-@register(*STACK)
+@register(*compat.STACK)
 def stack(ctx: Context, values: list[Value]) -> list[Value]:
     """The new axis is pinned, the operands are tied along the others."""
     dim = ctx.params["axis"]
@@ -346,7 +316,7 @@ def stack(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*out.axes[:dim], axis, *out.axes[dim:]), out.kind)]
 
 
-@register(*TILE)
+@register(*compat.TILE)
 def tile(ctx: Context, values: list[Value]) -> list[Value]:
     """An axis becomes a product: the value is constant over the copies."""
     (x,) = values
@@ -354,7 +324,7 @@ def tile(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple((*constant(count), *axis) for count, axis in pairs), x.kind)]
 
 
-@register(*BITCAST)
+@register(*compat.BITCAST)
 def bitcast(ctx: Context, values: list[Value]) -> list[Value]:
     """Passed on, but for a last axis that appears or goes when the width of the type changes."""
     (x,) = values
@@ -365,7 +335,7 @@ def bitcast(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value((*x.axes[:rank], *new), x.kind)]
 
 
-@register(*OBSERVERS, reads=False)
+@register(*compat.OBSERVERS, reads=False)
 def observer(ctx: Context, values: list[Value]) -> list[Value]:
     """Looks at values and returns nothing: ties nothing."""
     return []
@@ -486,31 +456,19 @@ def window(ctx: Context, values: list[Value]) -> list[Value]:
     return [Value(tuple(axes), x.kind)]
 
 
-# The parameter that holds the body of a call. That of remat has no constants of its own.
-BODIES = {
-    P.jit_p: "jaxpr",
-    P.remat_p: "jaxpr",
-    P.call_p: "call_jaxpr",
-    P.closed_call_p: "call_jaxpr",
-    P.custom_jvp_call_p: "call_jaxpr",
-    P.custom_vjp_call_p: "call_jaxpr",
-}
-
-
-def body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Returns what a call runs exactly once on its operands, None for other primitives."""
-    if eqn.primitive not in BODIES:
-        return None
-    jaxpr = eqn.params[BODIES[eqn.primitive]]
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-
-
-@register(*BODIES)
+@register(*compat.CALLS)
 def call(ctx: Context, values: list[Value]) -> list[Value]:
     """The body of the call is walked; how it is differentiated does not matter here."""
-    jaxpr = body(ctx.eqn)
+    jaxpr = compat.body(ctx.eqn)
     assert jaxpr is not None
     return ctx.call(jaxpr, values, used=ctx.used)
+
+
+@register(*compat.HIGHER)
+def higher(ctx: Context, values: list[Value]) -> list[Value]:
+    """Its implementation is walked."""
+    # It is traced anew each time, so that no feature inside of it has a lasting place.
+    return ctx.call(compat.expanded(ctx.eqn), values, once=False, used=ctx.used)
 
 
 @register(P.cond_p)
@@ -528,8 +486,7 @@ def cond(ctx: Context, values: list[Value]) -> list[Value]:
 @register(P.scan_p)
 def scan(ctx: Context, values: list[Value]) -> list[Value]:
     """The body is walked on slices; what is carried is tied to itself, iterations are pinned."""
-    first, last = ctx.params["num_consts"], ctx.params["num_consts"] + ctx.params["num_carry"]
-    consts, init, stacked = values[:first], values[first:last], values[last:]
+    consts, init, stacked = compat.scan_operands(ctx.eqn, values)
     index = ctx.space.pinned(ctx.params["length"], ctx.because("over its iterations"))
     for x in stacked:
         ctx.space.unify([index, x.axes[0]], [Kind.CONSTANT, x.kind])
@@ -567,7 +524,7 @@ def pinned(ctx: Context, values: list[Value]) -> list[Value]:
 @register(*MATRIX)
 def matrix(ctx: Context, values: list[Value]) -> list[Value]:
     """Decompositions, solutions, transforms: their own axes are pinned, batch axes are tied."""
-    inner = len(ctx.params.get("fft_lengths", (0, 0)))
+    inner = 1 if ctx.eqn.primitive in compat.PIVOTS else len(ctx.params.get("fft_lengths", (0, 0)))
     batched = max(len(v.axes) for v in values) - inner
     reason = ctx.because()
     for value in values:

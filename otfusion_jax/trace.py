@@ -6,7 +6,7 @@ every parameter, and reads off which of them the primitives have tied together.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,10 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import PyTree
 
-import otfusion_jax.rules  # noqa: F401, fills the registry
+import otfusion_jax.package_rules
+import otfusion_jax.rules  # noqa: F401, both fill the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
+from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
 from otfusion_jax.pieces import cuts_of, rewritten
@@ -52,7 +54,7 @@ class Trace:
 
 
 def trace(
-    fn: Callable[..., Any],
+    fn: Program,
     params: PyTree,
     *inputs: PyTree,
     on_unsupported: OnUnsupported = "raise",
@@ -60,6 +62,7 @@ def trace(
     """Traces a function; see `trace_symmetry`. Also returns what reading features needs."""
     if on_unsupported not in ("raise", "pin"):
         raise ValueError(f"on_unsupported is {on_unsupported!r}; it must be 'raise' or 'pin'")
+    fn, inputs = as_function(fn, inputs)
     whole = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     walked = _walked(jaxpr, whole, inputs, on_unsupported)
@@ -165,7 +168,7 @@ def _walked(
 
 
 def trace_symmetry(
-    fn: Callable[..., Any],
+    fn: Program,
     params: PyTree,
     *inputs: PyTree,
     on_unsupported: OnUnsupported = "raise",
@@ -177,7 +180,10 @@ def trace_symmetry(
     and batch norm's running statistics among `params`.
 
     Args:
-        fn: a pure function `fn(params, *inputs)`, such as a Flax module's `apply`.
+        fn: a pure function `fn(params, *inputs)`, such as a Flax module's `apply`. Or several
+            functions of the same parameters (a policy and a value, training and evaluation mode),
+            as a list of pairs `(fn, inputs)` with a tuple of inputs for each: what moves is then
+            what all of them allow.
         params: pytree of arrays of any shapes. Leaves that are not floating or complex pass
             through all later steps untouched.
         *inputs: pytrees of arrays. Their axes are pinned, and so are those of the outputs.
@@ -190,6 +196,7 @@ def trace_symmetry(
     Raises:
         UnsupportedPrimitiveError: names the primitive, the source line and ways out.
         ValueError: if leaves of `params` are not arrays.
+        TypeError: if `fn` is neither a function nor a list of functions and inputs.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import operator
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from otfusion_jax import compat
 from otfusion_jax.axes import (
     Axis,
     Disagreement,
@@ -86,6 +86,7 @@ class Regrouping(NamedTuple):
 Rule = Callable[["Context", list[Value]], list[Value]]
 _registry: dict[core.Primitive, Rule] = {}
 _selecting: set[core.Primitive] = set()
+_finders: list[Callable[[core.Primitive], Rule | None]] = []
 
 
 def register(*primitives: core.Primitive, reads: bool = True) -> Callable[[Rule], Rule]:
@@ -111,19 +112,19 @@ def register(*primitives: core.Primitive, reads: bool = True) -> Callable[[Rule]
     return add
 
 
+def find_with(finder: Callable[[core.Primitive], Rule | None]) -> None:
+    """Declares rules that are looked for when a primitive is met that has none.
+
+    Args:
+        finder: from the primitive to its rule, or None. What it finds is not kept.
+    """
+    if finder not in _finders:
+        _finders.append(finder)
+
+
 def registered() -> dict[core.Primitive, Rule]:
     """Returns a copy of the registry: primitive to rule."""
     return dict(_registry)
-
-
-def users_frame(eqn: core.JaxprEqn) -> Any:
-    """Returns the innermost frame of an equation's traceback outside of JAX itself, or None."""
-    home = os.path.dirname(jax.__file__)
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(home):
-            return frame
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +163,11 @@ class Context:
     @property
     def source(self) -> str:
         """The source line: the innermost frame outside of JAX itself."""
-        frame = users_frame(self.eqn)
-        if frame is None:
+        here = compat.source(self.eqn)
+        if here is None:
             # Inside its own jitted helpers JAX keeps no frame of the user's.
             return self.caller.source if self.caller else "unknown source"
-        file = frame.file_name.rpartition("site-packages/")[2]
-        return f"{file}:{frame.line_num} ({frame.function_name})"
+        return here
 
     def join(self, values: Sequence[Value], skip: Sequence[int] = ()) -> Value:
         """Ties values elementwise; scalars and axes of size 1 meet anything.
@@ -450,9 +450,21 @@ class Walk:
         primitive = context.eqn.primitive
         if primitive in _registry:
             return _registry[primitive]
+        for find in _finders:
+            if (rule := find(primitive)) is not None:
+                return rule
         if self.on_unsupported == "pin":
             return lambda context, values: context.pin_all(
                 values, context.because("(no rule, pinned on demand)")
+            )
+        if primitive in compat.REFERENCES:
+            raise UnsupportedPrimitiveError(
+                f"the primitive {str(primitive)!r} at {context.source} makes, reads or writes a "
+                "mutable reference (jax.new_ref, ref[...], ref[...] = x). What such a value "
+                "depends on changes while the function runs, and no rule follows it. Ways out: "
+                "keep the state in values that are returned (x.at[...].set, the carry of "
+                "lax.scan); or trace_symmetry(..., on_unsupported='pin') leaves in place every "
+                "axis that meets a reference."
             )
         raise UnsupportedPrimitiveError(
             f"no rule for the primitive {str(primitive)!r}, used at {context.source}. Ways out: "

@@ -7,13 +7,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 
 import inspect
-import mmap
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import beartype
 import jax
-import jaxlib
 import pytest
 from jaxtyping import install_import_hook
 
@@ -52,14 +52,21 @@ install_import_hook("otfusion_jax", f"{__name__}.typecheck")
 # it half as long again and change nothing but the last digits.
 jax.config.update("jax_disable_most_optimizations", True)
 # Its new emitters of fused loops take longer still: they would double the time of a compilation.
-# Flags are read at the first use of a device, and those that XLA does not know abort the process:
-# this one is looked for in what is installed.
-FLAG = "xla_cpu_use_fusion_emitters"
-library = Path(jaxlib.__file__).with_name("libjax_common.so")
-if FLAG not in os.environ.get("XLA_FLAGS", "") and library.exists():
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        if code.find(FLAG.encode()) >= 0:
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FLAG}=false"
+# XLA aborts the process over a flag that it does not know, as versions from JAX 0.11 on do not know
+# this one, and nothing tells beforehand: another process tries. Workers of pytest-xdist are started
+# after it, with the same environment.
+FLAG = "--xla_cpu_use_fusion_emitters=false"
+if "PYTEST_XDIST_WORKER" not in os.environ and FLAG not in os.environ.get("XLA_FLAGS", ""):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+    attempt = "import jaxlib.xla_client as xla; xla.make_cpu_client()"
+    tried = subprocess.run(
+        [sys.executable, "-c", attempt],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        check=False,
+    )
+    if tried.returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
 
 # Our own code holds to both everywhere. Not all of our dependencies do: ott's Sinkhorn promotes
 # ranks and dtypes (its Hungarian algorithm and costs do not); Flax's avg_pool, optax's Adam and its
