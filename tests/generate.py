@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from jax.extend import core
-from programs import BODIES, WIDTHS, Block, Plant, Program, evaluate, joint, programs
+from programs import BODIES, WIDTHS, Block, Plant, Program, evaluate, programs
 
 import otfusion_jax as otf
 
@@ -73,9 +73,9 @@ def certificate(program: Program) -> Certificate:
     with jax.enable_x64(True):
         params, entries, unseen, planted = program.build()
         jaxprs = [jax.make_jaxpr(fn)(params, *inputs) for fn, inputs in (*entries, *unseen)]
-        again = [replayed(jaxpr) for jaxpr in jaxprs]
-        fn, inputs = joint([(fn, inputs) for fn, (_, inputs) in zip(again, entries, strict=False)])
-        symmetry = otf.trace_symmetry(fn, params, *inputs)
+        # The first of them are those of the entries.
+        pairs = zip(jaxprs, entries, strict=False)
+        symmetry = otf.trace_symmetry([(replayed(jaxpr), x) for jaxpr, (_, x) in pairs], params)
         count = sum(plant.count for plant in planted)
         lacks = {plant: plant.count - freedom(symmetry, plant) for plant in planted}
         lost = {plant: n for plant, n in lacks.items() if n > 0}

@@ -266,16 +266,6 @@ class Program:
         return set().union(*(block.names() for block in self.blocks))
 
 
-def joint(entries: Sequence[Entry]) -> Entry:
-    """Returns one function that computes all entry points, and the inputs of all."""
-    fns, inputs = zip(*entries, strict=True)
-
-    def all_of_them(params: Any, *inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(fn(params, *each) for fn, each in zip(fns, inputs, strict=True))
-
-    return all_of_them, inputs
-
-
 def programs(
     depth: int = 3, most: int = 5, only: tuple[str, ...] = ()
 ) -> st.SearchStrategy[Program]:
@@ -1933,13 +1923,17 @@ def _fft(p: Any, x: np.ndarray) -> np.ndarray:
 
 
 def _scan(p: Any, *args: Any) -> Values:
-    consts, carries = p["num_consts"], p["num_consts"] + p["num_carry"]
+    if "ft_in" in p:  # JAX 0.11: a tree of three, in place of two counts
+        consts, count, _ = map(len, p["ft_in"].unpack())
+    else:
+        consts, count = p["num_consts"], p["num_carry"]
+    carries = consts + count
     carry, found = list(args[consts:carries]), []
     steps = range(p["length"])
     for i in reversed(steps) if p["reverse"] else steps:
         out = _inner(p["jaxpr"], *args[:consts], *carry, *(x[i] for x in args[carries:]))
-        carry = out[: p["num_carry"]]
-        found.append(out[p["num_carry"] :])
+        carry = out[:count]
+        found.append(out[count:])
     if p["reverse"]:
         found.reverse()
     return [*carry, *map(np.stack, zip(*found, strict=True))]
