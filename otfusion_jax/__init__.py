@@ -10,6 +10,7 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
 
 from otfusion_jax.align import align
 from otfusion_jax.barycenter import Barycenter, barycenter
+from otfusion_jax.checks import SymmetryWarning
 from otfusion_jax.corrections import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.costs import Gram, feature_gram
 from otfusion_jax.describe import draw
@@ -55,6 +56,7 @@ __all__ = [
     "Sinkhorn",
     "Solution",
     "Symmetry",
+    "SymmetryWarning",
     "UnsupportedPrimitiveError",
     "align",
     "average",

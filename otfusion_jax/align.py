@@ -1,8 +1,9 @@
 """Aligning one model to another: checks, and the jitted call of a method."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,18 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 from ott.geometry import costs
 
+from otfusion_jax.checks import (
+    require_kind,
+    require_model,
+    require_symmetry,
+    warn_without_groups,
+)
 from otfusion_jax.costs import Gram
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, Problem
+from otfusion_jax.scaling import common_exponent, scaled
 from otfusion_jax.solvers import AbstractSolver, Exact, is_distribution
-from otfusion_jax.symmetry import Symmetry
+from otfusion_jax.symmetry import Leaf, Symmetry
+from otfusion_jax.transport import is_permutation
 from otfusion_jax.widths import matched
 
 
@@ -67,18 +76,31 @@ def align(
             if method and solver do not go together.
             Inside `jax.jit` values can't be looked at: there non-finite weights give a model of NaN
             and `converged` False.
+        TypeError: for shapes in place of arrays, and arguments of other types.
+        FloatingPointError: if the costs of finite models are out of range. With a solver that is
+            scale-free, as all are by default, weights of any size are in range.
+
+    Warns:
+        SymmetryWarning: if the symmetry has no groups.
     """
-    symmetry.validate(source, "the source")
+    for given in (symmetry, symmetry if onto is None else onto):
+        require_symmetry(given, "align(symmetry, source, target, onto=symmetry_of_the_target)")
+    require_kind(method, AbstractMethod, "method", "CoordinateDescent() or ForwardPass()")
+    require_kind(solver, AbstractSolver, "solver", "Exact() or Sinkhorn()")
+    require_model(symmetry, source, "the source")
     onto = symmetry if onto is None else matched(symmetry, onto)
-    onto.validate(target, "the target")
+    require_model(onto, target, "the target")
+    warn_without_groups(symmetry, (source, target), "the alignment is empty")
     _check_widths(symmetry, onto)
     _check_features(symmetry, onto, features)
-    masses = ({}, {}) if marginals is None else marginals
+    masses = _pair(marginals)
     _check_marginals(symmetry, onto, masses)
     metric = costs.SqEuclidean() if metric is None else metric
     parts = [symmetry.split(source), onto.split(target)]
     weights = leaf_weights(symmetry, leaf_weight)
-    return _align(symmetry, onto, method, solver, weights, *parts, metric, features, masses)
+    found = _align(symmetry, onto, method, solver, weights, *parts, metric, features, masses)
+    _check_solved(found)
+    return found
 
 
 def leaf_weights(
@@ -138,11 +160,49 @@ def _align(
 ) -> Alignment:
     if weights is not None:
         source, target = (weighted(symmetry, parts, weights) for parts in (source, target))
+    k = jnp.zeros((), jnp.int32)
+    if solver.scale_free:  # of large and of small weights alike the squares are in range then
+        k = common_exponent(
+            x for x, leaf in zip((*source, *target), 2 * symmetry.parts, strict=True) if leaf.moves
+        )
+        source, target = (rescaled(symmetry.parts, parts, -k) for parts in (source, target))
     problem = Problem(symmetry, onto, source, target, metric, solver, marginals)
     if not symmetry.groups:
         distance = problem.distance({})
-        return Alignment({}, distance, distance[None], jnp.array(True), {})
-    return method.run(problem, features)
+        found = Alignment({}, distance, distance[None], jnp.array(True), {})
+    else:
+        found = method.run(problem, features)
+    degree = method.cost_degree(metric, features is not None)
+    return dataclasses.replace(
+        found,
+        objective=_power_of(found.objective, k, 2),
+        history=_power_of(found.history, k, 2),
+        gaps={name: _power_of(gap, k, degree) for name, gap in found.gaps.items()},
+    )
+
+
+def _power_of(x: Array, k: Array, degree: int) -> Array:
+    """Multiplies by `2**(k * degree)`, a factor at a time, none of which is out of range."""
+    for _ in range(degree):
+        x = scaled(x, k)
+    return x
+
+
+def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], k: Array) -> list[Any]:
+    """Multiplies all parameters that move by a power of two.
+
+    Args:
+        leaves: what is known of the parameters.
+        arrays: the parameters, or stacks of them.
+        k: the exponent.
+
+    Returns:
+        The parameters, each times `2**k`.
+    """
+    return [
+        scaled(jnp.asarray(x), k) if leaf.moves else x
+        for x, leaf in zip(arrays, leaves, strict=True)
+    ]
 
 
 def weighted(symmetry: Symmetry, parts: list[Any], weights: tuple[float, ...]) -> list[Any]:
@@ -202,14 +262,64 @@ def _check_marginals(
         raise ValueError("these marginals do not fit the groups:\n" + "\n".join(wrong))
 
 
+def _pair(marginals: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    if marginals is None:
+        return {}, {}
+    pair = isinstance(marginals, tuple | list) and len(marginals) == 2
+    if not pair or not all(isinstance(side, dict) for side in marginals):
+        raise TypeError(
+            "marginals are a pair of dicts, the masses of the source's units and of the target's: "
+            "(weight_importance(symmetry, source), weight_importance(symmetry, target)), or {} for "
+            "a side that is uniform"
+        )
+    return marginals[0], marginals[1]
+
+
+def _check_solved(found: Alignment) -> None:
+    """Refuses plans of costs that were out of range."""
+    wrong = []
+    for name, plan in found.plans.items():
+        if isinstance(plan, Tracer):
+            continue
+        bad = plan >= plan.shape[-1] if is_permutation(plan) else ~jnp.isfinite(plan)
+        if bool(bad.any()):
+            wrong.append(f"  {name}")
+    if wrong:
+        raise FloatingPointError(
+            "the ground costs of these groups are not finite, though the models are: their squares "
+            "are out of range. Scale parameters or features, or compute in float64 "
+            "(jax_enable_x64):\n" + "\n".join(wrong)
+        )
+
+
 def _check_features(symmetry: Symmetry, onto: Symmetry, features: dict[str, Gram] | None) -> None:
     if features is None:
         return
+    strange = (
+        {}
+        if not isinstance(features, dict)
+        else {name: x for name, x in features.items() if not isinstance(x, Gram)}
+    )
+    if strange or not isinstance(features, dict):
+        found = ", ".join(f"{n}: {type(x).__name__}" for n, x in strange.items())
+        raise TypeError(
+            "features are inner products by the names of groups, as feature_gram(symmetry, fn, "
+            "source, target, batches) returns them; activations, as features(...) returns them, do "
+            f"not do: got {found or type(features).__name__}"
+        )
     wrong = [f"  {g.name}: missing" for g in symmetry.groups if g.name not in features]
     for group, other in zip(symmetry.groups, onto.groups, strict=True):
         batch, n, m = group.batch, group.size, other.size
         shape = (*batch, n, other.batch[-1], m) if group.outer else (*batch, n, m)
         if group.name in features and features[group.name].ab.shape != shape:
             wrong.append(f"  {group.name}: shape {features[group.name].ab.shape}, expected {shape}")
+        elif group.name in features and _overflowed(features[group.name]):
+            wrong.append(f"  {group.name}: not finite, activations or their squares overflow")
     if wrong:
         raise ValueError("these features do not fit the symmetry's groups:\n" + "\n".join(wrong))
+
+
+def _overflowed(g: Gram) -> bool:
+    known = [x for x in jax.tree.leaves(g) if not isinstance(x, Tracer)]
+    with jax.ensure_compile_time_eval():  # they may be closed over by what is traced
+        return not all(bool(jnp.isfinite(x).all()) for x in known)

@@ -10,6 +10,8 @@ from ott.tools import unreg
 
 # Annealing of the preconditioner of `Exact`: regularisation in units of the mean reduced cost.
 _ANNEAL_FROM, _ANNEAL_TO, _ANNEAL_LEVELS, _SCALINGS_PER_LEVEL = 0.2, 0.003, 6, 10
+# Of a column, in units of a row's: below it, scalings would overflow.
+_LEAST_MASS = 1e-30
 
 
 def assign(cost: Float[Array, "n n"]) -> tuple[Int[Array, " n"], Float[Array, ""]]:
@@ -79,19 +81,21 @@ def _precondition(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
         kernel = jnp.exp((f[:, None] + g[None, :] - cost) / epsilon)
 
         def scale(_, v):
-            return 1 / (1 / (kernel @ v) @ kernel)
+            # Far from all rows a column of the kernel may be 0; no potential has to be that large.
+            return 1 / jnp.maximum(1 / (kernel @ v) @ kernel, _LEAST_MASS)
 
         v = lax.fori_loop(0, _SCALINGS_PER_LEVEL, scale, jnp.ones_like(g))
         return g + epsilon * jnp.log(v), None
 
     relative = np.geomspace(_ANNEAL_FROM, _ANNEAL_TO, _ANNEAL_LEVELS, dtype=cost.dtype)
-    g, _ = lax.scan(level, jnp.zeros(n, cost.dtype), jnp.mean(cost) * relative)
+    mean = jnp.mean(cost)
+    unit = jnp.where(mean > 0, mean, 1)
+    g, _ = lax.scan(level, jnp.zeros(n, cost.dtype), unit * relative)
     shifted = cost - g[None, :]
     shifted = shifted - jnp.min(shifted, axis=1, keepdims=True)
 
     # Costs with few distinct values are better left alone: the shift would make their rows crowd
     # on the same columns. Random choices would hit 63 % of the columns.
-    # A cost of zeros, or overflow in the scalings, leaves NaN, which compares as unequal.
     chosen = jnp.where(jnp.min(shifted, axis=0) == 0, 1.0, 0.0)
     return jnp.where(jnp.mean(chosen) > 0.75, shifted, cost)
 

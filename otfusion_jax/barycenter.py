@@ -11,10 +11,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import align, leaf_weights, weight_by_path
+from otfusion_jax.align import align, leaf_weights, rescaled, weight_by_path
+from otfusion_jax.checks import (
+    require_finite,
+    require_kind,
+    require_symmetry,
+    warn_without_groups,
+)
 from otfusion_jax.costs import squared_norm
-from otfusion_jax.fuse import average_of, mixture, stacked_models
+from otfusion_jax.fuse import average_of, check_integers, mixture, stacked_models
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
+from otfusion_jax.scaling import common_exponent, scaled
 from otfusion_jax.symmetry import Plans, Symmetry
 from otfusion_jax.transport import compose, transport
 
@@ -32,11 +39,10 @@ class Barycenter:
     Attributes:
         plans: group name to the permutations of all models into the universe, int32
             `[K, *batch, n]`.
-        params: the weighted mean of the models there. Integers, booleans and keys are those of the
-            last model.
+        params: the weighted mean of the models there. Integers, booleans and keys as in `average`.
         history: the weighted mean of the squared distances of the models to their mean, summed over
-            all parameters: at the start and after every round, float `[rounds + 1]`, NaN after the
-            last.
+            all parameters: at the start and after every round, float `[max_rounds + 1]`, which
+            stays as it is after the last; infinite if out of range.
         converged: whether no model could be moved any closer to the others.
     """
 
@@ -77,20 +83,31 @@ def barycenter(
 
     Raises:
         ValueError: as `fuse`, and for fewer than one round.
+        TypeError: as `fuse`.
+        FloatingPointError: as `fuse`.
+
+    Warns:
+        SymmetryWarning: if the symmetry has no groups: the result is the plain average.
 
     References:
         Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 3 (MergeMany); the
         universe is that of Crisostomi et al., C2M3: Cycle-Consistent Multi-Model Merging, NeurIPS
         2024, whose objective this descends.
     """
-    if max_rounds < 1:
+    if not isinstance(max_rounds, int) or max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; give 1 or more")
+    require_symmetry(symmetry, "barycenter(symmetry, models)")
+    require_kind(method, AbstractMethod, "method", "CoordinateDescent() or ForwardPass()")
     stacked, count = stacked_models(symmetry, models)
+    warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
+    shares = mixture(weights, count)
+    columns = jax.tree_util.tree_leaves(stacked)
+    check_integers(symmetry.leaves, columns, [shares] * len(columns))
     counting = leaf_weights(symmetry, leaf_weight)
     metric = costs.SqEuclidean() if metric is None else metric
-    return _barycenter(
-        symmetry, method, counting, max_rounds, stacked, mixture(weights, count), metric
-    )
+    found = _barycenter(symmetry, method, counting, max_rounds, stacked, shares, metric)
+    require_finite(symmetry.leaves, found.params, "the barycenter")
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -116,9 +133,14 @@ def _barycenter(
                 total = total + weight * squared_norm(x - y).astype(jnp.float32)
         return total
 
+    leaves, treedef = jax.tree_util.tree_flatten(stacked)
+    k = common_exponent(x for x, leaf in zip(leaves, symmetry.leaves, strict=True) if leaf.moves)
+    near = treedef.unflatten(
+        rescaled(symmetry.leaves, leaves, -k)
+    )  # the squares of these are in range
     # In an order of their own, so that the one in which they are given does not matter.
-    order = jnp.argsort(-jax.vmap(squared)(stacked))
-    models, shares = _at(order, stacked), weights[order]
+    order = jnp.argsort(-jax.vmap(squared)(near))
+    models, shares = _at(order, near), weights[order]
 
     def start(model: PyTree) -> tuple[Plans, PyTree]:
         plans = align(symmetry, model, _at(0, models), method=method, metric=metric, **how).plans
@@ -155,13 +177,16 @@ def _barycenter(
         return state, history.at[done + 1].set(spread(state[1])), done + 1
 
     plans, moved = jax.lax.map(start, models)
-    history = jnp.full(max_rounds + 1, jnp.nan, jnp.float32).at[0].set(spread(moved))
+    history = jnp.full(max_rounds + 1, spread(moved))
     loop = (plans, moved), history, jnp.zeros((), jnp.int32)
-    (plans, moved), history, done = jax.lax.while_loop(unfinished, sweep, loop)
-    back = jnp.argsort(order)
-    # In the order given, so that the last model's integers are taken.
-    params = average_of(_at(back, moved), weights)
-    return Barycenter(_at(back, plans), params, history, ~improved(history, done))
+    (plans, _), history, done = jax.lax.while_loop(unfinished, sweep, loop)
+    plans = _at(jnp.argsort(order), plans)
+    # Of the models as they were given: in their order, for the integers, and not scaled.
+    moved = jax.lax.map(lambda pair: transport(symmetry, *pair), (plans, stacked))
+    # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
+    filled = jnp.where(jnp.arange(len(history)) > done, history[done], history)
+    history, converged = scaled(scaled(filled, k), k), ~improved(history, done)
+    return Barycenter(plans, average_of(moved, weights), history, converged)
 
 
 def _at(index: int | np.ndarray | Array, stacked: PyTree) -> PyTree:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from otfusion_jax.checks import require_number
 from otfusion_jax.layout import Place
+from otfusion_jax.scaling import deviation
 from otfusion_jax.symmetry import Group, Member, Role
 from otfusion_jax.units import units_of, with_units
 
@@ -93,8 +95,8 @@ class RestoreStatistics(AbstractRepair):
                 jnp.tensordot(product.weights, jnp.stack(each), axes=1)
                 for each in zip(*part.statistics, strict=True)
             )
-            deviation = jnp.std(ours, axis=-2)
-            scale = jnp.where(deviation > 0, deviations / jnp.where(deviation > 0, deviation, 1), 1)
+            spread = deviation(ours, axis=-2)
+            scale = jnp.where(spread > 0, deviations / jnp.where(spread > 0, spread, 1), 1)
             for member in part.along:
                 leaf = along(jnp.multiply, leaf, member, part.group, scale)
             shift = means - scale * jnp.mean(ours, axis=-2)
@@ -122,10 +124,8 @@ class LeastSquares(AbstractRepair):
     steps: int = 20
 
     def __post_init__(self):
-        if self.ridge < 0 or self.steps < 1:
-            raise ValueError(
-                f"ridge is {self.ridge} and steps {self.steps}; they must be at least 0 and 1"
-            )
+        require_number(self, "ridge", least=0, finite=True)
+        require_number(self, "steps", least=1, whole=True)
 
     def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 from ott.geometry import costs
 
+from otfusion_jax.checks import require_symmetry
 from otfusion_jax.features import At, batches_of, features
 from otfusion_jax.symmetry import Group, Symmetry
 from otfusion_jax.widths import matched, names
@@ -130,6 +131,15 @@ METRICS: dict[type[costs.CostFn], Callable[[Gram], Array]] = {
 }
 
 
+# The power of the unit of length that each of these is in.
+DEGREES: dict[type[costs.CostFn], int] = {
+    costs.SqEuclidean: 2,
+    costs.Euclidean: 1,
+    costs.Cosine: 0,
+    costs.NegDotProduct: 2,
+}
+
+
 def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
     """Evaluates a ground metric between all pairs of units.
 
@@ -242,9 +252,12 @@ def feature_gram(
     Raises:
         ValueError: if there are no batches, if the networks differ in more than widths, or
             `features` raises it.
+        TypeError: for batches that are a single array or a dict, or as `features`.
     """
     total = None
     onto = symmetry if onto is None else onto
+    for given in (symmetry, onto):
+        require_symmetry(given, "feature_gram(symmetry, fn, source, target, batches)")
     named = names(matched(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
     for batch in batches_of(batches):

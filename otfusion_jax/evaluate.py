@@ -10,7 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.fuse import stack
+from otfusion_jax.checks import require_arrays, require_equal_integers, require_function
+from otfusion_jax.fuse import columns_of, stack
+from otfusion_jax.symmetry import leaves_of
 
 
 def ensemble(
@@ -28,9 +30,18 @@ def ensemble(
 
     Raises:
         ValueError: for no models, or trees that differ.
+        TypeError: for what is no list of models, and arguments in another order.
     """
+    require_function(fn, "ensemble(fn, models, *inputs)")
+    require_arrays(inputs, "inputs")
     logits = jax.vmap(lambda params: fn(params, *inputs))(stack(models))
-    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=0)
+    probabilities = jax.nn.softmax(logits.astype(_wide(logits.dtype)), axis=-1)
+    return jnp.mean(probabilities, axis=0).astype(logits.dtype)
+
+
+def _wide(dtype: Any) -> Any:
+    """What to compute a mean of values of some precision in, to be rounded once."""
+    return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
 def interpolate(a: PyTree, b: PyTree, t: float | Float[Array, "*t"]) -> PyTree:
@@ -42,23 +53,29 @@ def interpolate(a: PyTree, b: PyTree, t: float | Float[Array, "*t"]) -> PyTree:
         t: where on the line; `[T]` gives a stack of T models.
 
     Returns:
-        `(1 - t) a + t b`, with the shape of `t` in front of each leaf. Integers, booleans and keys
-        are those of `b`.
+        `(1 - t) a + t b`, with the shape of `t` in front of each leaf, computed in float32 or wider
+        and rounded once. Random keys and single integers (counters) are those of `b`; arrays of
+        integers or booleans must be the same in both.
 
     Raises:
-        ValueError: for trees that differ, listing every offender by key path.
+        ValueError: for trees that differ, and for integers that do, listing every offender by key
+            path.
     """
+    stacked = stack([a, b])
+    leaves = leaves_of(a)
+    require_equal_integers(leaves, columns_of([a, b]), [False] * len(leaves), "")
     t = jnp.asarray(t, float)
 
     def between(pair: Array) -> Array:
         x, y = pair
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.broadcast_to(y, t.shape + y.shape)
-        s = t.reshape(t.shape + (1,) * x.ndim).astype(x.dtype)
-        x, y = x.reshape((1,) * t.ndim + x.shape), y.reshape((1,) * t.ndim + y.shape)
-        return (1 - s) * x + s * y
+        wide = _wide(x.dtype)
+        s = t.reshape(t.shape + (1,) * x.ndim).astype(wide)
+        x, y = (z.astype(wide).reshape((1,) * t.ndim + z.shape) for z in (x, y))
+        return ((1 - s) * x + s * y).astype(pair.dtype)
 
-    return jax.tree.map(between, stack([a, b]))
+    return jax.tree.map(between, stacked)
 
 
 @jax.tree_util.register_dataclass
@@ -101,9 +118,14 @@ def barrier(
         The values and the barrier's height. Frankle et al., Linear Mode Connectivity, ICML 2020.
 
     Raises:
-        ValueError: for trees that differ, or `t` that does not start at 0 and end at 1.
+        ValueError: as `interpolate`, for `t` that does not start at 0 and end at 1, and for an
+            empty batch.
+        TypeError: for a metric that is no function.
     """
-    t = jnp.linspace(0, 1, 25) if t is None else t
+    require_function(metric, "barrier(metric, a, b)")
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
+    t = jnp.linspace(0, 1, 25) if t is None else jnp.asarray(t, float)
     ends = t.ndim == 1 and t.shape[0] >= 2
     if not ends or (not isinstance(t, Tracer) and (np.asarray(t)[[0, -1]] != (0, 1)).any()):
         raise ValueError("t must be a vector that starts at 0 and ends at 1")

@@ -15,6 +15,12 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.checks import (
+    require_arrays,
+    require_batches,
+    require_model,
+    require_symmetry,
+)
 from otfusion_jax.compat import body, scan_operands
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.symmetry import Group, Symmetry
@@ -54,11 +60,13 @@ def features(
     Raises:
         ValueError: if `fn` and `inputs` give another symmetry, a batch is empty, or the parameters
             do not fit.
+        TypeError: for arguments in another order, and shapes in place of arrays.
     """
     if at not in ("produced", "consumed"):
         raise ValueError(f"at is {at!r}; it must be 'produced' or 'consumed'")
+    require_symmetry(symmetry, "features(symmetry, fn, params, *inputs)")
     fn, inputs = as_function(fn, inputs)
-    symmetry.validate(params)
+    require_model(symmetry, params)
     check_inputs(inputs)
     return _features(symmetry, fn, at, params, inputs)
 
@@ -137,7 +145,9 @@ def check_inputs(inputs: tuple[PyTree, ...]) -> None:
 
     Raises:
         ValueError: if an array among them is empty.
+        TypeError: for shapes in place of arrays.
     """
+    require_arrays(inputs, "inputs")
     for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
         if 0 in np.shape(value):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -233,7 +243,9 @@ def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
 
     Raises:
         ValueError: if there are none.
+        TypeError: for a single array, and for a dict.
     """
+    require_batches(batches)
     empty = True
     for batch in batches:
         empty = False

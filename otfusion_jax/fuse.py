@@ -12,6 +12,15 @@ from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.align import align, leaf_weights, weight_by_path
+from otfusion_jax.checks import (
+    require_equal_integers,
+    require_finite,
+    require_kind,
+    require_model,
+    require_models,
+    require_symmetry,
+    warn_without_groups,
+)
 from otfusion_jax.matching import at_once, map_in_batches
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
 from otfusion_jax.solvers import AbstractSolver, Exact
@@ -33,14 +42,62 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
             keeps the head of the second of two models.
 
     Returns:
-        The weighted average. Integers, booleans and keys are those of the last model.
+        The weighted average, computed in float32 or wider and rounded once. Random keys and single
+        integers (counters) are those of the model that has all of the weight there, or of the last.
+        Arrays of integers or booleans (quantised weights, masks) must be the same in all models,
+        unless one has all of the weight there. Inside `jax.jit` that can't be looked at.
 
     Raises:
-        ValueError: for no models, weights that do not fit, or trees that differ, listing every
-            offender by key path.
+        ValueError: for no models, weights that do not fit, trees that differ, or integers that
+            can't be averaged, listing every offender by key path.
+        TypeError: for what is no list of models, and for shapes in place of arrays.
+        FloatingPointError: for an average that is out of range.
     """
     stacked = stack(models)
-    return average_of(stacked, mixtures(weights, len(models), leaves_of(models[0])))
+    leaves = leaves_of(models[0])
+    shares = mixtures(weights, len(models), leaves)
+    check_integers(leaves, columns_of(models), shares)
+    averaged = average_of(stacked, shares)
+    require_finite(leaves, averaged, "averaging")
+    return averaged
+
+
+def columns_of(models: Sequence[PyTree]) -> list[tuple[Any, ...]]:
+    """Sorts the leaves of models by leaf.
+
+    Args:
+        models: K pytrees of one structure.
+
+    Returns:
+        For each leaf its values in the models.
+    """
+    return list(zip(*map(jax.tree_util.tree_leaves, models), strict=True))
+
+
+def check_integers(
+    leaves: Sequence[Leaf], columns: Sequence[Any], shares: Sequence[Float[Array, " k"]]
+) -> None:
+    """Refuses integers that differ between models that are to be averaged.
+
+    Args:
+        leaves: of all models.
+        columns: for each leaf its values in the models, K arrays or one array `[K, ...]`.
+        shares: the weights of the models, for each leaf.
+
+    Raises:
+        ValueError: listing every such leaf by key path.
+    """
+    decided = [_has_all_weight(w) for w in shares]
+    remedy = (
+        ", or say by weights whose to keep, as in lambda path: (0.0, 1.0) if path == 'mask' else "
+        "None"
+    )
+    require_equal_integers(leaves, columns, decided, remedy)
+
+
+def _has_all_weight(weights: Array) -> bool:
+    """Whether one of the models is known to have all of the weight."""
+    return not isinstance(weights, Tracer) and bool((np.asarray(weights) == 1).any())
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -73,13 +130,12 @@ def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree
         ValueError: for no models, values that are known and not finite, or trees that differ,
             listing every offender by key path.
     """
-    if not models:
-        raise ValueError("no models were given; pass at least one pytree of parameters")
+    require_models(models)
     if symmetry is None:
         treedef = jax.tree_util.tree_structure(models[0])
         symmetry = Symmetry((), (), leaves_of(models[0]), treedef)
     for number, model in enumerate(models):
-        symmetry.validate(model, f"model {number}")
+        require_model(symmetry, model, f"model {number}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
@@ -141,12 +197,14 @@ def average_of(
         weights: of the models, alike for all leaves or a list of one for each.
 
     Returns:
-        The average. Integers, booleans and keys are those of the last model.
+        The average. Integers, booleans and keys are those of the model that has all of the weight,
+        or of the last.
     """
 
     def mean(x: Array, weights: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x[-1]
+            alone = weights == 1
+            return x[jnp.where(alone.any(), jnp.argmax(alone), len(weights) - 1)]
         # At least float32, so that half-precision models lose nothing to the weights.
         wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
         w = weights.astype(wide)
@@ -193,26 +251,40 @@ def fuse(
             one.
 
     Returns:
-        The fused parameters. Integers, booleans and keys are those of the reference.
+        The fused parameters. Integers, booleans and keys as in `average`, with the reference for
+        the last model.
 
     Raises:
-        ValueError: as `align`, and for fewer than two models, weights that do not fit, or an empty
-            batch.
+        ValueError: as `align`, and for fewer than two models, weights that do not fit, integers
+            that can't be averaged, or an empty batch.
+        TypeError: as `align`.
+        FloatingPointError: as `align`.
+
+    Warns:
+        SymmetryWarning: if the symmetry has no groups: the result is the plain average.
     """
-    if batch_size is not None and batch_size < 1:
+    require_kind(method, AbstractMethod, "method", "CoordinateDescent() or ForwardPass()")
+    require_kind(solver, AbstractSolver, "solver", "Exact() or Sinkhorn()")
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
         raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
     metric = costs.SqEuclidean() if metric is None else metric
+    for given in symmetry if isinstance(symmetry, list | tuple) else (symmetry,):
+        require_symmetry(given, "fuse(symmetry, models), or with a list of symmetries")
     if not isinstance(symmetry, Symmetry):
         how = {"method": method, "metric": metric, "solver": solver, "leaf_weight": leaf_weight}
         return _fuse_widths(tuple(symmetry), models, weights, reference, how)
     stacked, count = stacked_models(symmetry, models)
     order = _reference_last(reference, count)
+    warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
     found = mixtures(weights, count, symmetry.leaves)
+    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stacked), found)
     ordered = jax.tree.map(lambda x: x[order], stacked)
     counting = leaf_weights(symmetry, leaf_weight)
     lanes = min(batch_size or at_once(count), count - 1)
     static = (symmetry, method, solver, counting, lanes)
-    return _fuse(*static, ordered, [w[order] for w in found], metric)
+    fused = _fuse(*static, ordered, [w[order] for w in found], metric)
+    require_finite(symmetry.leaves, fused, "fusing")
+    return fused
 
 
 def _reference_last(reference: int, count: int) -> np.ndarray:
@@ -241,11 +313,15 @@ def _fuse_widths(
     moved = []
     for i in order[:-1]:
         symmetry, model = symmetries[i], models[i]
-        symmetry.validate(model, f"model {i}")
+        require_model(symmetry, model, f"model {i}")
         plans = align(symmetry, model, target, onto=onto, **how)
         moved.append(transport(symmetry, plans, model, onto=onto))
+    shares = [w[order] for w in found]
+    check_integers(onto.leaves, columns_of([*moved, target]), shares)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved, target)
-    return average_of(together, [w[order] for w in found])
+    fused = average_of(together, shares)
+    require_finite(onto.leaves, fused, "fusing")
+    return fused
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -300,7 +376,7 @@ def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:
             np.ndim(x) - len(leaf.shape) for x, leaf in zip(leaves, symmetry.leaves, strict=True)
         }
         if ranks == {1} and len(counts) == 1:
-            symmetry.validate(models, "the stack of models", batch=(counts.pop(),))
+            require_model(symmetry, models, "the stack of models", batch=(counts.pop(),))
             return models
         raise ValueError(
             "one model was given, or a stack whose leaves have no leading axis of one size; pass a "

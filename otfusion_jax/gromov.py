@@ -14,7 +14,9 @@ from ott.solvers.linear import sinkhorn
 from ott.solvers.quadratic import gromov_wasserstein
 
 from otfusion_jax.assignment import slack
-from otfusion_jax.soft import check_epsilon, prepare, standardised
+from otfusion_jax.checks import require_epsilon, require_flag, require_number
+from otfusion_jax.scaling import exponent, scaled
+from otfusion_jax.soft import prepare, standardised
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
@@ -76,9 +78,17 @@ class GromovWasserstein(AbstractSolver):
     max_inner_iterations: int = 2000
 
     def __post_init__(self):
-        check_epsilon(self)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"GromovWasserstein needs alpha in [0, 1], got {self.alpha}.")
+        require_number(self, "alpha", least=0, most=1)
+        require_epsilon(self)
+        require_flag(self, "relative")
+        require_number(self, "threshold", above=0)
+        require_number(self, "max_iterations", least=1, whole=True)
+        require_number(self, "max_inner_iterations", least=1, whole=True)
+
+    @property
+    def scale_free(self) -> bool:
+        """See `AbstractSolver.scale_free`."""
+        return self.relative
 
     def solve(
         self,
@@ -125,17 +135,19 @@ def _solve(
     dtype = working_dtype(cost)
     if cost.size == 0:
         return nothing_to_match(cost)
-    problem = prepare(cost, a, b)
+    problem = prepare(cost, a, b, solver.relative)
     both = jnp.concatenate([jnp.ravel(x).astype(dtype) for x in within])
     finite = jnp.isfinite(jnp.max(jnp.abs(both)))
     valid = problem.valid & finite
     # The same constant on both sides cancels: without it there are more digits for the rest.
-    both, spread = standardised(jnp.where(finite, both, 0))
+    both = jnp.where(finite, both, 0)
+    both, spread = standardised(scaled(both, -exponent(both)) if solver.relative else both)
     unit = problem.scale if solver.relative else jnp.ones_like(spread)
     both = both / spread if solver.relative else both
     source, target = both[: n * n].reshape(n, n), both[n * n :].reshape(m, m)
     # The value sees all of the cost, what is solved is without its constant.
-    linear, whole = (x / unit * (1 - solver.alpha) for x in (problem.reduced, problem.cost))
+    costs = problem.reduced, scaled(problem.cost, -problem.k)
+    linear, whole = (x / unit * (1 - solver.alpha) for x in costs)
 
     # ott's linearisation leaves out the factor 2 of the quadratic term's gradient.
     geom_source, geom_target = (
@@ -166,9 +178,9 @@ def _solve(
     gap = jnp.sum(plan * slack(linear + 2 * solver.alpha * distortion, v))
     return Solution(
         plan=plan,
-        value=value * unit,
+        value=scaled(value * unit, problem.k),
         converged=jnp.logical_and(valid, jnp.asarray(output.converged)),
-        gap=lax.stop_gradient(gap * unit),
+        gap=scaled(lax.stop_gradient(gap * unit), problem.k),
     )
 
 

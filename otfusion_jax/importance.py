@@ -5,6 +5,8 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.checks import require_model, require_symmetry
+from otfusion_jax.scaling import common_exponent, scaled
 from otfusion_jax.symmetry import Symmetry
 from otfusion_jax.units import units_of
 
@@ -25,6 +27,7 @@ def weight_importance(
 
     Raises:
         ValueError: for another order, or parameters that do not fit.
+        TypeError: for arguments in another order, and shapes in place of arrays.
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, section 4 (support and
@@ -32,13 +35,16 @@ def weight_importance(
     """
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
-    symmetry.validate(params)
+    require_symmetry(symmetry, "weight_importance(symmetry, params)")
+    require_model(symmetry, params)
     leaves = symmetry.split(params)
     found = {}
     for group in symmetry.groups:
         members = group.having("produces") or group.members
         vectors = [units_of(leaves[m.leaf], m.where, group) for m in members]
-        sums = [jnp.sum(jnp.abs(v).astype(jnp.float32) ** order, axis=-1) for v in vectors]
+        k = common_exponent(vectors)
+        sizes = [jnp.abs(scaled(v, -k)).astype(jnp.float32) for v in vectors]
+        sums = [jnp.sum(size**order, axis=-1) for size in sizes]
         found[group.name] = _masses(functools.reduce(jnp.add, sums) ** (1 / order))
     return found
 
@@ -55,10 +61,12 @@ def feature_importance(
         For each group the variances over the samples, divided by their sum: masses for
         `align(..., marginals=...)`. Where all are 0, uniform.
     """
-    return {name: _masses(jnp.var(_real_norm(x), axis=-2)) for name, x in features.items()}
+    return {name: _masses(jnp.var(_in_range(x), axis=-2)) for name, x in features.items()}
 
 
-def _real_norm(x: Array) -> Array:
+def _in_range(x: Array) -> Array:
+    """Scales activations, so that their squares are in range; of complex ones the magnitudes."""
+    x = scaled(x, -common_exponent([x]))
     return jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(jnp.float32)
 
 

@@ -16,11 +16,21 @@ import optax
 from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.align import align, leaf_weights, weighted
+from otfusion_jax.align import align, leaf_weights, rescaled, weighted
+from otfusion_jax.checks import (
+    require_equal_integers,
+    require_function,
+    require_kind,
+    require_model,
+    require_symmetry,
+    warn_without_groups,
+)
 from otfusion_jax.costs import Gram, ground_cost
 from otfusion_jax.evaluate import interpolate
+from otfusion_jax.fuse import columns_of
 from otfusion_jax.matching import picked, solve_stack
 from otfusion_jax.methods import Problem
+from otfusion_jax.scaling import common_exponent
 from otfusion_jax.soft import Sinkhorn
 from otfusion_jax.solvers import Exact
 from otfusion_jax.symmetry import Plans, Symmetry
@@ -87,14 +97,24 @@ def learn_alignment(
         The learned alignment; pass it to `transport`.
 
     Raises:
-        ValueError: as `align`, for a start that does not fit or has soft plans, and for batches
-            that have no leading axis of one size.
+        ValueError: as `align`, for a start that does not fit or has soft plans, for integers that
+            differ between the models, and for batches that have no leading axis of one size.
+        TypeError: as `align`.
+
+    Warns:
+        SymmetryWarning: if the symmetry has no groups.
 
     References:
         Peña et al., Re-basin via implicit Sinkhorn differentiation, CVPR 2023.
     """
-    symmetry.validate(source, "the source")
-    symmetry.validate(target, "the target")
+    require_symmetry(symmetry, "learn_alignment(symmetry, loss, source, target, batches)")
+    require_function(loss, "learn_alignment(symmetry, loss, source, target, batches)")
+    require_kind(solver, Sinkhorn, "solver", "Sinkhorn()")
+    require_model(symmetry, source, "the source")
+    require_model(symmetry, target, "the target")
+    columns = columns_of([source, target])
+    require_equal_integers(symmetry.leaves, columns, [False] * len(columns), "")
+    warn_without_groups(symmetry, (source, target), "there is nothing to learn")
     steps = _steps(batches)
     counting = leaf_weights(symmetry, leaf_weight)
     if start is None:
@@ -176,7 +196,10 @@ def _matching_costs(
     """
     a, b = symmetry.split(source), symmetry.split(target)
     if counting is not None:
-        a, b = (weighted(symmetry, leaves, counting) for leaves in (a, b))
+        a, b = (weighted(symmetry, parts, counting) for parts in (a, b))
+    moving = [x for x, leaf in zip((*a, *b), 2 * symmetry.parts, strict=True) if leaf.moves]
+    k = common_exponent(moving)
+    a, b = (rescaled(symmetry.parts, parts, -k) for parts in (a, b))
     problem = Problem(symmetry, symmetry, a, b, costs.SqEuclidean(), Exact())
     found = {}
     for family in problem.families:

@@ -13,6 +13,8 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn, sinkhorn_lr
 
 from otfusion_jax.assignment import slack
+from otfusion_jax.checks import require_number
+from otfusion_jax.scaling import scaled
 from otfusion_jax.soft import prepare
 from otfusion_jax.solvers import (
     AbstractSolver,
@@ -58,10 +60,16 @@ class LowRank(AbstractSolver):
     max_iterations: int = 2000
 
     def __post_init__(self):
-        if not self.rank >= 1:
-            raise ValueError(f"LowRank needs rank >= 1, got {self.rank}.")
-        if not self.epsilon >= 0:
-            raise ValueError(f"LowRank needs epsilon >= 0, got {self.epsilon}.")
+        require_number(self, "rank", least=1, whole=True)
+        require_number(self, "epsilon", least=0, finite=True)
+        require_number(self, "gamma", above=0, finite=True)
+        require_number(self, "threshold", above=0)
+        require_number(self, "max_iterations", least=1, whole=True)
+
+    @property
+    def scale_free(self) -> bool:
+        """See `AbstractSolver.scale_free`."""
+        return True
 
     def solve(
         self,
@@ -95,7 +103,7 @@ def _solve_low_rank(
     problem = prepare(cost, a, b)
     # ott keeps part of its state in the widest type that is switched on.
     widest = jnp.zeros(()).dtype
-    scaled, a, b = (
+    relative, a, b = (
         lax.stop_gradient(x).astype(widest)
         for x in (problem.reduced / problem.scale, problem.a, problem.b)
     )
@@ -107,7 +115,7 @@ def _solve_low_rank(
         threshold=solver.threshold,
         max_iterations=solver.max_iterations,
     )
-    geom = geometry.Geometry(cost_matrix=scaled)
+    geom = geometry.Geometry(cost_matrix=relative)
     output = run(linear_problem.LinearProblem(geom, a, b), init=_start(a, b, run.rank))
     # ott's own flag wants changes to become smaller: of rank 1 there are none from the start.
     last_change = output.errors[jnp.sum(output.errors != -1) - 1]
@@ -115,14 +123,15 @@ def _solve_low_rank(
     plan = jnp.where(problem.valid, plan / jnp.sum(plan), jnp.nan)
 
     certificate = sinkhorn.Sinkhorn(max_iterations=_CERTIFICATE_ITERATIONS)
-    sharp = geometry.Geometry(cost_matrix=scaled, epsilon=_CERTIFICATE_EPSILON)
+    sharp = geometry.Geometry(cost_matrix=relative, epsilon=_CERTIFICATE_EPSILON)
     own = jnp.sum(output.matrix, axis=1), jnp.sum(output.matrix, axis=0)
     v = certificate(linear_problem.LinearProblem(sharp, *own)).g.astype(dtype)
+    gap = jnp.sum(plan * slack(problem.reduced, v * problem.scale))
     return Solution(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=problem.valid & (last_change < solver.threshold),
-        gap=lax.stop_gradient(jnp.sum(plan * slack(problem.reduced, v * problem.scale))),
+        gap=scaled(lax.stop_gradient(gap), problem.k),
     )
 
 

@@ -63,12 +63,12 @@ def families_of(symmetry: Symmetry) -> tuple[Family, ...]:
         nested in it are coupled. Then the root is matched anew with each of them, and the others
         are carried along, each with the index of the root that it is in.
     """
-    inside: dict[str, list[Group]] = {}
+    inside: dict[str | None, list[Group]] = {}
     for group in symmetry.groups:
-        inside.setdefault(group.outer or "", []).append(group)
+        inside.setdefault(group.outer, []).append(group)
     coupled = _coupled(symmetry)
     families: list[Family] = []
-    for root in inside.get("", ()):
+    for root in inside.get(None, ()):
         sets: list[list[Group]] = []
         for group in inside.get(root.name, ()):
             apart = (s for s in sets if not any({group.name, g.name} in coupled for g in s))

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, gram, squared_norm, unit_gram
+from otfusion_jax.checks import require_flag, require_number
+from otfusion_jax.costs import DEGREES, Gram, gram, squared_norm, unit_gram
 from otfusion_jax.matching import Family, Masses, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
@@ -36,9 +37,10 @@ class Alignment:
 
     Attributes:
         plans: group name to plan, as `transport` takes them.
-        objective: squared distance of the moved source to the target, summed over all parameters.
+        objective: squared distance of the moved source to the target, summed over all parameters;
+            infinite if that is out of range, which does the plans no harm.
         history: for coordinate descent the objective at the start and after every sweep, float
-            `[sweeps + 1]`, NaN after the last; otherwise before and after.
+            `[max_sweeps + 1]`, which stays as it is after the last; otherwise before and after.
         converged: whether every solve converged and nothing was left to improve.
         gaps: group name to the duality gap of its last solve, in the units of its ground cost; of a
             nested group the largest of its batch.
@@ -183,7 +185,8 @@ class Problem:
             if leaf.moves and len(leaf.shape) > 1 and self.symmetry.by_leaf[i].uses:
                 moved = self._moved(plans, i)
                 g = gram(moved.reshape(1, -1), b.reshape(1, -1))
-                cosine = g.ab[0, 0] / jnp.sqrt(jnp.maximum(g.aa[0] * g.bb[0], 1e-30))
+                norms = jnp.sqrt(g.aa[0]) * jnp.sqrt(g.bb[0])
+                cosine = g.ab[0, 0] / jnp.where(norms > 0, norms, 1)
                 total = total + jnp.log(jnp.maximum(cosine, 1e-6)).astype(self.dtype)
         return total
 
@@ -274,6 +277,18 @@ class AbstractMethod(abc.ABC):
             The alignment.
         """
 
+    def cost_degree(self, metric: costs.CostFn, by_features: bool) -> int:
+        """Says in which power of the weights' unit the gaps are.
+
+        Args:
+            metric: the ground metric.
+            by_features: whether features are given.
+
+        Returns:
+            The power: that of squared distances between weights, unless the method says otherwise.
+        """
+        return 2
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass(AbstractMethod):
@@ -297,6 +312,7 @@ class ForwardPass(AbstractMethod):
     members: Literal["producing", "all"] = "producing"
 
     def __post_init__(self):
+        require_flag(self, "unit_norm")
         if self.members not in ("producing", "all"):
             raise ValueError(f"members is {self.members!r}; it must be 'producing' or 'all'")
 
@@ -306,6 +322,12 @@ class ForwardPass(AbstractMethod):
         still = _start(problem).plans
         history = jnp.stack([problem.distance(still), problem.distance(state.plans)])
         return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
+
+    def cost_degree(self, metric: costs.CostFn, by_features: bool) -> int:
+        """See `AbstractMethod.cost_degree`."""
+        if by_features or self.unit_norm:
+            return 0
+        return DEGREES.get(type(metric), 2)
 
     def _pass(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
         """Returns the state after the pass."""
@@ -414,9 +436,12 @@ class CoordinateDescent(AbstractMethod):
     starts: tuple[str, ...] = ("forward", "identity")
 
     def __post_init__(self):
-        strange = [s for s in self.starts if s not in ("identity", "forward")]
-        if strange or not self.starts:
-            raise ValueError(f"starts is {self.starts}; choose from 'identity', 'forward'")
+        require_number(self, "max_sweeps", least=1, whole=True)
+        known = isinstance(self.starts, tuple) and {*self.starts} <= {"identity", "forward"}
+        if not known or not self.starts:
+            raise ValueError(
+                f"starts is {self.starts!r}; it must be a tuple of 'identity', 'forward' or both"
+            )
 
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`. Features, if given, only serve the start `"forward"`."""
@@ -443,7 +468,7 @@ class CoordinateDescent(AbstractMethod):
     def _descend(self, problem: Problem, state: _State) -> Alignment:
         """Goes over all groups until nothing improves."""
         start = problem.distance(state.plans)
-        history = jnp.full(self.max_sweeps + 1, jnp.nan, start.dtype).at[0].set(start)
+        history = jnp.full(self.max_sweeps + 1, start)
 
         def compare(family: Family, state: _State) -> list[Gram]:
             chosen = [m for group in (family.root, *family.nested) for m in group.members]
@@ -465,7 +490,9 @@ class CoordinateDescent(AbstractMethod):
         loop = state, history, jnp.zeros((), jnp.int32)
         state, history, count = jax.lax.while_loop(unfinished, sweep, loop)
         converged = state.converged & ~state.improved
-        return Alignment(state.plans, history[count], history, converged, state.gaps)
+        # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
+        history = jnp.where(jnp.arange(len(history)) > count, history[count], history)
+        return Alignment(state.plans, history[-1], history, converged, state.gaps)
 
 
 def _accept(

@@ -22,6 +22,13 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.checks import (
+    require_finite,
+    require_kind,
+    require_model,
+    require_models,
+    require_symmetry,
+)
 from otfusion_jax.compat import body
 from otfusion_jax.corrections import (
     AbstractRepair,
@@ -34,6 +41,7 @@ from otfusion_jax.corrections import (
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.features import check_inputs, interpret, retrace, samples_of
 from otfusion_jax.fuse import average, mixture
+from otfusion_jax.scaling import deviation
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, uses_of
 from otfusion_jax.trace import Trace, View
 from otfusion_jax.transport import HasPlans, moved_along, moved_units, plans_of
@@ -102,18 +110,26 @@ def repair(
 
     Raises:
         ValueError: if models do not fit the symmetry, `fn` and `inputs` give another symmetry, a
-            batch is empty, weights do not fit, or an original is of another architecture.
+            batch is empty, weights do not fit, integers can't be averaged, or an original is of
+            another architecture.
+        TypeError: for arguments in another order, and shapes in place of arrays.
+        FloatingPointError: if features or their squares are out of range.
     """
+    require_symmetry(symmetry, "repair(symmetry, fn, models, *inputs)")
     fn, inputs = as_function(fn, inputs)
+    require_kind(method, AbstractRepair, "method", "RestoreStatistics() or LeastSquares()")
+    require_models(models)
     for number, model in enumerate(models):
-        symmetry.validate(model, f"model {number}")
+        require_model(symmetry, model, f"model {number}")
     check_inputs(inputs)
     befores = [None] * len(models) if originals is None else list(originals)
     if len(befores) != len(models):
         raise ValueError(f"{len(befores)} originals were given, but there are {len(models)} models")
     for number, before in enumerate(befores):
         if before is not None:
-            before.symmetry.validate(before.params, f"original {number}")
+            require_kind(before, Original, f"original {number}", "an Original, or None")
+            require_symmetry(before.symmetry, "Original(symmetry, fn, params, plans)")
+            require_model(before.symmetry, before.params, f"original {number}")
     fused = average(models, weights)
     shares = mixture(weights, len(models))
     static = tuple(before and (before.symmetry, before.fn) for before in befores)
@@ -125,6 +141,7 @@ def repair(
     ]
     mine = symmetry.split(fused)
     found = _repair(symmetry, fn, method, static, mine, arrays, shares, inputs)
+    require_finite(symmetry.parts, found, "repairing")
     return symmetry.join(found)
 
 
@@ -389,9 +406,9 @@ def _statistics(
     ]
     above: Role = around[-1] if around else "produces"
     units = samples_of(features, view, group)
-    found = jnp.mean(units, axis=-2), jnp.std(units, axis=-2)
-    mean, deviation = (moved_units(group, network.plans, x, roles[number], above) for x in found)
-    return mean, deviation
+    found = jnp.mean(units, axis=-2), deviation(units, axis=-2)
+    mean, spread = (moved_units(group, network.plans, x, roles[number], above) for x in found)
+    return mean, spread
 
 
 def _row_gram(

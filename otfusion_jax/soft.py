@@ -14,7 +14,9 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
 from otfusion_jax.assignment import slack
+from otfusion_jax.checks import require_epsilon, require_flag, require_number
 from otfusion_jax.implicit import IMPLICIT
+from otfusion_jax.scaling import exponent, scaled
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
@@ -79,22 +81,24 @@ class Sinkhorn(AbstractSolver):
     tau_b: float = 1.0
 
     def __post_init__(self):
-        check_epsilon(self)
+        require_epsilon(self)
+        require_flag(self, "relative")
+        require_number(self, "threshold", above=0)
+        require_number(self, "max_iterations", least=1, whole=True)
         for name in ("tau_a", "tau_b"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"Sinkhorn needs {name} in (0, 1], got {getattr(self, name)}. 1 is balanced."
-                )
-        if not (self.epsilon_init >= 1 and 0 < self.epsilon_decay < 1):
-            raise ValueError(
-                "Annealing goes down to epsilon, so that epsilon_init is at least 1 and "
-                f"epsilon_decay in (0, 1): got {self.epsilon_init} and {self.epsilon_decay}."
-            )
+            require_number(self, name, above=0, most=1)
+        require_number(self, "epsilon_init", least=1, finite=True)
+        require_number(self, "epsilon_decay", above=0, below=1)
         if _annealed(self) >= self.max_iterations:
             raise ValueError(
                 f"Annealing takes {_annealed(self)} iterations, and max_iterations is "
                 f"{self.max_iterations}. Start lower, decay faster, or allow more."
             )
+
+    @property
+    def scale_free(self) -> bool:
+        """See `AbstractSolver.scale_free`."""
+        return self.relative
 
     def solve(
         self,
@@ -122,8 +126,9 @@ class Problem(NamedTuple):
         cost: `[n, m]` as given, in the precision to solve in.
         a: `[n]`, masses of the source units.
         b: `[m]`, masses of the target units.
-        reduced: `[n, m]`, the cost less its minimum; 0 if the cost is not finite.
-        scale: `[]`, the standard deviation of the cost; 1 if that is 0.
+        reduced: `[n, m]`, the cost less its minimum, in units of `2**k`; 0 if it is not finite.
+        scale: `[]`, the standard deviation of the cost, in the same units; 1 if that is 0.
+        k: int32 `[]`, which power of two is just above all costs; 0 if they are not to be scaled.
         valid: bool `[]`, whether the cost is finite and the marginals are distributions.
     """
 
@@ -132,33 +137,18 @@ class Problem(NamedTuple):
     b: Array
     reduced: Array
     scale: Array
+    k: Array
     valid: Array
 
 
-def check_epsilon(solver: AbstractSolver) -> None:
-    """Refuses an entropic solver without entropy.
-
-    Args:
-        solver: with a field `epsilon`.
-
-    Raises:
-        ValueError: if that is not above 0.
-    """
-    epsilon: float = getattr(solver, "epsilon")  # noqa: B009
-    if not epsilon > 0:
-        raise ValueError(
-            f"{type(solver).__name__} needs epsilon > 0, got {epsilon}. Without entropy, use "
-            "Exact()."
-        )
-
-
-def prepare(cost: Array, a: Array | None, b: Array | None) -> Problem:
+def prepare(cost: Array, a: Array | None, b: Array | None, relative: bool = True) -> Problem:
     """Makes a problem ready for ott.
 
     Args:
         cost: `[n, m]`, not empty.
         a: masses of the source units; None means uniform.
         b: masses of the target units, likewise.
+        relative: whether the unit of the cost does not matter, so that it can be scaled.
 
     Returns:
         The problem.
@@ -168,8 +158,9 @@ def prepare(cost: Array, a: Array | None, b: Array | None) -> Problem:
     a = jnp.full(n, 1 / n, cost.dtype) if a is None else a.astype(cost.dtype)
     b = jnp.full(m, 1 / m, cost.dtype) if b is None else b.astype(cost.dtype)
     finite = jnp.isfinite(jnp.max(jnp.abs(cost)))
-    reduced, scale = standardised(jnp.where(finite, cost, 0))
-    return Problem(cost, a, b, reduced, scale, finite & is_distribution(a) & is_distribution(b))
+    k = exponent(cost) if relative else jnp.zeros((), jnp.int32)
+    reduced, scale = standardised(jnp.where(finite, scaled(cost, -k), 0))
+    return Problem(cost, a, b, reduced, scale, k, finite & is_distribution(a) & is_distribution(b))
 
 
 def standardised(x: Array) -> tuple[Array, Array]:
@@ -210,13 +201,13 @@ def _solve_sinkhorn(
 ) -> Solution:
     if cost.size == 0:
         return nothing_to_match(cost)
-    problem = prepare(cost, a, b)
-    scale = problem.scale if solver.relative else jnp.ones_like(problem.scale)
-    scaled = problem.reduced / scale
+    problem = prepare(cost, a, b, solver.relative)
+    unit = problem.scale if solver.relative else jnp.ones_like(problem.scale)
+    relative = problem.reduced / unit
     tau_a, tau_b = solver.tau_a, solver.tau_b
     loose = tau_a < 1 and tau_b < 1
     if loose:
-        scaled = scaled - _free_mass_shift(solver, scaled, problem.a, problem.b)
+        relative = relative - _free_mass_shift(solver, relative, problem.a, problem.b)
     epsilon = epsilon_scheduler.Epsilon(
         solver.epsilon, init=solver.epsilon_init, decay=solver.epsilon_decay
     )
@@ -228,17 +219,17 @@ def _solve_sinkhorn(
         recenter_potentials=loose,
         implicit_diff=IMPLICIT,
     )
-    geom = geometry.Geometry(cost_matrix=scaled, epsilon=epsilon)
+    geom = geometry.Geometry(cost_matrix=relative, epsilon=epsilon)
     output = run(linear_problem.LinearProblem(geom, problem.a, problem.b, tau_a, tau_b))
 
     plan = output.matrix / jnp.sum(output.matrix) if loose else output.matrix
     plan = jnp.where(problem.valid, plan, jnp.nan)
-    gap = jnp.sum(plan * slack(problem.reduced, output.g * scale))
+    gap = jnp.sum(plan * slack(problem.reduced, output.g * unit))
     return Solution(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=jnp.logical_and(problem.valid, jnp.asarray(output.converged)),
-        gap=lax.stop_gradient(gap),
+        gap=scaled(lax.stop_gradient(gap), problem.k),
     )
 
 

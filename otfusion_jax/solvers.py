@@ -19,6 +19,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from otfusion_jax.assignment import assign, assign_copies
+from otfusion_jax.checks import require_number
+from otfusion_jax.scaling import exponent, scaled
 from otfusion_jax.simplex import network_simplex, require_pot
 
 
@@ -54,6 +56,14 @@ class AbstractSolver(abc.ABC):
     """
 
     quadratic: ClassVar[bool] = False
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether scaling the costs scales value and gap, and leaves the plan as it is.
+
+        Then weights whose squares are out of range are scaled before they are compared.
+        """
+        return False
 
     @abc.abstractmethod
     def solve(
@@ -112,6 +122,14 @@ class Exact(AbstractSolver):
     """
 
     tolerance: float = 1e-5
+
+    def __post_init__(self):
+        require_number(self, "tolerance", least=0)
+
+    @property
+    def scale_free(self) -> bool:
+        """See `AbstractSolver.scale_free`."""
+        return True
 
     def solve(
         self,
@@ -260,12 +278,16 @@ def _solve_exact(
     if cost.size == 0:
         return nothing_to_match(cost, jnp.zeros(n, jnp.int32) if uniform and n == m else None)
     finite = valid = jnp.isfinite(jnp.max(jnp.abs(cost)))
+    # In a range in which no sum or difference of costs overflows, and none is taken for zero.
+    k = exponent(cost)
     # ott's solver may never return from NaN, so it gets a problem that takes it one step per row.
-    safe = jnp.where(finite, lax.stop_gradient(cost), 1 - jnp.eye(n, m, dtype=cost.dtype))
+    fixed = scaled(lax.stop_gradient(cost), -k)
+    safe = jnp.where(finite, fixed, 1 - jnp.eye(n, m, dtype=cost.dtype))
 
     if uniform and n == m:
         plan, gap = assign(safe)
-        value, unusable = jnp.mean(cost[plan, jnp.arange(n)]), n
+        # Divided first: the sum may be out of range where the mean is not.
+        value, unusable = jnp.sum(cost[plan, jnp.arange(n)] / n), n
     else:
         if uniform and _divides(n, m):
             plan, gap = assign_copies(safe)
@@ -281,7 +303,7 @@ def _solve_exact(
         plan=jnp.where(valid, plan, unusable),
         value=jnp.where(valid, value, jnp.nan),
         converged=valid & (gap <= tolerance),
-        gap=jnp.where(valid, gap, jnp.nan),
+        gap=jnp.where(valid, scaled(gap, k), jnp.nan),
     )
 
 

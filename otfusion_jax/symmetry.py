@@ -35,6 +35,9 @@ Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
 the group's batch."""
 
+NOT_USED = "not used by the function"
+"""Why a parameter is pinned that nothing reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -114,7 +117,10 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included."""
+    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included.
+
+    The path of parameters that are one array, and no tree, is `"params"`.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -167,7 +173,7 @@ def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
     """
     leaves, strange = [], []
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         try:
             aval = jax.typeof(value) if not isinstance(value, jax.ShapeDtypeStruct) else value
             leaves.append(Leaf(name, tuple(aval.shape), aval.dtype))
@@ -350,7 +356,11 @@ class Symmetry:
 
         Returns:
             Plans, int32 `[*batch, n]` each.
+
+        Raises:
+            TypeError: for a number in place of a key, and for a batch of keys.
         """
+        _require_key(key)
         keys = jax.random.split(key, len(self.groups)) if self.groups else ()
         return {
             name: jax.random.permutation(k, plan, axis=-1, independent=True)
@@ -419,3 +429,12 @@ class Symmetry:
             of it, the most first, with the source line where they met what does not move.
         """
         return describe.summary(self)
+
+
+def _require_key(key: Any) -> None:
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return
+        if key.dtype == jnp.uint32 and key.ndim == 1:  # as jax.random.PRNGKey makes them
+            return
+    raise TypeError(f"key is {f'{key!r}'[:80]}; pass a single key, as jax.random.key(0) is one")

@@ -17,11 +17,12 @@ from jaxtyping import PyTree
 import otfusion_jax.package_rules
 import otfusion_jax.rules  # noqa: F401, both fill the registry
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
+from otfusion_jax.checks import warn_not_used
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
 from otfusion_jax.pieces import cuts_of, rewritten
-from otfusion_jax.symmetry import Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
+from otfusion_jax.symmetry import NOT_USED, Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
 
 UNREAD = "not read on these inputs"
@@ -150,7 +151,7 @@ def _walked(
             if not leaf.moves:
                 space.pin(axis, f"a leaf of dtype {leaf.dtype} passes untouched")
             elif not matters:
-                space.pin(axis, "not used by the function")
+                space.pin(axis, NOT_USED)
         mine.append(axes)
     args = [Value(axes, Kind.PARAMETER) for axes in mine]
     for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
@@ -215,7 +216,9 @@ permuted
         in      8     0     tied to input 0, axis 1
         out     4     1     tied to the output, axis 1
     """
-    return trace(fn, params, *inputs, on_unsupported=on_unsupported).symmetry
+    symmetry = trace(fn, params, *inputs, on_unsupported=on_unsupported).symmetry
+    warn_not_used(symmetry)
+    return symmetry
 
 
 def _used(jaxpr: core.Jaxpr) -> set[Any]:

@@ -16,6 +16,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from otfusion_jax.checks import (
+    require_arrays,
+    require_model,
+    require_symmetry,
+)
 from otfusion_jax.entry_points import Program, entry_points
 from otfusion_jax.layout import Cell, Cells, mixed, permuted
 from otfusion_jax.symmetry import Group, Member, Plans, Role, Symmetry, Use, Uses
@@ -40,8 +45,17 @@ def plans_of(plans: Plans | HasPlans) -> Plans:
 
     Returns:
         Group name to plan.
+
+    Raises:
+        TypeError: for anything else.
     """
-    return plans if isinstance(plans, dict) else plans.plans
+    found = plans if isinstance(plans, dict) else getattr(plans, "plans", None)
+    if not isinstance(found, dict):
+        raise TypeError(
+            f"plans is a {type(plans).__name__}; pass a dict of arrays by the names of groups, or "
+            "what align returns"
+        )
+    return found
 
 
 def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
@@ -87,9 +101,12 @@ def transport(
         ValueError: for plans of unknown groups, of wrong shapes, or known not to be permutations or
             couplings, for soft plans of axes with both roles, for parameters that do not fit, and
             if the networks differ in more than widths.
+        TypeError: for arguments in another order, and shapes in place of arrays.
     """
-    symmetry.validate(params)
+    for given in (symmetry, symmetry if onto is None else onto):
+        require_symmetry(given, "transport(symmetry, plans, params, onto=symmetry_of_the_target)")
     plans = plans_of(plans)
+    require_model(symmetry, params)
     onto = None if onto is None else matched(symmetry, onto)
     _check(symmetry, plans, onto)
     return _transport(symmetry, onto, plans, params)
@@ -149,6 +166,7 @@ def invert(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
 
 
 def _permutations(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+    require_symmetry(symmetry, "compose(symmetry, first, then) or invert(symmetry, plans)")
     plans = plans_of(plans)
     _check(symmetry, plans)
     soft = [name for name, plan in plans.items() if not is_permutation(plan)]
@@ -347,7 +365,7 @@ def _problem(group: Group, plans: Plans, size: int | None = None) -> str | None:
     if not isinstance(plan, jax.Array | np.ndarray):
         return f"a {type(plan).__name__}, expected an array"
     n, batch, note = group.size, group.batch, ""
-    around: Any = plans.get(group.outer or "")
+    around: Any = None if group.outer is None else plans.get(group.outer)
     if isinstance(around, jax.Array | np.ndarray) and not is_permutation(around):
         batch = (*batch, around.shape[-1])
         note = f", one for every pair of what {group.outer} moves from and to"
@@ -399,12 +417,20 @@ def check_symmetry(
         The relative error: the largest change of any output over the largest output, of several
         functions that of the worst. Rounding alone leaves 1e-7 to 1e-5 in float32. NaN if there are
         NaN among the outputs.
+
+    Raises:
+        ValueError: for parameters that do not fit.
+        TypeError: for arguments in another order, shapes in place of arrays, and what is no key.
     """
+    require_symmetry(symmetry, "check_symmetry(symmetry, fn, params, *inputs)")
+    functions = entry_points(fn, inputs)
+    require_model(symmetry, params)
+    require_arrays([given for _, given in functions], "inputs")
     plans = symmetry.random(jax.random.key(0) if key is None else key)
     moved = transport(symmetry, plans, params)
     errors = [
         _relative_change(function(params, *given), function(moved, *given))
-        for function, given in entry_points(fn, inputs)
+        for function, given in functions
     ]
     return float(np.max(errors))
 

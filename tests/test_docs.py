@@ -19,9 +19,11 @@ PRIMITIVES = ROOT / "docs" / "primitives.md"
 
 # Each module imports only from those before it; only `__init__` sees them all.
 LAYERS = (
+    "scaling",
     "describe",
     "layout",
     "symmetry",
+    "checks",
     "units",
     "widths",
     "roles",

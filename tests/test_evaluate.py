@@ -186,3 +186,19 @@ def test_positions_that_do_not_span_the_line_are_refused(t):
 def test_barriers_between_models_that_differ_are_refused():
     with pytest.raises(ValueError, match="x: missing"):
         otf.barrier(hill, A, {"y": B["y"]})
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_lines_and_ensembles_in_half_precision_are_rounded_once(dtype):
+    a, b = (jax.random.normal(jax.random.key(seed), (500,)).astype(dtype) for seed in (0, 1))
+    t = jnp.array([0.3, 0.7])
+    wide = [x.astype(jnp.float32)[None] for x in (a, b)]
+    exact = (1 - t)[:, None] * wide[0] + t[:, None] * wide[1]
+    np.testing.assert_array_equal(otf.interpolate(a, b, t), exact.astype(dtype))
+    logits = jnp.zeros((1, 1), dtype)
+    found = otf.ensemble(lambda p, x: x + p[None], [a, b], logits)
+    softmax = [jax.nn.softmax(x.astype(jnp.float32)) for x in (a, b)]
+    np.testing.assert_array_equal(found[0], ((softmax[0] + softmax[1]) / 2).astype(dtype))

@@ -65,6 +65,76 @@ def test_averages_keep_dtypes_and_take_other_leaves_from_the_last():
     assert jnp.array_equal(mean["key"], jax.random.key(2))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_averages_in_half_precision_are_rounded_once(dtype):
+    models = [{"w": jax.random.normal(jax.random.key(s), (500,)).astype(dtype)} for s in range(3)]
+    weights = [0.5, 0.3, 0.2]
+    wide = jnp.stack([model["w"].astype(jnp.float32) for model in models])
+    exact = jnp.tensordot(jnp.array(weights), wide, axes=1, precision="highest")
+    np.testing.assert_array_equal(otf.average(models, weights)["w"], exact.astype(dtype))
+
+
+def quantised(*values):
+    return [
+        {"q": jnp.array(v, jnp.int8), "on": jnp.array([True, v[0] > 0]), "s": jnp.ones(2)}
+        for v in values
+    ]
+
+
+def keep(index):
+    return lambda path: [float(i == index) for i in range(2)] if path in ("q", "on") else None
+
+
+def test_integers_that_differ_are_refused_by_name():
+    different, same = quantised([1, 2], [-1, 2]), quantised([1, 2], [1, 2])
+    for call in (otf.average, lambda models: otf.interpolate(models[0], models[1], 0.5)):
+        with pytest.raises(ValueError, match=r"(?s)on: bool.*model 0 as in model 1.*q: int8"):
+            call(different)
+        np.testing.assert_array_equal(call(same)["q"], [1, 2])
+    with pytest.raises(ValueError, match="q: int8"):
+        otf.barrier(lambda p: p["s"].sum(), different[0], different[1])
+    np.testing.assert_array_equal(otf.stack(different)["q"], [[1, 2], [-1, 2]])
+    # Inside of jit nobody can look: the last model's, as documented.
+    np.testing.assert_array_equal(jax.jit(otf.average)(different)["q"], [-1, 2])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_weights_say_whose_integers_to_keep(index):
+    models = quantised([1, 2], [-1, 2])
+    for average in (otf.average, jax.jit(otf.average, static_argnums=1)):
+        for weights in (keep(index), tuple(float(i == index) for i in range(2))):
+            np.testing.assert_array_equal(average(models, weights)["q"], models[index]["q"])
+
+
+def test_fusing_refuses_integers_that_differ_and_takes_those_that_weights_name():
+    def fn(params, x):
+        h = jax.nn.relu(x @ params["w"])
+        return h @ params["v"] * params["mask"].astype(jnp.float32)[None]
+
+    draw = jax.random.normal
+    models = [
+        {"w": draw(k, (5, 8)), "v": draw(k, (8, 2)), "mask": jnp.arange(2) == i}
+        for i, k in enumerate(jax.random.split(jax.random.key(0)))
+    ]
+    symmetry = otf.trace_symmetry(fn, models[0], jnp.ones((1, 5)))
+    fuse = functools.partial(otf.fuse, symmetry, method=otf.ForwardPass())
+    for given in (models, otf.stack(models)):
+        for combine in (fuse, functools.partial(otf.barycenter, symmetry)):
+            with pytest.raises(ValueError, match="mask: bool"):
+                combine(given)
+        for index in (0, 1):
+
+            def weights(path, index=index):
+                return (1.0 - index, float(index)) if path == "mask" else None
+
+            fused = fuse(given, weights, reference=0)
+            np.testing.assert_array_equal(fused["mask"], models[index]["mask"])
+    with pytest.raises(ValueError, match="mask: bool"):
+        otf.fuse([symmetry, symmetry], models, method=otf.ForwardPass())
+    with pytest.raises(ValueError, match="mask: bool"):
+        otf.repair(symmetry, fn, models, jnp.ones((3, 5)))
+
+
 def test_stacks_have_a_leading_axis():
     models = random_nets(3)
     stacked = otf.stack(models)
@@ -243,3 +313,11 @@ def test_the_batch_size_changes_nothing(batch_size):
 def test_a_batch_of_none_is_refused():
     with pytest.raises(ValueError, match="batch_size is 0"):
         otf.fuse(symmetry_of(), random_nets(2), batch_size=0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_models_whose_squares_are_out_of_range_are_fused(size):
+    models = random_nets(2)
+    sized = [jax.tree.map(lambda x: size * x, model) for model in models]
+    fused = otf.fuse(symmetry_of(), sized)
+    assert_trees_close(jax.tree.map(lambda x: x / size, fused), otf.fuse(symmetry_of(), models))

@@ -224,7 +224,9 @@ def test_another_function_is_named():
         otf.repair(symmetry, lambda net, x: ref.network(net, x).sum() + net[0]["bias"], nets, x)
 
 
-@pytest.mark.parametrize("values", [{"ridge": -1.0}, {"steps": 0}])
-def test_settings_of_least_squares_are_checked(values):
-    with pytest.raises(ValueError, match="at least 0 and 1"):
+@pytest.mark.parametrize(
+    ("values", "message"), [({"ridge": -1.0}, "ridge >= 0"), ({"steps": 0}, "steps >= 1")]
+)
+def test_settings_of_least_squares_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
         otf.LeastSquares(**values)

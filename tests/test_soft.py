@@ -62,7 +62,7 @@ def test_annealing_ends_where_there_is_none():
 def test_annealing_that_cannot_end():
     with pytest.raises(ValueError, match="takes 139 iterations, and max_iterations is 100"):
         Sinkhorn(epsilon_init=1e6, max_iterations=100)
-    with pytest.raises(ValueError, match="epsilon_init is at least 1"):
+    with pytest.raises(ValueError, match="epsilon_init >= 1"):
         Sinkhorn(epsilon_init=0.5)
     with pytest.raises(ValueError, match="epsilon_decay in"):
         Sinkhorn(epsilon_decay=1.0)

@@ -293,3 +293,30 @@ def test_sinkhorn_says_when_it_has_not_converged():
 def test_a_stack_of_costs_needs_vmap():
     with pytest.raises(ValueError, match="jax.vmap"):
         solvers.check_cost(jnp.ones((2, 3, 3)))
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("solver", [Exact(), Sinkhorn()])
+def test_costs_of_any_size_are_solved(solver, size):
+    values = np.random.default_rng(0).uniform(size=(16, 16))
+    if size == 1e-42:  # so few digits that two costs may be equal: compare with what is given
+        values = np.asarray(as_cost(size * values), np.float64) / size
+    cost = as_cost(size * values)
+    expected, found = solver.solve(as_cost(values)), solver.solve(cost)
+    assert found.converged
+    if isinstance(solver, Exact):
+        assert value_of(cost, found.plan) == pytest.approx(optimum(cost), rel=1e-5)
+    else:
+        np.testing.assert_allclose(found.plan, expected.plan, atol=1e-5)
+    if size > 1e-38:
+        assert found.value == pytest.approx(size * float(expected.value), rel=1e-4)
+        assert found.gap == pytest.approx(size * float(expected.gap), rel=1e-2, abs=1e-6 * size)
+
+
+def test_costs_that_span_all_of_float32_are_solved():
+    cost = as_cost(np.random.default_rng(1).uniform(-3e38, 3e38, (12, 12)))
+    solution = Exact().solve(cost)
+    assert solution.converged
+    best = optimum(np.asarray(cost, np.float64))
+    assert value_of(cost, solution.plan) == pytest.approx(best, rel=1e-5)
+    assert solution.value == pytest.approx(best, rel=1e-5)

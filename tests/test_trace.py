@@ -453,7 +453,8 @@ def test_a_function_without_inputs():
 
 def test_unused_leaves_are_pinned():
     fn, params = hidden_layer(jnp.tanh)
-    symmetry = otf.trace_symmetry(fn, params | weights(spare=(8, 8)), X)
+    with pytest.warns(otf.SymmetryWarning, match="spare"):
+        symmetry = otf.trace_symmetry(fn, params | weights(spare=(8, 8)), X)
     reasons = {(p.path, p.axis): p.reason for p in symmetry.pinned}
     assert table(symmetry) == HIDDEN
     assert reasons["spare", 0] == reasons["spare", 1] == "not used by the function"

@@ -1,0 +1,218 @@
+"""Calls that are mistaken, and what is said of each.
+
+Run as a program, in a process of its own: the tests' annotations would refuse other types before
+the library does, and users run without. Prints what each call raises or warns of, as JSON.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import otfusion_jax as otf
+
+X = jnp.asarray(np.random.default_rng(9).normal(size=(4, 6)), jnp.float32)
+
+
+def fn(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def draw(seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (6, 8), "v": (8, 3)}
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+def loss(params, batch):
+    return jnp.mean(fn(params, batch) ** 2)
+
+
+A, B = draw(0), draw(1)
+SHAPES = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32), "v": A["v"]}
+S = otf.trace_symmetry(fn, A, X)
+
+Call = Callable[[Any], Any]  # any: the calls are mistaken on purpose
+NO_SYMMETRY: dict[str, Call] = {
+    "align": lambda s: otf.align(s, A, B),
+    "align(onto)": lambda s: otf.align(S, A, B, onto=s),
+    "fuse": lambda s: otf.fuse(s, [A, B]),
+    "fuse(list)": lambda s: otf.fuse([S, s], [A, B]),
+    "barycenter": lambda s: otf.barycenter(s, [A, B]),
+    "transport": lambda s: otf.transport(s, {}, A),
+    "transport(onto)": lambda s: otf.transport(S, {}, A, onto=s),
+    "compose": lambda s: otf.compose(s, {}, {}),
+    "invert": lambda s: otf.invert(s, {}),
+    "repair": lambda s: otf.repair(s, fn, [A, B], X),
+    "repair(originals)": lambda s: otf.repair(
+        S, fn, [A, B], X, originals=[otf.Original(s, fn, A, {}), None]
+    ),
+    "learn_alignment": lambda s: otf.learn_alignment(s, loss, A, B, X[None]),
+    "features": lambda s: otf.features(s, fn, A, X),
+    "feature_gram": lambda s: otf.feature_gram(s, fn, A, B, [X]),
+    "feature_gram(onto)": lambda s: otf.feature_gram(S, fn, A, B, [X], onto=s),
+    "weight_importance": lambda s: otf.weight_importance(s, A),
+    "check_symmetry": lambda s: otf.check_symmetry(s, fn, A, X),
+}
+NO_ARRAYS: dict[str, Call] = {
+    "align(source)": lambda p: otf.align(S, p, B),
+    "align(target)": lambda p: otf.align(S, A, p),
+    "average": lambda p: otf.average([A, p]),
+    "stack": lambda p: otf.stack([A, p]),
+    "ensemble": lambda p: otf.ensemble(fn, [A, p], X),
+    "interpolate": lambda p: otf.interpolate(A, p, 0.5),
+    "barrier": lambda p: otf.barrier(lambda q: q["w"].sum(), A, p),
+    "fuse": lambda p: otf.fuse(S, [A, p]),
+    "barycenter": lambda p: otf.barycenter(S, [A, p]),
+    "transport": lambda p: otf.transport(S, {}, p),
+    "repair": lambda p: otf.repair(S, fn, [A, p], X),
+    "learn_alignment": lambda p: otf.learn_alignment(S, loss, A, p, X[None]),
+    "features": lambda p: otf.features(S, fn, p, X),
+    "feature_gram": lambda p: otf.feature_gram(S, fn, A, p, [X]),
+    "weight_importance": lambda p: otf.weight_importance(S, p),
+    "check_symmetry": lambda p: otf.check_symmetry(S, fn, p, X),
+}
+any_otf: Any = otf
+OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a model where a function is wanted": (
+        lambda: any_otf.features(S, A, fn, X),
+        r"TypeError: a dict was given where a function is wanted: call features\(symmetry, fn",
+    ),
+    "models before the metric": (
+        lambda: any_otf.barrier(A, B, fn),
+        r"TypeError: a dict was given where a function is wanted: call barrier\(metric, a, b\)",
+    ),
+    "models before the function": (
+        lambda: any_otf.ensemble([A, B], fn, X),
+        r"TypeError: a list was given .* call ensemble\(fn, models, \*inputs\)",
+    ),
+    "one model where several are wanted": (
+        lambda: any_otf.average(A),
+        "TypeError: models is a dict; pass a list of pytrees",
+    ),
+    "a generator of models": (
+        lambda: any_otf.stack(m for m in (A, B)),
+        "TypeError: models is a generator; pass a list of pytrees",
+    ),
+    "an array whose rows would be models": (
+        lambda: any_otf.average(X),
+        "TypeError: models is a ArrayImpl; pass a list of pytrees",
+    ),
+    "inputs that are shapes": (
+        lambda: otf.features(S, fn, A, jax.ShapeDtypeStruct((4, 6), jnp.float32)),
+        "TypeError: inputs has shapes in place of arrays",
+    ),
+    "inputs of the certificate that are shapes": (
+        lambda: otf.check_symmetry(S, fn, A, jax.ShapeDtypeStruct((4, 6), jnp.float32)),
+        "TypeError: inputs has shapes in place of arrays",
+    ),
+    "activations for inner products": (
+        lambda: any_otf.align(S, A, B, features=otf.features(S, fn, A, X)),
+        "TypeError: features are inner products .* feature_gram.* got w: ArrayImpl",
+    ),
+    "activations alone": (
+        lambda: any_otf.align(S, A, B, features=X),
+        "TypeError: features are inner products .* got ArrayImpl",
+    ),
+    "marginals of the source alone": (
+        lambda: any_otf.align(S, A, B, marginals=otf.weight_importance(S, A)),
+        "TypeError: marginals are a pair of dicts",
+    ),
+    "a method by name": (
+        lambda: any_otf.align(S, A, B, method="descent"),
+        r"TypeError: method is 'descent'; pass CoordinateDescent\(\) or ForwardPass\(\)",
+    ),
+    "a method that is a class": (
+        lambda: any_otf.fuse(S, [A, B], method=otf.ForwardPass),
+        r"TypeError: method is the class ForwardPass; pass CoordinateDescent\(\)",
+    ),
+    "a solver that is a class": (
+        lambda: any_otf.align(S, A, B, solver=otf.Exact),
+        r"TypeError: solver is the class Exact; pass Exact\(\) or Sinkhorn\(\)",
+    ),
+    "a repair that is a class": (
+        lambda: any_otf.repair(S, fn, [A, B], X, method=otf.LeastSquares),
+        "TypeError: method is the class LeastSquares; pass RestoreStatistics",
+    ),
+    "a solver without gradients": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], solver=otf.Exact()),
+        r"TypeError: solver is Exact\(.*\); pass Sinkhorn\(\)",
+    ),
+    "plans that are one array": (
+        lambda: any_otf.transport(S, jnp.arange(8), A),
+        "TypeError: plans is a ArrayImpl; pass a dict of arrays",
+    ),
+    "a plan that is a list": (
+        lambda: any_otf.transport(S, {"w": list(range(8))}, A),
+        "ValueError: .*w: a list, expected an array",
+    ),
+    "a seed for a key": (
+        lambda: any_otf.check_symmetry(S, fn, A, X, key=0),
+        r"TypeError: key is 0; pass a single key, as jax.random.key\(0\) is one",
+    ),
+    "a seed for random plans": (
+        lambda: S.random(0),  # pyright: ignore[reportArgumentType]
+        "TypeError: key is 0; pass a single key",
+    ),
+    "a batch for a list of batches": (
+        lambda: any_otf.feature_gram(S, fn, A, B, X),
+        r"TypeError: batches is an array of shape \(4, 6\).*as in \[x\]",
+    ),
+    "a dict for a list of batches": (
+        lambda: any_otf.feature_gram(S, fn, A, B, {"x": X}),
+        "TypeError: batches is dict, which is not a list of batches",
+    ),
+    "an original that is a model": (
+        lambda: any_otf.repair(S, fn, [A, B], X, originals=[A, None]),
+        "TypeError: original 0 is .*; pass an Original, or None",
+    ),
+    "a fraction of a batch": (
+        lambda: any_otf.fuse(S, [A, B], batch_size=1.5),
+        "ValueError: batch_size is 1.5; give 1 or more, or None",
+    ),
+    "no batch": (
+        lambda: otf.barrier(lambda p: p["w"].sum(), A, B, batch_size=0),
+        "ValueError: batch_size is 0; give 1 or more, or None",
+    ),
+    "rounds by half": (
+        lambda: any_otf.barycenter(S, [A, B], max_rounds=0.5),
+        "ValueError: max_rounds is 0.5; give 1 or more",
+    ),
+}
+
+
+def expected() -> dict[str, str]:
+    """What is to be said of each mistake, as a regular expression."""
+    found = {
+        f"{name} without a symmetry": "TypeError: a dict .*call .*symm" for name in NO_SYMMETRY
+    }
+    found |= {
+        f"{name} of shapes": "TypeError: .*shapes in place of arrays.*w: a ShapeDtypeStruct"
+        for name in NO_ARRAYS
+    }
+    return found | {name: message for name, (_, message) in OTHERS.items()}
+
+
+def main() -> None:
+    """Makes every mistake and prints what is said."""
+    calls = {f"{n} without a symmetry": (lambda f=f: f(A)) for n, f in NO_SYMMETRY.items()}
+    calls |= {f"{n} of shapes": (lambda f=f: f(SHAPES)) for n, f in NO_ARRAYS.items()}
+    calls |= {name: call for name, (call, _) in OTHERS.items()}
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        else:
+            said[name] = "nothing"
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main()
