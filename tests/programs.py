@@ -8,6 +8,10 @@ A program is a short description, made to be printed, shrunk and pasted into a t
 features of any shape: sizes are reduced to what fits, tokens are made where there are none. So no
 draw is ever thrown away, and whatever Hypothesis leaves out while it shrinks is still a program.
 
+Some blocks read a part of a leaf, and another in the other *setting* of the program: more rows, a
+wider layer, another head. The symmetry of one setting must hold in the other. A program may have
+two entry points. And some blocks *plant* groups: units that are free by construction.
+
 `evaluate` computes a jaxpr by NumPy. XLA takes 30 ms to compile one operation for one shape, and
 hundreds for a program; all of a program by NumPy is a few.
 """
@@ -17,7 +21,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +92,8 @@ BODIES = "body", "left", "right"
 COUNT = st.integers(2, 3)
 FLAG = st.booleans()
 PICK = st.integers(0, 5)
-WIDTH = st.sampled_from((6, 4, 8, 2, 12, 9, 3, 5))
+WIDTHS = 6, 4, 8, 2, 12, 9, 3, 5, 1
+WIDTH = st.sampled_from(WIDTHS)
 BODY = st.nothing()  # replaced by `Kind.drawn`
 
 
@@ -130,6 +135,45 @@ def bodies(depth: int, most: int = 2, only: tuple[str, ...] = ()) -> st.SearchSt
     return st.lists(one, min_size=1, max_size=most).map(tuple)
 
 
+Entry = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function of the parameters and of inputs, and inputs for it."""
+ENTRIES = "", "settings", "exit", "enter"
+
+
+class Plant(NamedTuple):
+    """Units that are free by construction.
+
+    Attributes:
+        leaf: name of the parameter that produces them.
+        axis: where the units are in it.
+        size: number of units.
+        count: number of groups, where each index of other axes has units of its own.
+        readers: names of parameters that the units may not be tied to by other ways.
+    """
+
+    leaf: str
+    axis: int
+    size: int
+    count: int
+    readers: tuple[str, ...]
+
+
+class Drawn(NamedTuple):
+    """What a program is run on, and what is known of it.
+
+    Attributes:
+        params: the parameters, float64.
+        entries: the program's entry points with their inputs; these are traced together.
+        unseen: entries that are not traced, for which the symmetry must hold all the same.
+        planted: units that are free by construction.
+    """
+
+    params: dict[str, np.ndarray]
+    entries: list[Entry]
+    unseen: list[Entry]
+    planted: list[Plant]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A network: a dense layer, blocks, and a head.
@@ -141,6 +185,9 @@ class Program:
         head: `"dense"` for a layer on the means over space, `"tokens"` for one at each position,
             `"mean"` or `"max"` for that of the units.
         seed: of parameters and inputs.
+        second: another entry point of the same parameters: `"settings"` for the network in its
+            other setting, `"exit"` for one that leaves halfway by a head of its own, `"enter"` for
+            one that begins halfway, from features that are inputs; none if empty.
     """
 
     space: tuple[int, ...]
@@ -148,27 +195,71 @@ class Program:
     blocks: tuple[Block, ...]
     head: str = "dense"
     seed: int = 0
+    second: str = ""
 
     def fn(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         """Computes the outputs."""
         return self._run(Scope(params, x), x)
 
+    def other(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        """Computes the outputs in the other setting."""
+        return self._run(Scope(params, x, other=True), x)
+
+    def exit(self, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        """Computes the outputs of a head halfway."""
+        return self._first_half(Scope(params, x), x)[1]
+
+    def enter(self, params: dict[str, jax.Array], x: jax.Array, features: jax.Array) -> jax.Array:
+        """Computes the outputs from features halfway."""
+        return self._second_half(Scope(params, x), features)
+
     def _run(self, scope: "Scope", x: jax.Array) -> jax.Array:
+        return self._second_half(scope, self._first_half(scope, x)[0])
+
+    def _first_half(self, scope: "Scope", x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = project(scope, "stem", x, self.width)
-        x = run(scope, self.blocks, x)
+        x = run(scope, self.blocks[: self._half], x)
+        out = project(scope, "exit", pooled(x), 2) if self.second == "exit" else x
+        return x, out
+
+    def _second_half(self, scope: "Scope", x: jax.Array) -> jax.Array:
+        x = run(scope, self.blocks[self._half :], x, self._half)
         if self.head in ("mean", "max"):
             return x.mean(-1) if self.head == "mean" else x.max(-1)
         if self.head == "dense":
             x = pooled(x)
         return project(scope, "head", x, CLASSES)
 
-    def build(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Draws parameters and an input, float64."""
-        shape = (BATCH, *self.space, INPUTS)
-        x = np.random.default_rng(self.seed).uniform(-1, 1, shape)
+    @property
+    def _half(self) -> int:
+        return len(self.blocks) // 2
+
+    def build(self) -> Drawn:
+        """Draws parameters and inputs."""
+        rng = np.random.default_rng(self.seed)
+        x = rng.uniform(-1, 1, (BATCH, *self.space, INPUTS))
         params: dict[str, np.ndarray] = {}
-        jax.eval_shape(lambda v: self._run(Scope(params, v, seed=self.seed), v), x)
-        return params, x
+        planted: list[Plant] = []
+
+        def draw(v: jax.Array) -> jax.Array:
+            scope = Scope(params, v, seed=self.seed)
+            halfway, _ = self._first_half(scope, v)
+            self._second_half(scope, halfway)
+            planted.extend(scope.intact())
+            return halfway
+
+        halfway = jax.eval_shape(draw, x)
+        main, other = (self.fn, (x,)), (self.other, (x,))
+        entries, unseen = [main], [other] if "partly" in self.names() else []
+        # Which kernel is `tied` depends on those used before, and one that enters halfway has none.
+        enters = self.second == "enter" and "tied" not in self.names()
+        if self.second == "settings":
+            entries, unseen = [main, other], []
+        elif self.second == "exit":
+            entries = [main, (self.exit, (x,))]
+        elif enters:
+            entries = [main, (self.enter, (x, rng.uniform(-1, 1, halfway.shape)))]
+        return Drawn(params, entries, unseen, planted)
 
     def names(self) -> set[str]:
         """Names of all blocks."""
@@ -187,6 +278,7 @@ def programs(
         blocks=bodies(depth, most, only),
         head=st.sampled_from(("dense", "tokens", "mean", "max")),
         seed=st.integers(0, 3),
+        second=st.sampled_from(ENTRIES),
     )
 
 
@@ -200,11 +292,19 @@ class Scope:
     """
 
     def __init__(
-        self, params: dict[str, Any], raw: jax.Array, prefix: str = "", seed: int | None = None
+        self,
+        params: dict[str, Any],
+        raw: jax.Array,
+        prefix: str = "",
+        seed: int | None = None,
+        other: bool = False,
     ) -> None:
         self.params, self.raw, self.prefix, self.seed = params, raw, prefix, seed
+        self.other = other
+        """Whether the program runs in its other setting."""
         self.used: list[str] = []
         self.ties: dict[str, str | None] = {}
+        self.planted: list[Plant] = []
 
     def __call__(self, name: str, *shape: int) -> Any:
         name = self.prefix + name
@@ -224,20 +324,45 @@ class Scope:
 
     def within(self, name: str, raw: jax.Array | None = None) -> "Scope":
         """Returns the scope of a part; its parameters are among mine."""
-        part = Scope(self.params, self.raw if raw is None else raw, f"{self.prefix}{name}.")
-        part.seed, part.used, part.ties = self.seed, self.used, self.ties
+        part = self.of(self.params, self.raw if raw is None else raw)
+        part.prefix, part.seed = f"{self.prefix}{name}.", self.seed
+        part.used, part.ties, part.planted = self.used, self.ties, self.planted
         return part
 
-    def stacked(self, count: int, body: Sequence[Block], x: jax.Array) -> dict[str, jax.Array]:
-        """Returns `count` sets of the parameters of a body that keeps the shape, stacked."""
-        single: dict[str, np.ndarray] = {}
-        jax.eval_shape(lambda v: same(Scope(single, self.raw, seed=0), body, v), x)
-        return {name: self(name, count, *value.shape) for name, value in single.items()}
+    def of(self, params: dict[str, Any], raw: jax.Array | None = None) -> "Scope":
+        """Returns the scope of other parameters, in the same setting."""
+        return Scope(params, self.raw if raw is None else raw, other=self.other)
+
+    def stacked(
+        self, count: int, body: Sequence[Block], x: jax.Array, whole: bool = True
+    ) -> dict[str, jax.Array]:
+        """Returns `count` sets of the parameters of a body that keeps the shape, stacked.
+
+        Where not the whole of a leaf is read, as `whole` says, nothing is known to be free.
+        """
+        inner = self.of({})
+        inner.seed = 0
+        jax.eval_shape(lambda v: same(inner, body, v), x)
+        for leaf, axis, size, each, readers in inner.intact() if whole else ():
+            self.plant(leaf, axis + 1, size, *readers, count=each * count)
+        return {name: self(name, count, *value.shape) for name, value in inner.params.items()}
+
+    def plant(self, name: str, axis: int, size: int, *readers: str, count: int = 1) -> None:
+        """Notes that the units of an axis are free; see `Plant`. A single unit has no freedom."""
+        leaf, *others = (self.prefix + each for each in (name, *readers))
+        plant = Plant(leaf, axis, size, count, tuple(others))
+        if size > 1 and self.seed is not None and plant not in self.planted:
+            self.planted.append(plant)
+
+    def intact(self) -> list[Plant]:
+        """Returns what was planted and not tied to anything else since."""
+        tied = set(self.ties.values())
+        return [plant for plant in self.planted if tied.isdisjoint((plant.leaf, *plant.readers))]
 
 
-def run(scope: Scope, blocks: Iterable[Block], x: jax.Array) -> jax.Array:
+def run(scope: Scope, blocks: Iterable[Block], x: jax.Array, first: int = 0) -> jax.Array:
     """Applies blocks in turn; the features stay of a size at which changes can be seen."""
-    for i, one in enumerate(blocks):
+    for i, one in enumerate(blocks, first):
         part = scope.within(str(i))
         x = one(part, x)
         if x.shape[-1] > WIDEST:
@@ -335,6 +460,7 @@ def tied(s: Scope, x: jax.Array, pick: int, turn: bool) -> jax.Array:
 @block(rank=COUNT, width=WIDTH, first=FLAG)
 def low_rank(s: Scope, x: jax.Array, rank: int, width: int, first: bool) -> jax.Array:
     a, b = s("a", x.shape[-1], rank), s("b", rank, width)
+    s.plant("a", 1, rank, "b")
     return jnp.tanh(x @ (a @ b) if first else (x @ a) @ b)
 
 
@@ -352,6 +478,7 @@ def local(s: Scope, x: jax.Array, width: int, shared: bool) -> jax.Array:
     y = jnp.tanh(jnp.einsum("btn,tnm->btm", t, s("w", t.shape[1], t.shape[2], width)))
     if shared:
         return like_before(y, x)
+    s.plant("w", 2, width, "v", count=t.shape[1])
     return like_before(jnp.einsum("btm,tmn->btn", y, s("v", t.shape[1], width, t.shape[2])), x)
 
 
@@ -460,12 +587,29 @@ def param(s: Scope, x: jax.Array, over: str, op: str) -> jax.Array:
     return x / (1 + jnp.abs(p)) if op == "div" else fns[op](x, p)
 
 
-@block(kind=("varying", "constant", "mask", "iota", "ones", "eye", "steps"), units=FLAG)
+SPECIAL: dict[str, tuple[list[float], Callable[[jax.Array, jax.Array], jax.Array]]] = {
+    "runs": ([0.5, 0.5, 1.5, 1.5], jnp.multiply),
+    "repeated": ([0.5, 1.5], jnp.multiply),
+    "infinite": ([np.inf, 0.3], jnp.minimum),
+    "not a number": ([np.nan, 1.0], lambda x, c: jnp.where(jnp.isnan(c), x, jnp.sin(x))),
+    "signs of zeros": ([0.0, -0.0], lambda x, c: x * jnp.arctan2(c, -jnp.ones_like(c))),
+    "reciprocals of zeros": ([0.0, -0.0], lambda x, c: x * jnp.tanh(1 / c)),
+}
+"""Constants of repeated and special values, and how they meet the features."""
+
+
+@block(
+    kind=("varying", "constant", "mask", "iota", "ones", "eye", "steps", *SPECIAL),
+    units=FLAG,
+)
 def gate(s: Scope, x: jax.Array, kind: str, units: bool) -> jax.Array:
     """Constants meet the features."""
     dim = somewhere(x, units)
     n, shape = x.shape[dim], shape_along(x, dim)
     count = lax.broadcasted_iota(x.dtype, x.shape, dim)
+    if kind in SPECIAL:
+        values, meet = SPECIAL[kind]
+        return meet(x, jnp.asarray(np.resize(values, n).reshape(shape)))
     match kind:
         case "varying":
             return x * jnp.asarray(np.linspace(0.5, 1.5, n).reshape(shape))
@@ -769,6 +913,296 @@ def factors(s: Scope, x: jax.Array, op: str, pick: int) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+# --- products that are taken apart elsewhere
+
+
+def inside(s: Scope, y: jax.Array, how: str) -> jax.Array:
+    """Does something along the last axis, which leaves the shape alone."""
+    n = y.shape[-1]
+    match how:
+        case "max":
+            return y + y.max(-1, keepdims=True)
+        case "sum":
+            return y + jnp.sin(y.sum(-1, keepdims=True))
+        case "scale":
+            return y * across(s("scale", n), y)
+        case "dense":
+            return y @ s("inside", n, n)
+        case "flip":
+            return y + 2 * jnp.flip(y, -1)
+        case "outside":
+            return y + y.max(-2, keepdims=True)
+        case _:
+            return jnp.sin(y)
+
+
+INSIDE = ("max", "sum", "scale", "dense", "flip", "outside", "nothing")
+
+
+def resplit(s: Scope, y: jax.Array, pick: int, how: str) -> jax.Array:
+    """Reads all axes but the first as a product of two others, and does something to the last."""
+    whole = math.prod(y.shape[1:])
+    d = divisor(whole, pick)
+    split = y.reshape(y.shape[0], whole // d, d)
+    return split.max(-1) if how == "largest" else inside(s, split, how).reshape(y.shape)
+
+
+@block(
+    units=st.sampled_from((6, 4, 3)),
+    others=st.sampled_from((0, 4, 3)),
+    how=("largest", *INSIDE),
+    pick=PICK,
+)
+def pairs(s: Scope, x: jax.Array, units: int, others: int, how: str, pick: int) -> jax.Array:
+    """All products of two units, of one layer or of two, taken apart elsewhere."""
+    y = jnp.tanh(project(s, "w", pooled(x), units))
+    z = jnp.tanh(project(s, "v", pooled(x), others)) if others else y
+    y = resplit(s, y[:, :, None] * z[:, None, :], pick, how).reshape(x.shape[0], -1)
+    return x + fit_space(y @ s("out", y.shape[-1], x.shape[-1]), x)
+
+
+@block(what=("kernel", "tokens", "bias", "pairs of parameters"), how=INSIDE, pick=PICK)
+def regroup(s: Scope, x: jax.Array, what: str, how: str, pick: int) -> jax.Array:
+    """Reads a product of two axes as a product of two others."""
+    n = x.shape[-1]
+    match what:
+        case "kernel":
+            w = s("w", n, 6)
+            return jnp.tanh(x @ resplit(s, w[None], pick, how)[0])
+        case "tokens":
+            t = tokens(s, x)
+            return like_before(resplit(s, t, pick, how), x)
+        case "bias":
+            return x + across(resplit(s, s("bias", 1, n), pick, how)[0], x)
+        case _:
+            p = s("p", n)
+            w = resplit(s, p[None, :, None] * p[None, None, :], pick, how)
+            return jnp.tanh(x @ w[0])
+
+
+# --- reductions by functions
+
+
+FOLDS: dict[str, tuple[Callable[[Any, Any], Any], float]] = {
+    "sum": (lambda a, b: a + b, 0.0),
+    "product": (lambda a, b: a * b, 1.0),
+    "norm": (lambda a, b: jnp.sqrt(a * a + b * b + 0.1), 0.0),
+    "largest": (lambda a, b: jnp.where(a > b, a, b), -math.inf),
+    "first that is not zero": (lambda a, b: jnp.where(a != 0, a, b), 0.0),
+    "last": (lambda a, b: b, 0.0),
+    "difference": (lambda a, b: a - b, 0.0),
+    "decay": (lambda a, b: 0.5 * a + b, 0.0),
+    "squashed": (lambda a, b: jnp.tanh(a + b), 0.0),
+}
+"""Functions of two, some of which commute and associate, and what to start from."""
+
+
+@block(how=(*FOLDS, "moments", "best", "place of the best"), units=FLAG)
+def fold(s: Scope, x: jax.Array, how: str, units: bool) -> jax.Array:
+    """Reduces one or two arrays by a function."""
+    dim = somewhere(x, units)
+    if how in FOLDS:
+        fn, start = FOLDS[how]
+        y = lax.reduce(jax.nn.relu(x), jnp.asarray(start, x.dtype), fn, (dim,))
+        return x + jnp.tanh(jnp.expand_dims(y, dim))
+    zero = jnp.asarray(0.0, x.dtype)
+    if how == "moments":
+        fn, starts = lambda a, b: (a[0] + b[0], a[1] + b[1] * b[1]), (zero, zero)
+        a, b = lax.reduce((x, x), starts, fn, (dim,))
+    else:
+        beside = jnp.sin(3 * x) if how == "best" else lax.broadcasted_iota(x.dtype, x.shape, dim)
+
+        def better(a: Any, b: Any) -> Any:
+            return jnp.maximum(a[0], b[0]), jnp.where(a[0] > b[0], a[1], b[1])
+
+        a, b = lax.reduce((x, beside), (zero - jnp.inf, zero), better, (dim,))
+    return x + jnp.tanh(jnp.expand_dims(a + jnp.sin(b), dim))
+
+
+# --- units of which it is known that they are free
+
+
+HIDDEN = (
+    *("plain", "scaled", "two", "gated", "halves", "normed", "flat", "repeated", "tiled"),
+    *("adapter", "buffer"),
+)
+FREE = st.sampled_from((4, 2, 3, 5, 6, 1))
+SQUASH = "tanh", "relu", "gelu"
+
+
+@block(kind=HIDDEN, width=FREE, fn=SQUASH)
+def hidden(s: Scope, x: jax.Array, kind: str, width: int, fn: str) -> jax.Array:
+    """Units between two layers, each of them like any other."""
+    n, m, f = x.shape[-1], width, ACTIVATIONS[fn]
+    y = x @ s("up", n, 2 * m if kind == "halves" else m)
+    s.plant("up", 1, m, "down")
+    match kind:
+        case "scaled":
+            y = f(y + across(s("bias", m), y)) * across(s("scale", m), y)
+        case "two":
+            y = f(f(y) @ s("middle", m, m + 1))
+            s.plant("middle", 1, m + 1, "down")
+        case "gated":
+            y = f(y) * (x @ s("gate", n, m))
+        case "halves":
+            y = f(y[..., :m]) * y[..., m:]
+        case "normed":
+            y = y - y.mean(-1, keepdims=True)
+            y = f(y / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-2))
+        case "flat":
+            y = f(y).reshape(x.shape[0], -1)
+        case "repeated":
+            y = jnp.repeat(f(y), 2, -1)
+        case "tiled":
+            y = jnp.tile(f(y), (*(1,) * (y.ndim - 1), 2))
+        case "adapter":  # of rank 0
+            y = f(y + x @ s("first", n, 0) @ s("second", 0, m))
+        case "buffer":  # of no entries
+            none = jnp.broadcast_to(across(s("none", 0), y), (*y.shape[:-1], 0))
+            y = f(jnp.concatenate([y, none], -1))
+        case _:
+            y = f(y)
+    return x + fit_space(y @ s("down", y.shape[-1], n), x)
+
+
+@block(kind=("whole", "depthwise", "pooled"), width=FREE, fn=SQUASH)
+def channels(s: Scope, x: jax.Array, kind: str, width: int, fn: str) -> jax.Array:
+    """Channels between two convolutions, each of them like any other."""
+    t = tokens(s, x)
+    n, m = t.shape[-1], width
+    convolve = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1,),
+        padding="SAME",
+        dimension_numbers=("NXC", "XIO", "NXC"),
+    )
+    y = convolve(t, s("up", 2, n, m))
+    y = ACTIVATIONS[fn](y + across(s("bias", m), y))
+    s.plant("up", 2, m, "bias", "down")
+    if kind == "depthwise":
+        y = jnp.tanh(convolve(y, s("each", 2, 1, m), feature_group_count=m))
+    if kind == "pooled":
+        return x + fit_space(y.max(1) @ s("down", m, n), x)
+    return x + like_before(convolve(y, s("down", 2, m, n)), x)
+
+
+@block(kind=("first", "last", "together"), width=FREE, fn=SQUASH)
+def picked(s: Scope, x: jax.Array, kind: str, width: int, fn: str) -> jax.Array:
+    """Two layers in one kernel, which are as different as two kernels would be."""
+    n, m, f = x.shape[-1], width, ACTIVATIONS[fn]
+    if kind == "last":
+        up, down = s("up", n, m, 2), s("down", m, n, 2)
+        s.plant("up", 1, m, "down", count=2)
+        return x + f(x @ up[..., 0]) @ down[..., 0] + jnp.sin(x @ up[..., 1]) @ down[..., 1]
+    up = s("up", 2, n, m)
+    if kind == "together":  # one group of units
+        s.plant("up", 2, m, "down")
+        return x + (f(x @ up[0]) * (x @ up[1])) @ s("down", m, n)
+    down = s("down", 2, m, n)
+    s.plant("up", 2, m, "down", count=2)
+    return x + f(x @ up[0]) @ down[0] + jnp.sin(x @ up[1]) @ down[1]
+
+
+@block(kind=("table", "cache", "ring"), width=FREE)
+def looked_up(s: Scope, x: jax.Array, kind: str, width: int) -> jax.Array:
+    """Units in a table or in a cache of each example, at places that depend on the input."""
+    n, m = x.shape[-1], width
+    ids = jnp.argmax(pooled(s.raw), -1)
+    if kind == "table":
+        table = s("up", INPUTS, m)
+        y = jax.vmap(lambda i: table[i])(ids)
+    else:
+        rows = pooled(x) @ s("up", n, m)
+
+        def write(row: jax.Array, place: jax.Array) -> jax.Array:
+            cache = jnp.full((INPUTS, m), 0.5)
+            if kind == "ring":
+                return cache.at[place].set(row)
+            return lax.dynamic_update_slice(cache, row[None], (place, 0))
+
+        y = jnp.tanh(jax.vmap(write)(rows, ids)).mean(1)
+    s.plant("up", 1, m, "down")
+    return x + fit_space(jnp.tanh(y) @ s("down", m, n), x)
+
+
+# --- what one setting reads and the other does not
+
+PARTLY = (
+    *("positions", "longer", "rows", "width", "stride", "heads", "dynamic", "experts"),
+    *("depth", "scanned depth"),
+)
+
+
+@block(how=PARTLY, width=st.sampled_from((2, 4, 3)))
+def partly(s: Scope, x: jax.Array, how: str, width: int) -> jax.Array:
+    """Reads parts of leaves, and others in the other setting of the program."""
+    n, m = x.shape[-1], width
+    match how:
+        case "positions" | "longer" | "rows":
+            t = tokens(s, x)
+            if how == "longer" and s.other:
+                t = jnp.concatenate([t, jnp.sin(t)], 1)
+            count, table = t.shape[1], s("table", 2 * LONGEST * LONGEST, m)
+            first = 5 if s.other and how == "positions" else 0
+            if how == "rows":
+                rows = table[np.arange(count) * 2 + int(s.other)]
+            else:
+                rows = table[first : first + count]
+            y = jnp.tanh(t @ s("up", n, m) + rows[None]) @ s("down", m, n)
+            s.plant("up", 1, m, "table", "down")
+            return x + fit_space(y.mean(1), x)
+        case "width":
+            k = 2 * m if s.other else m
+            return x + jnp.tanh(x @ s("up", n, 2 * m)[:, :k]) @ s("down", 2 * m, n)[:k]
+        case "stride":
+            k = 1 if s.other else 2
+            return x + jnp.tanh(x @ s("up", n, 2 * m)[:, ::k]) @ s("down", 2 * m, n)[::k]
+        case "heads":
+            head = s("heads", 3, n, m)[2 if s.other else 0]
+            return x + jnp.tanh(x @ head) @ s("down", m, n)
+        case "dynamic":
+            place = jnp.asarray(2 if s.other else 0)
+            head = lax.dynamic_index_in_dim(s("heads", n, 3, m), place, 1, keepdims=False)
+            return x + jnp.tanh(x @ head) @ s("down", m, n)
+    up, down = s("up", 3, n, m), s("down", 3, m, n)
+    match how:
+        case "experts":
+            i = 2 if s.other else 0
+            return x + jnp.tanh(x @ up[i]) @ down[i]
+        case "depth":
+            for i in range(3 if s.other else 2):
+                x = x + jnp.tanh(x @ up[i]) @ down[i]
+            return x
+        case _:
+            k = 3 if s.other else 2
+            return lax.scan(
+                lambda h, p: (h + jnp.tanh(h @ p[0]) @ p[1], None), x, (up[:k], down[:k])
+            )[0]
+
+
+# --- leaves of hardly any entries
+
+
+@block(how=("rank", "columns", "rows", "layers", "one unit", "one number"), none=FLAG)
+def tiny(s: Scope, x: jax.Array, how: str, none: bool) -> jax.Array:
+    """Leaves without entries, or with axes of size 1."""
+    n, m = x.shape[-1], 0 if none else 1
+    match how:
+        case "rank":
+            return x + x @ s("down", n, m) @ s("up", m, n)
+        case "columns":
+            more = jnp.broadcast_to(across(s("more", m), x), (*x.shape[:-1], m))
+            return jnp.concatenate([x, more], -1)
+        case "rows":
+            return x + across(s("rows", m, n).sum(0), x)
+        case "layers":
+            return lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, s("w", m, n, n))[0]
+        case "one unit":
+            return x + jnp.tanh(x @ s("up", n, 1)) @ s("down", 1, n)
+        case _:
+            return x * s("a") + s("b", m).sum()
+
+
 # --- space
 
 
@@ -794,6 +1228,7 @@ def pool(s: Scope, x: jax.Array, how: str) -> jax.Array:
             return x + x.mean(dims, keepdims=True)
         case _:
             y = jax.nn.relu(project(s, "squeeze", pooled(x), 4))
+            s.plant("squeeze", 1, 4, "squeeze.bias", "excite")
             y = jax.nn.sigmoid(project(s, "excite", y, x.shape[-1]))
             return x * y[(slice(None), *(None for _ in dims))]
 
@@ -809,6 +1244,7 @@ def mixer(s: Scope, x: jax.Array, hidden: int) -> jax.Array:
     """Dense layers over tokens."""
     t = jnp.swapaxes(tokens(s, x), 1, 2)
     y = jax.nn.gelu(project(s, "up", t, hidden))
+    s.plant("up", 1, hidden, "up.bias", "down")
     return like_before(jnp.swapaxes(project(s, "down", y, t.shape[-1], bias=False), 1, 2), x)
 
 
@@ -867,7 +1303,10 @@ def conv(
 # --- attention
 
 
-LAYOUTS = ("separate", "fused", "parts first", "heads first", "einsum", "shared", "repeated")
+LAYOUTS = (
+    *("separate", "fused", "parts first", "heads first", "einsum", "by index"),
+    *("shared", "repeated", "broadcast"),
+)
 EXTRAS = (
     *("plain", "causal", "rotary", "rotary pairs", "scales", "bias", "talking", "over heads"),
     *("normed", "linear", "distance", "gated"),
@@ -903,9 +1342,10 @@ def attention(
             q, k, v = jnp.moveaxis(project(s, "qkv", y, 3 * h * d).reshape(b, t, 3, h, d), 2, 0)
         case "heads first":
             q, k, v = jnp.split(project(s, "qkv", y, 3 * h * d).reshape(b, t, h, 3 * d), 3, -1)
-        case "einsum":
+        case "einsum" | "by index":
             w = s("qkv", 3, n, h, d)
-            q, k, v = jnp.einsum("btn,cnhd->cbthd", y, w) + s("bias", 3, h, d)[:, None, None]
+            z = jnp.einsum("btn,cnhd->cbthd", y, w) + s("bias", 3, h, d)[:, None, None]
+            q, k, v = z if layout == "einsum" else (z[0], z[1], z[2])
         case "shared":  # keys and values of one head
             q = project(s, "q", y, h * d).reshape(b, t, h, d)
             k, v = (project(s, c, y, d)[:, :, None] for c in "kv")
@@ -913,8 +1353,16 @@ def attention(
         case _:  # two queries for each key
             q = project(s, "q", y, 2 * h * d).reshape(b, t, 2 * h, d)
             k, v = (project(s, c, y, h * d).reshape(b, t, h, d) for c in "kv")
-            k, v = (jnp.repeat(z, 2, 2) for z in (k, v))
+            if layout == "repeated":
+                k, v = (jnp.repeat(z, 2, 2) for z in (k, v))
+            else:
+                wide = (b, t, h, 2, d)
+                k, v = (jnp.broadcast_to(z[:, :, :, None], wide).reshape(q.shape) for z in (k, v))
             h = 2 * h
+    # Units of values are free, each key's head has its own.
+    leaf, axis = {"einsum": ("qkv", 3), "by index": ("qkv", 3)}.get(layout, ("v", 1))
+    leaf = "qkv" if layout in ("fused", "parts first", "heads first") else leaf
+    s.plant(leaf, axis, d, "out", count=1 if layout == "shared" else heads)
     if extra.startswith("rotary"):
         q, k = (rotary(z, extra == "rotary pairs") for z in (q, k))
     if extra == "normed":
@@ -959,7 +1407,7 @@ def layers(
     stacked = s.stacked(count, body, x)
 
     def step(h: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h = same(Scope(p, s.raw), body, h)
+        h = same(s.of(p), body, h)
         return h, h.mean(-1, keepdims=True)
 
     last, means = lax.scan(step, x, stacked, length=count, reverse=reverse)
@@ -972,6 +1420,7 @@ def stack(s: Scope, x: jax.Array, count: int, width: int, fn: str, bias: bool) -
     n = x.shape[-1]
     up, down = s("up", count, n, width), s("down", count, width, n)
     biases = s("bias", count, width) if bias else jnp.zeros((count, width))
+    s.plant("up", 2, width, "bias", "down", count=count)
 
     def step(h: jax.Array, p: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         a, b, c = p
@@ -1067,8 +1516,8 @@ def branch(s: Scope, x: jax.Array, left: Any, right: Any, kind: str) -> jax.Arra
 @block(count=COUNT, body=BODY, how=("mean", "max", "weights", "concatenate", "first"))
 def ensemble(s: Scope, x: jax.Array, count: int, body: Sequence[Block], how: str) -> jax.Array:
     """The same body with several sets of parameters."""
-    stacked = s.stacked(count, body, x)
-    y = jax.vmap(lambda p: same(Scope(p, s.raw), body, x), axis_size=count)(stacked)
+    stacked = s.stacked(count, body, x, whole=how != "first" or count == 2)
+    y = jax.vmap(lambda p: same(s.of(p), body, x), axis_size=count)(stacked)
     match how:
         case "mean":
             return y.mean(0)
@@ -1126,7 +1575,13 @@ def gradient(s: Scope, x: jax.Array, body: Sequence[Block]) -> jax.Array:
 # --- positions
 
 
-@block(how=("tokens", "units", "input", "table", "one hot", "along", "learned"))
+TAKES = (
+    *("tokens", "units", "input", "table", "one hot", "along", "learned"),
+    *("row by row", "a row of each", "a stretch of each"),
+)
+
+
+@block(how=TAKES)
 def take(s: Scope, x: jax.Array, how: str) -> jax.Array:
     """Gathers."""
     n = x.shape[-1]
@@ -1148,13 +1603,29 @@ def take(s: Scope, x: jax.Array, how: str) -> jax.Array:
             t = tokens(s, x)
             place = (ids % t.shape[1])[:, None, None]
             return like_before(t + jnp.take_along_axis(t, place, axis=1), x)
+        case "row by row":
+            table = s("table", INPUTS, n)
+            rows = jax.vmap(lambda i: table[i])(ids)
+            return x + rows.reshape(x.shape[0], *(1,) * (x.ndim - 2), n)
+        case "a row of each":
+            t = tokens(s, x)
+            rows = jax.vmap(lambda one, i: one[i])(t, ids % t.shape[1])
+            return like_before(t + rows[:, None], x)
+        case "a stretch of each":
+            t, table = tokens(s, x), s("table", INPUTS + LONGEST * LONGEST, n)
+            size = t.shape[1]
+            rows = jax.vmap(lambda i: lax.dynamic_slice_in_dim(table, i, size))(ids)
+            return like_before(t + rows, x)
         case _:  # tokens that are parameters
             t = tokens(s, x)
             more = jnp.broadcast_to(s("tokens", 2, n)[None], (x.shape[0], 2, n))
             return jnp.concatenate([t, more], 1)
 
 
-UPDATES = ("set", "add", "multiply", "rows", "slice", "cache", "many", "segment sum")
+UPDATES = (
+    *("set", "add", "multiply", "rows", "slice", "cache", "many", "segment sum"),
+    *("caches", "one of each"),
+)
 
 
 @block(how=UPDATES, units=FLAG, place=st.integers(0, 3))
@@ -1179,6 +1650,14 @@ def update(s: Scope, x: jax.Array, how: str, units: bool, place: int) -> jax.Arr
             y = lax.dynamic_update_slice_in_dim(t, other[:, :1], i, 1)
         case "cache":  # a row written into zeros, as when decoding
             y = t * lax.dynamic_update_slice(jnp.ones_like(t), other[:, :1] + 1, (0, i, 0))
+        case "caches":  # of each example, at places that depend on the input
+            places = jnp.argmax(pooled(s.raw), -1) % t.shape[1]
+            y = jax.vmap(lambda cache, row, k: lax.dynamic_update_slice(cache, row, (k, 0)))(
+                t, other[:, :1], places
+            )
+        case "one of each":
+            places = jnp.argmax(pooled(s.raw), -1) % t.shape[1]
+            y = jax.vmap(lambda cache, row, k: cache.at[k].add(row))(t, other[:, 0], places)
         case "many":
             y = t.at[:, np.array([0, t.shape[1] - 1])].add(other[:, :1])
         case _:
@@ -1222,6 +1701,7 @@ def juggle(s: Scope, x: jax.Array, how: str) -> jax.Array:
 Values = list[Any]
 
 
+@np.errstate(divide="ignore")  # the reciprocal of a zero is infinite, here as there
 def evaluate(jaxpr: core.ClosedJaxpr, *args: Any) -> list[np.ndarray]:
     """Computes the outputs of a jaxpr on flat arguments."""
     env: dict[Any, Any] = {}
@@ -1417,7 +1897,10 @@ def _scatter(fn: Callable[[Any, Any], Any]) -> Callable[..., np.ndarray]:
                 starts[d] = int(i)
             for d, b in zip(*batching, strict=True):
                 starts[d] = place[b]
-            if all(0 <= i <= n - m for i, n, m in zip(starts, x.shape, sizes, strict=True)):
+            clips = p["mode"] == lax.GatherScatterMode.CLIP
+            if clips or all(
+                0 <= i <= n - m for i, n, m in zip(starts, x.shape, sizes, strict=True)
+            ):
                 box = _box(x.shape, sizes, starts)
                 x[box] = fn(x[box], updates[place].reshape(sizes))
         return x
@@ -1440,13 +1923,17 @@ def _fft(p: Any, x: np.ndarray) -> np.ndarray:
 
 
 def _scan(p: Any, *args: Any) -> Values:
-    consts, carries = p["num_consts"], p["num_consts"] + p["num_carry"]
+    if "ft_in" in p:  # JAX 0.11: a tree of three, in place of two counts
+        consts, count, _ = map(len, p["ft_in"].unpack())
+    else:
+        consts, count = p["num_consts"], p["num_carry"]
+    carries = consts + count
     carry, found = list(args[consts:carries]), []
     steps = range(p["length"])
     for i in reversed(steps) if p["reverse"] else steps:
         out = _inner(p["jaxpr"], *args[:consts], *carry, *(x[i] for x in args[carries:]))
-        carry = out[: p["num_carry"]]
-        found.append(out[p["num_carry"] :])
+        carry = out[:count]
+        found.append(out[count:])
     if p["reverse"]:
         found.reverse()
     return [*carry, *map(np.stack, zip(*found, strict=True))]
@@ -1477,6 +1964,17 @@ def _lambda(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduction(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda p, x: fn(x, axis=tuple(p["axes"]))
+
+
+def _reduce(p: Any, *args: np.ndarray) -> Values:
+    """From the first entry to the last; the function of scalars is one of arrays as well."""
+    values, found = args[: len(args) // 2], list(args[len(args) // 2 :])
+    dims = tuple(p["dimensions"])
+    flat = [np.moveaxis(x, dims, range(len(dims))) for x in values]
+    flat = [x.reshape(-1, *x.shape[len(dims) :]) for x in flat]
+    for entries in zip(*flat, strict=True):
+        found = _inner(p["jaxpr"], *found, *entries)
+    return [np.broadcast_to(x, flat[0].shape[1:]) for x in found]
 
 
 def _position(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -1533,6 +2031,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "reduce_max": _reduction(np.max),
     "reduce_min": _reduction(np.min),
     "reduce_prod": _reduction(np.prod),
+    "reduce": _reduce,
     "reduce_and": _reduction(np.all),
     "reduce_or": _reduction(np.any),
     "argmax": _position(np.argmax),
