@@ -447,9 +447,11 @@ class Walk:
         return axes
 
     def _dead(self, var: core.Var) -> Value:
-        """Stands for an output that nothing depends on."""
-        axes = (self.space.pinned(n, "never used") for n in _shape(var))
-        return Value(tuple(axes), Kind.CONSTANT)
+        """Stands for an output that nothing depends on, so that it ties and pins nothing.
+
+        What it meets, such as the same output of another branch, may well be used elsewhere.
+        """
+        return Value(tuple(map(constant, _shape(var))), Kind.CONSTANT)
 
     def _rule(self, context: Context) -> Rule:
         primitive = context.eqn.primitive

@@ -21,6 +21,8 @@ from zoo import makes, randomise, rows_of, shapes, takes, uniform
 import otfusion_jax as otf
 from otfusion_jax import compat, package_rules, walk
 
+pytestmark = pytest.mark.compatibility
+
 X = uniform(4, 5)
 
 # --- every primitive has a rule, or a reason why no function of a network holds it

@@ -16,6 +16,8 @@ from zoo import makes, randomise, rows_of, shapes, takes, uniform
 import otfusion_jax as otf
 from otfusion_jax import package_rules
 
+pytestmark = pytest.mark.compatibility
+
 X = uniform(4, 5)
 UNITS = 6
 GROUP = {"in": {makes("in", 1), takes("out", 0)}}

@@ -31,6 +31,8 @@ import otfusion_jax as otf
 from otfusion_jax import compat, rules, walk
 from otfusion_jax.axes import Axis, Kind, constant
 
+pytestmark = pytest.mark.compatibility
+
 P = core.primitives
 EXACT, BROKEN = 1e-5, 1e-3
 ROWS, UNITS = 4, 6

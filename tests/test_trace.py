@@ -95,6 +95,7 @@ def relative(a: Any, b: Any) -> float:
 # --- the zoo
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_those_of_the_table(name: str):
     case, symmetry = CASES[name](), traced(name)
@@ -110,6 +111,7 @@ def test_groups_are_those_of_the_table(name: str):
             assert positions.max() < m.where.length
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("name", CASES)
 def test_moving_all_groups_at_once_changes_no_output(name: str):
     case, symmetry = CASES[name](), traced(name)
