@@ -215,7 +215,7 @@ def _squeeze(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
 
 def _reduce(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     (pieces,) = operands
-    gone = eqn.params["axes"]
+    gone = [int(dim) for dim in eqn.params["axes"]]  # vmap makes NumPy's integers
     if pieces.dim in gone:
         return None
     return _moved(eqn, operands, pieces.dim - sum(d < pieces.dim for d in gone))

@@ -9,6 +9,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import ctypes
 import gc
 import inspect
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
