@@ -210,7 +210,7 @@ def _with(sizes: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
 def _squeeze(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     (pieces,) = operands
     gone = eqn.params["dimensions"]
-    return _moved(eqn, operands, pieces.dim - sum(d < pieces.dim for d in gone))
+    return _moved(eqn, operands, pieces.dim - sum(int(d) < pieces.dim for d in gone))
 
 
 def _reduce(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
@@ -218,7 +218,7 @@ def _reduce(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     gone = [int(dim) for dim in eqn.params["axes"]]  # vmap makes NumPy's integers
     if pieces.dim in gone:
         return None
-    return _moved(eqn, operands, pieces.dim - sum(d < pieces.dim for d in gone))
+    return _moved(eqn, operands, pieces.dim - sum(int(d) < pieces.dim for d in gone))
 
 
 def _reshape(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:

@@ -14,6 +14,7 @@ import dataclasses
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +76,10 @@ def certificate(program: Program) -> Certificate:
         jaxprs = [jax.make_jaxpr(fn)(params, *inputs) for fn, inputs in (*entries, *unseen)]
         # The first of them are those of the entries.
         pairs = zip(jaxprs, entries, strict=False)
-        symmetry = otf.trace_symmetry([(replayed(jaxpr), x) for jaxpr, (_, x) in pairs], params)
+        with warnings.catch_warnings():
+            # Some blocks have parameters that they then do not use.
+            warnings.simplefilter("ignore", otf.SymmetryWarning)
+            symmetry = otf.trace_symmetry([(replayed(jaxpr), x) for jaxpr, (_, x) in pairs], params)
         count = sum(plant.count for plant in planted)
         lacks = {plant: plant.count - freedom(symmetry, plant) for plant in planted}
         lost = {plant: n for plant, n in lacks.items() if n > 0}

@@ -131,6 +131,9 @@ UNSEEN = {
     "observer": "returns nothing",
     "random": "draws at fixed positions, pinned as a constant is",
     "pinned": "ties nothing",
+    "pure_callback": "NumPy can't compute what a host does",
+    "tie": "not a function of the public API",
+    "higher": "networks leave it to JAX, and its implementation is walked",
 }
 """Rules that no program needs."""
 
@@ -154,6 +157,7 @@ def test_every_rule_occurs_in_some_block():
     assert rules - met <= set(UNSEEN)
 
 
+@pytest.mark.filterwarnings("ignore::otfusion_jax.SymmetryWarning")
 def test_most_programs_have_groups():
     counts = collections.Counter()
 
