@@ -209,16 +209,18 @@ def _with(sizes: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
 
 def _squeeze(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     (pieces,) = operands
-    gone = eqn.params["dimensions"]
-    return _moved(eqn, operands, pieces.dim - sum(int(d) < pieces.dim for d in gone))
+    return _moved(eqn, operands, _without(eqn.params["dimensions"], pieces.dim))
+
+
+def _without(gone: Sequence[int], dim: int) -> int:
+    """Returns where an axis comes to lie without others. Of vmap these are NumPy's integers."""
+    return dim - sum(int(d) < dim for d in gone)
 
 
 def _reduce(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     (pieces,) = operands
-    gone = [int(dim) for dim in eqn.params["axes"]]  # vmap makes NumPy's integers
-    if pieces.dim in gone:
-        return None
-    return _moved(eqn, operands, pieces.dim - sum(int(d) < pieces.dim for d in gone))
+    gone = eqn.params["axes"]
+    return None if pieces.dim in gone else _moved(eqn, operands, _without(gone, pieces.dim))
 
 
 def _reshape(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
