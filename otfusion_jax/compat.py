@@ -221,7 +221,7 @@ def expanded(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 
 def operands_of(eqn: core.JaxprEqn) -> list[jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of an equation's operands."""
-    avals = [atom.aval for atom in eqn.invars]
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
     return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
 
 
@@ -253,7 +253,8 @@ def scan_operands(eqn: core.JaxprEqn, operands: Sequence[Any]) -> ScanOperands:
 
 def top_k_axis(eqn: core.JaxprEqn) -> int:
     """Returns the axis that a `top_k` ranks; before JAX 0.8 it is always the last."""
-    rank = len(eqn.invars[0].aval.shape)
+    ranked: Any = eqn.invars[0].aval
+    rank = len(ranked.shape)
     return eqn.params.get("axis", rank - 1) % rank
 
 

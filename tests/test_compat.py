@@ -61,7 +61,7 @@ PRIMITIVES_WITHOUT_RULES = {
 
 def homes() -> dict[core.Primitive, list[str]]:
     """All primitives of the installed JAX, and the modules that hold each."""
-    for module in pkgutil.walk_packages(jax._src.__path__, "jax._src."):
+    for module in pkgutil.walk_packages(importlib.import_module("jax._src").__path__, "jax._src."):
         if not module.name.startswith((*MODULES_WITHOUT_RULES, "jax._src.internal_test_util")):
             try:
                 importlib.import_module(module.name)

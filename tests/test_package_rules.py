@@ -1,6 +1,7 @@
 """Checks rules of primitives of other packages, which are found when one of them is met."""
 
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -11,6 +12,7 @@ import lineax
 import numpy as np
 import pytest
 from jax.experimental import pallas, sparse
+from jax.extend import core
 from zoo import makes, randomise, rows_of, shapes, takes, uniform
 
 import otfusion_jax as otf
@@ -145,7 +147,7 @@ def test_sparse_matrices_pin_what_they_meet():
 
 
 def test_of_a_package_that_is_not_known_no_rule_is_found():
-    cube = jax.extend.core.Primitive("cube")
+    cube = core.Primitive("cube")
     cube.def_impl(lambda x: x**3)
     assert package_rules.rule_of(cube) is None
 
@@ -153,7 +155,7 @@ def test_of_a_package_that_is_not_known_no_rule_is_found():
 # --- a neural ODE
 
 
-def field(t: jax.Array, y: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+def field(t: Any, y: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
     return jnp.tanh(y @ p["in"] + p["bias"]) @ p["out"]
 
 
@@ -167,7 +169,9 @@ STEPS = {
 }
 
 
-def solve(p: dict[str, jax.Array], y: jax.Array, steps: str, adjoint: diffrax.AbstractAdjoint):
+def solve(
+    p: dict[str, jax.Array], y: jax.Array, steps: str, adjoint: diffrax.AbstractAdjoint
+) -> Any:
     controller, saved = STEPS[steps]
     term, solver = diffrax.ODETerm(field), diffrax.Tsit5()
     return diffrax.diffeqsolve(

@@ -39,7 +39,7 @@ from programs import (
 )
 
 import otfusion_jax as otf
-from otfusion_jax import walk
+from otfusion_jax import compat, walk
 from otfusion_jax.axes import Kind, constant
 from otfusion_jax.walk import Context, Rule, Value, registered
 
@@ -121,7 +121,7 @@ def test_what_has_failed_once(name: str):
 def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
     """All primitives of a jaxpr, those of the jaxprs within included."""
     yield from (eqn.primitive for eqn in jaxpr.eqns)
-    for inner in core.subjaxprs(jaxpr):
+    for inner in compat.subjaxprs(jaxpr):
         yield from primitives(inner)
 
 

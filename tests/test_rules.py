@@ -570,10 +570,15 @@ with_fewer_residuals.defvjp(lambda h: (jnp.sin(h), h), lambda h, t: (t * h,), op
 REPLICATED = jax.sharding.NamedSharding(jax.make_mesh((1,), ("devices",)), jax.P())
 
 
+def annotated(h: Any) -> Any:
+    return set_xla_metadata(h, note="h")
+
+
 def sine(h: jax.Array) -> core.ClosedJaxpr:
     return jax.make_jaxpr(jnp.sin)(h)
 
 
+HIGHER: Any
 try:
     from jax.experimental import hijax
 except ImportError:  # JAX 0.7
@@ -668,8 +673,8 @@ PASSED_ON = {
         lambda h: with_layout_constraint(h, Layout((0, 1))),
     ),
     "xla_metadata_value": Operation(
-        emitted(lambda h: set_xla_metadata(h, note="h"), X),
-        lambda h: set_xla_metadata(h, note="h"),
+        emitted(annotated, X),
+        annotated,
     ),
 }
 
@@ -1131,7 +1136,7 @@ SPELLED = {
     "mulhi": lambda x, y: compat.internal("lax.lax", "mulhi")[0].bind(x << 27, y << 27),
     "not": lax.bitwise_not,
     "or": lax.bitwise_or,
-    "polynomial": lambda x, y: lax.polynomial(x, [y, y]),
+    "polynomial": lambda x, y: BY_NAME["polynomial"].bind(x, y, y),
     "polygamma": lambda m, x: lax.polygamma(lax.floor(9 * m), x),
     "reduce_precision": lambda x: lax.reduce_precision(x, 5, 10),
     "regularized_incomplete_beta": lax.betainc,
