@@ -722,7 +722,9 @@ def grouped_queries_nnx():
     return *net, groups, dict.fromkeys((f"{q}#2", f"{q}#3", v), (q, (2,)))
 
 
-if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention).parameters:  # not in Flax 0.11
+if (
+    "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention.__init__).parameters
+):  # not in Flax 0.11
     case(grouped_queries_nnx)
 
 
