@@ -110,7 +110,7 @@ def two_layers(op: Callable) -> tuple[Callable, dict[str, jax.Array]]:
 def written_to_a_reference(h: jax.Array) -> jax.Array:
     ref = jax.new_ref(jnp.zeros_like(h))
     ref[...] = h
-    return jnp.cumsum(ref[...], axis=1)
+    return jnp.sin(ref[...])
 
 
 def test_references_are_refused_by_name_with_a_way_out():
