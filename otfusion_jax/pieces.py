@@ -169,15 +169,17 @@ def _first(operands: Sequence[Any]) -> _Pieces:
 def _elementwise(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     pieces = _first(operands)
 
+    # What is not in the same pieces is given whole: in parts where it has any, and as it is where
+    # it is a scalar or has size 1 there.
+    whole = [x if isinstance(x, _Pieces) and x.dim == pieces.dim else _merged(x) for x in operands]
+
     def of(number: int) -> list[Any]:
-        # What is a scalar, or has size 1 there, meets every piece.
-        shapes = [jax.numpy.shape(_shaped(x)) for x in operands]
-        return [
-            _piece_of(x, number, pieces, pieces.dim)
-            if isinstance(x, _Pieces) or (shape and shape[pieces.dim] != 1)
-            else x
-            for x, shape in zip(operands, shapes, strict=True)
-        ]
+        found = []
+        for x in whole:
+            shape = jax.numpy.shape(_shaped(x))
+            meets_all = not isinstance(x, _Pieces) and (not shape or shape[pieces.dim] == 1)
+            found.append(x if meets_all else _piece_of(x, number, pieces, pieces.dim))
+        return found
 
     return _each(eqn, pieces, pieces.dim, of)
 

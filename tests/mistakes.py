@@ -80,7 +80,7 @@ any_otf: Any = otf
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "a model where a function is wanted": (
         lambda: any_otf.features(S, A, fn, X),
-        r"TypeError: a dict was given where a function is wanted: call features\(symmetry, fn",
+        r"TypeError: a dict was given as the function; pass fn\(params, \*inputs\), or a list of",
     ),
     "models before the metric": (
         lambda: any_otf.barrier(A, B, fn),
