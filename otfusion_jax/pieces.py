@@ -214,7 +214,7 @@ def _squeeze(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     return _moved(eqn, operands, _without(eqn.params["dimensions"], pieces.dim))
 
 
-def _without(gone: Sequence[int], dim: int) -> int:
+def _without(gone: Sequence[Any], dim: int) -> int:
     """Returns where an axis comes to lie without others. Of vmap these are NumPy's integers."""
     return dim - sum(int(d) < dim for d in gone)
 
@@ -228,6 +228,8 @@ def _reduce(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
 def _reshape(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     """The pieces lie one after the other still, along an axis that ends where theirs did."""
     (pieces,) = operands
+    if eqn.params["dimensions"] is not None:
+        return None
     old, new = pieces.parts[0].shape, eqn.params["new_sizes"]
     before, count = math.prod(old[: pieces.dim]), len(pieces.parts)
     for dim, size in enumerate(new):

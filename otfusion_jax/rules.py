@@ -186,8 +186,11 @@ def broadcast_in_dim(ctx: Context, values: list[Value]) -> list[Value]:
 
 @register(P.reshape_p)
 def reshape(ctx: Context, values: list[Value]) -> list[Value]:
-    """Axes become products of axes, or are split into factors."""
+    """Axes, in another order where one is given, become products of axes, or are split."""
     x = values[0]
+    order = ctx.params["dimensions"]  # gradients of convolutions in groups have one
+    if order is not None:
+        x = Value(tuple(x.axes[dim] for dim in order), x.kind)
     reason = ctx.because(f"of {ctx.operand_shape(0)} to {ctx.shape()}")
     return [Value(tuple(ctx.regroup(x, ctx.shape(), reason)), x.kind)]
 

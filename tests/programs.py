@@ -2006,7 +2006,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "integer_pow": _integer_pow,
     "convert_element_type": lambda p, x: x.astype(p["new_dtype"]),
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
+    "reshape": lambda p, x: x.transpose(p["dimensions"] or range(x.ndim)).reshape(p["new_sizes"]),
     "transpose": lambda p, x: x.transpose(p["permutation"]),
     "squeeze": lambda p, x: x.squeeze(tuple(p["dimensions"])),
     "concatenate": lambda p, *x: np.concatenate(x, p["dimension"]),

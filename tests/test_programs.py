@@ -106,6 +106,12 @@ FOUND = {
     "the gradient of a running maximum": Program(
         space=(), width=2, blocks=(gradient(body=(order(how="cummax", units=False),)),)
     ),
+    "a reshape that reorders axes first": Program(
+        space=(),
+        width=6,
+        blocks=(gradient(body=(conv(width=9, kernel=3, stride=1, pick=0, kind="groups"),)),),
+        seed=3,
+    ),
 }
 """Programs that have failed once, each with what was wrong."""
 

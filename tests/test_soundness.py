@@ -125,6 +125,20 @@ def test_pairs_of_units_regrouped(read: Callable, shape: tuple[int, ...]):
     assert all(group.batch == () for group in symmetry.groups)
 
 
+def test_a_reshape_that_reorders_axes_first():
+    """As the gradient of a convolution in groups has it; no public function of NumPy's makes it."""
+    params = draw(out=(12, 3)) | {"in": inputs(6, 12)}
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"]).reshape(-1, 4, 3)
+        h = lax.reshape(h, (len(x), 12), dimensions=(0, 2, 1))  # [rows, 3 x 4]
+        return jnp.sort(h.reshape(-1, 3, 4), 1).reshape(-1, 12) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert batches(symmetry) == {"in": (4,)}
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
 # --- reductions
 
 
