@@ -66,28 +66,13 @@ def trace(
     fn, inputs = as_function(fn, inputs)
     whole = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
-    walked = _walked(jaxpr, whole, inputs, on_unsupported)
-    cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine)
-    while cuts:
-        apart = dataclasses.replace(whole, cuts=cuts)
-        of_parts = rewritten(jaxpr, apart)
-        walked_apart = _walked(of_parts, apart, inputs, on_unsupported)
-        # Of a part that is not read nothing tells where it belongs. Whole, the leaf moves as one.
-        unread = {apart.leaf_of[number] for number in walked_apart.not_all_read()}
-        cuts = tuple(
-            cut
-            for cut in apart.cuts
-            if cut.leaf not in unread and walked_apart.parts_differ(apart, cut)
-        )
-        if cuts == apart.cuts:
-            whole, jaxpr, walked = apart, of_parts, walked_apart
-            break
+    apart, jaxpr, walked = _in_parts(jaxpr, whole, inputs, on_unsupported)
     walk, mine = walked.walk, walked.mine
     space = walk.space
     for axis in list(walked.unread()):
         space.pin(axis, UNREAD)
-    groups, names, nest, pins = _collect(walk, whole.parts, mine, walked.read)
-    symmetry = dataclasses.replace(whole, groups=groups, pinned=pins)
+    groups, names, nest, pins = _collect(walk, apart.parts, mine, walked.read)
+    symmetry = dataclasses.replace(apart, groups=groups, pinned=pins)
     seen, produced, consumed = (
         _views(space, readings, names, nest)
         for readings in (walk.seen, walk.produced, walk.consumed)
@@ -144,6 +129,40 @@ class _Walked(NamedTuple):
     def _is_unread(self, axis: Axis) -> bool:
         space = self.walk.space
         return any(space.is_free(atom) and atom not in self.read for atom in space.atoms(axis))
+
+
+def _in_parts(
+    jaxpr: core.ClosedJaxpr,
+    whole: Symmetry,
+    inputs: tuple[PyTree, ...],
+    on_unsupported: OnUnsupported,
+) -> tuple[Symmetry, core.ClosedJaxpr, _Walked]:
+    """Walks a jaxpr, its leaves cut into parts where that gives more freedom.
+
+    Args:
+        jaxpr: first of its arguments are the leaves.
+        whole: the leaves, without cuts.
+        inputs: of the function.
+        on_unsupported: see `trace_symmetry`.
+
+    Returns:
+        The cuts, the jaxpr of the parts, and the walk over it.
+    """
+    walked = _walked(jaxpr, whole, inputs, on_unsupported)
+    cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine)
+    while cuts:
+        apart = dataclasses.replace(whole, cuts=cuts)
+        of_parts = rewritten(jaxpr, apart)
+        walked_apart = _walked(of_parts, apart, inputs, on_unsupported)
+        # Of a part that is not read nothing tells where it belongs. Whole, the leaf moves as one.
+        unread = {apart.leaf_of[number] for number in walked_apart.not_all_read()}
+        kept = [
+            cut for cut in cuts if cut.leaf not in unread and walked_apart.parts_differ(apart, cut)
+        ]
+        if len(kept) == len(cuts):
+            return apart, of_parts, walked_apart
+        cuts = tuple(kept)
+    return whole, jaxpr, walked
 
 
 def _walked(
