@@ -672,6 +672,8 @@ def perceiver():
 
 class NNXAttention(nnx.Module):
     def __init__(self, kv_heads: int | None, rngs: nnx.Rngs):
+        # Flax 0.11 has no such argument.
+        grouped: dict[str, Any] = {} if kv_heads is None else {"num_kv_heads": kv_heads}
         self.embed = nnx.Linear(5, 7, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
             num_heads=kv_heads and 6 or 2,
@@ -680,7 +682,7 @@ class NNXAttention(nnx.Module):
             use_bias=False,
             decode=False,
             rngs=rngs,
-            **({} if kv_heads is None else {"num_kv_heads": kv_heads}),
+            **grouped,
         )
         self.norm = nnx.RMSNorm(7, rngs=rngs)
         self.head = nnx.Linear(7, 3, rngs=rngs)
@@ -722,9 +724,7 @@ def grouped_queries_nnx():
     return *net, groups, dict.fromkeys((f"{q}#2", f"{q}#3", v), (q, (2,)))
 
 
-if (
-    "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention.__init__).parameters
-):  # not in Flax 0.11
+if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention.__init__).parameters:
     case(grouped_queries_nnx)
 
 
