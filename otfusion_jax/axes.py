@@ -16,6 +16,7 @@ couple them.
 """
 
 import enum
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,12 +41,14 @@ class Kind(enum.IntEnum):
 class Factor(NamedTuple):
     """One occurrence of an atom in an axis.
 
-    `role` is a signed variable of the roles' union-find, 0 where there is none.
+    `role` is a signed variable of the roles' union-find, 0 where there is none. Along what is
+    `filled`, constants lie beside what depends on inputs.
     """
 
     size: int
     atom: int | None
     role: int = 0
+    filled: bool = False
 
 
 class Sum(NamedTuple):
@@ -89,6 +92,11 @@ def constant(size: int) -> Axis:
     return (Factor(size, None),) if size != 1 else ()
 
 
+def filled(size: int) -> Axis:
+    """Returns an axis of constants that lie beside what depends on inputs."""
+    return (Factor(size, None, filled=True),) if size != 1 else ()
+
+
 def is_constant(axis: Axis) -> bool:
     """Whether nothing is known to vary along an axis."""
     return all(isinstance(term, Factor) and term.atom is None for term in axis)
@@ -123,6 +131,9 @@ class Space:
 
     def __init__(self) -> None:
         self.contacts: list[Contact] = []
+        self.strong: list[Axis] = []  # summed over together with others than themselves
+        self.summed: list[Factor] = []  # of parameters: with values, or with other parameters
+        self.unmet: list[Factor] = []  # of parameters: with constants
         self.here: Any = None  # where the walk is
         self.met: dict[int, Any] = {}  # where what was free met what is pinned
         self._parent: list[int] = []
@@ -232,7 +243,7 @@ class Space:
         """Takes an expanded factor apart into `outer` times the rest."""
         inner = factor.size // outer
         if factor.atom is None:
-            return (Factor(outer, None), Factor(inner, None))
+            return (factor._replace(size=outer), factor._replace(size=inner))
         how = self._pins.get(factor.atom), self._cuts[factor.atom]
         self._factors[factor.atom] = self._new(outer, *how), self._new(inner, *how)
         return self._parts(factor, self._factors[factor.atom])
@@ -286,7 +297,7 @@ class Space:
                 offset += length
             return [concatenated(piece) for piece in pieces]
         if term.atom is None:
-            return [constant(size) for size in sizes]
+            return [(term._replace(size=size),) if size != 1 else () for size in sizes]
         pin = self._pins.get(term.atom)
         if pin is not None:  # where nothing moves, nothing need be known of the pieces
             return [self.pinned(size, pin) for size in sizes]
@@ -460,7 +471,18 @@ class Space:
 
         def meet(x: Factor, y: Factor) -> Factor:
             if x.atom is None or y.atom is None:
-                return x  # a sum over the units with equal weights: any order will do
+                # A sum over the units with equal weights: any order will do.
+                for (mine, kind), (other, its) in itertools.permutations(
+                    zip((x, y), kinds, strict=True)
+                ):
+                    if kind is Kind.PARAMETER and mine.atom is not None:
+                        known = its is not Kind.CONSTANT and not other.filled
+                        (self.summed if known else self.unmet).append(mine)
+                return x
+            if kinds[0] is not kinds[1] or not self._is_same(x, y):
+                self.strong += [a, b]
+                if kinds == (Kind.PARAMETER, Kind.PARAMETER):
+                    self.summed.append(x)
             self._unite(x, y)
             if not (x.role and y.role):
                 return x
@@ -480,6 +502,14 @@ class Space:
             self._match(a, b, meet)
         except Disagreement as found:
             self._separate(found)
+
+    def _is_same(self, x: Factor, y: Factor) -> bool:
+        """Whether two factors are of the same use of the same parameter."""
+        assert x.atom is not None
+        assert y.atom is not None
+        if not (x.role and y.role) or self.find(x.atom) != self.find(y.atom):
+            return False
+        return self._roles.find(x.role) == self._roles.find(y.role)
 
     # --- axes read in another way
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from otfusion_jax.symmetry import NOT_USED, Leaf, Symmetry
+from otfusion_jax.symmetry import NOT_USED, UNMET, UNREAD, Leaf, Symmetry
 
 
 class SymmetryWarning(UserWarning):
@@ -333,7 +333,15 @@ def warn_not_used(symmetry: Symmetry) -> None:
     Args:
         symmetry: as it was traced.
     """
-    idle = {pin.path for pin in symmetry.pinned if pin.reason == NOT_USED}
+    reasons: dict[str, set[str]] = {}
+    for pin in symmetry.pinned:
+        reasons.setdefault(pin.path, set()).add(pin.reason)
+    members = {member.path for group in symmetry.groups for member in group.members}
+    idle = {
+        path
+        for path, found in reasons.items()
+        if found <= {NOT_USED, UNREAD} and path not in members
+    }
     sizes = {group.size for group in symmetry.groups if group.size > 1}
     suspect = [
         f"  {leaf.path}: shape {leaf.shape}"
@@ -346,6 +354,16 @@ def warn_not_used(symmetry: Symmetry) -> None:
             "move. If other functions use them (another head, training mode), trace all of them "
             "together, trace_symmetry([(fn, inputs), (other_fn, other_inputs)], params):\n"
             + "\n".join(suspect),
+            SymmetryWarning,
+            stacklevel=3,
+        )
+    unmet = [path for path, found in reasons.items() if UNMET in found]
+    if unmet:
+        warnings.warn(
+            "these parameters are multiplied with constants alone (a first step from a state of "
+            "zeros, an input that is absent), so that nothing tells which units they belong to: "
+            "they stay, and so does what moves with them. Trace more steps, or give all inputs:\n"
+            + "\n".join(f"  {path}" for path in unmet),
             SymmetryWarning,
             stacklevel=3,
         )

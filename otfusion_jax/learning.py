@@ -99,7 +99,7 @@ def learn_alignment(
     Raises:
         ValueError: as `align`, for a start that does not fit or has soft plans, for integers that
             differ between the models, and for batches that have no leading axis of one size.
-        TypeError: as `align`.
+        TypeError: as `align`, and for a list of batches, which are to be stacked.
 
     Warns:
         SymmetryWarning: if the symmetry has no groups.
@@ -115,6 +115,11 @@ def learn_alignment(
     columns = columns_of([source, target])
     require_equal_integers(symmetry.leaves, columns, [False] * len(columns), "")
     warn_without_groups(symmetry, (source, target), "there is nothing to learn")
+    if isinstance(batches, list):
+        raise TypeError(
+            "batches is a list; pass them stacked, each leaf [steps, ...], as in "
+            "jax.tree.map(lambda *x: jnp.stack(x), *batches)"
+        )
     steps = _steps(batches)
     counting = leaf_weights(symmetry, leaf_weight)
     if start is None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jax.extend import core
 
 from otfusion_jax import compat
-from otfusion_jax.axes import Axis, Kind, concatenated, constant, is_constant
+from otfusion_jax.axes import Axis, Kind, concatenated, constant, filled, is_constant
 from otfusion_jax.compat import named
 from otfusion_jax.walk import Context, Value, register, registered
 
@@ -29,6 +29,7 @@ ONE_BY_ONE = [*named("device_put sharding_constraint"), *compat.RELOCATIONS]
 REDUCTION = named(
     "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
 )
+COLLECTIVE = named("pmax pmin psum")
 CUMULATIVE = named("cumlogsumexp cummax cummin cumprod cumsum")
 WINDOW = named("reduce_window_max reduce_window_min reduce_window_sum")
 SCATTER = named("scatter scatter_add scatter_max scatter_min scatter_mul") + compat.SCATTER_SUB
@@ -74,6 +75,17 @@ def reduction(ctx: Context, values: list[Value]) -> list[Value]:
         for dim in dropped:
             ctx.space.pin(x.axes[dim], ctx.because(f"over axis {dim}"))
     return [Value(tuple(a for d, a in enumerate(x.axes) if d not in dropped), x.kind)]
+
+
+@register(*COLLECTIVE)
+def collective(ctx: Context, values: list[Value]) -> list[Value]:
+    """Over an axis that `vmap` names, a reduction of each operand."""
+    reduced = ctx.params["axes"]
+    if not all(isinstance(axis, int) for axis in reduced):
+        return ctx.pin_all(values, ctx.because("over devices"))
+    return [
+        Value(tuple(a for d, a in enumerate(x.axes) if d not in reduced), x.kind) for x in values
+    ]
 
 
 @register(P.reduce_p)
@@ -257,8 +269,14 @@ def pad(ctx: Context, values: list[Value]) -> list[Value]:
             axis = ctx.space.pinned(ctx.shape()[dim], reason)
         elif low or high:
             kept = _segment(ctx, axis, max(0, -low), size - max(0, -high), size, reason)
-            ends = constant(max(0, low)), constant(max(0, high))
-            axis = concatenated([ends[0], kept, ends[1]])
+            # Beside what stays, as positions of an input do, the padding may be where more of the
+            # same is on other inputs.
+            stays = any(not ctx.space.is_free(atom) for atom in ctx.space.atoms(kept))
+            before, after = (
+                ctx.space.pinned(max(0, n), reason) if stays else constant(max(0, n))
+                for n in (low, high)
+            )
+            axis = concatenated([before, kept, after])
         axes.append(axis)
     return [Value(tuple(axes), kind)]
 
@@ -285,7 +303,13 @@ def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
     """The concatenated axis is a sum of segments, the others are tied."""
     dim = int(ctx.params["dimension"])
     out = ctx.join(values, skip=(dim,))
-    axis = concatenated(ctx.enter(v.axes[dim], v, out.kind) for v in values)
+    segments = []
+    for value, shape in zip(values, map(ctx.operand_shape, range(len(values))), strict=True):
+        if value.kind is Kind.CONSTANT is not out.kind and is_constant(value.axes[dim]):
+            segments.append(filled(shape[dim]))
+        else:
+            segments.append(ctx.enter(value.axes[dim], value, out.kind))
+    axis = concatenated(segments)
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
 
@@ -297,16 +321,20 @@ def split(ctx: Context, values: list[Value]) -> list[Value]:
     reason = ctx.because(f"along axis {dim}")
     sizes = [ctx.shape(i)[dim] for i in range(len(ctx.eqn.outvars))]
     pieces = ctx.pieces(x.axes[dim], sizes, reason)
-    _select_used(ctx, x.axes[dim], sizes)
+    _select_used(ctx, x.axes[dim], pieces, sizes)
     return [Value((*x.axes[:dim], piece, *x.axes[dim + 1 :]), x.kind) for piece in pieces]
 
 
-def _select_used(ctx: Context, axis: Axis, sizes: Sequence[int]) -> None:
+def _select_used(ctx: Context, axis: Axis, pieces: Sequence[Axis], sizes: Sequence[int]) -> None:
     """Notes of which results, one after the other along an axis, anything depends."""
-    ends = itertools.accumulate(sizes)
-    for used, size, end in zip(ctx.used, sizes, ends, strict=True):
-        if used:
-            ctx.select(axis, end - size, end)
+    found = [
+        (piece, (end - size, end))
+        for piece, size, end, used in zip(
+            pieces, sizes, itertools.accumulate(sizes), ctx.used, strict=True
+        )
+        if used
+    ]
+    ctx.select(axis, *(span for _, span in found), kept=[piece for piece, _ in found])
 
 
 @register(*compat.UNSTACK, reads=False)
@@ -316,8 +344,8 @@ def unstack(ctx: Context, values: list[Value]) -> list[Value]:
     dim = ctx.params["axis"]
     if ctx.operand_shape(0)[dim] > 1:
         sizes = [1] * len(ctx.eqn.outvars)
-        ctx.pieces(x.axes[dim], sizes, ctx.because(f"along axis {dim}"))
-        _select_used(ctx, x.axes[dim], sizes)
+        pieces = ctx.pieces(x.axes[dim], sizes, ctx.because(f"along axis {dim}"))
+        _select_used(ctx, x.axes[dim], pieces, sizes)
     return [Value((*x.axes[:dim], *x.axes[dim + 1 :]), x.kind) for _ in ctx.eqn.outvars]
 
 
@@ -393,8 +421,13 @@ def dot_general(ctx: Context, values: list[Value]) -> list[Value]:
     x, y = values
     (x_sum, y_sum), (x_batch, y_batch) = ctx.params["dimension_numbers"]
     kind = max(x.kind, y.kind)
+    # One number made of parameters alone is a penalty, written as a sum of products or in this way.
+    penalty = kind is Kind.PARAMETER and not ctx.shape()
     for i, j in zip(x_sum, y_sum, strict=True):
-        ctx.space.contract(x.axes[i], y.axes[j], (x.kind, y.kind))
+        if penalty:
+            ctx.space.unify([x.axes[i], y.axes[j]], [x.kind, y.kind])
+        else:
+            ctx.space.contract(x.axes[i], y.axes[j], (x.kind, y.kind))
     batch = [
         ctx.space.unify([x.axes[i], y.axes[j]], [x.kind, y.kind])
         for i, j in zip(x_batch, y_batch, strict=True)
@@ -607,7 +640,7 @@ def _segment(ctx: Context, axis: Axis, start: int, end: int, size: int, reason: 
     if start >= end:
         return ctx.cut(axis, 0, reason)
     kept = ctx.pieces(axis, sizes, reason)[int(start > 0)]
-    ctx.select(axis, start, end)
+    ctx.select(axis, (start, end), kept=[kept])
     return kept
 
 

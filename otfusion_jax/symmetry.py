@@ -37,6 +37,11 @@ the group's batch."""
 
 NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
+UNREAD = "not read on these inputs"
+"""Why an axis stays of which the function selects a part alone, or nothing but sums over itself."""
+UNMET = "meets nothing but constants on these inputs"
+"""Why all axes of a leaf stay: on other inputs it may meet any units, as recurrent weights do that
+a first step multiplies with zeros."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +183,25 @@ def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
             aval = jax.typeof(value) if not isinstance(value, jax.ShapeDtypeStruct) else value
             leaves.append(Leaf(name, tuple(aval.shape), aval.dtype))
         except TypeError:
-            strange.append(f"  {name}: {type(value).__name__}")
+            strange.append(f"  {name}: {type(value).__name__}{_of_dtype(value)}")
     if strange:
         raise ValueError(
             "these leaves of the parameters are not arrays; pass a pytree of arrays alone and "
             "close over the rest (equinox.partition, nnx.split):\n" + "\n".join(strange)
         )
     return tuple(leaves)
+
+
+def _of_dtype(value: Any) -> str:
+    """Says which dtype makes an array one that JAX does not take."""
+    dtype = getattr(value, "dtype", None)
+    if not isinstance(dtype, np.dtype):
+        return ""
+    if not dtype.isnative:
+        return (
+            f" of the other byte order, {dtype.str}; convert it, x.astype(x.dtype.newbyteorder())"
+        )
+    return f" of dtype {dtype}"
 
 
 class Use(NamedTuple):

@@ -6,7 +6,8 @@ every parameter, and reads off which of them the primitives have tied together.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +17,27 @@ from jaxtyping import PyTree
 
 import otfusion_jax.package_rules
 import otfusion_jax.rules  # noqa: F401, both fill the registry
+from otfusion_jax import compat
 from otfusion_jax.axes import Axis, Kind, Space, factors_of
 from otfusion_jax.checks import warn_not_used
 from otfusion_jax.entry_points import Program, as_function
 from otfusion_jax.layout import Where
 from otfusion_jax.nesting import Nest, find_nest, occurrences, where
 from otfusion_jax.pieces import cuts_of, rewritten
-from otfusion_jax.symmetry import NOT_USED, Cut, Group, Leaf, Member, Pin, Role, Symmetry, leaves_of
+from otfusion_jax.symmetry import (
+    NOT_USED,
+    UNMET,
+    UNREAD,
+    Cut,
+    Group,
+    Leaf,
+    Member,
+    Pin,
+    Role,
+    Symmetry,
+    leaves_of,
+)
 from otfusion_jax.walk import OnUnsupported, Reading, Site, Value, Walk, live
-
-UNREAD = "not read on these inputs"
-"""Why an axis stays of which the function selects a part alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +76,19 @@ def trace(
         raise ValueError(f"on_unsupported is {on_unsupported!r}; it must be 'raise' or 'pin'")
     fn, inputs = as_function(fn, inputs)
     whole = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
-    jaxpr = jax.make_jaxpr(fn)(params, *inputs)
-    apart, jaxpr, walked = _in_parts(jaxpr, whole, inputs, on_unsupported)
+    traced = [(jax.make_jaxpr(fn)(params, *inputs), inputs)]
+    longer = _longer(fn, params, inputs)
+    try:
+        apart, jaxpr, walked = _in_parts([*traced, *longer], whole, on_unsupported)
+    except Exception:
+        if not longer:
+            raise
+        # A function that replays what was recorded for other sizes may come to no program at all.
+        apart, jaxpr, walked = _in_parts(traced, whole, on_unsupported)
     walk, mine = walked.walk, walked.mine
     space = walk.space
+    for axis in list(walked.unmet()):
+        space.pin(axis, UNMET)
     for axis in list(walked.unread()):
         space.pin(axis, UNREAD)
     groups, names, nest, pins = _collect(walk, apart.parts, mine, walked.read)
@@ -81,6 +101,61 @@ def trace(
     return Trace(symmetry, jaxpr, produced, produced | consumed)
 
 
+Traced = tuple[core.ClosedJaxpr, tuple[PyTree, ...]]
+"""The jaxpr of a function, and the inputs that it was traced on."""
+MOST_LONGER = 8
+"""So many axes of inputs at most are lengthened one by one."""
+
+
+def _longer(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> list[Traced]:
+    """Traces a function on inputs that have size 2 where those given have size 1.
+
+    An axis of size 1 tells little: what is broadcast along it, or computed from its length, varies
+    at no other length than 1. The function need not take other sizes: those that it takes count.
+
+    Args:
+        fn: the function.
+        params: its parameters.
+        inputs: as they were given.
+
+    Returns:
+        One trace with all such axes lengthened if there are any and the function takes that, else
+        one for each of them that it takes.
+    """
+    leaves, structure = jax.tree_util.tree_flatten(inputs)
+    short = [
+        (number, axis)
+        for number, leaf in enumerate(leaves)
+        for axis, size in enumerate(np.shape(leaf))
+        if size == 1
+    ]
+
+    def lengthened(axes: Sequence[tuple[int, int]]) -> list[Traced]:
+        changed = list(leaves)
+        for number in {number for number, _ in axes}:
+            shape = [
+                2 if (number, axis) in axes else size
+                for axis, size in enumerate(np.shape(leaves[number]))
+            ]
+            dtype = jax.typeof(leaves[number]).dtype
+            changed[number] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        given = jax.tree_util.tree_unflatten(structure, changed)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return [(jax.make_jaxpr(fn)(params, *given), given)]
+        except Exception:  # whatever a function raises for sizes that it does not take
+            return []
+
+    if not short:
+        return []
+    found = lengthened(short)
+    if not found and len(short) > 1:
+        for each in short[:MOST_LONGER]:
+            found += lengthened([each])
+    return found
+
+
 class _Walked(NamedTuple):
     """A finished walk.
 
@@ -88,13 +163,21 @@ class _Walked(NamedTuple):
         walk: what it found.
         mine: the axes of the parameters that it began with.
         used: of each parameter, whether anything depends on it.
-        read: the atoms of all that an operation has taken up.
+        read: the atoms of all that an operation has taken up, and that features vary along.
+        dangling: atoms along which parameters meet constants and no features.
     """
 
     walk: Walk
     mine: list[tuple[Axis, ...]]
     used: list[bool]
     read: set[int]
+    dangling: set[int]
+
+    def unmet(self) -> Iterator[Axis]:
+        """Yields all axes of the parameters that meet nothing but constants along one of them."""
+        for axes in self.mine:
+            if any(self.walk.space.atoms(axis) & self.dangling for axis in axes):
+                yield from axes
 
     def unread(self) -> Iterator[Axis]:
         """Yields the axes of parameters of which parts have not been taken up on these inputs.
@@ -132,51 +215,42 @@ class _Walked(NamedTuple):
 
 
 def _in_parts(
-    jaxpr: core.ClosedJaxpr,
-    whole: Symmetry,
-    inputs: tuple[PyTree, ...],
-    on_unsupported: OnUnsupported,
+    traced: Sequence[Traced], whole: Symmetry, on_unsupported: OnUnsupported
 ) -> tuple[Symmetry, core.ClosedJaxpr, _Walked]:
-    """Walks a jaxpr, its leaves cut into parts where that gives more freedom.
+    """Walks jaxprs of a function, its leaves cut into parts where that gives more freedom.
 
     Args:
-        jaxpr: first of its arguments are the leaves.
+        traced: first of the arguments of each jaxpr are the leaves.
         whole: the leaves, without cuts.
-        inputs: of the function.
         on_unsupported: see `trace_symmetry`.
 
     Returns:
-        The cuts, the jaxpr of the parts, and the walk over it.
+        The cuts, the first jaxpr of the parts, and the walk over all.
     """
-    walked = _walked(jaxpr, whole, inputs, on_unsupported)
+    walked = _walked(traced, whole, on_unsupported)
     cuts = cuts_of(walked.walk.space, whole.leaves, walked.mine)
     while cuts:
         apart = dataclasses.replace(whole, cuts=cuts)
-        of_parts = rewritten(jaxpr, apart)
-        walked_apart = _walked(of_parts, apart, inputs, on_unsupported)
+        of_parts = [(rewritten(jaxpr, apart), inputs) for jaxpr, inputs in traced]
+        walked_apart = _walked(of_parts, apart, on_unsupported)
         # Of a part that is not read nothing tells where it belongs. Whole, the leaf moves as one.
         unread = {apart.leaf_of[number] for number in walked_apart.not_all_read()}
         kept = [
             cut for cut in cuts if cut.leaf not in unread and walked_apart.parts_differ(apart, cut)
         ]
         if len(kept) == len(cuts):
-            return apart, of_parts, walked_apart
+            return apart, of_parts[0][0], walked_apart
         cuts = tuple(kept)
-    return whole, jaxpr, walked
+    return whole, traced[0][0], walked
 
 
-def _walked(
-    jaxpr: core.ClosedJaxpr,
-    symmetry: Symmetry,
-    inputs: tuple[PyTree, ...],
-    on_unsupported: OnUnsupported,
-) -> _Walked:
-    """Walks a jaxpr whose first arguments are the parts of the parameters."""
+def _walked(traced: Sequence[Traced], symmetry: Symmetry, on_unsupported: OnUnsupported) -> _Walked:
+    """Walks jaxprs whose first arguments are the parts of the parameters."""
     walk = Walk(on_unsupported)
     space = walk.space
     mine = []
-    wanted = _used(jaxpr.jaxpr)
-    used = [var in wanted for var in jaxpr.jaxpr.invars[: len(symmetry.parts)]]
+    flags = [_used(jaxpr.jaxpr)[: len(symmetry.parts)] for jaxpr, _ in traced]
+    used = [any(found) for found in zip(*flags, strict=True)]
     for leaf, matters in zip(symmetry.parts, used, strict=True):
         axes = tuple(space.fresh(n) for n in leaf.shape)
         for axis in axes:
@@ -185,21 +259,43 @@ def _walked(
             elif not matters:
                 space.pin(axis, NOT_USED)
         mine.append(axes)
+    (jaxpr, inputs), *longer = traced
+    _walk_on(walk, jaxpr, inputs, mine, ())
+    walk.on_unsupported = "pin"  # of the function on these inputs alone all has to be known
+    for jaxpr, inputs in longer:
+        _walk_on(walk, jaxpr, inputs, mine, None)
+    taken = walk.atoms(walk.read)
+    features = walk.atoms(walk.features) | walk.atoms((f,) for f in space.summed)
+    if not jax.tree_util.tree_leaves([inputs for _, inputs in traced]):
+        features |= taken  # of parameters alone: there is nothing else for them to meet
+    unmet = walk.atoms((factor,) for factor in space.unmet)
+    dangling = {atom for atom in unmet - features if space.is_free(atom)}
+    # Single positions are in no axis of a feature: they need not be tied to anything.
+    features |= {atom for atom in taken if space.size(atom) == 1}
+    read = (walk.picked | (taken & features)) - walk.left_out()
+    return _Walked(walk, mine, used, read, dangling)
+
+
+def _walk_on(
+    walk: Walk,
+    jaxpr: core.ClosedJaxpr,
+    inputs: tuple[PyTree, ...],
+    mine: Sequence[tuple[Axis, ...]],
+    path: tuple[int, ...] | None,
+) -> None:
+    """Walks one jaxpr; with a path, features can be read there."""
+    space = walk.space
     args = [Value(axes, Kind.PARAMETER) for axes in mine]
-    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
-        name = "input " + jax.tree_util.keystr(path, simple=True, separator="/")
+    for path_in, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
+        name = "input " + jax.tree_util.keystr(path_in, simple=True, separator="/")
         shape = np.shape(value)
         axes = (space.pinned(n, f"tied to {name}, axis {d}") for d, n in enumerate(shape))
         args.append(Value(tuple(axes), Kind.FEATURE))
     consts = [walk.constant(c) for c in jaxpr.consts]
-    for i, value in enumerate(walk.run(jaxpr.jaxpr, consts, args)):
+    for i, value in enumerate(walk.run(jaxpr.jaxpr, consts, args, path)):
         for dim, axis in enumerate(value.axes):
             name = "the output" if len(jaxpr.jaxpr.outvars) == 1 else f"output {i}"
             space.pin(axis, f"tied to {name}, axis {dim}")
-    read = set(walk.picked)
-    for axis in walk.read:
-        read |= space.atoms(axis)
-    return _Walked(walk, mine, used, read)
 
 
 def trace_symmetry(
@@ -255,11 +351,18 @@ permuted
     return symmetry
 
 
-def _used(jaxpr: core.Jaxpr) -> set[Any]:
-    used = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    for _, eqn, _ in live(jaxpr):
-        used.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-    return used
+def _used(jaxpr: core.Jaxpr, wanted: Sequence[bool] | None = None) -> list[bool]:
+    """Says of each argument whether any of the results that are wanted depends on it."""
+    wanted = [True] * len(jaxpr.outvars) if wanted is None else wanted
+    outputs = zip(jaxpr.outvars, wanted, strict=True)
+    used = {v for v, keep in outputs if keep and not isinstance(v, core.Literal)}
+    for _, eqn, flags in live(jaxpr, wanted):
+        inner = compat.body(eqn)
+        # `jit` keeps arguments that its function does not use.
+        taken = [True] * len(eqn.invars) if inner is None else _used(inner.jaxpr, flags)
+        pairs = zip(eqn.invars, taken, strict=True)
+        used.update(v for v, keep in pairs if keep and not isinstance(v, core.Literal))
+    return [v in used for v in jaxpr.invars]
 
 
 def _collect(

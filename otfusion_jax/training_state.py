@@ -1,5 +1,6 @@
 """What belongs to parameters moves like them: optimizer states, moving averages, train states."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from otfusion_jax.checks import SymmetryWarning
 from otfusion_jax.symmetry import Plans, Symmetry
 from otfusion_jax.transport import HasPlans, transport
 
@@ -37,9 +39,13 @@ def transport_state(
         A tree of the same structure.
 
     Raises:
-        ValueError: if no part has the structure of the parameters; if one has their structure and
-            other shapes, such as factored moments, listing every such leaf by key path; and as
-            `transport` raises it.
+        ValueError: if there are moments, and no part has the structure of the parameters; if one
+            has their structure and other shapes, such as factored moments, listing every such leaf
+            by key path; and as `transport` raises it.
+
+    Warns:
+        SymmetryWarning: of arrays that are passed on though they have sizes of groups, such as the
+            row and column accumulators of `optax.sm3`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -51,24 +57,30 @@ def transport_state(
         >>> state = optax.adam(1e-3).init(params)
         >>> moved = otf.transport_state(symmetry, plans, state)
     """
-    found = []
+    found, left = [], []
     wrong: list[str] = []
+    sizes = {group.size for group in symmetry.groups if group.size > 1}
 
     def is_alike(node: Any) -> bool:
         return _structure(node) == symmetry.treedef
 
     def moved(path: Any, node: Any) -> Any:
-        if not is_alike(node):
-            return node
         at = jax.tree_util.keystr(path, simple=True, separator="/")
         parts = jax.tree_util.tree_leaves(node, is_leaf=_is_masked)
-        unlike = list(_unlike(symmetry, parts, at))
-        if not unlike:
-            found.append(at)
-            return _moved(symmetry, plans, parts, onto)
-        if any(not _is_masked(x) and jnp.size(x) > 1 for x in parts):
-            wrong.extend(unlike)
-        return node  # as it is: a number for each parameter
+        if is_alike(node):
+            unlike = list(_unlike(symmetry, parts, at))
+            if not unlike:
+                found.append(at)
+                return _moved(symmetry, plans, parts, onto)
+            if len(parts) > 1 and any(map(_is_of_floats, parts)):
+                wrong.extend(unlike)
+        # Passed on: a number for each parameter, or what is no part of the state's moments.
+        left.extend(
+            f"  {at}: shape {jnp.shape(part)}"
+            for part in parts
+            if _is_of_floats(part) and any(n % size == 0 for n in part.shape for size in sizes)
+        )
+        return node
 
     result = jax.tree_util.tree_map_with_path(moved, state, is_leaf=is_alike)
     if wrong:
@@ -77,16 +89,30 @@ def transport_state(
             "a factored or compressed moment would be after a move is not known. Start this state "
             "anew from the moved parameters (`optimizer.init`):\n" + "\n".join(wrong)
         )
-    if not found:
+    if not found and any(map(_is_of_floats, jax.tree_util.tree_leaves(state))):
         raise ValueError(
             "no part of this state has the structure of the parameters that were traced; pass the "
             "state that belongs to them, such as `optimizer.init(params)`"
+        )
+    if left:
+        warnings.warn(
+            "these arrays of the state stay as they are, and have sizes of groups; if they belong "
+            "to units, start this state anew from the moved parameters (`optimizer.init`):\n"
+            + "\n".join(left),
+            SymmetryWarning,
+            stacklevel=2,
         )
     return result
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _is_of_floats(part: Any) -> bool:
+    """Whether something is an array of several numbers that are no integers."""
+    is_array = hasattr(part, "dtype") and jnp.size(part) > 1
+    return is_array and jnp.issubdtype(part.dtype, jnp.inexact)
 
 
 def _structure(node: Any) -> Any:

@@ -405,6 +405,8 @@ def check_symmetry(
 ) -> float:
     """Certifies a symmetry: permutes every group at random, all at once, and compares the outputs.
 
+    Twice: by permutations that leave no unit in place, and by uniform ones.
+
     Args:
         symmetry: to be certified.
         fn: the function that was traced, or the list of functions and inputs.
@@ -426,13 +428,25 @@ def check_symmetry(
     functions = entry_points(fn, inputs)
     require_model(symmetry, params)
     require_arrays([given for _, given in functions], "inputs")
-    plans = symmetry.random(jax.random.key(0) if key is None else key)
-    moved = transport(symmetry, plans, params)
-    errors = [
-        _relative_change(function(params, *given), function(moved, *given))
-        for function, given in functions
+    key = jax.random.key(0) if key is None else key
+    moved = [
+        transport(symmetry, plans, params)
+        for plans in (_cycles(symmetry, key), symmetry.random(key))
     ]
+    errors = []
+    for function, given in functions:
+        before = function(params, *given)
+        errors += [_relative_change(before, function(model, *given)) for model in moved]
     return float(np.max(errors))
+
+
+def _cycles(symmetry: Symmetry, key: Array) -> Plans:
+    """Draws permutations that leave no unit in place: all units of a group go round in turn."""
+    plans = {}
+    for name, order in symmetry.random(key).items():
+        following = (jnp.argsort(order, axis=-1) + 1) % order.shape[-1]
+        plans[name] = jnp.take_along_axis(order, following, axis=-1)
+    return plans
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:

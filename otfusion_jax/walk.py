@@ -83,6 +83,14 @@ class Regrouping(NamedTuple):
     over: frozenset[int]
 
 
+class Selection(NamedTuple):
+    """Of an axis some positions were kept, the others left out."""
+
+    whole: Axis
+    kept: tuple[Axis, ...]
+    singles: frozenset[int]  # atoms of single positions among those kept
+
+
 Rule = Callable[["Context", list[Value]], list[Value]]
 _registry: dict[core.Primitive, Rule] = {}
 _selecting: set[core.Primitive] = set()
@@ -205,9 +213,12 @@ class Context:
                 return self.space.cut(axis, marks)
         return [self.cut(axis, size, reason) for size in sizes]
 
-    def select(self, axis: Axis, start: int, end: int) -> None:
-        """Notes that positions of an axis are selected: single ones are read thereby."""
-        self.walk.picked |= self.space.singles(axis, start, end)
+    def select(self, axis: Axis, *ranges: tuple[int, int], kept: Iterable[Axis]) -> None:
+        """Notes that ranges of an axis are selected: single positions are read thereby."""
+        found = (self.space.singles(axis, start, end) for start, end in ranges)
+        singles = frozenset(itertools.chain.from_iterable(found))
+        self.walk.picked |= singles
+        self.walk.selections.append(Selection(axis, tuple(kept), singles))
 
     def repeat(
         self, body: Callable[[list[Value]], list[Value]], carry: list[Value]
@@ -351,6 +362,8 @@ class Walk:
         self.regroupings: list[Regrouping] = []
         self.read: dict[Axis, None] = {}  # what an operation took up, in whole
         self.picked: set[int] = set()  # atoms of single positions that were selected
+        self.selections: list[Selection] = []
+        self.features: dict[Axis, None] = {}  # the axes of all that depends on inputs
         self.calls = 0  # how many sub-jaxprs have been walked
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
@@ -365,7 +378,9 @@ class Walk:
         for dim, size in enumerate(aval.shape):
             reason = f"a constant of shape {aval.shape} that varies along axis {dim}"
             runs = () if opaque or size < 2 else _runs(np.asarray(array), dim)
-            if opaque or len(runs) > max(1, min(MOST_RUNS, size // 2)):
+            # What a mask leaves out on these inputs it may let pass on others.
+            masks = len(runs) > 1 and _is_mask(np.asarray(array), dim)
+            if opaque or masks or len(runs) > max(1, min(MOST_RUNS, size // 2)):
                 axes.append(self.space.pinned(size, reason))
             else:
                 axes.append(concatenated(constant(n) for n in runs) if size > 1 else constant(size))
@@ -444,7 +459,32 @@ class Walk:
         """Keeps the axes of a value, those of the loops around it first, and returns them."""
         axes = (*self.loops, *value.axes)
         self.values[axes] = None
+        if value.kind is Kind.FEATURE:
+            self.features.update(dict.fromkeys(value.axes))
         return axes
+
+    def atoms(self, axes: Iterable[Axis]) -> set[int]:
+        """Returns the finest atoms of axes, those of single positions included."""
+        return set().union(*map(self.space.atoms, axes))
+
+    def left_out(self) -> set[int]:
+        """Returns free atoms that were left out where others of their axis were selected.
+
+        Some operation may have taken up the whole axis before, such as a normalisation. They count
+        as left out unless they are summed over together with something else, or taken up without
+        those that were selected.
+        """
+        space = self.space
+        elsewhere = self.picked | self.atoms(space.strong)
+        readings = [space.atoms(axis) for axis in self.read]
+        found: set[int] = set()
+        for selection in self.selections:
+            kept = self.atoms(selection.kept) | selection.singles
+            rest = {atom for atom in space.atoms(selection.whole) if space.is_free(atom)}
+            for atom in rest - kept - elsewhere - found:
+                if not any(atom in reading and not reading & kept for reading in readings):
+                    found.add(atom)
+        return found
 
     def _dead(self, var: core.Var) -> Value:
         """Stands for an output that nothing depends on, so that it ties and pins nothing.
@@ -495,6 +535,12 @@ def _runs(array: np.ndarray, dim: int) -> tuple[int, ...]:
     changes = np.flatnonzero(np.any(rows[1:] != rows[:-1], axis=1)) + 1
     edges = [0, *changes.tolist(), len(rows)]
     return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))
+
+
+def _is_mask(array: np.ndarray, dim: int) -> bool:
+    """Whether an array is all 0, or False, at some positions of an axis and not at others."""
+    passes = np.any(array != 0, axis=tuple(d for d in range(array.ndim) if d != dim))
+    return bool(passes.any() and not passes.all())
 
 
 def _sizes(value: Value) -> tuple[int, ...]:

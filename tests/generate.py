@@ -107,7 +107,15 @@ def certificate(program: Program) -> Certificate:
 
 def replayed(jaxpr: core.ClosedJaxpr) -> Callable[..., Any]:
     """A function of parameters and inputs that is traced faster than the one it comes from."""
-    return lambda *args: core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(args))
+    shapes = [v.aval.shape for v in jaxpr.jaxpr.invars]
+
+    def run(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        if [np.shape(leaf) for leaf in leaves] != shapes:
+            raise TypeError("recorded for other shapes")
+        return core.jaxpr_as_fun(jaxpr)(*leaves)
+
+    return run
 
 
 def freedom(symmetry: otf.Symmetry, plant: Plant) -> int:

@@ -29,7 +29,7 @@ X = uniform(4, 5)
 
 MODULES_WITHOUT_RULES = {
     "jax._src.export.shape_poly": "arithmetic of symbolic shapes, which a trace does not have",
-    "jax._src.lax.parallel": "needs a mapped axis of devices, which `shard_map` gives",
+    "jax._src.lax.parallel": "over devices, which `shard_map` gives; `vmap` makes others of it",
     "jax._src.pallas": "inside of kernels; a call of a kernel has a rule",
     "jax._src.thunky": "inside of programs for one kind of device, which are compiled apart",
 }

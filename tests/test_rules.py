@@ -29,7 +29,7 @@ from zoo import makes, randomise, rows_of, shapes, takes, uniform
 
 import otfusion_jax as otf
 from otfusion_jax import compat, rules, walk
-from otfusion_jax.axes import Axis, Kind, constant
+from otfusion_jax.axes import Axis, Kind, constant, factors_of
 
 pytestmark = pytest.mark.compatibility
 
@@ -270,7 +270,9 @@ def ordering(name: str) -> tuple[Callable, dict]:
 
 
 def unruled(ctx: walk.Context, values: list[walk.Value]) -> list[walk.Value]:
-    """A wrong rule for any primitive: nothing is tied, and the results do not vary."""
+    """A wrong rule for any primitive: all is read, nothing tied, and the results do not vary."""
+    factors = (f for v in values for axis in v.axes for f in factors_of(axis))
+    ctx.space.summed += [f for f in factors if f.atom is not None]
     kind = max((v.kind for v in values), default=Kind.CONSTANT)
     shapes = [ctx.shape(i) for i in range(len(ctx.eqn.outvars))]
     return [walk.Value(tuple(constant(n) for n in shape), kind) for shape in shapes]
@@ -452,11 +454,11 @@ SEGMENTS = {
 def cutting(name: str) -> tuple[Callable, dict]:
     op = CUT[name].fn
     size = jax.eval_shape(op, jax.ShapeDtypeStruct((ROWS, UNITS), jnp.float32)).shape[1]
-    params = weights(**{"in": (5, UNITS), "out": (size, 3)})
+    params = weights(**{"in": (5, UNITS), "out": (size, 3), "rest": (UNITS, 3)})
 
     def fn(p, x):
         h = jnp.tanh(x @ p["in"])
-        return op(h) @ p["out"] + h.sum(1, keepdims=True)  # all units are read
+        return op(h) @ p["out"] + h @ p["rest"]  # all units are read
 
     return fn, params
 
@@ -469,6 +471,7 @@ def test_segments_move_by_themselves(name: str):
         g.name: {
             (m.where.place.start, None) if m.path == "in" else (None, m.where.place.start)
             for m in g.members
+            if m.path != "rest"
         }
         for g in symmetry.groups
     }
@@ -598,6 +601,10 @@ class Sine(HIGHER):
         return jnp.sin(x)
 
 
+def over_rows(collective: Callable) -> Callable[[jax.Array], jax.Array]:
+    return jax.vmap(lambda row: collective(row, "rows"), axis_name="rows")
+
+
 # The units are the last axis before and after.
 PASSED_ON = {
     "device_put": Operation(P.device_put_p, lambda h: jax.device_put(h, jax.devices()[0])),
@@ -617,6 +624,9 @@ PASSED_ON = {
     "min": Operation(P.reduce_min_p, lambda h: h.min(0)[None]),
     "prod": Operation(P.reduce_prod_p, lambda h: h.prod(0)[None]),
     "sum": Operation(P.reduce_sum_p, lambda h: h.sum(0)[None]),
+    "sum over a name": Operation(P.psum_p, over_rows(lax.psum)),
+    "max over a name": Operation(P.pmax_p, over_rows(lax.pmax)),
+    "min over a name": Operation(P.pmin_p, over_rows(lax.pmin)),
     "reduce": Operation(P.reduce_p, lambda h: reduced(h)[None]),
     "argmax": Operation(P.argmax_p, lambda h: numbers(jnp.argmax(h, 0))[None]),
     "squeeze": Operation(P.squeeze_p, lambda h: lax.squeeze(h[:, None], (1,))),

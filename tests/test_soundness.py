@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core
 from zoo import Groups, makes, rows_of, takes
 
 import otfusion_jax as otf
@@ -505,3 +506,213 @@ def test_the_source_of_a_pin_is_the_users_line_after_parts_were_taken():
     reasons = {pin.path: pin.reason for pin in symmetry.pinned if pin.size == 8}
     assert "test_soundness.py" in reasons["v"]
     assert "cumsum" in reasons["v"]
+
+
+# --- what the example says nothing of
+
+
+def longer(fn: Callable, params: Any, *inputs: Any, others: tuple) -> otf.Symmetry:
+    """Traces on some inputs, and checks on others too."""
+    symmetry = otf.trace_symmetry(fn, params, *inputs)
+    assert change(symmetry, fn, params, *inputs) < EXACT
+    assert change(symmetry, fn, params, *others) < EXACT
+    return symmetry
+
+
+def squares(p: Any) -> jax.Array:
+    return 1e-2 * sum(jnp.sum(v**2) for v in p.values())
+
+
+PENALTIES = {
+    "sum of squares": squares,
+    "products": lambda p: 1e-2 * sum(jnp.vdot(v, v) for v in p.values()),
+    "norms of rows": lambda p: sum(jnp.linalg.norm(row) for row in p["at"]),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_on_all_parameters_reads_none(name: str):
+    params = draw(embed=(20, 8), at=(16, 8), out=(8, 5))
+
+    def fn(p, tokens):
+        h = jnp.tanh(p["embed"][tokens] + p["at"][: tokens.shape[1]][None])
+        return h.mean(1) @ p["out"] + PENALTIES[name](p)
+
+    tokens = jnp.arange(32).reshape(2, 16) % 20
+    symmetry = longer(fn, params, tokens[:, :6], others=(tokens,))
+    (group,) = symmetry.groups
+    assert rows_of(group) == {makes("embed", 1), makes("at", 1), takes("out", 0)}
+    assert {member.role for member in group.members} == {"produces", "consumes"}
+
+
+NORMALISED = {
+    "columns": lambda w: w / jnp.linalg.norm(w, axis=0, keepdims=True),
+    "standardised": lambda w: (w - w.mean(0)[None]) / w.std(0)[None],
+    "quantised": lambda w: jnp.round(w / jnp.abs(w).max() * 127) / 127,
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_parts_of_normalised_weights_are_read_or_not(name: str):
+    params = draw(table=(16, 8), out=(8, 3))
+
+    def fn(p, x):
+        return jnp.tanh(x + NORMALISED[name](p["table"])[: x.shape[0]]).mean(0) @ p["out"]
+
+    symmetry = longer(fn, params, inputs(6, 1), others=(inputs(12, 1),))
+    assert batches(symmetry) == {"table": (8,)}
+
+
+def test_units_that_are_normalised_before_some_are_taken_stay():
+    params = draw(out=(8, 3)) | {"in": inputs(6, 8)}
+
+    def fn(p, x, width=4):
+        h = x @ p["in"]
+        h = jnp.tanh(h / jnp.sqrt((h**2).mean(1, keepdims=True)))
+        return h[:, :width] @ p["out"][:width]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert symmetry.groups == ()
+    assert "[4:8] not read on these inputs" in str(symmetry)
+
+
+def test_units_that_are_normalised_and_split_are_free():
+    params = draw(out=(4, 3)) | {"in": inputs(6, 8)}
+
+    def fn(p, x):
+        h = x @ p["in"]
+        a, b = jnp.split(h / jnp.sqrt((h**2).mean(1, keepdims=True)), 2, 1)
+        return (jnp.tanh(a) * b) @ p["out"]
+
+    assert batches(otf.trace_symmetry(fn, params, inputs(4, 6))) == {"in": (4,)}
+
+
+def recurrent(p, x):
+    h = jnp.zeros((x.shape[0], 8))
+    for t in range(x.shape[1]):
+        h = jnp.tanh(x[:, t] @ p["in"] + h @ p["again"])
+    return h @ p["out"]
+
+
+def recurrent_in_one(p, x):
+    h = jnp.zeros((x.shape[0], 8))
+    for t in range(x.shape[1]):
+        h = jnp.tanh(jnp.concatenate([x[:, t], h], 1) @ p["both"])
+    return h @ p["out"]
+
+
+@pytest.mark.parametrize("fn", [recurrent, recurrent_in_one], ids=lambda fn: fn.__name__)
+def test_a_step_from_zeros_says_nothing_of_recurrent_weights(fn: Callable):
+    first = draw(again=(8, 8)) | {"in": inputs(5, 8)} if fn is recurrent else draw(both=(13, 8))
+    params = first | draw(out=(8, 3))
+    # Two examples of one step: along the step the function takes more, which is seen.
+    assert batches(longer(fn, params, inputs(2, 1, 5), others=(inputs(2, 4, 5),)))
+    two_at_least = lambda p, x: fn(p, x.reshape(2, -1, 5))  # noqa: E731
+    with pytest.warns(otf.SymmetryWarning, match="multiplied with constants alone"):
+        symmetry = longer(two_at_least, params, inputs(2, 5), others=(inputs(2, 20),))
+    assert symmetry.groups == ()
+    assert "meets nothing but constants" in str(symmetry)
+
+
+def test_an_input_that_is_absent_says_nothing_of_its_weights():
+    params = draw(text=(5, 8), image=(6, 8), both=(16, 4), out=(4, 3))
+
+    def fn(p, text, image=None):
+        seen = jnp.zeros((len(text), 8)) if image is None else image @ p["image"]
+        return jnp.tanh(jnp.concatenate([text @ p["text"], seen], 1) @ p["both"]) @ p["out"]
+
+    with pytest.warns(otf.SymmetryWarning) as warned:
+        longer(fn, params, inputs(2, 5), others=(inputs(2, 5), inputs(2, 6)))
+    assert any("  both" in str(w.message) for w in warned)
+
+
+def padded(p, x):
+    x = jnp.pad(x, ((0, 0), (0, 16 - x.shape[1]), (0, 0)))
+    return jnp.tanh(x @ p["in"] + p["at"][None]).mean(1) @ p["out"]
+
+
+def padded_before_mixing(p, x):
+    x = jnp.pad(x, ((0, 0), (0, 16 - x.shape[1]), (0, 0)))
+    return jnp.tanh(jnp.einsum("btd,ts->bsd", x @ p["in"], p["mix"])).mean(1) @ p["out"]
+
+
+def masked(p, x):
+    passes = (np.arange(16) < x.shape[1])[None, :, None]
+    x = jnp.concatenate([x, jnp.ones((len(x), 16 - x.shape[1], x.shape[2]))], 1)
+    return jnp.where(passes, jnp.tanh(x @ p["in"] + p["at"][None]), 0.0).mean(1) @ p["out"]
+
+
+@pytest.mark.parametrize("fn", [padded, padded_before_mixing, masked], ids=lambda fn: fn.__name__)
+def test_positions_where_padding_is_stay(fn: Callable):
+    params = draw(at=(16, 8), mix=(16, 12), out=(8, 3)) | {"in": inputs(5, 8)}
+    params.pop("at" if fn is padded_before_mixing else "mix")
+    symmetry = longer(fn, params, inputs(2, 6, 5), others=(inputs(2, 12, 5),))
+    sizes = {"in": (8,)} | ({"mix": (12,)} if fn is padded_before_mixing else {})
+    assert batches(symmetry) == sizes
+
+
+def test_units_that_a_mask_leaves_out_stay():
+    params = draw(out=(8, 3)) | {"in": inputs(5, 8)}
+
+    def fn(p, x, width=4):
+        return (jnp.tanh(x @ p["in"]) * (np.arange(8) < width)[None].astype(np.float32)) @ p["out"]
+
+    assert otf.trace_symmetry(fn, params, inputs(4, 5)).groups == ()
+
+
+def rotated(p, x):
+    """Rotary positions of NumPy, which one step does not turn."""
+    q, k = (x @ p[name] for name in "qk")
+    angles = np.arange(x.shape[1])[:, None] * np.array([1.0, 0.5, 0.25])
+    cos, sin = (jnp.asarray(f(angles), jnp.float32)[None] for f in (np.cos, np.sin))
+
+    def turned(v):
+        a, b = v[..., :3], v[..., 3:]
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+    weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", turned(q), turned(k)))
+    return jnp.einsum("bts,bsd->btd", weights, x @ p["v"]).mean(1) @ p["out"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_inputs_of_length_one_are_traced_at_two_as_well(batch: int):
+    params = draw(q=(5, 6), k=(5, 6), v=(5, 7), out=(7, 3))
+    symmetry = longer(rotated, params, inputs(batch, 1, 5), others=(inputs(2, 4, 5),))
+    assert batches(symmetry) == {"v": (7,)}
+
+
+def test_a_length_that_the_function_does_not_take_is_not_traced():
+    params = draw(out=(8, 3)) | {"in": inputs(5, 8)}
+    seen = []
+
+    def fn(p, x, gain):
+        seen.append((x.shape, gain.shape))
+        if gain.shape != (1,):
+            raise ValueError("one gain")
+        return jnp.tanh(x @ p["in"] * gain[None]) @ p["out"]
+
+    assert batches(otf.trace_symmetry(fn, params, inputs(1, 5), jnp.ones(1))) == {"in": (8,)}
+    assert seen == [((1, 5), (1,)), ((2, 5), (2,)), ((2, 5), (1,)), ((1, 5), (2,))]
+
+
+def test_what_is_recorded_at_length_one_is_no_other_program():
+    params = draw(out=(8, 3)) | {"in": inputs(5, 8)}
+    fn = lambda p, x: (jnp.tanh(x @ p["in"])[:, None] * jnp.ones((1, 2, 1))).sum(1) @ p["out"]  # noqa: E731
+    recorded = jax.make_jaxpr(fn)(params, inputs(1, 5))
+
+    def replayed(p, x):
+        return core.jaxpr_as_fun(recorded)(*jax.tree.leaves((p, x)))
+
+    assert batches(otf.trace_symmetry(replayed, params, inputs(1, 5))) == {"in": (8,)}
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["plain", "jitted"])
+def test_a_head_that_nothing_but_a_penalty_reads_is_named(wrap: Callable):
+    params = draw(head=(8, 3), other=(8, 4)) | {"in": inputs(5, 8)}
+    fn = wrap(lambda p, x: jnp.tanh(x @ p["in"]) @ p["head"])
+    with pytest.warns(otf.SymmetryWarning, match="  other: shape"):
+        otf.trace_symmetry(fn, params, inputs(2, 5))
+    penalised = wrap(lambda p, x: fn(p, x) + squares(p))
+    with pytest.warns(otf.SymmetryWarning, match="  other: shape"):
+        symmetry = otf.trace_symmetry(penalised, params, inputs(2, 5))
+    assert batches(symmetry) == {"in": (8,)}
