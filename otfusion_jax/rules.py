@@ -271,7 +271,7 @@ def pad(ctx: Context, values: list[Value]) -> list[Value]:
             kept = _segment(ctx, axis, max(0, -low), size - max(0, -high), size, reason)
             # Beside what stays, as positions of an input do, the padding may be where more of the
             # same is on other inputs.
-            stays = any(not ctx.space.is_free(atom) for atom in ctx.space.atoms(kept))
+            stays = not kept or any(not ctx.space.is_free(a) for a in ctx.space.atoms(kept))
             before, after = (
                 ctx.space.pinned(max(0, n), reason) if stays else constant(max(0, n))
                 for n in (low, high)

@@ -1129,55 +1129,110 @@ def looked_up(s: Scope, x: jax.Array, kind: str, width: int) -> jax.Array:
 
 PARTLY = (
     *("positions", "longer", "rows", "width", "stride", "heads", "dynamic", "experts"),
-    *("depth", "scanned depth"),
+    *("depth", "scanned depth", "padded", "masked", "first step", "first step in one", "absent"),
 )
+BESIDE = "", "penalty", "products", "weights normalised", "units normalised"
+"""What takes up all of the parameters, or of the units, before some are taken."""
 
 
-@block(how=PARTLY, width=st.sampled_from((2, 4, 3)))
-def partly(s: Scope, x: jax.Array, how: str, width: int) -> jax.Array:
+def normalised(v: jax.Array, axis: int | None = None) -> jax.Array:
+    return v / jnp.sqrt((v**2).mean(axis, keepdims=True) + 1e-2)
+
+
+@block(how=PARTLY, width=st.sampled_from((2, 4, 3)), beside=BESIDE)
+def partly(s: Scope, x: jax.Array, how: str, width: int, beside: str) -> jax.Array:
     """Reads parts of leaves, and others in the other setting of the program."""
-    n, m = x.shape[-1], width
+    leaves = []
+
+    def weights(name: str, *shape: int) -> jax.Array:
+        leaves.append(s(name, *shape))
+        return normalised(leaves[-1]) if beside == "weights normalised" else leaves[-1]
+
+    def units(h: jax.Array) -> jax.Array:
+        return jnp.tanh(normalised(h, -1) if beside == "units normalised" else h)
+
+    x = in_parts(s, x, how, width, weights, units)
+    if beside == "penalty":
+        return x + 1e-2 * sum((v**2).sum() for v in leaves)
+    if beside == "products":
+        return x + 1e-2 * sum(jnp.vdot(v, v) for v in leaves)
+    return x
+
+
+def in_parts(
+    s: Scope,
+    x: jax.Array,
+    how: str,
+    m: int,
+    weights: Callable[..., jax.Array],
+    units: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    n = x.shape[-1]
     match how:
-        case "positions" | "longer" | "rows":
-            t = tokens(s, x)
-            if how == "longer" and s.other:
+        case "positions" | "longer" | "rows" | "padded":
+            # Padding beside learned tokens is as long as these are many, on all inputs.
+            t = x[:, None] if how == "padded" and x.ndim == 2 else tokens(s, x)
+            if how in ("longer", "padded") and s.other:
                 t = jnp.concatenate([t, jnp.sin(t)], 1)
-            count, table = t.shape[1], s("table", 2 * LONGEST * LONGEST, m)
+            count, table = t.shape[1], weights("table", 2 * LONGEST * LONGEST, m)
             first = 5 if s.other and how == "positions" else 0
-            if how == "rows":
+            if how == "padded":
+                t = jnp.pad(t, ((0, 0), (0, len(table) - count), (0, 0)))
+                rows = table
+            elif how == "rows":
                 rows = table[np.arange(count) * 2 + int(s.other)]
             else:
                 rows = table[first : first + count]
-            y = jnp.tanh(t @ s("up", n, m) + rows[None]) @ s("down", m, n)
+            y = units(t @ weights("up", n, m) + rows[None]) @ weights("down", m, n)
             s.plant("up", 1, m, "table", "down")
             return x + fit_space(y.mean(1), x)
         case "width":
             k = 2 * m if s.other else m
-            return x + jnp.tanh(x @ s("up", n, 2 * m)[:, :k]) @ s("down", 2 * m, n)[:k]
+            return x + units(x @ weights("up", n, 2 * m))[..., :k] @ weights("down", 2 * m, n)[:k]
         case "stride":
             k = 1 if s.other else 2
-            return x + jnp.tanh(x @ s("up", n, 2 * m)[:, ::k]) @ s("down", 2 * m, n)[::k]
+            h = units(x @ weights("up", n, 2 * m))
+            return x + h[..., ::k] @ weights("down", 2 * m, n)[::k]
+        case "masked":
+            passes = np.arange(2 * m) < (2 * m if s.other else m)
+            h = units(x @ weights("up", n, 2 * m)) * across(jnp.asarray(passes * 1.0), x)
+            return x + h @ weights("down", 2 * m, n)
         case "heads":
-            head = s("heads", 3, n, m)[2 if s.other else 0]
-            return x + jnp.tanh(x @ head) @ s("down", m, n)
+            head = weights("heads", 3, n, m)[2 if s.other else 0]
+            return x + units(x @ head) @ weights("down", m, n)
         case "dynamic":
             place = jnp.asarray(2 if s.other else 0)
-            head = lax.dynamic_index_in_dim(s("heads", n, 3, m), place, 1, keepdims=False)
-            return x + jnp.tanh(x @ head) @ s("down", m, n)
-    up, down = s("up", 3, n, m), s("down", 3, m, n)
+            head = lax.dynamic_index_in_dim(weights("heads", n, 3, m), place, 1, keepdims=False)
+            return x + units(x @ head) @ weights("down", m, n)
+        case "first step" | "first step in one":
+            h = jnp.zeros((*x.shape[:-1], m))
+            for _ in range(3 if s.other else 1):
+                if how == "first step":
+                    h = units(x @ weights("up", n, m) + h @ weights("again", m, m))
+                else:
+                    h = units(jnp.concatenate([x, h], -1) @ weights("both", n + m, m))
+            return x + h @ weights("down", m, n)
+        case "absent":
+            second = jnp.zeros((*x.shape[:-1], INPUTS))
+            if s.other:
+                shape = (len(x), *(1,) * (x.ndim - 2), INPUTS)
+                second += pooled(s.raw).reshape(shape)
+            h = jnp.concatenate([x @ weights("first", n, m), second], -1)
+            return x + units(h @ weights("both", m + INPUTS, m)) @ weights("down", m, n)
+    up, down = weights("up", 3, n, m), weights("down", 3, m, n)
     match how:
         case "experts":
             i = 2 if s.other else 0
-            return x + jnp.tanh(x @ up[i]) @ down[i]
+            return x + units(x @ up[i]) @ down[i]
         case "depth":
             for i in range(3 if s.other else 2):
-                x = x + jnp.tanh(x @ up[i]) @ down[i]
+                x = x + units(x @ up[i]) @ down[i]
             return x
         case _:
             k = 3 if s.other else 2
-            return lax.scan(
-                lambda h, p: (h + jnp.tanh(h @ p[0]) @ p[1], None), x, (up[:k], down[:k])
-            )[0]
+            return lax.scan(lambda h, p: (h + units(h @ p[0]) @ p[1], None), x, (up[:k], down[:k]))[
+                0
+            ]
 
 
 # --- leaves of hardly any entries

@@ -132,6 +132,7 @@ def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
 
 
 UNSEEN = {
+    "collective": "a reduction by another name",
     "empty": "appears in the gradients of branches, not of all",
     "bitcast": "no network does this to its features",
     "observer": "returns nothing",
