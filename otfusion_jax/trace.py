@@ -306,9 +306,15 @@ def trace_symmetry(
 ) -> Symmetry:
     """Finds the permutation symmetry of a network by tracing it.
 
-    Nothing is computed: arrays and `jax.ShapeDtypeStruct`s do equally well. The batch size of
-    `inputs` does not matter. Inference mode is meant: pass a function with dropout switched off
-    and batch norm's running statistics among `params`.
+    Nothing is computed: arrays and `jax.ShapeDtypeStruct`s do equally well. Inference mode is
+    meant: pass a function with dropout switched off and batch norm's running statistics among
+    `params`.
+
+    Parts of parameters that the function does not read on these inputs stay, and so does all that
+    meets nothing but constants there, as recurrent weights do in a first step from zeros: other
+    inputs may read them. What Python or NumPy computes from the size of an input (a mask, a number
+    of groups) is a constant to the trace, and the symmetry holds for inputs of that size. An axis
+    of size 1, along which nothing varies, is traced at size 2 as well if the function takes that.
 
     Args:
         fn: a pure function `fn(params, *inputs)`, such as a Flax module's `apply`. Or several
@@ -324,6 +330,10 @@ def trace_symmetry(
     Returns:
         The symmetry; `print` it.
 
+    Warns:
+        SymmetryWarning: names parameters that the function does not use, or multiplies with
+            constants alone, though units may lie along them.
+
     Raises:
         UnsupportedPrimitiveError: names the primitive, the source line and ways out.
         ValueError: if leaves of `params` are not arrays.
@@ -335,7 +345,7 @@ def trace_symmetry(
         >>> def mlp(params, x):
         ...     return jax.nn.relu(x @ params["in"]) @ params["out"]
         >>> params = {"in": jnp.ones((8, 32)), "out": jnp.ones((32, 4))}
-        >>> print(otf.trace_symmetry(mlp, params, jnp.ones((1, 8))))
+        >>> print(otf.trace_symmetry(mlp, params, jnp.ones((2, 8))))
         Symmetry: 1 group over 2 leaves; 100.0 % of 384 parameters lie on an axis that can be \
 permuted
         group  units  role      leaf  axis

@@ -162,6 +162,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: any_otf.feature_gram(S, fn, A, B, X),
         r"TypeError: batches is an array of shape \(4, 6\).*as in \[x\]",
     ),
+    "a list of batches for a stack of them": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, [X, X]),
+        r"TypeError: batches is a list; pass them stacked, each leaf \[steps, ...\]",
+    ),
     "a dict for a list of batches": (
         lambda: any_otf.feature_gram(S, fn, A, B, {"x": X}),
         "TypeError: batches is dict, which is not a list of batches",

@@ -283,11 +283,12 @@ def deaf_to_starts(rule: Rule) -> Rule:
     """What a loop starts from is taken for constant."""
 
     def wrong(ctx: Context, values: list[Value]) -> list[Value]:
-        p, last = ctx.params, len(values)
+        last = len(values)
         if ctx.eqn.primitive is P.scan_p:
-            first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+            consts, carry, _ = compat.scan_operands(ctx.eqn, values)
+            first, last = len(consts), len(consts) + len(carry)
         else:
-            first = p["cond_nconsts"] + p["body_nconsts"]
+            first = ctx.params["cond_nconsts"] + ctx.params["body_nconsts"]
         starts = [blank(ctx, i, values[i]) for i in range(first, last)]
         return rule(ctx, [*values[:first], *starts, *values[last:]])
 

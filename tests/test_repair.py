@@ -230,3 +230,24 @@ def test_another_function_is_named():
 def test_settings_of_least_squares_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         otf.LeastSquares(**values)
+
+
+@METHODS
+def test_layers_of_a_stack_are_repaired_like_layers_of_a_list(method):
+    def fn(p, x):
+        for kernel, bias in zip(p["w"], p["b"], strict=True):
+            x = jnp.tanh(x @ kernel + bias[None])
+        return x @ p["out"]
+
+    a, b = (zoo.randomise(zoo.shapes(w=(3, 5, 5), b=(3, 5), out=(5, 2)), seed=s) for s in (0, 1))
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    stacked = otf.trace_symmetry(fn, a, x)
+    assert stacked.cuts
+    listed = [{k: list(v) if k != "out" else v for k, v in model.items()} for model in (a, b)]
+    symmetry = otf.trace_symmetry(fn, listed[0], x)
+    found = otf.repair(stacked, fn, [a, b], x, method=method)
+    expected = otf.repair(symmetry, fn, listed, x, method=method)
+    close(found["w"], jnp.stack(expected["w"]))
+    close(found["b"], jnp.stack(expected["b"]))
+    close(found["out"], expected["out"])
+    assert jnp.max(jnp.abs(found["w"] - (a["w"] + b["w"]) / 2)) > 1e-2

@@ -520,7 +520,7 @@ def longer(fn: Callable, params: Any, *inputs: Any, others: tuple) -> otf.Symmet
 
 
 def squares(p: Any) -> jax.Array:
-    return 1e-2 * sum(jnp.sum(v**2) for v in p.values())
+    return 1e-2 * jnp.sum(jnp.stack([jnp.sum(v**2) for v in p.values()]))
 
 
 PENALTIES = {

@@ -125,6 +125,14 @@ def test_non_array_leaves_are_all_named():
     assert "partition" in str(info.value)
 
 
+def test_what_to_do_about_an_array_of_the_other_byte_order_is_said():
+    array = np.ones(3, np.dtype(float).newbyteorder())
+    with pytest.raises(ValueError, match="w: ndarray of the other byte order") as info:
+        leaves_of({"w": array})
+    assert "x.astype(x.dtype.newbyteorder())" in str(info.value)
+    assert array.astype(array.dtype.newbyteorder()).dtype.isnative
+
+
 # --- plans
 
 

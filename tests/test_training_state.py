@@ -120,3 +120,28 @@ def test_moments_of_other_shapes_are_refused_by_name():
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match="no part of this state has the structure"):
         otf.transport_state(SYMMETRY, PLANS, optax.adam(1e-2).init({"other": jnp.ones(3)}))
+
+
+@pytest.mark.parametrize("state", [optax.sgd(1e-2).init(PARAMS), {"step": 3}], ids=["sgd", "count"])
+def test_a_state_without_moments_stays_as_it_is(state: Any):
+    assert otf.transport_state(SYMMETRY, PLANS, state) == state
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_accumulators_of_rows_and_columns_are_named():
+    state = optax.sm3(1e-2).init(PARAMS)
+    with pytest.warns(otf.SymmetryWarning, match=r"mu/in/w/1: shape \(8,\)"):
+        moved = otf.transport_state(SYMMETRY, PLANS, state)
+    assert jax.tree_util.tree_structure(moved) == jax.tree_util.tree_structure(state)
+
+
+def test_what_is_beside_the_moments_of_one_array_stays():
+    kernel = jnp.arange(25.0).reshape(5, 5)
+    symmetry = otf.trace_symmetry(lambda w, x: jnp.tanh(x @ w).max(1), kernel, X)
+    (name,) = symmetry.identity()
+    plans = {name: jnp.array([1, 2, 3, 4, 0])}
+    state = {"moment": kernel, "key": jnp.zeros(2, jnp.uint32), "history": jnp.ones(3)}
+    moved = otf.transport_state(symmetry, plans, state)
+    close(moved["moment"], otf.transport(symmetry, plans, kernel))
+    close(moved["history"], state["history"])
+    close(moved["key"], state["key"])

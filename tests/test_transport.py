@@ -467,6 +467,19 @@ def test_the_certificate_accepts_right_and_rejects_wrong_groups():
     assert errors[0] != errors[1]
 
 
+def test_the_certificate_moves_every_unit():
+    """Of two units, a uniform permutation leaves both in place half of the time."""
+    params = {"in": jnp.array([[1.0, -2.0]]), "out": jnp.array([[0.5], [3.0]])}
+    fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
+    x = jnp.ones((3, 1))
+    symmetry = otf.trace_symmetry(fn, params, x)
+    for seed in range(4):
+        key = jax.random.key(seed)
+        assert otf.check_symmetry(symmetry, fn, params, x, key=key) < 1e-5
+        first = lambda p, x: fn(p, x) + p["in"][0, 0]  # noqa: E731
+        assert otf.check_symmetry(symmetry, first, params, x, key=key) > 0.1
+
+
 def test_the_certificate_does_not_hide_nan():
     symmetry, net, x = symmetry_of("mlp"), random_net("mlp"), inputs_of("mlp")
     assert np.isnan(otf.check_symmetry(symmetry, ref.network, net, x * jnp.nan))
