@@ -137,8 +137,7 @@ def _longer(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) 
                 2 if (number, axis) in axes else size
                 for axis, size in enumerate(np.shape(leaves[number]))
             ]
-            dtype = jax.typeof(leaves[number]).dtype
-            changed[number] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+            changed[number] = jax.ShapeDtypeStruct(tuple(shape), leaves[number].dtype)
         given = jax.tree_util.tree_unflatten(structure, changed)
         try:
             with warnings.catch_warnings():
