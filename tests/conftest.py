@@ -7,16 +7,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 
 import ctypes
+import functools
 import gc
 import inspect
 import mmap
 import subprocess
 import sys
+import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import beartype
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -48,18 +52,71 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
     return checked[key]
 
 
+def has_shapes(annotation: object) -> bool:
+    """Whether an annotation names axes, so that it has to agree with those of other arguments."""
+    if isinstance(annotation, str) or typing.get_origin(annotation) is typing.Annotated:
+        return True
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    if annotation is not jaxtyping.PyTree and "PyTree" in repr(annotation):
+        return True
+    arguments = typing.get_args(annotation)
+    return any(
+        any(map(has_shapes, argument)) if isinstance(argument, list) else has_shapes(argument)
+        for argument in arguments
+    )
+
+
+jaxtyped = jaxtyping.jaxtyped
+# What jaxtyping raises is a TypeError, too.
+plainly = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
+
+
+def unless_disabled(function: Callable, checking: Callable) -> Callable:
+    """Heeds the switch by which tests do without checks, as jaxtyping itself does."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return (function if jaxtyping.config.jaxtyping_disable else checking)(*args, **kwargs)
+
+    return call
+
+
+def typed(function: typing.Any = None, *, typechecker: Callable) -> typing.Any:
+    """What jaxtyping's import hook decorates with: itself only where there are shapes to compare.
+
+    It keeps account of the names of axes in each call, which takes as long as all else that a trace
+    does; most functions have none.
+    """
+    if function is None:
+        return functools.partial(typed, typechecker=typechecker)
+    if inspect.isfunction(function) and function.__name__ != "__init__":
+        annotations = function.__annotations__
+        if not annotations:
+            return function
+        if "<locals>" not in function.__qualname__ and not any(
+            map(has_shapes, annotations.values())
+        ):
+            return unless_disabled(function, plainly(function))
+    return jaxtyped(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = typed
+
 # Only modules imported from here on are checked.
 install_import_hook("otfusion_jax", f"{__name__}.typecheck")
+
+# Workers of pytest-xdist are started after this, with the same environment.
+CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
 
 # Most of the suite's time goes into compiling small programs once. XLA's costlier passes would make
 # it half as long again and change nothing but the last digits.
 jax.config.update("jax_disable_most_optimizations", True)
 # Its new emitters of fused loops take longer still: they would double the time of a compilation.
 # XLA aborts the process over a flag that it does not know, as versions from JAX 0.11 on do not know
-# this one, and nothing tells beforehand: another process tries. Workers of pytest-xdist are started
-# after it, with the same environment.
+# this one, and nothing tells beforehand: another process tries.
 FLAG = "--xla_cpu_use_fusion_emitters=false"
-if "PYTEST_XDIST_WORKER" not in os.environ and FLAG not in os.environ.get("XLA_FLAGS", ""):
+if CONTROLLER and FLAG not in os.environ.get("XLA_FLAGS", ""):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
     attempt = "import jaxlib.xla_client as xla; xla.make_cpu_client()"
     tried = subprocess.run(
@@ -70,6 +127,32 @@ if "PYTEST_XDIST_WORKER" not in os.environ and FLAG not in os.environ.get("XLA_F
     )
     if tried.returncode == 0:
         os.environ["XLA_FLAGS"] = flags
+
+# Two of five programs have been compiled before: by the other worker, or by this one, which has
+# forgotten them since. A folder of this run's own, so that none outlives what it was made from.
+programs = tempfile.TemporaryDirectory(prefix="otfusion-tests-") if CONTROLLER else None
+if programs:
+    for option, value in {
+        "jax_compilation_cache_dir": programs.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }.items():
+        jax.config.update(option, value)
+        os.environ[option.upper()] = str(value)
+
+# Tracing makes and drops objects by the million. By Python's own thresholds a tenth of the time
+# would go into looking through all that stays to the end, again and again.
+gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    if programs:
+        programs.cleanup()
+
 
 # Our own code holds to both everywhere. Not all of our dependencies do: ott's Sinkhorn promotes
 # ranks and dtypes (its Hungarian algorithm and costs do not); Flax's avg_pool, optax's Adam and its
