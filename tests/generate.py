@@ -146,11 +146,22 @@ def difference(before: list[np.ndarray], after: list[np.ndarray]) -> float:
 # --- many programs
 
 
+AT_ONCE = 1000
+"""So many programs are drawn in one go: hypothesis keeps all of them apart, at a growing price."""
+
+
 def draw(count: int, seed: int) -> list[Program]:
     """Draws programs, the same for the same seed."""
     drawn: list[Program] = []
+    for start in range(0, count, AT_ONCE):
+        drawn += draw_distinct(min(AT_ONCE, count - start), (seed, start))
+    return drawn
 
-    @hypothesis.seed(seed)
+
+def draw_distinct(count: int, seed: tuple[int, int]) -> list[Program]:
+    drawn: list[Program] = []
+
+    @hypothesis.seed(str(seed))
     @settings(
         max_examples=count,
         phases=[Phase.generate],
