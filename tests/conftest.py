@@ -7,20 +7,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 
 import ctypes
-import functools
 import gc
 import inspect
 import mmap
 import subprocess
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import beartype
 import jax
-import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -51,57 +48,6 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
         checked[key] = beartype.beartype(function)
     return checked[key]
 
-
-def has_shapes(annotation: object) -> bool:
-    """Whether an annotation names axes, so that it has to agree with those of other arguments."""
-    if isinstance(annotation, str) or typing.get_origin(annotation) is typing.Annotated:
-        return True
-    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
-        return True
-    if annotation is not jaxtyping.PyTree and "PyTree" in repr(annotation):
-        return True
-    arguments = typing.get_args(annotation)
-    return any(
-        any(map(has_shapes, argument)) if isinstance(argument, list) else has_shapes(argument)
-        for argument in arguments
-    )
-
-
-jaxtyped = jaxtyping.jaxtyped
-# What jaxtyping raises is a TypeError, too.
-plainly = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))
-
-
-def unless_disabled(function: Callable, checking: Callable) -> Callable:
-    """Heeds the switch by which tests do without checks, as jaxtyping itself does."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return (function if jaxtyping.config.jaxtyping_disable else checking)(*args, **kwargs)
-
-    return call
-
-
-def typed(function: typing.Any = None, *, typechecker: Callable) -> typing.Any:
-    """What jaxtyping's import hook decorates with: itself only where there are shapes to compare.
-
-    It keeps account of the names of axes in each call, which takes as long as all else that a trace
-    does; most functions have none.
-    """
-    if function is None:
-        return functools.partial(typed, typechecker=typechecker)
-    if inspect.isfunction(function) and function.__name__ != "__init__":
-        annotations = function.__annotations__
-        if not annotations:
-            return function
-        if "<locals>" not in function.__qualname__ and not any(
-            map(has_shapes, annotations.values())
-        ):
-            return unless_disabled(function, plainly(function))
-    return jaxtyped(function, typechecker=typechecker)
-
-
-jaxtyping.jaxtyped = typed
 
 # Only modules imported from here on are checked.
 install_import_hook("otfusion_jax", f"{__name__}.typecheck")
