@@ -1,7 +1,6 @@
 """Flax Linen models by name; the library sees no more of them than `apply` and parameters."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -70,7 +69,6 @@ class Model(Protocol):
         ...
 
 
-@functools.cache
 def build_model(config: ModelConfig, classes: int, dtype: str = "float32") -> Model:
     """Builds a model; its parameters are held apart from it.
 
@@ -80,7 +78,8 @@ def build_model(config: ModelConfig, classes: int, dtype: str = "float32") -> Mo
         dtype: Of the activations; parameters, statistics and logits stay float32.
 
     Returns:
-        A Flax module, the same for equal arguments: what is compiled for its methods serves again.
+        A Flax module; equal arguments give equal and equally hashed ones, so that it can be static
+        under jit.
 
     Raises:
         ValueError: No model has this name, or a layer would have no units.

@@ -27,10 +27,6 @@ from experiments.studies.widths import as_original
 from experiments.synthetic import dead_leaves
 from experiments.train import augmented, initial
 
-# Where a test does not depend on them, its networks have one size and one training: what was
-# compiled for one test then serves the next.
-SMALL = ("--epochs", "4", "--width", "0.5")
-
 
 def run(folder: Path, *words: str) -> dict:
     assert cli.main([*words, "--out", str(folder)]) == 0
@@ -57,7 +53,7 @@ def test_methods_are_evaluated_and_mended(tmp_path: Path):
         "Algorithm 1, activations of 100",
         "activation matching (correlation)",
     ]
-    words = [*SMALL, "--path-points", "3", "--methods", *names]
+    words = ["--epochs", "4", "--path-points", "3", "--width", "0.5", "--methods", *names]
     methods = run(tmp_path, "one_shot", *words)["methods"]
     assert list(methods) == names
     assert set(names) <= set(VARIANTS)
@@ -72,7 +68,7 @@ def test_methods_are_evaluated_and_mended(tmp_path: Path):
 def test_models_come_from_files(tmp_path: Path):
     # A network of one's own in PyTorch's layout, and one that does not fit.
     rng = np.random.default_rng(0)
-    sizes = [64, 200, 100, 50, 10]
+    sizes = [64, 400, 200, 100, 10]
     for name in "ab":
         arrays = {
             f"fc{i}.weight": rng.standard_normal((m, n)).astype(np.float32) / n**0.5
@@ -81,16 +77,16 @@ def test_models_come_from_files(tmp_path: Path):
         np.savez(tmp_path / f"{name}.npz", **arrays)
     files = [str(tmp_path / f"{name}.npz") for name in "ab"]
     words = ["one_shot", "--path-points", "3", "--methods", "vanilla average"]
-    results = run(tmp_path / "run", *words, *SMALL, "--weights", *files)
+    results = run(tmp_path / "run", *words, "--weights", *files)
     assert all(value < 40 for value in results["individuals"])
     assert not (tmp_path / "run" / "models").exists()
-    words = ["one_shot", "--width", "0.25", "--weights", *files, "--out", str(tmp_path / "other")]
+    words = ["one_shot", "--width", "0.5", "--weights", *files, "--out", str(tmp_path / "other")]
     assert cli.main(words) == 2
 
 
 def test_methods_can_do_without_data(tmp_path: Path):
     words = ["--methods", "activation matching (correlation)", "--path-points", "3"]
-    results = run(tmp_path, "one_shot", *SMALL, "--synthetic", *words)
+    results = run(tmp_path, "one_shot", "--epochs", "2", "--synthetic", *words)
     assert list(results["methods"]) == ["activation matching (correlation)"]
 
 
@@ -144,7 +140,7 @@ def test_what_a_text_is_not_fit_for(
 @pytest.mark.usefixtures("default_promotion")  # of optax's schedules
 def test_fine_tuning_chooses_by_validation(tmp_path: Path):
     names = ["model A", "model B", "coordinate descent, least squares"]
-    words = [*SMALL, "--seeds", "0", "1", "2", "0", "--fine-tune-epochs", "2"]
+    words = ["--seeds", "0", "1", "2", "0", "--epochs", "3", "--fine-tune-epochs", "2"]
     words += ["--factors", "1", "0.001", "--validation-images", "200", "--starts", *names]
     results = run(tmp_path, "fine_tune", *words)
     assert list(results["pairs"]) == ["0, 1", "2, 0"]
@@ -222,7 +218,7 @@ def test_divisions_that_leave_nothing_are_refused(digits: Dataset):
 
 @pytest.mark.parametrize("split", ["label", "parity"])
 def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
-    words = ["--split", split, *SMALL, "--path-points", "5", "--validation-share", "0.2"]
+    words = ["--split", split, "--epochs", "4", "--path-points", "5", "--validation-share", "0.2"]
     results = run(tmp_path, "non_iid", *words)
     a, b = results["individuals"]
     if split == "parity":
@@ -267,7 +263,7 @@ def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
 
 
 def test_plans_are_softened_and_samples_drawn(tmp_path: Path):
-    words = [*SMALL, "--epsilons", "10", "--iterations", "100"]
+    words = ["--epochs", "4", "--width", "0.5", "--epsilons", "10", "--iterations", "100"]
     results = run(tmp_path, "ablate", *words, "--samples", "100", "--draws", "2")
     for found in results["entropy"].values():
         assert list(found) == ["exact", "10"]
@@ -420,7 +416,7 @@ def test_channels_are_kept_through_a_flattening():
 
 
 def test_networks_are_pruned_and_fused(tmp_path: Path):
-    words = [*SMALL, "--shares", "0.5", "--norms", "l2", "--t", "0.5"]
+    words = ["--epochs", "4", "--width", "0.5", "--shares", "0.5", "--norms", "l2", "--t", "0.5"]
     results = run(tmp_path, "prune", *words)
     (row,) = results["rows"]
     assert (row["network"], row["share"], row["norm"]) == ("seed 0", 0.5, "l2")
@@ -440,7 +436,7 @@ def test_something_is_left_out_and_something_is_left(
 
 
 def test_students_are_distilled_from_several_starts(tmp_path: Path):
-    words = [*SMALL, "--student", "0.5", "--distill-epochs", "1"]
+    words = ["--epochs", "4", "--width", "0.5", "--student", "0.5", "--distill-epochs", "1"]
     results = run(tmp_path, "distill", *words, "--orders", "1")
     starts = results["starts"]
     assert len(starts) == 6
@@ -461,7 +457,7 @@ def test_a_student_is_narrower_and_trained(words: list[str], capsys: pytest.Capt
 
 
 def test_many_models_are_fused_at_once(tmp_path: Path):
-    words = [*SMALL, "--seeds", "0", "1", "2", "--counts", "3", "2"]
+    words = ["--epochs", "2", "--seeds", "0", "1", "2", "--counts", "3", "2", "--width", "0.4"]
     results = run(tmp_path, "many", *words, "--draws", "2")
     assert [row["models"] for row in results["counts"]] == [2, 3]
     two, three = results["counts"]
