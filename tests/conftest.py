@@ -74,7 +74,7 @@ if CONTROLLER and FLAG not in os.environ.get("XLA_FLAGS", ""):
     if tried.returncode == 0:
         os.environ["XLA_FLAGS"] = flags
 
-# Two of five programs have been compiled before: by the other worker, or by this one, which has
+# Half of all programs have been compiled before: by the other worker, or by this one, which has
 # forgotten them since. A folder of this run's own, so that none outlives what it was made from.
 programs = tempfile.TemporaryDirectory(prefix="otfusion-tests-") if CONTROLLER else None
 if programs:
@@ -85,8 +85,8 @@ if programs:
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
 
-# Tracing makes and drops objects by the million. By Python's own thresholds a tenth of the time
-# would go into looking through all that stays to the end, again and again.
+# Tracing makes and drops objects by the million. By Python's own thresholds much time would go into
+# looking through all that stays to the end, again and again.
 gc.set_threshold(50_000, 20, 100)
 
 
