@@ -13,7 +13,7 @@ from jax.extend import core
 from otfusion_jax import compat
 from otfusion_jax.axes import Axis, Kind, concatenated, constant, filled, is_constant
 from otfusion_jax.compat import named
-from otfusion_jax.walk import Context, Value, register, registered
+from otfusion_jax.walk import Context, Rule, Value, register, registered
 
 ELEMENTWISE = named(
     "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
@@ -660,8 +660,10 @@ def primitive_table() -> str:
         Markdown, made from the registry, so that it can't fall behind it.
     """
     rows = ["| rule | primitives | what it does to axes |", "|---|---|---|"]
-    by_rule = itertools.groupby(registered().items(), key=lambda item: item[1])
-    for rule, items in by_rule:
-        names = ", ".join(f"`{name}`" for name in sorted(str(p) for p, _ in items))
+    by_rule: dict[Rule, list[str]] = {}
+    for primitive, rule in registered().items():
+        by_rule.setdefault(rule, []).append(f"`{primitive}`")
+    for rule, found in by_rule.items():
+        names = ", ".join(sorted(found))
         rows.append(f"| {rule.__name__} | {names} | {(rule.__doc__ or '').splitlines()[0]} |")
     return "\n".join(rows)

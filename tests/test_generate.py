@@ -89,7 +89,7 @@ def test_units_that_are_tied_elsewhere_are_not_planted():
 
 
 def test_both_settings_read_the_same_leaves():
-    program = Program((3,), 6, (partly(how="width", width=3),), second="settings")
+    program = Program((3,), 6, (partly(how="width", width=3, beside=""),), second="settings")
     params, entries, unseen, _ = program.build()
     (fn, inputs), (other, _) = entries
     assert not unseen
