@@ -662,8 +662,8 @@ def primitive_table() -> str:
     rows = ["| rule | primitives | what it does to axes |", "|---|---|---|"]
     by_rule: dict[Rule, list[str]] = {}
     for primitive, rule in registered().items():
-        by_rule.setdefault(rule, []).append(f"`{primitive}`")
+        by_rule.setdefault(rule, []).append(str(primitive))
     for rule, found in by_rule.items():
-        names = ", ".join(sorted(found))
+        names = ", ".join(f"`{name}`" for name in sorted(found))
         rows.append(f"| {rule.__name__} | {names} | {(rule.__doc__ or '').splitlines()[0]} |")
     return "\n".join(rows)
