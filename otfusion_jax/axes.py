@@ -87,14 +87,9 @@ def size_of(axis: Axis) -> int:
     return math.prod(term.size for term in axis)
 
 
-def constant(size: int) -> Axis:
-    """Returns an axis along which a value does not vary."""
-    return (Factor(size, None),) if size != 1 else ()
-
-
-def filled(size: int) -> Axis:
-    """Returns an axis of constants that lie beside what depends on inputs."""
-    return (Factor(size, None, filled=True),) if size != 1 else ()
+def constant(size: int, filled: bool = False) -> Axis:
+    """Returns an axis along which a value does not vary; see `Factor` for `filled`."""
+    return (Factor(size, None, filled=filled),) if size != 1 else ()
 
 
 def is_constant(axis: Axis) -> bool:
@@ -297,7 +292,7 @@ class Space:
                 offset += length
             return [concatenated(piece) for piece in pieces]
         if term.atom is None:
-            return [(term._replace(size=size),) if size != 1 else () for size in sizes]
+            return [constant(size, term.filled) for size in sizes]
         pin = self._pins.get(term.atom)
         if pin is not None:  # where nothing moves, nothing need be known of the pieces
             return [self.pinned(size, pin) for size in sizes]

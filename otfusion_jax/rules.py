@@ -6,12 +6,13 @@ for the result to be equivariant under a permutation of the units, and nothing e
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import SupportsIndex
 
 from jax.extend import core
 
 from otfusion_jax import compat
-from otfusion_jax.axes import Axis, Kind, concatenated, constant, filled, is_constant
+from otfusion_jax.axes import Axis, Kind, concatenated, constant, is_constant, size_of
 from otfusion_jax.compat import named
 from otfusion_jax.walk import Context, Rule, Value, register, registered
 
@@ -74,7 +75,7 @@ def reduction(ctx: Context, values: list[Value]) -> list[Value]:
     if ctx.eqn.primitive in (P.argmax_p, P.argmin_p):
         for dim in dropped:
             ctx.space.pin(x.axes[dim], ctx.because(f"over axis {dim}"))
-    return [Value(tuple(a for d, a in enumerate(x.axes) if d not in dropped), x.kind)]
+    return [_dropped(x, dropped)]
 
 
 @register(*COLLECTIVE)
@@ -83,9 +84,7 @@ def collective(ctx: Context, values: list[Value]) -> list[Value]:
     reduced = ctx.params["axes"]
     if not all(isinstance(axis, int) for axis in reduced):
         return ctx.pin_all(values, ctx.because("over devices"))
-    return [
-        Value(tuple(a for d, a in enumerate(x.axes) if d not in reduced), x.kind) for x in values
-    ]
+    return [_dropped(x, reduced) for x in values]
 
 
 @register(P.reduce_p)
@@ -211,8 +210,7 @@ def reshape(ctx: Context, values: list[Value]) -> list[Value]:
 def squeeze(ctx: Context, values: list[Value]) -> list[Value]:
     """Axes of size 1 go."""
     (x,) = values
-    gone = ctx.params["dimensions"]
-    return [Value(tuple(a for d, a in enumerate(x.axes) if d not in gone), x.kind)]
+    return [_dropped(x, ctx.params["dimensions"])]
 
 
 @register(P.transpose_p)
@@ -304,11 +302,11 @@ def concatenate(ctx: Context, values: list[Value]) -> list[Value]:
     dim = int(ctx.params["dimension"])
     out = ctx.join(values, skip=(dim,))
     segments = []
-    for value, shape in zip(values, map(ctx.operand_shape, range(len(values))), strict=True):
-        if value.kind is Kind.CONSTANT is not out.kind and is_constant(value.axes[dim]):
-            segments.append(filled(shape[dim]))
-        else:
-            segments.append(ctx.enter(value.axes[dim], value, out.kind))
+    for value in values:
+        axis = ctx.enter(value.axes[dim], value, out.kind)
+        if value.kind is Kind.CONSTANT is not out.kind and is_constant(axis):
+            axis = constant(size_of(axis), filled=True)
+        segments.append(axis)
     axis = concatenated(segments)
     return [Value((*out.axes[:dim], axis, *out.axes[dim + 1 :]), out.kind)]
 
@@ -642,6 +640,11 @@ def _segment(ctx: Context, axis: Axis, start: int, end: int, size: int, reason: 
     kept = ctx.pieces(axis, sizes, reason)[int(start > 0)]
     ctx.select(axis, (start, end), kept=[kept])
     return kept
+
+
+def _dropped(value: Value, dims: Collection[SupportsIndex]) -> Value:
+    """Returns the value without some of its axes. Those of vmap are NumPy's integers."""
+    return Value(tuple(a for d, a in enumerate(value.axes) if d not in dims), value.kind)
 
 
 def _vary(ctx: Context, value: Value, dim: int) -> Value:

@@ -271,7 +271,7 @@ def _walked(traced: Sequence[Traced], symmetry: Symmetry, on_unsupported: OnUnsu
     dangling = {atom for atom in unmet - features if space.is_free(atom)}
     # Single positions are in no axis of a feature: they need not be tied to anything.
     features |= {atom for atom in taken if space.size(atom) == 1}
-    read = (walk.picked | (taken & features)) - walk.left_out()
+    read = (walk.picked() | (taken & features)) - walk.left_out()
     return _Walked(walk, mine, used, read, dangling)
 
 

@@ -217,7 +217,6 @@ class Context:
         """Notes that ranges of an axis are selected: single positions are read thereby."""
         found = (self.space.singles(axis, start, end) for start, end in ranges)
         singles = frozenset(itertools.chain.from_iterable(found))
-        self.walk.picked |= singles
         self.walk.selections.append(Selection(axis, tuple(kept), singles))
 
     def repeat(
@@ -361,7 +360,6 @@ class Walk:
         self.meetings: list[Meeting] = []
         self.regroupings: list[Regrouping] = []
         self.read: dict[Axis, None] = {}  # what an operation took up, in whole
-        self.picked: set[int] = set()  # atoms of single positions that were selected
         self.selections: list[Selection] = []
         self.features: dict[Axis, None] = {}  # the axes of all that depends on inputs
         self.calls = 0  # how many sub-jaxprs have been walked
@@ -467,6 +465,10 @@ class Walk:
         """Returns the finest atoms of axes, those of single positions included."""
         return set().union(*map(self.space.atoms, axes))
 
+    def picked(self) -> set[int]:
+        """Returns the atoms of single positions that were selected."""
+        return set().union(*(selection.singles for selection in self.selections))
+
     def left_out(self) -> set[int]:
         """Returns free atoms that were left out where others of their axis were selected.
 
@@ -475,7 +477,7 @@ class Walk:
         those that were selected.
         """
         space = self.space
-        elsewhere = self.picked | self.atoms(space.strong)
+        elsewhere = self.picked() | self.atoms(space.strong)
         readings = [space.atoms(axis) for axis in self.read]
         found: set[int] = set()
         for selection in self.selections:
