@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 from ott.geometry import costs
@@ -20,7 +21,7 @@ from otfusion_jax.checks import (
 )
 from otfusion_jax.costs import Gram
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, Problem
-from otfusion_jax.scaling import common_exponent, scaled
+from otfusion_jax.scaling import all_scaled, common_exponent, not_finite
 from otfusion_jax.solvers import AbstractSolver, Exact, is_distribution
 from otfusion_jax.symmetry import Leaf, Symmetry
 from otfusion_jax.transport import is_permutation
@@ -173,19 +174,16 @@ def _align(
     else:
         found = method.run(problem, features)
     degree = method.cost_degree(metric, features is not None)
-    return dataclasses.replace(
-        found,
-        objective=_power_of(found.objective, k, 2),
-        history=_power_of(found.history, k, 2),
-        gaps={name: _power_of(gap, k, degree) for name, gap in found.gaps.items()},
-    )
+    objective, history = _power_of([found.objective, found.history], k, 2)
+    gaps = dict(zip(found.gaps, _power_of(list(found.gaps.values()), k, degree), strict=True))
+    return dataclasses.replace(found, objective=objective, history=history, gaps=gaps)
 
 
-def _power_of(x: Array, k: Array, degree: int) -> Array:
+def _power_of(arrays: list[Array], k: Array, degree: int) -> list[Array]:
     """Multiplies by `2**(k * degree)`, a factor at a time, none of which is out of range."""
     for _ in range(degree):
-        x = scaled(x, k)
-    return x
+        arrays = all_scaled(arrays, k)
+    return arrays
 
 
 def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], k: Array) -> list[Any]:
@@ -199,10 +197,9 @@ def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], k: Array) -> list[An
     Returns:
         The parameters, each times `2**k`.
     """
-    return [
-        scaled(jnp.asarray(x), k) if leaf.moves else x
-        for x, leaf in zip(arrays, leaves, strict=True)
-    ]
+    pairs = list(zip(arrays, leaves, strict=True))
+    moving = iter(all_scaled([jnp.asarray(x) for x, leaf in pairs if leaf.moves], k))
+    return [next(moving) if leaf.moves else x for x, leaf in pairs]
 
 
 def weighted(symmetry: Symmetry, parts: list[Any], weights: tuple[float, ...]) -> list[Any]:
@@ -281,8 +278,11 @@ def _check_solved(found: Alignment) -> None:
     for name, plan in found.plans.items():
         if isinstance(plan, Tracer):
             continue
-        bad = plan >= plan.shape[-1] if is_permutation(plan) else ~jnp.isfinite(plan)
-        if bool(bad.any()):
+        if is_permutation(plan):
+            bad = np.any(np.asarray(plan) >= plan.shape[-1])
+        else:
+            bad = not_finite(plan)
+        if bad:
             wrong.append(f"  {name}")
     if wrong:
         raise FloatingPointError(
@@ -320,6 +320,4 @@ def _check_features(symmetry: Symmetry, onto: Symmetry, features: dict[str, Gram
 
 
 def _overflowed(g: Gram) -> bool:
-    known = [x for x in jax.tree.leaves(g) if not isinstance(x, Tracer)]
-    with jax.ensure_compile_time_eval():  # they may be closed over by what is traced
-        return not all(bool(jnp.isfinite(x).all()) for x in known)
+    return any(not_finite(x) for x in jax.tree.leaves(g) if not isinstance(x, Tracer))

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from otfusion_jax.scaling import not_finite
 from otfusion_jax.symmetry import NOT_USED, UNMET, UNREAD, Leaf, Symmetry
 
 
@@ -297,7 +298,7 @@ def require_finite(leaves: Sequence[Leaf], params: PyTree, what: str) -> None:
     wrong = [
         f"  {leaf.path}"
         for leaf, x in zip(leaves, jax.tree_util.tree_leaves(params), strict=True)
-        if leaf.moves and not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all())
+        if leaf.moves and not isinstance(x, Tracer) and not_finite(x)
     ]
     if wrong:
         raise FloatingPointError(

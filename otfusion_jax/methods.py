@@ -121,7 +121,9 @@ class Problem:
         # what else is nested in it moves within each of its indices.
         stay = family.beside(member)
         if any(m in family.root.members for m in stay):
-            plans = plans | self.carried(family, plans, self.symmetry.identity())
+            root = family.root
+            still = jnp.broadcast_to(jnp.arange(root.size), (*root.batch, root.size))
+            plans = plans | self.carried(family, plans, {root.name: still})
         source = units_in(placed(self.symmetry, plans, leaf, self.source[leaf], stay), front)
         target = units_in(self.onto.by_leaf[leaf].layout.split(self.target[leaf]), front)
         for beside in family.beside(member):

@@ -3,7 +3,8 @@
 On a CPU, XLA takes subnormal numbers for zero. Here they are read by their bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,23 @@ def exponent(x: Float[Array, "..."]) -> Int[Array, ""]:
     return jnp.where(top > 0, k, 0)
 
 
+def not_finite(x: Any) -> int:
+    """Counts the values of an array that are not finite. Not to be called with a tracer.
+
+    Args:
+        x: of any shape and a floating-point or complex dtype.
+
+    Returns:
+        Their number.
+    """
+    # Where NumPy can read the values as they lie, nothing has to be compiled for their shape.
+    here = not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())
+    if here and getattr(x, "is_fully_addressable", True):
+        return int(np.size(x) - np.count_nonzero(np.isfinite(np.asarray(x))))
+    with jax.ensure_compile_time_eval():  # it may be closed over by what is traced
+        return int(np.size(x) - jnp.isfinite(x).sum())
+
+
 def common_exponent(arrays: Iterable[Inexact[Array, "..."]]) -> Int[Array, ""]:
     """Says which power of two is just above all magnitudes in some arrays.
 
@@ -48,7 +66,6 @@ def common_exponent(arrays: Iterable[Inexact[Array, "..."]]) -> Int[Array, ""]:
     return exponent(jnp.stack([x.astype(dtype) for x in largest]))
 
 
-@jax.custom_jvp
 def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]:
     """Multiplies by a power of two.
 
@@ -59,20 +76,52 @@ def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]
     Returns:
         `x * 2**k`, rounded only where the result is subnormal.
     """
-    if x.dtype not in (jnp.float32, jnp.float64):
-        return _times(x, k)
+    return all_scaled([x], k)[0]
+
+
+def all_scaled(
+    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""]
+) -> list[Inexact[Array, "..."]]:
+    """Multiplies several arrays by one power of two, which is worked out once for all.
+
+    Args:
+        arrays: each of any shape and precision.
+        k: the exponent.
+
+    Returns:
+        Each as `scaled` returns it.
+    """
+    factors = {}
+    for dtype in dict.fromkeys(x.dtype for x in arrays):
+        lift = None
+        if dtype in (jnp.float32, jnp.float64):
+            info = jnp.finfo(dtype)
+            lift = _factors(k + info.minexp - info.nmant, dtype)
+        factors[dtype] = _factors(k, dtype), lift
+    return [_multiplied(x, *factors[x.dtype]) for x in arrays]
+
+
+@jax.custom_jvp
+def _multiplied(x: Array, factors: tuple[Array, Array], lift: tuple[Array, Array] | None) -> Array:
+    """Multiplies by two factors; the integers that the bits of subnormal numbers are, by others."""
+    if lift is None:
+        return x * factors[0] * factors[1]
     info = jnp.finfo(x.dtype)
-    bits = _magnitude_bits(x)
-    subnormal = jnp.where(jnp.signbit(x), -1, 1).astype(x.dtype) * bits.astype(x.dtype)
-    return jnp.where(
-        bits >> info.nmant == 0, _times(subnormal, k + info.minexp - info.nmant), _times(x, k)
-    )
+    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = lax.bitcast_convert_type(x, kind)
+    magnitude = bits & jnp.iinfo(kind).max  # without the sign
+    subnormal = magnitude < 1 << info.nmant
+    integers = magnitude.astype(x.dtype)
+    x = jnp.where(subnormal, jnp.where(bits < 0, -integers, integers), x)
+    for normal, lifted in zip(factors, lift, strict=True):
+        x = x * jnp.where(subnormal, lifted, normal)
+    return x
 
 
-@scaled.defjvp
-def _scaled_jvp(primals, tangents):
-    (x, k), (change, _) = primals, tangents
-    return scaled(x, k), _times(change, k)
+@_multiplied.defjvp
+def _multiplied_jvp(primals, tangents):
+    _, factors, _ = primals
+    return _multiplied(*primals), tangents[0] * factors[0] * factors[1]
 
 
 def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
@@ -89,16 +138,16 @@ def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return scaled(jnp.std(scaled(x, -k), axis=axis), k)
 
 
-def _times(x: Array, k: Array) -> Array:
-    """Multiplies by a power of two, in two steps: of the widest ratio neither is out of range."""
+def _factors(k: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """Splits a power of two into two: of the widest ratio neither is out of range."""
     half = k >> 1
-    return x * _power(half, x.dtype) * _power(k - half, x.dtype)
+    return _power(half, dtype), _power(k - half, dtype)
 
 
 def _power(k: Array, dtype: np.dtype) -> Array:
     wide = jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
     info = jnp.finfo(wide)
-    k = jnp.clip(k, info.minexp, info.maxexp - 1)
+    k = lax.clamp(k.dtype.type(info.minexp), k, k.dtype.type(info.maxexp - 1))
     kind = jnp.uint64 if wide == jnp.float64 else jnp.uint32
     bits = (k + info.maxexp - 1).astype(kind) << info.nmant
     return lax.bitcast_convert_type(bits, wide).astype(dtype)

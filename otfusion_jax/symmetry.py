@@ -29,6 +29,7 @@ from jaxtyping import Array, PyTree
 
 from otfusion_jax import describe
 from otfusion_jax.layout import Dim, Factor, Layout, Where, layout_of
+from otfusion_jax.scaling import not_finite
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
@@ -360,8 +361,9 @@ class Symmetry:
 
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
+        units = {g.name: np.arange(g.size, dtype=np.int32) for g in self.groups}
         return {
-            g.name: jnp.broadcast_to(jnp.arange(g.size, dtype=jnp.int32), (*g.batch, g.size))
+            g.name: jnp.asarray(np.broadcast_to(units[g.name], (*g.batch, g.size)))
             for g in self.groups
         }
 
@@ -420,10 +422,7 @@ class Symmetry:
             elif here.moves != leaf.moves:
                 wrong.append(f"  {leaf.path}: dtype {here.dtype}, expected {leaf.dtype}")
             elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
-                # Also inside a trace, where the value is closed over and jnp would be traced.
-                with jax.ensure_compile_time_eval():
-                    bad = int(np.size(value) - jnp.isfinite(value).sum())
-                if bad:
+                if bad := not_finite(value):
                     wrong.append(f"  {leaf.path}: {bad} of {np.size(value)} values not finite")
         if wrong:
             raise ValueError(

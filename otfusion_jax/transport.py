@@ -429,10 +429,9 @@ def check_symmetry(
     require_model(symmetry, params)
     require_arrays([given for _, given in functions], "inputs")
     key = jax.random.key(0) if key is None else key
-    moved = [
-        transport(symmetry, plans, params)
-        for plans in (_cycles(symmetry, key), symmetry.random(key))
-    ]
+    drawn = symmetry.random(key)
+    cycles = {name: _cycle(np.asarray(order)) for name, order in drawn.items()}
+    moved = [transport(symmetry, plans, params) for plans in (cycles, drawn)]
     errors = []
     for function, given in functions:
         before = function(params, *given)
@@ -440,13 +439,10 @@ def check_symmetry(
     return float(np.max(errors))
 
 
-def _cycles(symmetry: Symmetry, key: Array) -> Plans:
-    """Draws permutations that leave no unit in place: all units of a group go round in turn."""
-    plans = {}
-    for name, order in symmetry.random(key).items():
-        following = (jnp.argsort(order, axis=-1) + 1) % order.shape[-1]
-        plans[name] = jnp.take_along_axis(order, following, axis=-1)
-    return plans
+def _cycle(order: np.ndarray) -> Array:
+    """Makes permutations that leave no unit in place: all go round in turn, in the given order."""
+    following = (np.argsort(order, axis=-1) + 1) % order.shape[-1]
+    return jnp.asarray(np.take_along_axis(order, following, axis=-1))
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import inspect
 import mmap
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,15 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
     return checked[key]
 
 
-# Only modules imported from here on are checked.
-install_import_hook("otfusion_jax", f"{__name__}.typecheck")
+# Checked are the modules that say what shapes they take. The others, which trace and group, hardly
+# see an array, and checks of their types would take longer than all that they do. Of all modules,
+# only those imported from here on are checked.
+PACKAGE = Path(__file__).parents[1] / "otfusion_jax"
+SHAPED = re.compile(r"\b(Float|Inexact|Int|Bool)\[")
+install_import_hook(
+    [f"otfusion_jax.{x.stem}" for x in PACKAGE.glob("*.py") if SHAPED.search(x.read_text())],
+    f"{__name__}.typecheck",
+)
 
 # Workers of pytest-xdist are started after this, with the same environment.
 CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
@@ -80,7 +88,7 @@ programs = tempfile.TemporaryDirectory(prefix="otfusion-tests-") if CONTROLLER e
 if programs:
     for option, value in {
         "jax_compilation_cache_dir": programs.name,
-        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
     }.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
@@ -117,7 +125,7 @@ def default_promotion() -> Iterator[None]:
 
 
 # A process that has so much is to give back what it can. Half as much again is left for one test.
-MEMORY_BYTES = 1_000_000_000
+MEMORY_BYTES = 1_150_000_000
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from zoo import makes, randomise, rows_of, shapes, takes
@@ -117,10 +116,7 @@ def test_a_list_is_the_function_that_computes_all():
         (BOTH, (X,), "no further inputs"),
     ],
 )
-def test_what_is_no_program_is_refused(
-    program: Any, inputs: tuple, message: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's program
+def test_what_is_no_program_is_refused(program: Any, inputs: tuple, message: str):
     with pytest.raises((TypeError, ValueError), match=message):
         otf.trace_symmetry(program, PARAMS, *inputs)
 

@@ -15,11 +15,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import generate
 import jax
-import jaxtyping
 import numpy as np
 import pytest
+from generate import certificate
 from hypothesis import HealthCheck, Phase, find, given, settings
 from jax.extend import core
 from programs import (
@@ -53,18 +52,6 @@ RANDOM = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 SEARCH = settings(RANDOM, max_examples=300, derandomize=True, phases=[Phase.generate])
-
-
-def certificate(program: Program) -> generate.Certificate:
-    """Without checks of types at each call, which take as long as all the rest.
-
-    They are made below, where random programs are only traced, and by every other test.
-    """
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        return generate.certificate(program)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @RANDOM

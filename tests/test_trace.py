@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import zoo_attention  # noqa: F401, these add their networks to `CASES`
@@ -381,8 +380,7 @@ def test_pinning_what_is_unsupported_leaves_a_sound_rest(unknown: Callable):
         assert __file__ in reasons[pinned]
 
 
-def test_other_ways_to_treat_the_unsupported_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_other_ways_to_treat_the_unsupported_are_refused():
     bad: Any = "ignore"
     with pytest.raises(ValueError, match="'ignore'; it must be 'raise' or 'pin'"):
         otf.trace_symmetry(*hidden_layer(jnp.tanh), X, on_unsupported=bad)
