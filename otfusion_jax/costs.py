@@ -165,12 +165,12 @@ def ground_cost(metric: costs.CostFn, g: Gram) -> Float[Array, "*batch n m"]:
 
 
 def costs_within(
-    metric: costs.CostFn, g: Gram
+    cost_of: Callable[[Gram], Array], g: Gram
 ) -> tuple[Float[Array, "*batch n n"], Float[Array, "*others m m"]] | None:
     """Evaluates a ground metric between the units of each model.
 
     Args:
-        metric: see `ground_cost`.
+        cost_of: the ground cost between all pairs of units, of their inner products.
         g: inner products of the units.
 
     Returns:
@@ -179,7 +179,7 @@ def costs_within(
     if g.within is None:
         return None
     a, b = (
-        ground_cost(metric, Gram(norms, norms, inside))
+        cost_of(Gram(norms, norms, inside))
         for norms, inside in zip((g.aa, g.bb), g.within, strict=True)
     )
     return a, b

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from ott.geometry import costs
 
-from otfusion_jax.costs import Gram, costs_within, ground_cost
+from otfusion_jax.costs import Gram, costs_within
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Symmetry
 from otfusion_jax.transport import is_permutation
@@ -167,7 +166,7 @@ def _total(solution: Solution, plan: Array) -> Solution:
 
 def solve_family(
     solver: AbstractSolver,
-    metric: costs.CostFn,
+    cost_of: Callable[[Gram], Array],
     grams: Sequence[Gram],
     masses: Sequence[Masses],
 ) -> list[Solution]:
@@ -177,7 +176,7 @@ def solve_family(
 
     Args:
         solver: from cost to plan. What has something nested in it is always matched exactly.
-        metric: the ground metric.
+        cost_of: the ground cost between all pairs of units, of their inner products.
         grams: of the group and of each nested one.
         masses: of the units of each.
 
@@ -187,17 +186,16 @@ def solve_family(
     """
     own, *inside = grams
     if not inside:
-        cost = ground_cost(metric, own)
-        found = solve_stack(solver, cost, masses[0], costs_within(metric, own))
+        found = solve_stack(solver, cost_of(own), masses[0], costs_within(cost_of, own))
         return [_total(found, found.plan)]
-    problems = [_pairs(metric, g, pair) for g, pair in zip(inside, masses[1:], strict=True)]
+    problems = [_pairs(cost_of, g, pair) for g, pair in zip(inside, masses[1:], strict=True)]
     pairs: list[Solution] = []
     for _, alike in itertools.groupby(problems, key=_shapes):  # one solver for all
         found = solve_stack(solver, *jax.tree.map(lambda *x: jnp.stack(x), *alike))
         pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(found.gap))]
     # The masses of a problem's units sum up to 1.
     values = (g.ab.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
-    cost = functools.reduce(jnp.add, values, ground_cost(metric, own))
+    cost = functools.reduce(jnp.add, values, cost_of(own))
     outer = solve_stack(Exact(), cost)
     found = [_total(outer, outer.plan)]
     if not is_permutation(outer.plan):
@@ -209,7 +207,7 @@ def solve_family(
     return found
 
 
-def _pairs(metric: costs.CostFn, g: Gram, masses: Masses) -> tuple[Array, Masses, Any]:
+def _pairs(cost_of: Callable[[Gram], Array], g: Gram, masses: Masses) -> tuple[Array, Masses, Any]:
     """Sets up the problems of all pairs of heads: `[*batch, heads, heads, n, m]`."""
     # From [*batch, heads, n, heads, m].
     ab = jnp.moveaxis(g.ab, -3, -2)
@@ -223,9 +221,9 @@ def _pairs(metric: costs.CostFn, g: Gram, masses: Masses) -> tuple[Array, Masses
         x = jnp.expand_dims(x, -rank - 2)
         return jnp.broadcast_to(x, (*pairs, *x.shape[x.ndim - rank :]))
 
-    cost = ground_cost(metric, Gram(of_source(g.aa, 1), of_target(g.bb, 1), ab))
+    cost = cost_of(Gram(of_source(g.aa, 1), of_target(g.bb, 1), ab))
     a, b = masses
-    within = costs_within(metric, g)
+    within = costs_within(cost_of, g)
     return (
         cost,
         (None if a is None else of_source(a, 1), None if b is None else of_target(b, 1)),

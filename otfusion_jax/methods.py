@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from ott.geometry import costs
 
 from otfusion_jax.checks import require_flag, require_number
-from otfusion_jax.costs import DEGREES, Gram, gram, squared_norm, unit_gram
+from otfusion_jax.costs import DEGREES, Gram, gram, ground_cost, squared_norm, unit_gram
 from otfusion_jax.matching import Family, Masses, families_of, overlap, solve_family
 from otfusion_jax.solvers import AbstractSolver, Exact, Solution
 from otfusion_jax.symmetry import Group, Member, Plans, Symmetry
@@ -218,23 +218,43 @@ def _same(state: _State) -> _State:
     return state
 
 
-def _visit(
-    problem: Problem,
-    state: _State,
-    compare: Callable[[Family, _State], list[Gram]],
-    metric: costs.CostFn,
-    accept: Callable[[Family, _State, list[Gram], list[Solution]], _State],
-) -> _State:
-    """Solves one family after the other.
+class _Pass(NamedTuple):
+    """How all families are solved once.
 
-    Families of one shape share one solver in a loop: it is by far the largest piece of the program,
-    and a ResNet18 would otherwise hold a dozen copies for XLA to compile.
+    Attributes:
+        compare: compares the units of a family and of what is nested in it.
+        metric: the ground metric.
+        accept: takes what is better of the solutions into the state.
+    """
+
+    compare: Callable[[Family, _State], list[Gram]]
+    metric: costs.CostFn
+    accept: Callable[[Family, _State, list[Gram], list[Solution]], _State]
+
+
+def _visit(
+    problem: Problem, state: _State, passes: Sequence[_Pass], which: int | Array = 0
+) -> _State:
+    """Solves one family after the other, in one of several ways.
+
+    Families of one shape share one solver in a loop, and so do all ways: it is by far the largest
+    piece of the program, and a ResNet18 would otherwise hold a dozen copies for XLA to compile.
     """
     families = problem.families
 
+    def chosen(ways: Sequence[Callable[..., Any]], *args: Any) -> Any:
+        return ways[0](*args) if len(ways) == 1 else jax.lax.switch(which, ways, *args)
+
     def compared(family: Family, state: _State) -> tuple[list[Gram], list[Masses]]:
-        found = compare(family, state), problem.masses(family)
-        return jax.tree.map(lambda x: x.astype(problem.dtype), found)
+        grams = chosen([functools.partial(each.compare, family) for each in passes], state)
+        return jax.tree.map(lambda x: x.astype(problem.dtype), (grams, problem.masses(family)))
+
+    def accepted(family: Family, *args: Any) -> _State:
+        return chosen([functools.partial(each.accept, family) for each in passes], *args)
+
+    metrics = dict.fromkeys(type(each.metric) for each in passes)
+    ways = [functools.partial(ground_cost, each.metric) for each in passes]
+    cost = ways[0] if len(metrics) == 1 else functools.partial(chosen, ways)
 
     forms = [jax.eval_shape(functools.partial(compared, f), state) for f in families]
     shapes = [
@@ -253,8 +273,8 @@ def _visit(
             def run(state: _State, mine: list[Family] = mine, index: Array = index) -> _State:
                 compares = [functools.partial(compared, f) for f in mine]
                 grams, masses = jax.lax.switch(index, compares, state)
-                solutions = solve_family(problem.solver, metric, grams, masses)
-                accepts = [functools.partial(accept, f) for f in mine]
+                solutions = solve_family(problem.solver, cost, grams, masses)
+                accepts = [functools.partial(accepted, f) for f in mine]
                 return jax.lax.switch(index, accepts, state, grams, solutions)
 
             only = len(kinds) == 1
@@ -320,7 +340,7 @@ class ForwardPass(AbstractMethod):
 
     def run(self, problem: Problem, features: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`."""
-        state = self._pass(problem, features)
+        state = _visit(problem, _start(problem), [self.only_pass(problem, features)])
         still = _start(problem).plans
         history = jnp.stack([problem.distance(still), problem.distance(state.plans)])
         return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
@@ -331,8 +351,8 @@ class ForwardPass(AbstractMethod):
             return 0
         return DEGREES.get(type(metric), 2)
 
-    def _pass(self, problem: Problem, features: dict[str, Gram] | None) -> _State:
-        """Returns the state after the pass."""
+    def only_pass(self, problem: Problem, features: dict[str, Gram] | None) -> _Pass:
+        """Returns how each group is solved, once the ones before are in place."""
 
         def compare(family: Family, state: _State) -> list[Gram]:
             groups = family.root, *family.nested
@@ -356,7 +376,7 @@ class ForwardPass(AbstractMethod):
             state = dataclasses.replace(state, plans=state.plans | carried)
             return state.take(dict(zip(names, pairs, strict=True)), jnp.array(True))
 
-        return _visit(problem, _start(problem), compare, problem.metric, accept)
+        return _Pass(compare, problem.metric, accept)
 
 
 def _start(problem: Problem) -> _State:
@@ -458,23 +478,21 @@ class CoordinateDescent(AbstractMethod):
                 f"coordinate descent composes permutations, and {type(problem.solver).__name__} "
                 "returns soft plans; use Exact(), or ForwardPass() with this solver"
             )
-        starts = [
-            ForwardPass()._pass(problem, features) if name == "forward" else still
-            for name in self.starts
-        ]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
-        ends = jax.lax.map(functools.partial(self._descend, problem), stacked)
+        passes = [_sweep_of(problem)]
+        if "forward" in self.starts:
+            passes.insert(0, ForwardPass().only_pass(problem, features))
+        # A pass of another kind before the first sweep, or none.
+        first = jnp.array([-1 if name == "forward" else 0 for name in self.starts])
+        ends = jax.lax.map(functools.partial(self._descend, problem, still, passes), first)
         best = jnp.argmax(jax.lax.map(problem.similarity, ends.plans))
         return jax.tree.map(lambda x: x[best], ends)
 
-    def _descend(self, problem: Problem, state: _State) -> Alignment:
-        """Goes over all groups until nothing improves."""
+    def _descend(
+        self, problem: Problem, state: _State, passes: Sequence[_Pass], first: Array
+    ) -> Alignment:
+        """Goes over all groups until nothing improves; sweep -1 is the first of the passes."""
         start = problem.distance(state.plans)
         history = jnp.full(self.max_sweeps + 1, start)
-
-        def compare(family: Family, state: _State) -> list[Gram]:
-            chosen = [m for group in (family.root, *family.nested) for m in group.members]
-            return problem.compare(family, state.plans, chosen)
 
         def unfinished(loop: tuple[_State, Array, Array]) -> Array:
             state, _, count = loop
@@ -483,18 +501,27 @@ class CoordinateDescent(AbstractMethod):
         def sweep(loop: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
             state, history, count = loop
             state = dataclasses.replace(state, converged=jnp.array(True), improved=jnp.array(False))
-            accept = functools.partial(_accept, problem)
-            state = _visit(problem, state, compare, costs.SqEuclidean(), accept)
+            state = _visit(problem, state, passes, jnp.where(count < 0, 0, len(passes) - 1))
             history = history.at[count + 1].set(problem.distance(state.plans))
             return state, history, count + 1
 
         state = dataclasses.replace(state, improved=jnp.array(True))
-        loop = state, history, jnp.zeros((), jnp.int32)
+        loop = state, history, first
         state, history, count = jax.lax.while_loop(unfinished, sweep, loop)
         converged = state.converged & ~state.improved
         # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
         history = jnp.where(jnp.arange(len(history)) > count, history[count], history)
         return Alignment(state.plans, history[-1], history, converged, state.gaps)
+
+
+def _sweep_of(problem: Problem) -> _Pass:
+    """Returns how each group is solved by all its members, where all others are."""
+
+    def compare(family: Family, state: _State) -> list[Gram]:
+        chosen = [m for group in (family.root, *family.nested) for m in group.members]
+        return problem.compare(family, state.plans, chosen)
+
+    return _Pass(compare, costs.SqEuclidean(), functools.partial(_accept, problem))
 
 
 def _accept(
