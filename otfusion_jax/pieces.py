@@ -249,7 +249,8 @@ def _slice(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     if not kept.parts:
         return None
     starts, ends = _with(starts, dim, 0), _with(ends, dim, size)
-    if not any(starts) and tuple(ends) == kept.parts[0].shape:
+    strided = any(stride != 1 for stride in strides or ())
+    if not (strided or any(starts)) and tuple(ends) == kept.parts[0].shape:
         return [_alone(kept)]
     found = _moved(eqn, [kept], dim, start_indices=starts, limit_indices=ends)
     return [_alone(x) for x in found]

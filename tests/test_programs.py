@@ -32,6 +32,8 @@ from programs import (
     layers,
     mixer,
     order,
+    partly,
+    parts,
     programs,
     residual,
     tied,
@@ -86,6 +88,15 @@ FOUND = {
     ),
     "nested in units whose products with each other are taken": Program(
         space=(), width=2, blocks=(gram(how="mixing"),)
+    ),
+    "columns that are picked apart of a kernel whose rows are read in steps": Program(
+        space=(),
+        width=4,
+        blocks=(
+            parts(how="stack", cut=3, by="lax", pick=2),
+            partly(how="stride", width=2, beside=""),
+            parts(how="stack", cut=3, by="lax", pick=2),
+        ),
     ),
     "a scan by halves, with segments of no positions": Program(
         space=(), width=2, blocks=(order(how="associative", units=False),)
