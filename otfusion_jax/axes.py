@@ -312,6 +312,11 @@ class Space:
         """Returns why an atom is pinned, None where it is free."""
         return self._pins.get(self.find(atom))
 
+    def is_pinned(self, axis: Axis) -> bool:
+        """Whether no unit of an axis may be permuted, whatever it is made of."""
+        atoms = (factor.atom for factor in factors_of(self.expand(axis)))
+        return all(atom is not None and not self.is_free(atom) for atom in atoms)
+
     def is_free(self, atom: int) -> bool:
         """Whether an atom may be permuted."""
         return self.find(atom) not in self._pins

@@ -40,6 +40,9 @@ MOST_RUNS = 8
 """A constant that varies more often along an axis, or at every other position, pins it, rather than
 taking it apart."""
 
+_ROUNDS = 16
+"""So many more times than it carries axes the body of a loop is walked at most."""
+
 
 class Value(NamedTuple):
     """What the walk knows of one value: its axes, and what it depends on."""
@@ -233,6 +236,9 @@ class Context:
         """
         walk = self.walk
         readings = walk.produced, walk.consumed, walk.seen
+        # Each walk ties one more axis at least; a body that takes axes apart anew in each is given
+        # up, and what it carries does not move.
+        left = _ROUNDS + sum(len(value.axes) for value in carry)
         while True:
             counts = [len(found) for found in readings]
             results = body(carry)
@@ -242,14 +248,19 @@ class Context:
             before, carry = carry, joined
             if all(map(self._alike, before, carry)):
                 return carry, results
+            left -= 1
+            if left < 0:
+                for axis in itertools.chain.from_iterable(value.axes for value in carry):
+                    self.space.pin(axis, self.because("carried through the loop in another form"))
             for found, count in zip(readings, counts, strict=True):
                 del found[count:]
 
     def _alike(self, a: Value, b: Value) -> bool:
-        """Whether two values have the same atoms and depend on the same."""
-        pairs = zip(a.axes, b.axes, strict=True)
+        """Whether two values have the same atoms, or none that move, and depend on the same."""
+        space = self.space
         return a.kind is b.kind and all(
-            self.space.signature(x) == self.space.signature(y) for x, y in pairs
+            space.signature(x) == space.signature(y) or (space.is_pinned(x) and space.is_pinned(y))
+            for x, y in zip(a.axes, b.axes, strict=True)
         )
 
     def pin_all(self, values: Sequence[Value], reason: str) -> list[Value]:

@@ -98,6 +98,19 @@ FOUND = {
             parts(how="stack", cut=3, by="lax", pick=2),
         ),
     ),
+    "a loop that takes what it carries apart anew in each iteration": Program(
+        space=(),
+        width=6,
+        blocks=(
+            parts(how="stack", cut=1, by="slice", pick=0),
+            layers(
+                count=3,
+                body=(tied(pick=4, turn=True), factors(op="softmax outer", pick=0)),
+                reverse=False,
+                collect=False,
+            ),
+        ),
+    ),
     "a scan by halves, with segments of no positions": Program(
         space=(), width=2, blocks=(order(how="associative", units=False),)
     ),
