@@ -224,7 +224,7 @@ class Program:
 
     def _second_half(self, scope: "Scope", x: jax.Array) -> jax.Array:
         x = run(scope, self.blocks[self._half :], x, self._half)
-        if self.head in ("mean", "max"):
+        if self.head in ("mean", "max") and x.shape[-1]:  # there may be no units left
             return x.mean(-1) if self.head == "mean" else x.max(-1)
         if self.head == "dense":
             x = pooled(x)
