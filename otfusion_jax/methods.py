@@ -121,9 +121,7 @@ class Problem:
         # what else is nested in it moves within each of its indices.
         stay = family.beside(member)
         if any(m in family.root.members for m in stay):
-            root = family.root
-            still = jnp.broadcast_to(jnp.arange(root.size), (*root.batch, root.size))
-            plans = plans | self.carried(family, plans, {root.name: still})
+            plans = plans | self.carried(family, plans, self.symmetry.identity())
         source = units_in(placed(self.symmetry, plans, leaf, self.source[leaf], stay), front)
         target = units_in(self.onto.by_leaf[leaf].layout.split(self.target[leaf]), front)
         for beside in family.beside(member):
@@ -252,7 +250,7 @@ def _visit(
     def accepted(family: Family, *args: Any) -> _State:
         return chosen([functools.partial(each.accept, family) for each in passes], *args)
 
-    metrics = dict.fromkeys(type(each.metric) for each in passes)
+    metrics = {type(each.metric) for each in passes}
     ways = [functools.partial(ground_cost, each.metric) for each in passes]
     cost = ways[0] if len(metrics) == 1 else functools.partial(chosen, ways)
 

@@ -107,12 +107,10 @@ def _multiplied(x: Array, factors: tuple[Array, Array], lift: tuple[Array, Array
     if lift is None:
         return x * factors[0] * factors[1]
     info = jnp.finfo(x.dtype)
-    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = lax.bitcast_convert_type(x, kind)
-    magnitude = bits & jnp.iinfo(kind).max  # without the sign
-    subnormal = magnitude < 1 << info.nmant
-    integers = magnitude.astype(x.dtype)
-    x = jnp.where(subnormal, jnp.where(bits < 0, -integers, integers), x)
+    bits = _magnitude_bits(x)
+    subnormal = bits >> info.nmant == 0
+    integers = bits.astype(x.dtype)
+    x = jnp.where(subnormal, jnp.where(jnp.signbit(x), -integers, integers), x)
     for normal, lifted in zip(factors, lift, strict=True):
         x = x * jnp.where(subnormal, lifted, normal)
     return x
