@@ -177,7 +177,7 @@ def train(
     variables = initial(model_config, dataset, seed) if start is None else start
     state = TrainState(
         variables,
-        _optimizer(config, steps).init(variables["params"]),
+        jax.jit(_optimizer(config, steps).init)(variables["params"]),
         jnp.zeros((config.epochs, 2)),
     )
 
@@ -190,7 +190,7 @@ def train(
     saved = Checkpoints(folder / f"{label}-{digest}")
     done, restored = saved.newest(state)
     # Orbax commits arrays to a device, for which JAX would compile everything once more.
-    state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
+    state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), restored)
     began = time.perf_counter()
     if done < config.epochs:
         images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
@@ -251,6 +251,7 @@ def _draw(model: Model, key: PRNGKeyArray, images: Num[Array, "1 ..."]) -> PyTre
     return model.init(key, images)
 
 
+@functools.partial(jax.jit, static_argnames=("count", "batch_size"))
 def _epoch_order(
     key: PRNGKeyArray, epoch: int, count: int, batch_size: int
 ) -> Int[Array, "steps batch"]:
@@ -278,7 +279,7 @@ def _run_epoch(
     sums = jnp.zeros(2)
     variables, opt_state, history = state
     # A chunk gives its buffers away, and the first ones may be the caller's.
-    variables = jax.tree.map(jnp.copy, variables)
+    variables = _copied(variables)
     for low in range(0, steps, _CHUNK_STEPS):
         high = min(low + _CHUNK_STEPS, steps)
         carry = (variables, opt_state, sums)
@@ -289,6 +290,11 @@ def _run_epoch(
         progress.advance(high - low, loss / high, 100 * correct / (high * judged))
     means = sums / jnp.asarray([steps, steps * judged / 100], dtype=sums.dtype)
     return TrainState(variables, opt_state, history.at[epoch].set(means))
+
+
+@jax.jit
+def _copied(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="carry")

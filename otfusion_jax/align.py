@@ -182,7 +182,7 @@ def _align(
 def _power_of(arrays: list[Array], k: Array, degree: int) -> list[Array]:
     """Multiplies by `2**(k * degree)`, a factor at a time, none of which is out of range."""
     for _ in range(degree):
-        arrays = all_scaled(arrays, k)
+        arrays = all_scaled(arrays, k, subnormal=False)
     return arrays
 
 

@@ -185,7 +185,9 @@ def _barycenter(
     moved = jax.lax.map(lambda pair: transport(symmetry, *pair), (plans, stacked))
     # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
     filled = jnp.where(jnp.arange(len(history)) > done, history[done], history)
-    history, converged = scaled(scaled(filled, k), k), ~improved(history, done)
+    for _ in range(2):  # squares; `k` twice at once may be out of range
+        filled = scaled(filled, k, subnormal=False)
+    history, converged = filled, ~improved(history, done)
     return Barycenter(plans, average_of(moved, weights), history, converged)
 
 

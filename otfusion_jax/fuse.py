@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.align import align, leaf_weights, weight_by_path
@@ -57,7 +57,7 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     leaves = leaves_of(models[0])
     shares = mixtures(weights, len(models), leaves)
     check_integers(leaves, columns_of(models), shares)
-    averaged = average_of(stacked, shares)
+    averaged = _average(stacked, shares)
     require_finite(leaves, averaged, "averaging")
     return averaged
 
@@ -136,6 +136,11 @@ def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree
         symmetry = Symmetry((), (), leaves_of(models[0]), treedef)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
+    return _beside(list(models))
+
+
+@jax.jit  # one program, where there would be one for each shape of a leaf
+def _beside(models: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
@@ -215,6 +220,9 @@ def average_of(
     return treedef.unflatten(map(mean, leaves, each))
 
 
+_average = jax.jit(average_of)
+
+
 def fuse(
     symmetry: Symmetry | Sequence[Symmetry],
     models: Sequence[PyTree] | PyTree,
@@ -278,11 +286,10 @@ def fuse(
     warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
     found = mixtures(weights, count, symmetry.leaves)
     check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stacked), found)
-    ordered = jax.tree.map(lambda x: x[order], stacked)
     counting = leaf_weights(symmetry, leaf_weight)
     lanes = min(batch_size or at_once(count), count - 1)
     static = (symmetry, method, solver, counting, lanes)
-    fused = _fuse(*static, ordered, [w[order] for w in found], metric)
+    fused = _fuse(*static, stacked, order, found, metric)
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
 
@@ -318,8 +325,7 @@ def _fuse_widths(
         moved.append(transport(symmetry, plans, model, onto=onto))
     shares = [w[order] for w in found]
     check_integers(onto.leaves, columns_of([*moved, target]), shares)
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved, target)
-    fused = average_of(together, shares)
+    fused = _average(_beside([*moved, target]), shares)
     require_finite(onto.leaves, fused, "fusing")
     return fused
 
@@ -332,10 +338,12 @@ def _fuse(
     counting: tuple[float, ...] | None,
     batch_size: int,
     stacked: PyTree,
+    order: Int[Array, " k"],
     weights: list[Float[Array, " k"]],
     metric: costs.CostFn,
 ) -> PyTree:
-    others, target = jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
+    ordered = jax.tree.map(lambda x: x[order], stacked)
+    others, target = jax.tree.map(lambda x: x[:-1], ordered), jax.tree.map(lambda x: x[-1], ordered)
     how: dict[str, Any] = {"method": method, "metric": metric, "solver": solver}
     how["leaf_weight"] = weight_by_path(symmetry, counting)
 
@@ -344,7 +352,7 @@ def _fuse(
 
     aligned = map_in_batches(moved, others, batch_size)
     together = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aligned, target)
-    return average_of(together, weights)
+    return average_of(together, [w[order] for w in weights])
 
 
 def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tuple[PyTree, int]:

@@ -178,9 +178,9 @@ def _solve(
     gap = jnp.sum(plan * slack(linear + 2 * solver.alpha * distortion, v))
     return Solution(
         plan=plan,
-        value=scaled(value * unit, problem.k),
+        value=scaled(value * unit, problem.k, subnormal=False),
         converged=jnp.logical_and(valid, jnp.asarray(output.converged)),
-        gap=scaled(lax.stop_gradient(gap * unit), problem.k),
+        gap=scaled(lax.stop_gradient(gap * unit), problem.k, subnormal=False),
     )
 
 

@@ -131,7 +131,7 @@ def _solve_low_rank(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=problem.valid & (last_change < solver.threshold),
-        gap=scaled(lax.stop_gradient(gap), problem.k),
+        gap=scaled(lax.stop_gradient(gap), problem.k, subnormal=False),
     )
 
 

@@ -66,27 +66,33 @@ def common_exponent(arrays: Iterable[Inexact[Array, "..."]]) -> Int[Array, ""]:
     return exponent(jnp.stack([x.astype(dtype) for x in largest]))
 
 
-def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]:
+def scaled(
+    x: Inexact[Array, "..."], k: Int[Array, ""], *, subnormal: bool = True
+) -> Inexact[Array, "..."]:
     """Multiplies by a power of two.
 
     Args:
         x: of any shape and precision.
         k: the exponent.
+        subnormal: whether subnormal numbers count. False leaves it to the device whether they are
+            taken for zero, in a program of a third of the size: for what was worked out in a range
+            of its own, and is brought back.
 
     Returns:
         `x * 2**k`, rounded only where the result is subnormal.
     """
-    return all_scaled([x], k)[0]
+    return all_scaled([x], k, subnormal=subnormal)[0]
 
 
 def all_scaled(
-    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""]
+    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""], *, subnormal: bool = True
 ) -> list[Inexact[Array, "..."]]:
     """Multiplies several arrays by one power of two, which is worked out once for all.
 
     Args:
         arrays: each of any shape and precision.
         k: the exponent.
+        subnormal: see `scaled`.
 
     Returns:
         Each as `scaled` returns it.
@@ -94,7 +100,7 @@ def all_scaled(
     factors = {}
     for dtype in dict.fromkeys(x.dtype for x in arrays):
         lift = None
-        if dtype in (jnp.float32, jnp.float64):
+        if subnormal and dtype in (jnp.float32, jnp.float64):
             info = jnp.finfo(dtype)
             lift = _factors(k + info.minexp - info.nmant, dtype)
         factors[dtype] = _factors(k, dtype), lift

@@ -229,7 +229,7 @@ def _solve_sinkhorn(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=jnp.logical_and(problem.valid, jnp.asarray(output.converged)),
-        gap=scaled(lax.stop_gradient(gap), problem.k),
+        gap=scaled(lax.stop_gradient(gap), problem.k, subnormal=False),
     )
 
 

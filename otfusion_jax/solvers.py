@@ -303,7 +303,7 @@ def _solve_exact(
         plan=jnp.where(valid, plan, unusable),
         value=jnp.where(valid, value, jnp.nan),
         converged=valid & (gap <= tolerance),
-        gap=jnp.where(valid, scaled(gap, k), jnp.nan),
+        gap=jnp.where(valid, scaled(gap, k, subnormal=False), jnp.nan),
     )
 
 

@@ -363,7 +363,7 @@ class Symmetry:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
         units = {g.name: np.arange(g.size, dtype=np.int32) for g in self.groups}
         return {
-            g.name: jnp.asarray(np.broadcast_to(units[g.name], (*g.batch, g.size)))
+            g.name: jax.device_put(np.broadcast_to(units[g.name], (*g.batch, g.size)))
             for g in self.groups
         }
 
@@ -380,10 +380,11 @@ class Symmetry:
             TypeError: for a number in place of a key, and for a batch of keys.
         """
         _require_key(key)
-        keys = jax.random.split(key, len(self.groups)) if self.groups else ()
         return {
-            name: jax.random.permutation(k, plan, axis=-1, independent=True)
-            for k, (name, plan) in zip(keys, self.identity().items(), strict=True)
+            name: jax.random.permutation(
+                jax.random.fold_in(key, number), plan, axis=-1, independent=True
+            )
+            for number, (name, plan) in enumerate(self.identity().items())
         }
 
     def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:

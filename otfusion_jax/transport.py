@@ -442,7 +442,7 @@ def check_symmetry(
 def _cycle(order: np.ndarray) -> Array:
     """Makes permutations that leave no unit in place: all go round in turn, in the given order."""
     following = (np.argsort(order, axis=-1) + 1) % order.shape[-1]
-    return jnp.asarray(np.take_along_axis(order, following, axis=-1))
+    return jax.device_put(np.take_along_axis(order, following, axis=-1))
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:
