@@ -125,7 +125,7 @@ def default_promotion() -> Iterator[None]:
 
 
 # A process that has so much is to give back what it can. Half as much again is left for one test.
-MEMORY_BYTES = 1_000_000_000
+MEMORY_BYTES = 1_150_000_000
 
 
 @pytest.fixture(autouse=True)

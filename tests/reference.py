@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import array
 from jax import lax
 from scipy.optimize import linear_sum_assignment
 
@@ -22,14 +23,14 @@ SHAPES = {
 INPUTS = {"mlp": (20, 5), "conv": (6, 4, 4, 2)}
 
 
-def random_net(key: jax.Array, kind: str, bias: bool = True) -> list[dict[str, jax.Array]]:
-    """Draws a network; can be mapped over keys."""
+def random_net(seed: int, kind: str, bias: bool = True) -> list[dict[str, jax.Array]]:
+    """Draws a network."""
+    rng = np.random.default_rng(seed)
     net = []
     for shape in SHAPES[kind]:
-        key, k, b = jax.random.split(key, 3)
-        layer = {"kernel": jax.random.normal(k, shape) * np.prod(shape[:-1]) ** -0.5}
+        layer = {"kernel": array(rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5)}
         if bias:
-            layer["bias"] = 0.3 * jax.random.normal(b, shape[-1:])
+            layer["bias"] = array(0.3 * rng.standard_normal(shape[-1:]))
         net.append(layer)
     return net
 
@@ -193,11 +194,6 @@ def weight_matching(a: Net, b: Net) -> tuple[list[np.ndarray], list[float]]:
 
 def to_numpy(net: list[dict[str, jax.Array]]) -> Net:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), net)
-
-
-def unstack(tree, index: int):
-    """Takes one model out of a stack."""
-    return jax.tree.map(lambda x: x[index], tree)
 
 
 def central_difference(f: Callable[[float], float], step: float) -> float:

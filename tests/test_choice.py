@@ -8,6 +8,7 @@ import numpy as np
 import ot
 import pytest
 import reference as ref
+from arrays import normal, normals
 from ott.geometry import costs
 
 import otfusion_jax as otf
@@ -22,7 +23,7 @@ def symmetry_of(kind: str) -> otf.Symmetry:
 
 
 def net(kind: str, seed: int) -> Net:
-    return ref.random_net(jax.random.key(seed), kind)
+    return ref.random_net(seed, kind)
 
 
 def assert_close(a, b) -> None:
@@ -56,8 +57,7 @@ def test_what_is_nested_in_a_group_left_out_is_matched_place_by_place():
         h = jnp.tanh((x @ p["a"]).reshape(len(x), 3, 4))
         return (h / jnp.sum(h**2, axis=2, keepdims=True)).reshape(len(x), -1) @ p["b"]
 
-    keys = jax.random.split(jax.random.key(0), 2)
-    a = {"a": jax.random.normal(keys[0], (5, 12)), "b": jax.random.normal(keys[1], (12, 2))}
+    a = normals({"a": (5, 12), "b": (12, 2)})
     symmetry = otf.trace_symmetry(heads, a, jnp.ones((2, 5)))
     outer, inner = symmetry.groups
     assert (inner.outer, inner.batch) == (outer.name, (3,))
@@ -134,7 +134,7 @@ def test_importance_by_weights_is_the_norm_of_what_produces_a_unit(order: int):
 
 def test_importance_by_activations_is_their_variance():
     symmetry, a = symmetry_of("mlp"), net("mlp", 0)
-    x = jax.random.normal(jax.random.key(2), (50, 5))
+    x = normal(50, 5, seed=2)
     seen = otf.features(symmetry, ref.network, a, x)
     found = otf.feature_importance({**seen, "silent": jnp.ones((50, 4))})
     variances = np.var(np.asarray(seen["1/kernel"]), axis=0)
@@ -159,7 +159,7 @@ def test_gromov_wasserstein_sees_the_units_own_geometry():
     symmetry, a = symmetry_of("mlp"), net("mlp", 0)
     plans = symmetry.random(jax.random.key(1))
     b = otf.transport(symmetry, plans, a)
-    rotation = jnp.linalg.qr(jax.random.normal(jax.random.key(2), (5, 5)))[0]
+    rotation = jnp.linalg.qr(normal(5, 5, seed=2))[0]
     turned = [{**b[0], "kernel": rotation @ b[0]["kernel"]}, *b[1:]]
     solver = otf.GromovWasserstein(alpha=1.0, epsilon=0.01)
     first = symmetry.only(lambda name: name.startswith("0/"))
@@ -172,7 +172,7 @@ def test_gromov_wasserstein_sees_the_units_own_geometry():
 
 def test_features_serve_a_quadratic_solver_if_taken_for_it():
     symmetry, a, b = symmetry_of("mlp"), net("mlp", 0), net("mlp", 1)
-    x = [jax.random.normal(jax.random.key(2), (20, 5))]
+    x = [normal(20, 5, seed=2)]
     how = {"method": FORWARD, "solver": otf.GromovWasserstein(), "metric": costs.SqEuclidean()}
     for center in (False, True):
         grams = otf.feature_gram(symmetry, ref.network, a, b, x, within=True, center=center)

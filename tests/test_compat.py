@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import uniform
 from jax import lax
 from jax.extend import core
-from zoo import makes, randomise, rows_of, shapes, takes, uniform
+from zoo import makes, randomise, rows_of, shapes, takes
 
 import otfusion_jax as otf
 from otfusion_jax import compat, package_rules, walk

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from arrays import normal
 from ott.geometry import costs
 
 import otfusion_jax as otf
@@ -14,14 +15,14 @@ from otfusion_jax.costs import METRICS, gram, ground_cost
 
 
 def vectors(n, d, seed=0):
-    return jax.random.normal(jax.random.key(seed), (n, d))
+    return normal(n, d, seed=seed)
 
 
 @functools.cache
 def setting():
     """A symmetry, two networks, inputs, and the hidden features of both in NumPy."""
-    a, b = (ref.random_net(jax.random.key(seed), "mlp") for seed in (0, 1))
-    x = jax.random.normal(jax.random.key(2), ref.INPUTS["mlp"])
+    a, b = (ref.random_net(seed, "mlp") for seed in (0, 1))
+    x = normal(*ref.INPUTS["mlp"], seed=2)
     symmetry = otf.trace_symmetry(ref.network, a, x)
     before = [ref.activations(ref.to_numpy(net), np.asarray(x, np.float64)) for net in (a, b)]
     return symmetry, a, b, x, before

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 import scipy.special
+from arrays import normal
 
 import otfusion_jax as otf
 
@@ -21,8 +22,8 @@ B = {"x": jnp.array([3.0, 2.0]), "y": {"z": jnp.array([[0.0]])}}
 
 
 def test_ensembles_average_probabilities_not_logits():
-    models = [ref.random_net(jax.random.key(seed), "mlp") for seed in range(3)]
-    x = jax.random.normal(jax.random.key(9), ref.INPUTS["mlp"])
+    models = [ref.random_net(seed, "mlp") for seed in range(3)]
+    x = normal(*ref.INPUTS["mlp"], seed=9)
     logits = [np.asarray(ref.network(model, x)) for model in models]
     found = otf.ensemble(ref.network, models, x)
     expected = np.mean([scipy.special.softmax(z, axis=1) for z in logits], axis=0)
@@ -193,7 +194,7 @@ def test_barriers_between_models_that_differ_are_refused():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_lines_and_ensembles_in_half_precision_are_rounded_once(dtype):
-    a, b = (jax.random.normal(jax.random.key(seed), (500,)).astype(dtype) for seed in (0, 1))
+    a, b = (normal(500, seed=seed).astype(dtype) for seed in (0, 1))
     t = jnp.array([0.3, 0.7])
     wide = [x.astype(jnp.float32)[None] for x in (a, b)]
     exact = (1 - t)[:, None] * wide[0] + t[:, None] * wide[1]

@@ -1,9 +1,14 @@
 """Checks the models of the experiments: shapes, initialisation, symmetry, and the convolution."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import array, normal
+from zoo import randomise
 
 import otfusion_jax as otf
 from experiments.convolution import convolution
@@ -59,29 +64,34 @@ def test_width_multiplies_the_hidden_units():
 def test_symmetry_of_the_networks(name: str, groups: int, use_norm: bool):
     config = ModelConfig(name, use_bias=use_norm, use_norm=use_norm, width=1 / 16)
     model = build_model(config, classes=10)
-    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    symmetry = otf.trace_symmetry(model.apply, variables, images)
+    images = normal(2, 32, 32, 3, seed=1)
+    apply, variables = jax.jit(model.apply), drawn(model, images)
+    symmetry = otf.trace_symmetry(apply, variables, images)
     assert len(symmetry.groups) == groups
-    assert otf.check_symmetry(symmetry, model.apply, variables, images) < 1e-4
+    assert otf.check_symmetry(symmetry, apply, variables, images) < 1e-4
+
+
+def drawn(model: Model, inputs: jax.Array) -> dict:
+    """Variables for a model. Its own would take seconds to compile."""
+    return randomise(jax.eval_shape(model.init, jax.random.key(0), inputs), 0)
 
 
 def example(name: str, width: float = 0.25) -> tuple[Model, dict, jax.Array]:
     """A small transformer, its variables and two inputs."""
     model = build_model(ModelConfig(name, width=width), classes=10)
-    key = jax.random.key(1)
-    images = jax.random.normal(key, (2, 8, 12, 3)), jax.random.randint(key, (2, 9), 0, 10)
-    chosen = images[name == "gpt"]
-    return model, jax.jit(model.init)(jax.random.key(0), chosen), chosen
+    tokens = array(np.random.default_rng(1).integers(10, size=(2, 9)), np.int32)
+    chosen = tokens if name == "gpt" else normal(2, 8, 12, 3, seed=1)
+    return model, drawn(model, chosen), chosen
 
 
 # The residual stream, and of each block the heads, what is in them twice, and the hidden layer.
 @pytest.mark.parametrize("name", ["vit", "gpt"])
 def test_symmetry_of_the_transformers(name: str):
     model, variables, images = example(name)
-    symmetry = otf.trace_symmetry(model.apply, variables, images)
+    apply = jax.jit(model.apply)
+    symmetry = otf.trace_symmetry(apply, variables, images)
     assert len(symmetry.groups) == 1 + 2 * 4
-    assert otf.check_symmetry(symmetry, model.apply, variables, images) < 1e-4
+    assert otf.check_symmetry(symmetry, apply, variables, images) < 1e-4
 
 
 # In half precision Flax's layer norm promotes dtypes inside.
@@ -121,14 +131,15 @@ def test_language_model_does_not_look_ahead():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 3])
 def test_convolution_is_the_convolution(size: int, stride: int, padding):
-    keys = jax.random.split(jax.random.key(0))
-    images = jax.random.normal(keys[0], (2, 7, 8, 3))
-    kernel = jax.random.normal(keys[1], (size, size, 3, 5))
+    images, kernel = normal(2, 7, 8, 3), normal(size, size, 3, 5, seed=1)
     strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
-    ours = convolution(images, kernel, strides, padding, dimension_numbers=layout)
-    expected = jax.lax.conv_general_dilated(
-        images, kernel, strides, padding, dimension_numbers=layout
-    )
+    how: dict[str, Any] = {
+        "window_strides": strides,
+        "padding": padding,
+        "dimension_numbers": layout,
+    }
+    ours = jax.jit(functools.partial(convolution, **how))(images, kernel)
+    expected = jax.lax.conv_general_dilated(images, kernel, **how)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 

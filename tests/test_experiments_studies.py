@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, normals
 
 import otfusion_jax as otf
 from experiments import cli
@@ -37,6 +38,10 @@ def run(folder: Path, *words: str) -> dict:
     return content["results"]
 
 
+# Of one size and trained for as long, so that what trains, aligns and repairs is compiled once.
+SMALL = ["--width", "0.25", "--epochs", "4"]
+
+
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits")
@@ -53,8 +58,9 @@ def test_methods_are_evaluated_and_mended(tmp_path: Path):
         "Algorithm 1, activations of 100",
         "activation matching (correlation)",
     ]
-    words = ["--epochs", "4", "--path-points", "3", "--width", "0.5", "--methods", *names]
-    methods = run(tmp_path, "one_shot", *words)["methods"]
+    methods = run(tmp_path, "one_shot", *SMALL, "--path-points", "3", "--methods", *names)[
+        "methods"
+    ]
     assert list(methods) == names
     assert set(names) <= set(VARIANTS)
     assert all(
@@ -68,7 +74,7 @@ def test_methods_are_evaluated_and_mended(tmp_path: Path):
 def test_models_come_from_files(tmp_path: Path):
     # A network of one's own in PyTorch's layout, and one that does not fit.
     rng = np.random.default_rng(0)
-    sizes = [64, 400, 200, 100, 10]
+    sizes = [64, 100, 50, 25, 10]
     for name in "ab":
         arrays = {
             f"fc{i}.weight": rng.standard_normal((m, n)).astype(np.float32) / n**0.5
@@ -76,7 +82,7 @@ def test_models_come_from_files(tmp_path: Path):
         }
         np.savez(tmp_path / f"{name}.npz", **arrays)
     files = [str(tmp_path / f"{name}.npz") for name in "ab"]
-    words = ["one_shot", "--path-points", "3", "--methods", "vanilla average"]
+    words = ["one_shot", *SMALL, "--path-points", "3", "--methods", "vanilla average"]
     results = run(tmp_path / "run", *words, "--weights", *files)
     assert all(value < 40 for value in results["individuals"])
     assert not (tmp_path / "run" / "models").exists()
@@ -86,7 +92,7 @@ def test_models_come_from_files(tmp_path: Path):
 
 def test_methods_can_do_without_data(tmp_path: Path):
     words = ["--methods", "activation matching (correlation)", "--path-points", "3"]
-    results = run(tmp_path, "one_shot", "--epochs", "2", "--synthetic", *words)
+    results = run(tmp_path, "one_shot", *SMALL, "--synthetic", *words)
     assert list(results["methods"]) == ["activation matching (correlation)"]
 
 
@@ -140,7 +146,7 @@ def test_what_a_text_is_not_fit_for(
 @pytest.mark.usefixtures("default_promotion")  # of optax's schedules
 def test_fine_tuning_chooses_by_validation(tmp_path: Path):
     names = ["model A", "model B", "coordinate descent, least squares"]
-    words = ["--seeds", "0", "1", "2", "0", "--epochs", "3", "--fine-tune-epochs", "2"]
+    words = ["--seeds", "0", "1", "2", "0", *SMALL, "--fine-tune-epochs", "2"]
     words += ["--factors", "1", "0.001", "--validation-images", "200", "--starts", *names]
     results = run(tmp_path, "fine_tune", *words)
     assert list(results["pairs"]) == ["0, 1", "2, 0"]
@@ -218,8 +224,8 @@ def test_divisions_that_leave_nothing_are_refused(digits: Dataset):
 
 @pytest.mark.parametrize("split", ["label", "parity"])
 def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
-    words = ["--split", split, "--epochs", "4", "--path-points", "5", "--validation-share", "0.2"]
-    results = run(tmp_path, "non_iid", *words)
+    words = ["--split", split, "--path-points", "5", "--validation-share", "0.2"]
+    results = run(tmp_path, "non_iid", *SMALL, *words)
     a, b = results["individuals"]
     if split == "parity":
         assert a["test of B"] == b["test of A"] == 0
@@ -235,8 +241,7 @@ def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
 
 
 def test_clients_are_averaged_round_by_round(tmp_path: Path):
-    words = ["--epochs", "2", "--width", "0.5", "--same-start"]
-    results = run(tmp_path, "federated", *words)
+    results = run(tmp_path, "federated", *SMALL, "--same-start")
     a, b = results["shares"]
     assert a < b
     assert a + b == pytest.approx(1, abs=1e-3)
@@ -263,8 +268,8 @@ def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
 
 
 def test_plans_are_softened_and_samples_drawn(tmp_path: Path):
-    words = ["--epochs", "4", "--width", "0.5", "--epsilons", "10", "--iterations", "100"]
-    results = run(tmp_path, "ablate", *words, "--samples", "100", "--draws", "2")
+    words = ["--epsilons", "10", "--iterations", "100", "--samples", "100", "--draws", "2"]
+    results = run(tmp_path, "ablate", *SMALL, *words)
     for found in results["entropy"].values():
         assert list(found) == ["exact", "10"]
         assert found["exact"]["converged"]
@@ -290,7 +295,7 @@ def test_there_is_something_to_draw(words: list[str], capsys: pytest.CaptureFixt
 def test_networks_of_other_widths_are_fused(tmp_path: Path):
     scaled = "coordinate descent, scaled as in the original"
     names = [scaled, "coordinate descent", "truncated by l1 norm", "truncated, then aligned"]
-    words = ["--epochs", "4", "--width", "0.25", "--factors", "2", "--methods", *names]
+    words = [*SMALL, "--factors", "2", "--methods", *names]
     words += ["--grid", "0.3", "0.6", "--held-out", "0.1", "--images", "300"]
     directions = run(tmp_path, "widths", *words)["directions"]
     assert list(directions) == ["x2 onto x1", "x1 onto x2"]
@@ -321,7 +326,7 @@ def test_the_network_that_is_moved_onto_comes_from_a_file(tmp_path: Path):
         for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False))
     }
     np.savez(tmp_path / "b.npz", **arrays)
-    words = ["--epochs", "4", "--width", "0.25", "--factors", "2", "--weights"]
+    words = [*SMALL, "--factors", "2", "--weights"]
     words += [str(tmp_path / "b.npz"), "--methods", "Algorithm 1", "--grid", "0.5"]
     directions = run(tmp_path / "run", "widths", *words)["directions"]
     assert directions["x2 onto x1"]["source"] > 80
@@ -399,10 +404,9 @@ def test_channels_are_kept_through_a_flattening():
 
     def init(channels: int, units: int) -> dict:
         shapes = {"conv": (3, 3, 2, channels), "dense": (16 * channels, units), "out": (units, 5)}
-        keys = jax.random.split(jax.random.key(0), len(shapes))
-        return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+        return normals(shapes)
 
-    noise = jax.random.normal(jax.random.key(1), (2, 4, 4, 2))
+    noise = normal(2, 4, 4, 2, seed=1)
     params = init(6, 8)
     wide, few = (otf.trace_symmetry(apply, p, noise) for p in (params, init(3, 5)))
     found = narrowed(wide, params, few)
@@ -416,8 +420,7 @@ def test_channels_are_kept_through_a_flattening():
 
 
 def test_networks_are_pruned_and_fused(tmp_path: Path):
-    words = ["--epochs", "4", "--width", "0.5", "--shares", "0.5", "--norms", "l2", "--t", "0.5"]
-    results = run(tmp_path, "prune", *words)
+    results = run(tmp_path, "prune", *SMALL, "--shares", "0.5", "--norms", "l2", "--t", "0.5")
     (row,) = results["rows"]
     assert (row["network"], row["share"], row["norm"]) == ("seed 0", 0.5, "l2")
     assert all(40 < row[name] < 100 for name in ("pruned", "parent, moved"))
@@ -436,8 +439,8 @@ def test_something_is_left_out_and_something_is_left(
 
 
 def test_students_are_distilled_from_several_starts(tmp_path: Path):
-    words = ["--epochs", "4", "--width", "0.5", "--student", "0.5", "--distill-epochs", "1"]
-    results = run(tmp_path, "distill", *words, "--orders", "1")
+    words = ["--student", "0.5", "--distill-epochs", "1", "--orders", "1"]
+    results = run(tmp_path, "distill", *SMALL, *words)
     starts = results["starts"]
     assert len(starts) == 6
     assert starts["drawn at random"]["before"] < 40
@@ -457,8 +460,8 @@ def test_a_student_is_narrower_and_trained(words: list[str], capsys: pytest.Capt
 
 
 def test_many_models_are_fused_at_once(tmp_path: Path):
-    words = ["--epochs", "2", "--seeds", "0", "1", "2", "--counts", "3", "2", "--width", "0.4"]
-    results = run(tmp_path, "many", *words, "--draws", "2")
+    words = ["--seeds", "0", "1", "2", "--counts", "3", "2", "--draws", "2"]
+    results = run(tmp_path, "many", *SMALL, *words)
     assert [row["models"] for row in results["counts"]] == [2, 3]
     two, three = results["counts"]
     assert [draw["seeds"] for draw in two["draws"]][0] == [0, 1]
@@ -529,8 +532,8 @@ def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset):
 
 
 def test_alignments_are_learned(tmp_path: Path):
-    words = ["--epochs", "2", "--seeds", "0", "1", "--width", "0.2", "--path-points", "3"]
-    results = run(tmp_path, "learn", *words, "--steps", "30", "--batch-size", "64")
+    words = ["--path-points", "3", "--steps", "30", "--batch-size", "64"]
+    results = run(tmp_path, "learn", *SMALL, "--seeds", "0", "1", *words)
     (pair,) = results["pairs"].values()
     assert len(pair["history"]) == 30
     methods = pair["methods"]

@@ -141,9 +141,11 @@ def pictures() -> Dataset:
 
 # Optax and Flax promote dtypes inside.
 @pytest.mark.usefixtures("default_promotion")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_updates_parameters_and_statistics(pictures: Dataset, tmp_path: Path, dtype: str):
-    model = ModelConfig("resnet18", use_bias=True, use_norm=True, width=1 / 16)
+@pytest.mark.parametrize(("name", "dtype"), [("resnet18", "float32"), ("vgg11", "bfloat16")])
+def test_training_updates_parameters_and_statistics(
+    pictures: Dataset, tmp_path: Path, name: str, dtype: str
+):
+    model = ModelConfig(name, use_bias=True, use_norm=True, width=1 / 16)
     config = TrainConfig(
         3, 8, 0.05, 0.9, weight_decay=5e-4, one_cycle=True, augment=True, dtype=dtype
     )

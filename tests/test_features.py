@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from arrays import normal, normals
 
 import otfusion_jax as otf
 
@@ -14,8 +15,8 @@ close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
 def setting(kind):
-    net = ref.random_net(jax.random.key(0), kind)
-    x = jax.random.normal(jax.random.key(1), ref.INPUTS[kind])
+    net = ref.random_net(0, kind)
+    x = normal(*ref.INPUTS[kind], seed=1)
     return otf.trace_symmetry(ref.network, net, x), net, x
 
 
@@ -82,10 +83,7 @@ def test_features_inside_of_other_functions(wrap):
     def fn(params, x):
         return layer(layer(x, params["a"]), params["b"]) @ params["c"]
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = {"a": (5, 4), "b": (4, 4), "c": (4, 2)}
-    params = {k: jax.random.normal(key, sizes[k]) for k, key in zip(sizes, keys, strict=False)}
-    x = jax.random.normal(keys[3], (6, 5))
+    params, x = normals({"a": (5, 4), "b": (4, 4), "c": (4, 2)}), normal(6, 5, seed=1)
     symmetry = otf.trace_symmetry(fn, params, x)
     before = {"a": x @ params["a"]}
     after = {"a": 2 * before["a"] / (1 + abs(before["a"]))}
@@ -103,10 +101,8 @@ def test_a_residual_stream_is_read_at_every_place():
         h = h + jax.nn.relu(h @ params["up"]) @ params["down"]
         return h @ params["head"]
 
-    keys = jax.random.split(jax.random.key(0), 5)
-    sizes = {"embed": (5, 4), "up": (4, 3), "down": (3, 4), "head": (4, 2)}
-    params = {k: jax.random.normal(key, sizes[k]) for k, key in zip(sizes, keys, strict=False)}
-    x = jax.random.normal(keys[4], (6, 5))
+    params = normals({"embed": (5, 4), "up": (4, 3), "down": (3, 4), "head": (4, 2)})
+    x = normal(6, 5, seed=1)
     symmetry = otf.trace_symmetry(fn, params, x)
     embedded = x @ params["embed"]
     hidden = embedded @ params["up"]
@@ -124,9 +120,7 @@ def test_channels_first_are_read_as_well():
         h = jnp.einsum("nchw,cd->ndhw", x, params["a"])
         return jnp.einsum("ndhw,de->ne", jax.nn.relu(h), params["b"])
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"a": jax.random.normal(keys[0], (2, 4)), "b": jax.random.normal(keys[1], (4, 3))}
-    x = jax.random.normal(keys[2], (2, 2, 3, 3))
+    params, x = normals({"a": (2, 4), "b": (4, 3)}), normal(2, 2, 3, 3, seed=1)
     symmetry = otf.trace_symmetry(fn, params, x)
     (found,) = otf.features(symmetry, fn, params, x).values()
     expected = np.einsum("nchw,cd->nhwd", x, params["a"]).reshape(-1, 4)

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import uniform
 from flax import linen as nn
 from flax import nnx
-from zoo import uniform
 
 import otfusion_jax as otf
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from arrays import array, normal, normals, unstack
 
 import otfusion_jax as otf
 
@@ -16,12 +17,12 @@ close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 @functools.cache
 def symmetry_of():
-    net = ref.random_net(jax.random.key(0), "mlp")
+    net = ref.random_net(0, "mlp")
     return otf.trace_symmetry(ref.network, net, jnp.ones(ref.INPUTS["mlp"]))
 
 
 def random_nets(count):
-    return [ref.random_net(jax.random.key(seed), "mlp") for seed in range(count)]
+    return [ref.random_net(seed, "mlp") for seed in range(count)]
 
 
 def permuted_copies(net, count):
@@ -67,7 +68,7 @@ def test_averages_keep_dtypes_and_take_other_leaves_from_the_last():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_averages_in_half_precision_are_rounded_once(dtype):
-    models = [{"w": jax.random.normal(jax.random.key(s), (500,)).astype(dtype)} for s in range(3)]
+    models = [{"w": normal(500, seed=s).astype(dtype)} for s in range(3)]
     weights = [0.5, 0.3, 0.2]
     wide = jnp.stack([model["w"].astype(jnp.float32) for model in models])
     exact = jnp.tensordot(jnp.array(weights), wide, axes=1, precision="highest")
@@ -111,10 +112,9 @@ def test_fusing_refuses_integers_that_differ_and_takes_those_that_weights_name()
         h = jax.nn.relu(x @ params["w"])
         return h @ params["v"] * params["mask"].astype(jnp.float32)[None]
 
-    draw = jax.random.normal
     models = [
-        {"w": draw(k, (5, 8)), "v": draw(k, (8, 2)), "mask": jnp.arange(2) == i}
-        for i, k in enumerate(jax.random.split(jax.random.key(0)))
+        normals({"w": (5, 8), "v": (8, 2)}, seed) | {"mask": array(np.arange(2) == seed, bool)}
+        for seed in range(2)
     ]
     symmetry = otf.trace_symmetry(fn, models[0], jnp.ones((1, 5)))
     fuse = functools.partial(otf.fuse, symmetry, method=otf.ForwardPass())
@@ -139,7 +139,7 @@ def test_stacks_have_a_leading_axis():
     models = random_nets(3)
     stacked = otf.stack(models)
     for i, model in enumerate(models):
-        assert_trees_close(ref.unstack(stacked, i), model)
+        assert_trees_close(unstack(stacked, i), model)
 
 
 @pytest.mark.parametrize("combine", [otf.average, otf.stack], ids=["average", "stack"])
@@ -233,10 +233,9 @@ def test_integers_are_those_of_the_reference():
     def fn(params, x):
         return jax.nn.relu(x @ params["w"]) @ params["v"]
 
-    draw = jax.random.normal
     models = [
-        {"w": draw(k, (5, 8)), "v": draw(k, (8, 2)), "steps": jnp.array(i)}
-        for i, k in enumerate(jax.random.split(jax.random.key(0), 3))
+        normals({"w": (5, 8), "v": (8, 2)}, seed) | {"steps": array(seed, np.int32)}
+        for seed in range(3)
     ]
     symmetry = otf.trace_symmetry(fn, models[0], jnp.ones((1, 5)))
     for reference in (0, 1, 2):
@@ -251,13 +250,8 @@ def test_parameters_that_are_lists_are_told_from_lists_of_models():
         (w, b), (v, c) = params
         return jax.nn.relu(x @ w + b[None]) @ v + c[None]
 
-    def draw(key):
-        k = jax.random.split(key, 4)
-        shapes = [(5, 8), (8,), (8, 2), (2,)]
-        w, b, v, c = (jax.random.normal(k, shape) for k, shape in zip(k, shapes, strict=True))
-        return [(w, b), (v, c)]
-
-    model, x = draw(jax.random.key(0)), jax.random.normal(jax.random.key(1), (3, 5))
+    w, b, v, c = normals({"w": (5, 8), "b": (8,), "v": (8, 2), "c": (2,)}).values()
+    model, x = [(w, b), (v, c)], normal(3, 5, seed=1)
     symmetry = otf.trace_symmetry(fn, model, x)
     copy = otf.transport(symmetry, symmetry.random(jax.random.key(2)), model)
     fuse = functools.partial(otf.fuse, symmetry, method=otf.ForwardPass())

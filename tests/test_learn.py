@@ -10,6 +10,7 @@ import optax
 import pytest
 import reference as ref
 import zoo_attention  # noqa: F401, adds its networks to `CASES`
+from arrays import array, normal, normals
 from zoo import CASES
 
 import otfusion_jax as otf
@@ -26,10 +27,10 @@ def x64():
 def mlp(seed, width=5):
     """A network of 4-width-width-3 whose hidden widths can be chosen."""
     sizes = (4, width, width, 3)
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     return [
-        {"kernel": jax.random.normal(key, (n, m), jnp.float64) / n**0.5}
-        for key, n, m in zip(keys, sizes, sizes[1:], strict=False)
+        {"kernel": array(rng.standard_normal((n, m)) / n**0.5, np.float64)}
+        for n, m in zip(sizes, sizes[1:], strict=False)
     ]
 
 
@@ -43,10 +44,8 @@ def agrees_with_differences(function, point, step=1e-5, rel=1e-4):
     gradient = jax.jit(jax.grad(function))(point)
     chex.assert_tree_all_finite(gradient)
     leaves, treedef = jax.tree.flatten(point)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    direction = treedef.unflatten(
-        jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
-    )
+    rng = np.random.default_rng(9)
+    direction = treedef.unflatten(array(rng.standard_normal(x.shape), x.dtype) for x in leaves)
     slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
 
     def at(size):
@@ -61,11 +60,7 @@ def agrees_with_differences(function, point, step=1e-5, rel=1e-4):
 
 def costs(symmetry, source, target):
     """A cost for each group, of its own and not of any weights."""
-    keys = jax.random.split(jax.random.key(5), len(symmetry.groups))
-    return {
-        g.name: jax.random.normal(k, (source, target), jnp.float64)
-        for k, g in zip(keys, symmetry.groups, strict=True)
-    }
+    return normals({g.name: (source, target) for g in symmetry.groups}, 5, np.float64)
 
 
 SOLVES = {
@@ -87,7 +82,7 @@ SOLVES = {
 )
 def test_the_midpoints_loss_by_the_costs(width, solve):
     a, b = mlp(0, width), mlp(1)
-    x = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
+    x = normal(6, 4, seed=2, dtype=np.float64)
     symmetry = otf.trace_symmetry(ref.network, a, x)
 
     def midpoint(cost):
@@ -100,7 +95,7 @@ def test_the_midpoints_loss_by_the_costs(width, solve):
 @pytest.mark.usefixtures("x64", "default_promotion")
 def test_the_midpoints_loss_by_the_model_that_is_aligned():
     a, b = mlp(0), mlp(1)
-    x = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
+    x = normal(6, 4, seed=2, dtype=np.float64)
     symmetry = otf.trace_symmetry(ref.network, a, x)
 
     def midpoint(a):
@@ -112,7 +107,7 @@ def test_the_midpoints_loss_by_the_model_that_is_aligned():
 
 @pytest.mark.usefixtures("x64", "default_promotion")
 def test_a_plan_by_its_marginals():
-    weights, cost = jax.random.normal(jax.random.key(0), (2, 4, 3), jnp.float64)
+    weights, cost = normal(2, 4, 3, seed=0, dtype=np.float64)
 
     def objective(logits):
         masses = jax.nn.softmax(logits[:4]), jax.nn.softmax(logits[4:])
@@ -125,8 +120,7 @@ def test_a_plan_by_its_marginals():
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
 def test_gradients_of_plans_that_are_nearly_hard_stay_finite(shape):
     # In float32, with far fewer iterations than it would take.
-    cost = jax.random.normal(jax.random.key(0), shape)
-    weights = jax.random.normal(jax.random.key(1), shape)
+    cost, weights = (normal(*shape, seed=seed) for seed in range(2))
     for epsilon in (1e-1, 1e-3):
         solver = otf.Sinkhorn(epsilon=epsilon, max_iterations=30)
         gradient = jax.grad(lambda c, s=solver: jnp.sum(weights * s.solve(c).plan))(cost)
@@ -139,9 +133,9 @@ def test_gradients_of_plans_that_are_nearly_hard_stay_finite(shape):
 
 def pair():
     """Two networks apart, and a loss that is 0 where one computes what the second does."""
-    a, b = (ref.random_net(jax.random.key(seed), "mlp") for seed in (0, 1))
+    a, b = (ref.random_net(seed, "mlp") for seed in (0, 1))
     symmetry = otf.trace_symmetry(ref.network, a, jnp.ones(ref.INPUTS["mlp"]))
-    batches = jax.random.normal(jax.random.key(2), (60, 32, 5))
+    batches = normal(60, 32, 5, seed=2)
     return symmetry, a, b, batches, lambda p, x: jnp.mean(jnp.square(target_minus(p, b, x)))
 
 
@@ -157,7 +151,7 @@ def test_what_is_learned_beats_weight_matching():
     symmetry, a, b, batches, loss = pair()
     learned = otf.learn_alignment(symmetry, loss, a, b, batches)
     assert learned.history.shape == (60,)
-    held_out = jax.random.normal(jax.random.key(3), (500, 5))
+    held_out = normal(500, 5, seed=3)
     matched = loss(midpoint(symmetry, otf.align(symmetry, a, b), a, b), held_out)
     for plans in (learned.plans, learned.soft):
         assert loss(midpoint(symmetry, plans, a, b), held_out) < 0.9 * matched

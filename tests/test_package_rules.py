@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 import pytest
+from arrays import uniform
 from jax.experimental import pallas, sparse
 from jax.extend import core
-from zoo import makes, randomise, rows_of, shapes, takes, uniform
+from zoo import makes, randomise, rows_of, shapes, takes
 
 import otfusion_jax as otf
 from otfusion_jax import package_rules

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 import zoo
+from arrays import normal, normals
 
 import otfusion_jax as otf
 
@@ -22,10 +23,8 @@ close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
 @functools.cache
 def setting(kind, bias=True):
-    keys = jax.random.split(jax.random.key(0), 3)
-    nets = [ref.random_net(k, kind, bias) for k in keys[:2]]
-    shape = (64, *ref.INPUTS[kind][1:])
-    x = jax.random.normal(keys[2], shape)
+    nets = [ref.random_net(seed, kind, bias) for seed in range(2)]
+    x = normal(64, *ref.INPUTS[kind][1:], seed=2)
     return otf.trace_symmetry(ref.network, nets[0], x), nets, x
 
 
@@ -114,11 +113,8 @@ def attention(p, x):
 
 def test_queries_keys_and_values_of_one_kernel_get_their_statistics():
     shapes = {"in": (5, 6), "kernel": (6, 18), "bias": (18,), "out": (6, 4)}
-    nets = [
-        {path: jax.random.normal(k, shapes[path]) for path, k in zip(shapes, keys, strict=True)}
-        for keys in (jax.random.split(jax.random.key(seed), 4) for seed in range(2))
-    ]
-    x = jax.random.normal(jax.random.key(2), (40, 5))
+    nets = [normals(shapes, seed) for seed in range(2)]
+    x = normal(40, 5, seed=2)
     symmetry = otf.trace_symmetry(attention, nets[0], x)
     found = otf.repair(symmetry, attention, nets, x)
     theirs = [net["in"] @ net["kernel"] for net in nets]
@@ -240,7 +236,7 @@ def test_layers_of_a_stack_are_repaired_like_layers_of_a_list(method):
         return x @ p["out"]
 
     a, b = (zoo.randomise(zoo.shapes(w=(3, 5, 5), b=(3, 5), out=(5, 2)), seed=s) for s in (0, 1))
-    x = jax.random.normal(jax.random.key(0), (64, 5))
+    x = normal(64, 5, seed=0)
     stacked = otf.trace_symmetry(fn, a, x)
     assert stacked.cuts
     listed = [{k: list(v) if k != "out" else v for k, v in model.items()} for model in (a, b)]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import array, uniform
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
@@ -25,7 +26,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.extend.random import threefry2x32_p
-from zoo import makes, randomise, rows_of, shapes, takes, uniform
+from zoo import makes, randomise, relative, rolled, rows_of, shapes, takes
 
 import otfusion_jax as otf
 from otfusion_jax import compat, rules, walk
@@ -62,12 +63,7 @@ def weights(**sizes: tuple[int, ...]) -> dict[str, jax.Array]:
 
 def certificate(symmetry: otf.Symmetry, fn: Callable, params: Any, *inputs: Any) -> float:
     """The relative change of the output when every unit moves, and each group by another step."""
-    plans = {
-        name: jnp.roll(plan, 1 + i % (plan.shape[-1] - 1), axis=-1)
-        for i, (name, plan) in enumerate(symmetry.identity().items())
-    }
-    before, after = fn(params, *inputs), fn(otf.transport(symmetry, plans, params), *inputs)
-    return float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
+    return relative(fn(params, *inputs), fn(rolled(symmetry, params), *inputs))
 
 
 def found_by(fn: Callable, params: Any, groups: dict, *inputs: Any) -> None:
@@ -1028,10 +1024,9 @@ def certificate_by_heads(symmetry: otf.Symmetry, fn: Callable, params: Any, *inp
     """The relative change of the output when the units of each head move by another step."""
     (group,) = symmetry.groups
     steps = np.arange(HEADS)[:, None] if group.batch else np.ones((), int)
-    plan = jnp.asarray((np.arange(INNER) + steps) % INNER, jnp.int32)
+    plan = array((np.arange(INNER) + steps) % INNER, np.int32)
     moved = otf.transport(symmetry, {group.name: plan}, params)
-    before, after = fn(params, *inputs), fn(moved, *inputs)
-    return float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
+    return relative(fn(params, *inputs), fn(moved, *inputs))
 
 
 def test_units_of_heads_are_nested_where_nothing_mixes_heads():

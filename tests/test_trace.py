@@ -14,11 +14,12 @@ import pytest
 import zoo_attention  # noqa: F401, these add their networks to `CASES`
 import zoo_convolution  # noqa: F401
 import zoo_recurrent  # noqa: F401
+from arrays import uniform
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.extend.core import Primitive
-from zoo import CASES, Groups, makes, randomise, rows_of, shapes, takes, uniform
+from zoo import CASES, Groups, makes, randomise, relative, rolled, rows_of, shapes, takes
 
 import otfusion_jax as otf
 from benchmarks.networks import transformer
@@ -58,37 +59,6 @@ def hidden_layer(act: Callable) -> tuple[Callable, dict]:
 def traced(name: str) -> otf.Symmetry:
     case = CASES[name]()
     return otf.trace_symmetry(case.fn, case.params, *case.inputs)
-
-
-def rolled(symmetry: otf.Symmetry, params: Any) -> Any:
-    """Transport by `numpy.roll`: every unit moves, each group by another step.
-
-    The units of nested groups move by another step in each index around, outer groups first.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    leaves = [np.array(leaf) for leaf in leaves]
-    groups = sorted(enumerate(symmetry.groups), key=lambda pair: pair[1].outer is not None)
-    for i, group in groups:
-        for m in group.members:
-            indices = np.indices(leaves[m.leaf].shape)
-            found = np.zeros(group.batch or (1,), int)
-            for index in np.ndindex(*found.shape):
-                step = 1 + (i + sum(index)) % (group.size - 1)
-                chosen = np.ones(leaves[m.leaf].shape, bool)
-                for (axis, _, place), size, j in zip(
-                    m.where.within, group.batch, index, strict=False
-                ):
-                    chosen &= np.isin(indices[axis], place.positions(size)[:, j])
-                positions = m.where.place.positions(group.size)
-                sources = np.arange(m.where.length)
-                sources[positions] = np.roll(positions, step, axis=1)
-                moved = np.take(leaves[m.leaf], sources, axis=m.axis)
-                leaves[m.leaf] = np.where(chosen, moved, leaves[m.leaf])
-    return treedef.unflatten(leaves)
-
-
-def relative(a: Any, b: Any) -> float:
-    return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a)))
 
 
 # --- the zoo

@@ -7,23 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from arrays import normal, normals, stack, unstack
 
 import otfusion_jax as otf
 
 
 @functools.cache
 def symmetry_of(kind):
-    params = jax.eval_shape(lambda k: ref.random_net(k, kind), jax.random.key(0))
+    params = random_net(kind)
     inputs = jax.ShapeDtypeStruct(ref.INPUTS[kind], jnp.float32)
     return otf.trace_symmetry(ref.network, params, inputs)
 
 
 def random_net(kind, seed=0):
-    return ref.random_net(jax.random.key(seed), kind)
+    return ref.random_net(seed, kind)
 
 
 def inputs_of(kind):
-    return jax.random.normal(jax.random.key(9), ref.INPUTS[kind])
+    return normal(*ref.INPUTS[kind], seed=9)
 
 
 def assert_trees_equal(a, b):
@@ -181,9 +182,7 @@ def heads(params, x):
 
 
 def random_heads():
-    shapes = {"a": (5, 12), "scale": (3,), "b": (12, 2)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return normals({"a": (5, 12), "scale": (3,), "b": (12, 2)})
 
 
 def without_scale(params, x):
@@ -191,7 +190,7 @@ def without_scale(params, x):
 
 
 def test_two_groups_on_one_axis_move_independently():
-    params, x = random_heads(), jax.random.normal(jax.random.key(1), (7, 5))
+    params, x = random_heads(), normal(7, 5, seed=1)
     symmetry = otf.trace_symmetry(heads, params, x)
     outer, inner = symmetry.groups
     assert (outer.size, inner.size, inner.outer) == (4, 3, None)
@@ -221,7 +220,7 @@ def test_two_groups_on_one_axis_change_their_widths_together():
 
 
 def test_a_nested_group_moves_in_another_way_at_each_index():
-    params, x = random_heads(), jax.random.normal(jax.random.key(1), (7, 5))
+    params, x = random_heads(), normal(7, 5, seed=1)
     del params["scale"]
     symmetry = otf.trace_symmetry(without_scale, params, x)
     outer, inner = symmetry.groups
@@ -357,13 +356,13 @@ def test_vmap_over_plans_and_over_models():
     symmetry, net = symmetry_of("mlp"), random_net("mlp")
     move = functools.partial(otf.transport, symmetry)
     plans = jax.vmap(symmetry.random)(jax.random.split(jax.random.key(6), 3))
-    nets = jax.tree.map(lambda *x: jnp.stack(x), *(random_net("mlp", seed) for seed in range(3)))
+    nets = stack([random_net("mlp", seed) for seed in range(3)])
     over_plans = jax.vmap(move, in_axes=(0, None))(plans, net)
     over_both = jax.vmap(move)(plans, nets)
     for i in range(3):
-        plan = ref.unstack(plans, i)
-        assert_trees_equal(ref.unstack(over_plans, i), move(plan, net))
-        assert_trees_equal(ref.unstack(over_both, i), move(plan, ref.unstack(nets, i)))
+        plan = unstack(plans, i)
+        assert_trees_equal(unstack(over_plans, i), move(plan, net))
+        assert_trees_equal(unstack(over_both, i), move(plan, unstack(nets, i)))
 
 
 @pytest.mark.parametrize("what", ["params", "plans"])
@@ -378,9 +377,7 @@ def test_gradients_agree_with_finite_differences(what):
     point = (net, plans)
     index = ("params", "plans").index(what)
     gradient = jax.grad(loss, argnums=index)(*point)
-    direction = jax.tree.map(
-        lambda leaf: leaf * jax.random.normal(jax.random.key(8), leaf.shape), point[index]
-    )
+    direction = jax.tree.map(lambda leaf: leaf * normal(*leaf.shape, seed=8), point[index])
     slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
 
     def along(step):

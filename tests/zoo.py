@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import array, uniform
 from flax import linen as nn
 from flax import nnx
 
-from otfusion_jax.symmetry import Group
+from otfusion_jax.symmetry import Group, Symmetry
 
 Row = tuple[str, int, int, int, str, int, int]
 Groups = dict[str, set[Row]]
@@ -59,14 +60,42 @@ def randomise(tree: Any, seed: int) -> Any:
             value = 1 + 0.3 * draw
         else:
             value = draw / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-        return jnp.asarray(value, leaf.dtype)
+        return array(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, tree)
 
 
-def uniform(*shape: int, seed: int = 0) -> jax.Array:
-    """Inputs, float32 in [-1, 1]."""
-    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, shape), jnp.float32)
+def rolled(symmetry: Symmetry, params: Any) -> Any:
+    """Transport by `numpy.roll`: every unit moves, each group by another step.
+
+    The units of nested groups move by another step in each index around, outer groups first.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    leaves = [np.array(leaf) for leaf in leaves]
+    groups = sorted(enumerate(symmetry.groups), key=lambda pair: pair[1].outer is not None)
+    for i, group in groups:
+        for m in group.members:
+            indices = np.indices(leaves[m.leaf].shape)
+            found = np.zeros(group.batch or (1,), int)
+            for index in np.ndindex(*found.shape):
+                step = 1 + (i + sum(index)) % (group.size - 1)
+                chosen = np.ones(leaves[m.leaf].shape, bool)
+                for (axis, _, place), size, j in zip(
+                    m.where.within, group.batch, index, strict=False
+                ):
+                    chosen &= np.isin(indices[axis], place.positions(size)[:, j])
+                positions = m.where.place.positions(group.size)
+                sources = np.arange(m.where.length)
+                sources[positions] = np.roll(positions, step, axis=1)
+                moved = np.take(leaves[m.leaf], sources, axis=m.axis)
+                leaves[m.leaf] = np.where(chosen, moved, leaves[m.leaf])
+    return treedef.unflatten(jax.device_put(leaves))
+
+
+def relative(a: Any, b: Any) -> float:
+    """The largest difference, in units of the largest value of the first."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(abs(a - b).max() / abs(a).max())
 
 
 CASES: dict[str, Callable[[], Case]] = {}

@@ -14,9 +14,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import uniform
 from flax import linen as nn
 from flax import nnx
-from zoo import Groups, Row, case, layer, linen, makes, norm, shapes, takes, uniform
+from zoo import Groups, Row, case, layer, linen, makes, norm, shapes, takes
 
 # --- frameworks
 

@@ -7,9 +7,10 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from arrays import uniform
 from flax import linen as nn
 from flax import nnx
-from zoo import case, layer, linen, makes, norm, takes, uniform
+from zoo import case, layer, linen, makes, norm, takes
 from zoo_attention import from_equinox, from_haiku, from_nnx
 
 # --- concatenated channels

@@ -11,9 +11,10 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from arrays import uniform
 from flax import linen as nn
 from flax import nnx
-from zoo import Row, case, layer, linen, makes, shapes, takes, uniform
+from zoo import Row, case, layer, linen, makes, shapes, takes
 from zoo_attention import from_equinox, from_haiku, from_nnx
 
 # --- recurrent cells
