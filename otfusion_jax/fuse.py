@@ -53,11 +53,13 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
         TypeError: for what is no list of models, and for shapes in place of arrays.
         FloatingPointError: for an average that is out of range.
     """
-    stacked = stack(models)
+    _require_alike(models)
     leaves = leaves_of(models[0])
     shares = mixtures(weights, len(models), leaves)
-    check_integers(leaves, columns_of(models), shares)
-    averaged = _average(stacked, shares)
+    columns = columns_of(models)
+    check_integers(leaves, columns, shares)
+    treedef = jax.tree_util.tree_structure(models[0])
+    averaged = treedef.unflatten(map(_mean_of, columns, shares))
     require_finite(leaves, averaged, "averaging")
     return averaged
 
@@ -113,18 +115,16 @@ def stack(models: Sequence[PyTree]) -> PyTree:
         ValueError: for no models, values that are not finite, or trees that differ, listing every
             offender by key path.
     """
-    return _stack(models)
+    _require_alike(models)
+    return _beside(models)
 
 
-def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree:
-    """Stacks models after checking that they can be combined leaf by leaf.
+def _require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> None:
+    """Checks that models can be combined leaf by leaf.
 
     Args:
         models: K pytrees.
         symmetry: what they have to fit; None means the tree of the first.
-
-    Returns:
-        One pytree with leaves `[K, ...]`.
 
     Raises:
         ValueError: for no models, values that are known and not finite, or trees that differ,
@@ -136,12 +136,14 @@ def _stack(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> PyTree
         symmetry = Symmetry((), (), leaves_of(models[0]), treedef)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
-    return _beside(list(models))
 
 
-@jax.jit  # one program, where there would be one for each shape of a leaf
-def _beside(models: list[PyTree]) -> PyTree:
+def _beside(models: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+
+# One program in place of one for each shape of a leaf. All leaves have to be on the same devices.
+_beside_at_once = jax.jit(_beside)
 
 
 def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
@@ -158,7 +160,7 @@ def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
         ValueError: for weights that do not fit.
     """
     if weights is None:
-        return jnp.full(count, 1 / count)
+        return jnp.full(count, 1 / count, float)
     if np.shape(weights) != (count,):
         raise ValueError(f"weights has shape {np.shape(weights)}, but there are {count} models")
     traced = any(isinstance(w, Tracer) for w in (weights, *weights))
@@ -205,22 +207,26 @@ def average_of(
         The average. Integers, booleans and keys are those of the model that has all of the weight,
         or of the last.
     """
-
-    def mean(x: Array, weights: Array) -> Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            alone = weights == 1
-            return x[jnp.where(alone.any(), jnp.argmax(alone), len(weights) - 1)]
-        # At least float32, so that half-precision models lose nothing to the weights.
-        wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-        w = weights.astype(wide)
-        return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
-
     leaves, treedef = jax.tree_util.tree_flatten(stacked)
     each = [weights] * len(leaves) if isinstance(weights, jax.Array) else weights
-    return treedef.unflatten(map(mean, leaves, each))
+    return treedef.unflatten(map(_mean, leaves, each))
 
 
-_average = jax.jit(average_of)
+def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
+    """Averages one leaf `[K, ...]`."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        alone = weights == 1
+        return x[jnp.where(alone.any(), jnp.argmax(alone), len(weights) - 1)]
+    # At least float32, so that half-precision models lose nothing to the weights.
+    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    w = weights.astype(wide)
+    return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
+
+
+# One leaf after the other: they may lie on other devices, and widened they take twice the memory.
+@jax.jit
+def _mean_of(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
+    return _mean(jnp.stack(column), weights)
 
 
 def fuse(
@@ -324,8 +330,9 @@ def _fuse_widths(
         plans = align(symmetry, model, target, onto=onto, **how)
         moved.append(transport(symmetry, plans, model, onto=onto))
     shares = [w[order] for w in found]
-    check_integers(onto.leaves, columns_of([*moved, target]), shares)
-    fused = _average(_beside([*moved, target]), shares)
+    columns = columns_of([*moved, target])
+    check_integers(onto.leaves, columns, shares)
+    fused = onto.treedef.unflatten(map(_mean_of, columns, shares))
     require_finite(onto.leaves, fused, "fusing")
     return fused
 
@@ -395,4 +402,5 @@ def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:
             f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
             "list of models, or one pytree with leaves [K, ...]"
         )
-    return _stack(models, symmetry)
+    _require_alike(models, symmetry)
+    return _beside_at_once(list(models))

@@ -481,6 +481,8 @@ class CoordinateDescent(AbstractMethod):
             passes.insert(0, ForwardPass().only_pass(problem, features))
         # A pass of another kind before the first sweep, or none.
         first = jnp.array([-1 if name == "forward" else 0 for name in self.starts])
+        if len(first) == 1:
+            return self._descend(problem, still, passes, first[0])
         ends = jax.lax.map(functools.partial(self._descend, problem, still, passes), first)
         best = jnp.argmax(jax.lax.map(problem.similarity, ends.plans))
         return jax.tree.map(lambda x: x[best], ends)

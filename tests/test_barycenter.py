@@ -13,6 +13,9 @@ from zoo import CASES
 
 import otfusion_jax as otf
 
+COUNT = 4
+"""Of models: the same in most tests, so that XLA compiles a program for it once."""
+
 
 def mlp():
     net = ref.random_net(0, "mlp")
@@ -79,7 +82,7 @@ def test_permuted_copies_have_themselves_as_their_mean():
 
 def test_the_mean_is_that_of_the_moved_models_and_the_history_their_spread():
     symmetry = mlp()
-    models = [ref.random_net(seed, "mlp") for seed in range(4)]
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
     weights = [0.4, 0.3, 0.2, 0.1]
     found = otf.barycenter(symmetry, models, weights)
     moved = [otf.transport(symmetry, at(k, found.plans), m) for k, m in enumerate(models)]
@@ -98,14 +101,14 @@ def test_the_mean_is_that_of_the_moved_models_and_the_history_their_spread():
 
 def test_it_ends_no_further_apart_than_fusing_onto_the_first_of_all():
     symmetry = mlp()
-    models = [ref.random_net(seed, "mlp") for seed in range(5)]
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
     found = otf.barycenter(symmetry, models)
     assert found.history[-1] < found.history[0]
 
 
 def test_the_order_of_the_models_does_not_matter():
     symmetry = mlp()
-    models = [ref.random_net(seed, "mlp") for seed in range(4)]
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
     weights = [0.4, 0.3, 0.2, 0.1]
     expected = otf.barycenter(symmetry, models, weights)
     for order in itertools.islice(itertools.permutations(range(4)), 5, None, 9):
@@ -119,7 +122,7 @@ def test_the_order_of_the_models_does_not_matter():
 
 def test_the_same_under_jit_and_for_a_stack():
     symmetry = mlp()
-    models = [ref.random_net(seed, "mlp") for seed in range(3)]
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
     expected = otf.barycenter(symmetry, models).params
     stacked = otf.stack(models)
     close(jax.jit(lambda s: otf.barycenter(symmetry, s).params)(stacked), expected)
@@ -150,7 +153,7 @@ def test_leaves_that_do_not_move_are_those_of_the_last_model():
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_models_whose_squares_are_out_of_range_have_a_mean(size):
     symmetry = mlp()
-    models = [ref.random_net(seed, "mlp") for seed in range(3)]
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
     large = [jax.tree.map(lambda x: size * x, model) for model in models]
     expected, found = otf.barycenter(symmetry, models), otf.barycenter(symmetry, large)
     for name, plan in expected.plans.items():
