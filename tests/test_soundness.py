@@ -404,6 +404,37 @@ def test_layers_of_a_stack_that_is_indexed_have_units_of_their_own():
     assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
 
 
+# What is done to a leaf beside picking it apart, and the sizes of the groups that are left.
+BESIDE = {
+    "sliced across the parts": (lambda w: w[:, 3:9], [3, 3, 3, 3, 6]),
+    "sliced to nothing": (lambda w: w[:, 6:6], []),
+    "split across the parts": (lambda w: jnp.split(w, [3], 1)[0], [3, 3, 6, 6]),
+    "split into nothing and the rest": (lambda w: jnp.split(w, [0], 1)[1], []),
+    "split along another axis": (lambda w: jnp.split(w, 2, 0)[1], [6, 6, 6]),
+    "unstacked along another axis": (lambda w: jnp.unstack(w)[1], [6, 6, 6]),
+    "unstacked": (lambda w: jnp.unstack(w, axis=1)[7], []),
+    "twice, one after the other": (lambda w: jnp.concatenate([w, w], 1), [6, 6, 6]),
+    "twice, side by side": (lambda w: jnp.concatenate([w, w]), [6, 6, 6]),
+    "reshaped, the last axis first": (lambda w: jax.lax.reshape(w, (18, 6), (1, 0)), [6, 6, 6]),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_leaf_that_is_picked_apart_and_used_as_it_is(name: str):
+    op, sizes = BESIDE[name]
+    params = draw(w=(6, 18), a=(6, 3), b=(6, 3), c=(6, 3))
+
+    def fn(p, x):
+        w = p["w"].reshape(6, 3, 6)
+        hidden = {k: jnp.tanh(x @ w[:, j]) for j, k in enumerate("abc")}
+        penalty = jnp.square(op(p["w"])).sum()
+        return sum(h @ p[k] for k, h in hidden.items()) + penalty
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert sorted(g.size for g in symmetry.groups) == sizes
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
 def test_parts_picked_in_the_body_of_a_scan():
     params = draw(qkv=(2, 6, 3, 6), out=(6, 3))
 
