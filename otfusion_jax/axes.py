@@ -290,7 +290,8 @@ class Space:
                 for i, piece in enumerate(self.cut(segment, local)):
                     pieces[index + i].append(piece)
                 offset += length
-            return [concatenated(piece) for piece in pieces]
+            found = map(concatenated, pieces)
+            return [self.expand(x) if n == 1 else x for n, x in zip(sizes, found, strict=True)]
         if term.atom is None:
             return [constant(size, term.filled) for size in sizes]
         pin = self._pins.get(term.atom)
@@ -366,7 +367,8 @@ class Space:
     def _next(self, stack: list[Term]) -> Term | None:
         """Takes the next term off a stack, in its finest form."""
         while stack:
-            terms = self.expand((stack.pop(),))
+            # Axes do without factors of a single position, but sums do not: it may yet be picked.
+            terms = [t for t in self.expand((stack.pop(),), singles=True) if t.size != 1]
             stack.extend(reversed(terms))
             if terms:
                 return stack.pop()

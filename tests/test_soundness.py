@@ -404,6 +404,22 @@ def test_layers_of_a_stack_that_is_indexed_have_units_of_their_own():
     assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_leaf_that_is_reshaped_anew_for_each_part(order: tuple[int, ...], alike: bool):
+    params = draw(w=(6, 21), out=(3, 7, 3))
+
+    def fn(p, x):
+        parts = {j: x @ p["w"].reshape(6, 3, 7)[:, j] for j in order}
+        if alike:
+            return jnp.tanh(parts[0] * parts[1] + parts[2]) @ p["out"][0]
+        return sum(jnp.tanh(h) @ p["out"][j] for j, h in parts.items())
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
+    assert list(batches(symmetry).values()) == [(7,)] * (1 if alike else 3)
+    assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
+
+
 # What is done to a leaf beside picking it apart, and the sizes of the groups that are left.
 BESIDE = {
     "sliced across the parts": (lambda w: w[:, 3:9], [3, 3, 3, 3, 6]),
