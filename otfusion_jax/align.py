@@ -21,7 +21,7 @@ from otfusion_jax.checks import (
 )
 from otfusion_jax.costs import Gram
 from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, Problem
-from otfusion_jax.scaling import all_scaled, common_exponent, not_finite
+from otfusion_jax.scaling import all_scaled, common_exponent, not_finite, restored
 from otfusion_jax.solvers import AbstractSolver, Exact, is_distribution
 from otfusion_jax.symmetry import Leaf, Symmetry
 from otfusion_jax.transport import is_permutation
@@ -174,16 +174,9 @@ def _align(
     else:
         found = method.run(problem, features)
     degree = method.cost_degree(metric, features is not None)
-    objective, history = _power_of([found.objective, found.history], k, 2)
-    gaps = dict(zip(found.gaps, _power_of(list(found.gaps.values()), k, degree), strict=True))
+    objective, history = restored((found.objective, found.history), k, 2)
+    gaps = restored(found.gaps, k, degree)
     return dataclasses.replace(found, objective=objective, history=history, gaps=gaps)
-
-
-def _power_of(arrays: list[Array], k: Array, degree: int) -> list[Array]:
-    """Multiplies by `2**(k * degree)`, a factor at a time, none of which is out of range."""
-    for _ in range(degree):
-        arrays = all_scaled(arrays, k, subnormal=False)
-    return arrays
 
 
 def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], k: Array) -> list[Any]:

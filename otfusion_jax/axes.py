@@ -291,6 +291,7 @@ class Space:
                     pieces[index + i].append(piece)
                 offset += length
             found = map(concatenated, pieces)
+            # By itself, a single position is no factor any more.
             return [self.expand(x) if n == 1 else x for n, x in zip(sizes, found, strict=True)]
         if term.atom is None:
             return [constant(size, term.filled) for size in sizes]

@@ -21,7 +21,7 @@ from otfusion_jax.checks import (
 from otfusion_jax.costs import squared_norm
 from otfusion_jax.fuse import average_of, check_integers, mixture, stacked_models
 from otfusion_jax.methods import AbstractMethod, CoordinateDescent
-from otfusion_jax.scaling import common_exponent, scaled
+from otfusion_jax.scaling import common_exponent, restored
 from otfusion_jax.symmetry import Plans, Symmetry
 from otfusion_jax.transport import compose, transport
 
@@ -185,9 +185,7 @@ def _barycenter(
     moved = jax.lax.map(lambda pair: transport(symmetry, *pair), (plans, stacked))
     # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
     filled = jnp.where(jnp.arange(len(history)) > done, history[done], history)
-    for _ in range(2):  # squares; `k` twice at once may be out of range
-        filled = scaled(filled, k, subnormal=False)
-    history, converged = filled, ~improved(history, done)
+    history, converged = restored(filled, k, 2), ~improved(history, done)
     return Barycenter(plans, average_of(moved, weights), history, converged)
 
 

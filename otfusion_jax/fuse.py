@@ -56,11 +56,21 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     _require_alike(models)
     leaves = leaves_of(models[0])
     shares = mixtures(weights, len(models), leaves)
+    return _averaged(leaves, models, shares, "averaging")
+
+
+def _averaged(
+    leaves: Sequence[Leaf],
+    models: Sequence[PyTree],
+    shares: Sequence[Float[Array, " k"]],
+    what: str,
+) -> PyTree:
+    """Averages models of one structure, each leaf by weights of its own."""
     columns = columns_of(models)
     check_integers(leaves, columns, shares)
     treedef = jax.tree_util.tree_structure(models[0])
     averaged = treedef.unflatten(map(_mean_of, columns, shares))
-    require_finite(leaves, averaged, "averaging")
+    require_finite(leaves, averaged, what)
     return averaged
 
 
@@ -329,12 +339,7 @@ def _fuse_widths(
         require_model(symmetry, model, f"model {i}")
         plans = align(symmetry, model, target, onto=onto, **how)
         moved.append(transport(symmetry, plans, model, onto=onto))
-    shares = [w[order] for w in found]
-    columns = columns_of([*moved, target])
-    check_integers(onto.leaves, columns, shares)
-    fused = onto.treedef.unflatten(map(_mean_of, columns, shares))
-    require_finite(onto.leaves, fused, "fusing")
-    return fused
+    return _averaged(onto.leaves, [*moved, target], [w[order] for w in found], "fusing")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -15,7 +15,7 @@ from ott.solvers.quadratic import gromov_wasserstein
 
 from otfusion_jax.assignment import slack
 from otfusion_jax.checks import require_epsilon, require_flag, require_number
-from otfusion_jax.scaling import exponent, scaled
+from otfusion_jax.scaling import exponent, restored, scaled
 from otfusion_jax.soft import prepare, standardised
 from otfusion_jax.solvers import (
     AbstractSolver,
@@ -178,9 +178,9 @@ def _solve(
     gap = jnp.sum(plan * slack(linear + 2 * solver.alpha * distortion, v))
     return Solution(
         plan=plan,
-        value=scaled(value * unit, problem.k, subnormal=False),
+        value=restored(value * unit, problem.k),
         converged=jnp.logical_and(valid, jnp.asarray(output.converged)),
-        gap=scaled(lax.stop_gradient(gap * unit), problem.k, subnormal=False),
+        gap=restored(lax.stop_gradient(gap * unit), problem.k),
     )
 
 

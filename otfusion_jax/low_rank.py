@@ -14,7 +14,7 @@ from ott.solvers.linear import sinkhorn, sinkhorn_lr
 
 from otfusion_jax.assignment import slack
 from otfusion_jax.checks import require_number
-from otfusion_jax.scaling import scaled
+from otfusion_jax.scaling import restored
 from otfusion_jax.soft import prepare
 from otfusion_jax.solvers import (
     AbstractSolver,
@@ -131,7 +131,7 @@ def _solve_low_rank(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=problem.valid & (last_change < solver.threshold),
-        gap=scaled(lax.stop_gradient(gap), problem.k, subnormal=False),
+        gap=restored(lax.stop_gradient(gap), problem.k),
     )
 
 

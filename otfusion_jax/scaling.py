@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Float, Inexact, Int, PyTree
 
 
 def exponent(x: Float[Array, "..."]) -> Int[Array, ""]:
@@ -66,33 +66,27 @@ def common_exponent(arrays: Iterable[Inexact[Array, "..."]]) -> Int[Array, ""]:
     return exponent(jnp.stack([x.astype(dtype) for x in largest]))
 
 
-def scaled(
-    x: Inexact[Array, "..."], k: Int[Array, ""], *, subnormal: bool = True
-) -> Inexact[Array, "..."]:
+def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]:
     """Multiplies by a power of two.
 
     Args:
         x: of any shape and precision.
         k: the exponent.
-        subnormal: whether subnormal numbers count. False leaves it to the device whether they are
-            taken for zero, in a program of a third of the size: for what was worked out in a range
-            of its own, and is brought back.
 
     Returns:
         `x * 2**k`, rounded only where the result is subnormal.
     """
-    return all_scaled([x], k, subnormal=subnormal)[0]
+    return all_scaled([x], k)[0]
 
 
 def all_scaled(
-    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""], *, subnormal: bool = True
+    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""]
 ) -> list[Inexact[Array, "..."]]:
     """Multiplies several arrays by one power of two, which is worked out once for all.
 
     Args:
         arrays: each of any shape and precision.
         k: the exponent.
-        subnormal: see `scaled`.
 
     Returns:
         Each as `scaled` returns it.
@@ -100,11 +94,36 @@ def all_scaled(
     factors = {}
     for dtype in dict.fromkeys(x.dtype for x in arrays):
         lift = None
-        if subnormal and dtype in (jnp.float32, jnp.float64):
+        if dtype in (jnp.float32, jnp.float64):
             info = jnp.finfo(dtype)
             lift = _factors(k + info.minexp - info.nmant, dtype)
         factors[dtype] = _factors(k, dtype), lift
     return [_multiplied(x, *factors[x.dtype]) for x in arrays]
+
+
+def restored(tree: PyTree, k: Int[Array, ""], degree: int = 1) -> PyTree:
+    """Brings back to its range what was computed from numbers that had been scaled by `2**-k`.
+
+    A program of a third of the size of `all_scaled`: here it is left to the device whether
+    subnormal numbers are taken for zero.
+
+    Args:
+        tree: arrays of any shape and precision.
+        k: the exponent.
+        degree: in which power of these numbers the arrays are, such as 2 for squares.
+
+    Returns:
+        Each array times `2**(k * degree)`, a factor at a time, none of which is out of range.
+    """
+    dtypes = dict.fromkeys(x.dtype for x in jax.tree_util.tree_leaves(tree))
+    factors = {dtype: _factors(k, dtype) for dtype in dtypes}
+
+    def multiplied(x: Array) -> Array:
+        for factor in degree * factors[x.dtype]:
+            x = x * factor
+        return x
+
+    return jax.tree.map(multiplied, tree)
 
 
 @jax.custom_jvp

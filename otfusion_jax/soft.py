@@ -16,7 +16,7 @@ from ott.solvers.linear import sinkhorn
 from otfusion_jax.assignment import slack
 from otfusion_jax.checks import require_epsilon, require_flag, require_number
 from otfusion_jax.implicit import IMPLICIT
-from otfusion_jax.scaling import exponent, scaled
+from otfusion_jax.scaling import exponent, restored, scaled
 from otfusion_jax.solvers import (
     AbstractSolver,
     Solution,
@@ -229,7 +229,7 @@ def _solve_sinkhorn(
         plan=plan,
         value=jnp.sum(plan * problem.cost),
         converged=jnp.logical_and(problem.valid, jnp.asarray(output.converged)),
-        gap=scaled(lax.stop_gradient(gap), problem.k, subnormal=False),
+        gap=restored(lax.stop_gradient(gap), problem.k),
     )
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from otfusion_jax.assignment import assign, assign_copies
 from otfusion_jax.checks import require_number
-from otfusion_jax.scaling import exponent, scaled
+from otfusion_jax.scaling import exponent, restored, scaled
 from otfusion_jax.simplex import network_simplex, require_pot
 
 
@@ -303,7 +303,7 @@ def _solve_exact(
         plan=jnp.where(valid, plan, unusable),
         value=jnp.where(valid, value, jnp.nan),
         converged=valid & (gap <= tolerance),
-        gap=jnp.where(valid, scaled(gap, k, subnormal=False), jnp.nan),
+        gap=jnp.where(valid, restored(gap, k), jnp.nan),
     )
 
 

@@ -362,6 +362,7 @@ class Symmetry:
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
         units = {g.name: np.arange(g.size, dtype=np.int32) for g in self.groups}
+        # For each shape `jnp.asarray` would compile a program.
         return {
             g.name: jax.device_put(np.broadcast_to(units[g.name], (*g.batch, g.size)))
             for g in self.groups

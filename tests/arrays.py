@@ -15,10 +15,6 @@ def array(value: Any, dtype: Any = np.float32) -> jax.Array:
     return jax.device_put(np.array(value, dtype))
 
 
-def zeros(*shape: int) -> jax.Array:
-    return array(np.zeros(shape))
-
-
 def ones(*shape: int) -> jax.Array:
     return array(np.ones(shape))
 

@@ -138,7 +138,7 @@ def default_promotion() -> Iterator[None]:
         yield
 
 
-# A process that has so much is to give back what it can. Half as much again is left for one test.
+# A process that has so much is to give back what it can. A quarter more is left for one test.
 MEMORY_BYTES = 1_200_000_000
 
 

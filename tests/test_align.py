@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference as ref
 import zoo
-from arrays import array, normal, normals, ones, stack, unstack
+from arrays import array, normal, normals, ones, stack, uniform, unstack
 from ott.geometry import costs
 from scipy.optimize import linear_sum_assignment
 
@@ -218,7 +218,7 @@ class ResNet(nn.Module):
 @functools.cache
 def planted(network):
     """A function, its symmetry and input, and 100 random networks."""
-    fn, like, (x,) = zoo.linen(network, zoo.uniform(4, 4, 4, 3))
+    fn, like, (x,) = zoo.linen(network, uniform(4, 4, 4, 3))
     targets = stack([zoo.randomise(like, seed) for seed in range(100)])
     return fn, otf.trace_symmetry(fn, like, x), x, targets
 

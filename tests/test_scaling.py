@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from otfusion_jax.scaling import common_exponent, deviation, exponent, scaled
+from otfusion_jax.scaling import common_exponent, deviation, exponent, restored, scaled
 
 VALUES = (1.4e-45, 1e-42, 1.17549435e-38, 1e-10, 0.75, 1.0, 2.0, -5.0, 3e38)
 
@@ -44,6 +44,15 @@ def test_arrays_of_several_precisions_have_a_common_exponent():
     for x in arrays:
         assert scaled(x, -k).dtype == x.dtype
         np.testing.assert_array_equal(scaled(scaled(x, -k), k), x)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_what_was_computed_from_scaled_numbers_is_brought_back(degree):
+    # Twice 100 is out of the range of a factor, and the result is not.
+    powers = {"low": np.float32(2.0**-120), "high": np.array([3, -5], np.float32) * 2.0**-90}
+    found = restored(jax.tree.map(jnp.asarray, powers), jnp.int32(100), degree)
+    expected = jax.tree.map(lambda x: np.ldexp(x, 100 * degree), powers)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_scaling_is_linear_to_differentiation():

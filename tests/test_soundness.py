@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import array
+from arrays import normal, normals
 from jax import lax
 from jax.extend import core
 from zoo import Groups, makes, rows_of, takes
@@ -19,12 +19,11 @@ EXACT = 1e-4
 
 
 def draw(**shapes: tuple[int, ...]) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    return {k: array(rng.normal(size=shape)) for k, shape in shapes.items()}
+    return normals(shapes)
 
 
 def inputs(*shape: int) -> jax.Array:
-    return draw(x=shape)["x"]
+    return normal(*shape)
 
 
 def change(symmetry: otf.Symmetry, fn: Callable, params: Any, *inputs: Any) -> float:
