@@ -26,8 +26,8 @@ from scipy.optimize import linear_sum_assignment
 import otfusion_jax as otf
 from benchmarks.networks import NETWORKS
 from benchmarks.timing import seconds
-from otfusion_jax.costs import ground_cost, unit_gram
-from otfusion_jax.units import units_of
+from otfusion_jax.alignment.costs import ground_cost, unit_gram
+from otfusion_jax.symmetry.units import units_of
 
 METHODS: dict[str, otf.AbstractMethod] = {
     "Algorithm 1, weights": otf.ForwardPass(),
@@ -53,7 +53,9 @@ def all_costs(symmetry: otf.Symmetry, source: PyTree, target: PyTree) -> list[Ar
     for group in symmetry.groups:
         grams = (
             unit_gram(
-                units_of(a[m.leaf], m.where, group), units_of(b[m.leaf], m.where, group), group
+                units_of(a[m.leaf], m.location, group),
+                units_of(b[m.leaf], m.location, group),
+                group,
             )
             for m in group.having("produces")
         )

@@ -19,12 +19,12 @@ from jax.extend import core
 import otfusion_jax as otf
 from benchmarks.networks import transformer
 from benchmarks.timing import seconds
-from otfusion_jax import compat
+from otfusion_jax.tracing import jaxprs
 
 
 def equations(jaxpr: core.Jaxpr) -> int:
     """Counts the equations of a jaxpr and of all jaxprs inside of it."""
-    return len(jaxpr.eqns) + sum(map(equations, compat.subjaxprs(jaxpr)))
+    return len(jaxpr.eqns) + sum(map(equations, jaxprs.subjaxprs(jaxpr)))
 
 
 def main() -> None:

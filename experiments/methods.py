@@ -12,7 +12,7 @@ import otfusion_jax as otf
 from experiments.models import BATCH_NORM_MOMENTUM, build_model
 from experiments.pairs import Network, Pair
 from experiments.train import augmented
-from otfusion_jax.symmetry import Plans
+from otfusion_jax.symmetry.groups import Plans
 
 # Images held in memory at once where features are read.
 _BATCH_SIZE = 250
@@ -63,14 +63,14 @@ def _by_activations(pair: Pair, samples: int) -> PyTree:
         pair,
         method=otf.ForwardPass(),
         metric=costs.Euclidean(),
-        features=gram(pair, samples),
+        grams=gram(pair, samples),
     )
 
 
 def _by_correlation(pair: Pair) -> PyTree:
     """Activation matching as in Git Re-Basin and REPAIR: correlations after the nonlinearity."""
-    features = gram(pair, len(pair.images), at="consumed", center=True)
-    return _moved(pair, method=otf.ForwardPass(), metric=costs.Cosine(), features=features)
+    grams = gram(pair, len(pair.images), at="activation", center=True)
+    return _moved(pair, method=otf.ForwardPass(), metric=costs.Cosine(), grams=grams)
 
 
 def correlations(g: otf.Gram) -> otf.Gram:
@@ -82,13 +82,15 @@ def correlations(g: otf.Gram) -> otf.Gram:
     Returns:
         Inner products of units of norm 1.
     """
-    return otf.Gram(jnp.ones_like(g.aa), jnp.ones_like(g.bb), g.normalised().ab)
+    return otf.Gram(
+        jnp.ones_like(g.source_sq_norms), jnp.ones_like(g.target_sq_norms), g.normalised().cross
+    )
 
 
 def _descent_from_correlation(pair: Pair) -> PyTree:
-    found = gram(pair, len(pair.images), at="consumed", center=True)
-    features = {name: correlations(g) for name, g in found.items()}
-    return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), features=features)
+    found = gram(pair, len(pair.images), at="activation", center=True)
+    grams = {name: correlations(g) for name, g in found.items()}
+    return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), grams=grams)
 
 
 def _algorithm_1(unit_norm: bool, metric: costs.CostFn) -> dict[str, Any]:

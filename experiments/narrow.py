@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import otfusion_jax as otf
 from experiments.methods import counts
-from otfusion_jax.symmetry import Plans
-from otfusion_jax.units import units_of
+from otfusion_jax.symmetry.groups import Plans
+from otfusion_jax.symmetry.units import units_of
 
 
 def narrowed(symmetry: otf.Symmetry, params: PyTree, onto: otf.Symmetry, order: int = 1) -> PyTree:
@@ -52,7 +52,7 @@ def norms(
         producing = [m for m in group.having("produces") if counts(m.path)]
         kernels = [m for m in producing if leaves[m.leaf].ndim > 1] or producing
         units = jnp.concatenate(
-            [units_of(leaves[m.leaf], m.where, group) for m in kernels], axis=-1
+            [units_of(leaves[m.leaf], m.location, group) for m in kernels], axis=-1
         )
         found[group.name] = jnp.linalg.norm(units, order, axis=-1)
     return found

@@ -8,30 +8,42 @@ From top to bottom: trace the symmetry, measure the cost, solve for plans, trans
     fused = otf.fuse(symmetry, [params_a, params_b])
 """
 
-from otfusion_jax.align import align
-from otfusion_jax.barycenter import Barycenter, barycenter
-from otfusion_jax.checks import SymmetryWarning
-from otfusion_jax.corrections import AbstractRepair, LeastSquares, RestoreStatistics
-from otfusion_jax.costs import Gram, feature_gram
-from otfusion_jax.describe import draw
-from otfusion_jax.entry_points import together
-from otfusion_jax.evaluate import Barrier, barrier, ensemble, interpolate
-from otfusion_jax.features import features
-from otfusion_jax.frameworks import functional
-from otfusion_jax.fuse import average, fuse, stack
-from otfusion_jax.gromov import GromovWasserstein
-from otfusion_jax.importance import feature_importance, weight_importance
-from otfusion_jax.learning import LearnedAlignment, learn_alignment
-from otfusion_jax.low_rank import LowRank
-from otfusion_jax.methods import AbstractMethod, Alignment, CoordinateDescent, ForwardPass
-from otfusion_jax.repair import Original, repair
-from otfusion_jax.soft import Sinkhorn
-from otfusion_jax.solvers import AbstractSolver, Exact, Solution
-from otfusion_jax.symmetry import Group, Member, Pin, Symmetry
-from otfusion_jax.trace import trace_symmetry
-from otfusion_jax.training_state import transport_state
-from otfusion_jax.transport import check_symmetry, compose, invert, transport
-from otfusion_jax.walk import UnsupportedPrimitiveError, register
+from otfusion_jax.alignment.align import align
+from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
+from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.feature_gram import feature_gram
+from otfusion_jax.alignment.forward_pass import ForwardPass
+from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
+from otfusion_jax.alignment.marginals import feature_importance, weight_importance
+from otfusion_jax.alignment.problem import AbstractMethod, Alignment
+from otfusion_jax.averaging.average import average
+from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.averaging.stacking import stack
+from otfusion_jax.evaluation.barrier import Barrier, barrier
+from otfusion_jax.evaluation.ensemble import ensemble
+from otfusion_jax.fusion.barycenter import Barycenter, barycenter
+from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.repair import Original, repair
+from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
+from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
+from otfusion_jax.solvers.low_rank import LowRank
+from otfusion_jax.solvers.sinkhorn import Sinkhorn
+from otfusion_jax.symmetry.checks import SymmetryWarning
+from otfusion_jax.symmetry.display import draw
+from otfusion_jax.symmetry.groups import Group, Member, Pin
+from otfusion_jax.symmetry.plans import compose, invert
+from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.training_state import transport_state
+from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.tracing.activations import features
+from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.modules import functional
+from otfusion_jax.tracing.programs import together
+from otfusion_jax.tracing.registry import UnsupportedPrimitiveError, register_rule
+from otfusion_jax.tracing.trace import trace_symmetry
+from otfusion_jax.tracing.verification import check_symmetry
 
 __all__ = [
     "AbstractMethod",
@@ -53,10 +65,13 @@ __all__ = [
     "Original",
     "Pin",
     "RestoreStatistics",
+    "RuleContext",
     "Sinkhorn",
     "Solution",
     "Symmetry",
     "SymmetryWarning",
+    "TracedValue",
+    "TransportProblem",
     "UnsupportedPrimitiveError",
     "align",
     "average",
@@ -74,7 +89,7 @@ __all__ = [
     "interpolate",
     "invert",
     "learn_alignment",
-    "register",
+    "register_rule",
     "repair",
     "stack",
     "together",

@@ -55,8 +55,15 @@ def typecheck(function: Callable, *args, **kwargs) -> Callable:
 # only those imported from here on are checked.
 PACKAGE = Path(__file__).parents[1] / "otfusion_jax"
 SHAPED = re.compile(r"\b(Float|Inexact|Int|Bool)\[")
+
+
+def module(path: Path) -> str:
+    """Returns the dotted name of a file of the package."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
 install_import_hook(
-    [f"otfusion_jax.{x.stem}" for x in PACKAGE.glob("*.py") if SHAPED.search(x.read_text())],
+    [module(x) for x in PACKAGE.rglob("*.py") if SHAPED.search(x.read_text())],
     f"{__name__}.typecheck",
 )
 

@@ -111,11 +111,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "TypeError: inputs has shapes in place of arrays",
     ),
     "activations for inner products": (
-        lambda: any_otf.align(S, A, B, features=otf.features(S, fn, A, X)),
+        lambda: any_otf.align(S, A, B, grams=otf.features(S, fn, A, X)),
         "TypeError: features are inner products .* feature_gram.* got w: ArrayImpl",
     ),
     "activations alone": (
-        lambda: any_otf.align(S, A, B, features=X),
+        lambda: any_otf.align(S, A, B, grams=X),
         "TypeError: features are inner products .* got ArrayImpl",
     ),
     "marginals of the source alone": (

@@ -84,7 +84,7 @@ def test_forward_pass_is_algorithm_1(kind, mode, squared):
         grams = None
         if mode == "activations":
             grams = otf.feature_gram(symmetry, ref.network, source, target, [x])
-        found = otf.align(symmetry, source, target, method=method, metric=metric, features=grams)
+        found = otf.align(symmetry, source, target, method=method, metric=metric, grams=grams)
         return found.plans, otf.average([otf.transport(symmetry, found, source), target])
 
     plans, results = jax.jit(functools.partial(jax.lax.map, fused))((sources, targets))
@@ -342,9 +342,9 @@ def test_features_serve_descent_as_a_start():
     symmetry, (source, target) = symmetry_of("mlp"), one_pair()
     x = normal(*ref.INPUTS["mlp"], seed=9)
     grams = otf.feature_gram(symmetry, ref.network, source, target, [x])
-    start = otf.align(symmetry, source, target, method=otf.ForwardPass(), features=grams)
+    start = otf.align(symmetry, source, target, method=otf.ForwardPass(), grams=grams)
     method = otf.CoordinateDescent(max_sweeps=1, starts=("forward",))
-    found = otf.align(symmetry, source, target, method=method, features=grams)
+    found = otf.align(symmetry, source, target, method=method, grams=grams)
     expected, _ = ref.algorithm_1(ref.to_numpy(source), ref.to_numpy(target), np.asarray(x))
     np.testing.assert_array_equal(as_list(start.plans), expected)
     np.testing.assert_allclose(found.history[0], start.objective, rtol=1e-6)
@@ -422,9 +422,9 @@ def test_features_have_to_fit():
     square = otf.Gram(jnp.ones(8), jnp.ones(8), jnp.ones((8, 8)))
     small = otf.Gram(jnp.ones(7), jnp.ones(7), jnp.ones((7, 7)))
     with pytest.raises(ValueError, match="1/kernel: missing"):
-        otf.align(symmetry, net, net, features={"0/kernel": square})
+        otf.align(symmetry, net, net, grams={"0/kernel": square})
     with pytest.raises(ValueError, match=r"1/kernel: shape \(7, 7\), expected \(8, 8\)"):
-        otf.align(symmetry, net, net, features={"0/kernel": square, "1/kernel": small})
+        otf.align(symmetry, net, net, grams={"0/kernel": square, "1/kernel": small})
 
 
 def test_descent_needs_permutations():
@@ -620,7 +620,7 @@ def test_features_that_are_not_finite_are_refused():
     x = 1e25 * normal(*ref.INPUTS["mlp"], seed=0)
     grams = otf.feature_gram(symmetry, ref.network, *models, [x])
     with pytest.raises(ValueError, match="not finite, activations or their squares overflow"):
-        otf.align(symmetry, *models, features=grams)
+        otf.align(symmetry, *models, grams=grams)
 
 
 # Trees of one array

@@ -175,16 +175,16 @@ def test_features_serve_a_quadratic_solver_if_taken_for_it():
     x = [normal(20, 5, seed=2)]
     how = {"method": FORWARD, "solver": otf.GromovWasserstein(), "metric": costs.SqEuclidean()}
     for center in (False, True):
-        grams = otf.feature_gram(symmetry, ref.network, a, b, x, within=True, center=center)
+        grams = otf.feature_gram(symmetry, ref.network, a, b, x, intra=True, center=center)
         seen = [otf.features(symmetry, ref.network, net, x[0])["1/kernel"] for net in (a, b)]
         if center:
             seen = [y - y.mean(0, keepdims=True) for y in seen]
-        within = grams["1/kernel"].within
-        assert within is not None
-        for inside, y in zip(within, seen, strict=True):
+        intra = grams["1/kernel"].intra
+        assert intra is not None
+        for inside, y in zip(intra, seen, strict=True):
             np.testing.assert_allclose(inside, y.T @ y, rtol=1e-4, atol=1e-4)
-    plan = otf.align(symmetry, a, b, features=grams, **how).plans["1/kernel"]
+    plan = otf.align(symmetry, a, b, grams=grams, **how).plans["1/kernel"]
     np.testing.assert_allclose(plan.sum(0), np.full(8, 1 / 8), atol=1e-2)
     bare = otf.feature_gram(symmetry, ref.network, a, b, x)
-    with pytest.raises(ValueError, match="within"):
-        otf.align(symmetry, a, b, features=bare, **how)
+    with pytest.raises(ValueError, match="intra"):
+        otf.align(symmetry, a, b, grams=bare, **how)

@@ -20,7 +20,7 @@ from jax.extend import core
 from zoo import makes, randomise, rows_of, shapes, takes
 
 import otfusion_jax as otf
-from otfusion_jax import compat, package_rules, walk
+from otfusion_jax.tracing import jaxprs, package_rules, primitives, registry
 
 pytestmark = pytest.mark.compatibility
 
@@ -84,18 +84,18 @@ def test_every_primitive_of_this_jax_has_a_rule_or_a_reason():
     assert len(found) > 200
     exported = {value for value in vars(core.primitives).values() if type(value) is core.Primitive}
     assert exported <= found.keys()
-    ruled = walk.registered()
+    ruled = registry.registered()
     missing = {
         f"{primitive} of {', '.join(modules)}"
         for primitive, modules in found.items()
         if primitive not in ruled
-        and primitive not in compat.REFERENCES
+        and primitive not in primitives.REFERENCES
         and package_rules.rule_of(primitive) is None
         and str(primitive) not in PRIMITIVES_WITHOUT_RULES
         and not all(name.startswith(tuple(MODULES_WITHOUT_RULES)) for name in modules)
     }
     assert sorted(missing) == [], (
-        "primitives without a rule: give each one (otfusion_jax/rules.py, compat.py), or say in "
+        "primitives without a rule: give each one (otfusion_jax/rules.py, jaxprs.py), or say in "
         "this file why no function of a network holds it"
     )
 
@@ -141,7 +141,7 @@ def test_operands_of_a_scan_are_sorted_by_their_part():
     jaxpr = jax.make_jaxpr(fn)(jnp.ones((3, 2)), (jnp.ones(2), jnp.ones(())), jnp.ones((4, 3)))
     (eqn,) = (eqn for eqn in jaxpr.eqns if eqn.primitive is core.primitives.scan_p)
     shapes_of = [atom.aval.shape for atom in eqn.invars]
-    consts, carry, xs = compat.scan_operands(eqn, shapes_of)
+    consts, carry, xs = jaxprs.scan_operands(eqn, shapes_of)
     assert consts == [(3, 2)]
     assert sorted(carry) == [(), (2,)]
     assert xs == [(4, 3)]
@@ -153,11 +153,11 @@ def test_the_body_of_a_call_is_what_it_runs(wrap: Callable):
     if wrap is jax.custom_jvp:
         fn.defjvps(lambda t, _, x: t)
     (eqn,) = jax.make_jaxpr(fn)(X).eqns
-    body = compat.body(eqn)
+    body = jaxprs.body(eqn)
     assert body is not None
     (result,) = core.jaxpr_as_fun(body)(X)
     np.testing.assert_allclose(result, jnp.sin(X) * jnp.arange(5.0)[None], rtol=1e-6)
-    assert compat.body(jax.make_jaxpr(jnp.sin)(X).eqns[0]) is None
+    assert jaxprs.body(jax.make_jaxpr(jnp.sin)(X).eqns[0]) is None
 
 
 def test_jaxprs_inside_of_equations_are_found():
@@ -166,7 +166,7 @@ def test_jaxprs_inside_of_equations_are_found():
         return lax.scan(lambda c, _: (jax.jit(jnp.tanh)(c), None), x, length=2)[0]
 
     jaxpr = jax.make_jaxpr(fn)(X).jaxpr
-    inside = [[str(eqn.primitive) for eqn in inner.eqns] for inner in compat.subjaxprs(jaxpr)]
+    inside = [[str(eqn.primitive) for eqn in inner.eqns] for inner in jaxprs.subjaxprs(jaxpr)]
     assert sorted(inside) == [["cos"], ["jit"], ["sin"]]
 
 

@@ -11,7 +11,7 @@ from arrays import normal
 from ott.geometry import costs
 
 import otfusion_jax as otf
-from otfusion_jax.costs import METRICS, gram, ground_cost
+from otfusion_jax.alignment.costs import METRICS, gram, ground_cost
 
 
 def vectors(n, d, seed=0):
@@ -61,9 +61,9 @@ def test_inner_products_of_complex_vectors_are_those_of_twice_as_many_reals():
     a, b = (jax.lax.complex(vectors(3, 4, s), vectors(3, 4, s + 1)) for s in (0, 2))
     found = gram(a, b)
     x, y = np.asarray(a), np.asarray(b)
-    np.testing.assert_allclose(found.aa, (abs(x) ** 2).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(found.bb, (abs(y) ** 2).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(found.ab, np.real(x @ y.conj().T), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.source_sq_norms, (abs(x) ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.target_sq_norms, (abs(y) ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.cross, np.real(x @ y.conj().T), rtol=0, atol=1e-5)
     expected = (abs(x[:, None] - y[None]) ** 2).sum(-1)
     np.testing.assert_allclose(ground_cost(costs.SqEuclidean(), found), expected, rtol=0, atol=1e-5)
 
@@ -72,8 +72,8 @@ def test_narrow_vectors_are_summed_in_float32():
     a = jnp.ones((2, 1000), jnp.bfloat16) * 1.5
     found = gram(a, a)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_array_equal(found.ab, 2250)
-    np.testing.assert_array_equal(found.aa, 2250)
+    np.testing.assert_array_equal(found.cross, 2250)
+    np.testing.assert_array_equal(found.source_sq_norms, 2250)
 
 
 def test_inner_products_add_up_over_pieces():
@@ -88,23 +88,23 @@ def test_inner_products_add_up_over_pieces():
 
 
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
-@pytest.mark.parametrize("at", ["produced", "consumed"])
+@pytest.mark.parametrize("at", ["preactivation", "activation"])
 def test_streams_agree_with_numpy_on_all_samples(at, center):
     symmetry, a, b, x, runs = setting()
     parts = [x[:7], x[7:8], x[8:]]
     for batches in ([x], parts, iter(parts), [(part,) for part in parts]):
         found = otf.feature_gram(symmetry, ref.network, a, b, batches, at=at, center=center)
         for layer, name in enumerate(("0/kernel", "1/kernel")):
-            u, v = (run[at == "consumed"][layer] for run in runs)
+            u, v = (run[at == "activation"][layer] for run in runs)
             if center:
                 u, v = u - u.mean(0), v - v.mean(0)
             close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
-            close(found[name].ab, u.T @ v)
-            close(found[name].aa, np.diagonal(u.T @ u))
-            close(found[name].bb, np.diagonal(v.T @ v))
+            close(found[name].cross, u.T @ v)
+            close(found[name].source_sq_norms, np.diagonal(u.T @ u))
+            close(found[name].target_sq_norms, np.diagonal(v.T @ v))
             if center:
                 covariance = np.cov(u.T, v.T, bias=True)[:8, 8:]
-                close(found[name].ab / len(x), covariance)
+                close(found[name].cross / len(x), covariance)
 
 
 def test_networks_in_the_other_order_give_the_transpose():
@@ -112,8 +112,8 @@ def test_networks_in_the_other_order_give_the_transpose():
     there = otf.feature_gram(symmetry, ref.network, a, b, [x])
     back = otf.feature_gram(symmetry, ref.network, b, a, [x])
     for name, g in there.items():
-        np.testing.assert_allclose(g.ab, back[name].ab.T, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(g.aa, back[name].bb, rtol=1e-5)
+        np.testing.assert_allclose(g.cross, back[name].cross.T, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(g.source_sq_norms, back[name].target_sq_norms, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batches", [[], iter([])], ids=["list", "iterator"])

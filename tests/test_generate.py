@@ -11,7 +11,7 @@ import pytest
 from programs import Plant, Program, act, hidden, order, partly, residual, tied
 
 import otfusion_jax as otf
-from otfusion_jax import walk
+from otfusion_jax.tracing import registry
 
 
 def test_the_same_seed_draws_the_same_programs():
@@ -24,8 +24,8 @@ def test_a_wrong_rule_is_printed_as_a_small_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """A rule that takes a running sum for one of the functions that act on each unit alone."""
-    (primitive,) = (p for p in walk.registered() if str(p) == "cumsum")
-    monkeypatch.setitem(walk._registry, primitive, lambda ctx, values: [values[0]])
+    (primitive,) = (p for p in registry.registered() if str(p) == "cumsum")
+    monkeypatch.setitem(registry._registry, primitive, lambda ctx, values: [values[0]])
     large = Program(
         space=(2,),
         width=8,
@@ -48,8 +48,8 @@ def test_a_wrong_rule_is_printed_as_a_small_program(
 def test_a_crash_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (primitive,) = (p for p in walk.registered() if str(p) == "tanh")
-    monkeypatch.delitem(walk._registry, primitive)
+    (primitive,) = (p for p in registry.registered() if str(p) == "tanh")
+    monkeypatch.delitem(registry._registry, primitive)
     drawn = [Program((), 6, (act(fn="tanh"),)), Program((), 6, (act(fn="sin"), act(fn="tanh")))]
     monkeypatch.setattr(generate, "draw", lambda count, seed: drawn)
     generate.main([])

@@ -86,7 +86,9 @@ def test_the_midpoints_loss_by_the_costs(width, solve):
     symmetry = otf.trace_symmetry(ref.network, a, x)
 
     def midpoint(cost):
-        plans = {name: SOLVES[solve].solve(c).plan for name, c in cost.items()}
+        plans = {
+            name: SOLVES[solve].solve(otf.TransportProblem(c)).plan for name, c in cost.items()
+        }
         return loss(otf.average([otf.transport(symmetry, plans, a), b]), x)
 
     agrees_with_differences(midpoint, costs(symmetry, width, 5))
@@ -111,7 +113,7 @@ def test_a_plan_by_its_marginals():
 
     def objective(logits):
         masses = jax.nn.softmax(logits[:4]), jax.nn.softmax(logits[4:])
-        return jnp.sum(weights * SOLVER.solve(cost, *masses).plan)
+        return jnp.sum(weights * SOLVER.solve(otf.TransportProblem(cost, *masses)).plan)
 
     agrees_with_differences(objective, jnp.linspace(0, 1, 7))
 
@@ -123,7 +125,9 @@ def test_gradients_of_plans_that_are_nearly_hard_stay_finite(shape):
     cost, weights = (normal(*shape, seed=seed) for seed in range(2))
     for epsilon in (1e-1, 1e-3):
         solver = otf.Sinkhorn(epsilon=epsilon, max_iterations=30)
-        gradient = jax.grad(lambda c, s=solver: jnp.sum(weights * s.solve(c).plan))(cost)
+        gradient = jax.grad(
+            lambda c, s=solver: jnp.sum(weights * s.solve(otf.TransportProblem(c)).plan)
+        )(cost)
         assert jnp.all(jnp.isfinite(gradient))
         assert jnp.max(jnp.abs(gradient)) < 1 / epsilon
 

@@ -47,16 +47,16 @@ def test_a_planted_permutation_is_undone(name: str):
 @pytest.mark.parametrize(
     ("name", "at"),
     [
-        ("gpt2", "produced"),
-        ("mixture_of_experts", "consumed"),
-        ("transformer_scanned_linen", "consumed"),
+        ("gpt2", "preactivation"),
+        ("mixture_of_experts", "activation"),
+        ("transformer_scanned_linen", "activation"),
     ],
 )
 def test_a_planted_permutation_is_undone_by_activations(name: str, at):
     case, symmetry = setting(name)
     source = otf.transport(symmetry, symmetry.random(jax.random.key(4)), case.params)
     grams = otf.feature_gram(symmetry, case.fn, source, case.params, [case.inputs], at=at)
-    alignment = otf.align(symmetry, source, case.params, method=otf.ForwardPass(), features=grams)
+    alignment = otf.align(symmetry, source, case.params, method=otf.ForwardPass(), grams=grams)
     moved = otf.transport(symmetry, alignment, source)
     # Where few inputs leave units alike, their order is open; the features must agree anyhow.
     ours = otf.features(symmetry, case.fn, moved, *case.inputs, at=at)
@@ -140,7 +140,7 @@ def test_features_inside_of_a_scan_are_those_of_each_iteration():
         ("up", (4,), 5),
     }
     produced = otf.features(symmetry, fn, p, x)
-    consumed = otf.features(symmetry, fn, p, x, at="consumed")
+    consumed = otf.features(symmetry, fn, p, x, at="activation")
     h = x @ p["in"]
     for i in range(4):
         hidden = h @ p["up"][i]

@@ -17,7 +17,7 @@ from jax.extend import core
 from zoo import makes, randomise, rows_of, shapes, takes
 
 import otfusion_jax as otf
-from otfusion_jax import package_rules
+from otfusion_jax.tracing import package_rules
 
 pytestmark = pytest.mark.compatibility
 

@@ -40,9 +40,10 @@ from programs import (
 )
 
 import otfusion_jax as otf
-from otfusion_jax import compat, walk
-from otfusion_jax.axes import Kind, constant
-from otfusion_jax.walk import Context, Rule, Value, registered
+from otfusion_jax.tracing import jaxprs, registry
+from otfusion_jax.tracing.axis import Kind, constant
+from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.registry import Rule, registered
 
 EXAMPLES = int(os.environ.get("OTFUSION_EXAMPLES", "0"))
 """Number of programs of a long run; 0 for the few of every day."""
@@ -138,7 +139,7 @@ def test_what_has_failed_once(name: str):
 def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
     """All primitives of a jaxpr, those of the jaxprs within included."""
     yield from (eqn.primitive for eqn in jaxpr.eqns)
-    for inner in compat.subjaxprs(jaxpr):
+    for inner in jaxprs.subjaxprs(jaxpr):
         yield from primitives(inner)
 
 
@@ -215,18 +216,18 @@ SPLIT = jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.ones(2)).eqns[-1].
 Change = Callable[[Rule], Rule]
 
 
-def deaf(position: int, along: Callable[[Context], Any] = lambda ctx: None) -> Change:
+def deaf(position: int, along: Callable[[RuleContext], Any] = lambda ctx: None) -> Change:
     """The rule takes an operand for constant, along some axes or (`None`) along all."""
 
     def change(rule: Rule) -> Rule:
-        def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
             if position >= len(values):
                 return rule(ctx, values)
             value, dims = values[position], along(ctx)
             sizes = enumerate(ctx.operand_shape(position))
             axes = [constant(n) if dims is None or d in dims else value.axes[d] for d, n in sizes]
             before, after = values[:position], values[position + 1 :]
-            return rule(ctx, [*before, Value(tuple(axes), value.kind), *after])
+            return rule(ctx, [*before, TracedValue(tuple(axes), value.kind), *after])
 
         return wrong
 
@@ -236,7 +237,7 @@ def deaf(position: int, along: Callable[[Context], Any] = lambda ctx: None) -> C
 def passes(rule: Rule) -> Rule:
     """The operand is passed on, where it has the shape of the result."""
 
-    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+    def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
         if any(ctx.shape(i) != ctx.operand_shape(0) for i in range(len(ctx.eqn.outvars))):
             return rule(ctx, values)
         return [values[0] for _ in ctx.eqn.outvars]
@@ -247,10 +248,10 @@ def passes(rule: Rule) -> Rule:
 def forgets(rule: Rule) -> Rule:
     """The results are constant along every axis."""
 
-    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+    def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
         kind = max((value.kind for value in values), default=Kind.CONSTANT)
         shapes = [ctx.shape(i) for i in range(len(ctx.eqn.outvars))]
-        return [Value(tuple(constant(n) for n in shape), kind) for shape in shapes]
+        return [TracedValue(tuple(constant(n) for n in shape), kind) for shape in shapes]
 
     return wrong
 
@@ -259,7 +260,7 @@ def tampered(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
     """The rule reads other parameters than the equation has."""
 
     def wrap(rule: Rule) -> Rule:
-        def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+        def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
             params = ctx.params | change(ctx.params)
             return rule(dataclasses.replace(ctx, eqn=ctx.eqn.replace(params=params)), values)
 
@@ -276,7 +277,7 @@ def backwards(rule: Rule) -> Rule:
 def crossed(rule: Rule) -> Rule:
     """The last two axes are taken in the opposite order."""
     return lambda ctx, values: rule(
-        ctx, [Value((*v.axes[:-2], *v.axes[-2:][::-1]), v.kind) for v in values]
+        ctx, [TracedValue((*v.axes[:-2], *v.axes[-2:][::-1]), v.kind) for v in values]
     )
 
 
@@ -285,18 +286,18 @@ def first_branch(rule: Rule) -> Rule:
     return lambda ctx, values: ctx.call(ctx.params["branches"][0], values[1:])
 
 
-def blank(ctx: Context, position: int, value: Value) -> Value:
+def blank(ctx: RuleContext, position: int, value: TracedValue) -> TracedValue:
     """Hides along which axes an operand varies."""
-    return Value(tuple(map(constant, ctx.operand_shape(position))), value.kind)
+    return TracedValue(tuple(map(constant, ctx.operand_shape(position))), value.kind)
 
 
 def deaf_to_starts(rule: Rule) -> Rule:
     """What a loop starts from is taken for constant."""
 
-    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+    def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
         last = len(values)
         if ctx.eqn.primitive is P.scan_p:
-            consts, carry, _ = compat.scan_operands(ctx.eqn, values)
+            consts, carry, _ = jaxprs.scan_operands(ctx.eqn, values)
             first, last = len(consts), len(consts) + len(carry)
         else:
             first = ctx.params["cond_nconsts"] + ctx.params["body_nconsts"]
@@ -309,7 +310,7 @@ def deaf_to_starts(rule: Rule) -> Rule:
 def turned_results(rule: Rule) -> Rule:
     """The results are given in the opposite order, where they have one shape."""
 
-    def wrong(ctx: Context, values: list[Value]) -> list[Value]:
+    def wrong(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
         results = rule(ctx, values)
         shapes = {ctx.shape(i) for i in range(len(results))}
         return results[::-1] if len(shapes) == 1 else results
@@ -331,19 +332,19 @@ def earlier(p: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def summed(ctx: Context) -> Sequence[int]:
+def summed(ctx: RuleContext) -> Sequence[int]:
     return ctx.params["dimension_numbers"][0][1]
 
 
-def batch(ctx: Context) -> Sequence[int]:
+def batch(ctx: RuleContext) -> Sequence[int]:
     return ctx.params["dimension_numbers"][1][1]
 
 
-def input_channels(ctx: Context) -> Sequence[int]:
+def input_channels(ctx: RuleContext) -> Sequence[int]:
     return ctx.params["dimension_numbers"].rhs_spec[1:2]
 
 
-def others(ctx: Context) -> set[int]:
+def others(ctx: RuleContext) -> set[int]:
     return set(range(len(ctx.shape()))) - {ctx.params["dimension"]}
 
 
@@ -406,10 +407,10 @@ def search(only: tuple[str, ...] = ()) -> Program:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch):
     primitive, change, only = MUTATIONS[name]
-    monkeypatch.setitem(walk._registry, primitive, change(walk._registry[primitive]))
+    monkeypatch.setitem(registry._registry, primitive, change(registry._registry[primitive]))
     search(() if EXAMPLES else only)
 
 
 def test_nests_that_disregard_contractions_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Context, "meet", lambda *_, **__: None)
+    monkeypatch.setattr(RuleContext, "meet", lambda *_, **__: None)
     search(("factors square",))

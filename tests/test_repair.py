@@ -238,7 +238,7 @@ def test_layers_of_a_stack_are_repaired_like_layers_of_a_list(method):
     a, b = (zoo.randomise(zoo.shapes(w=(3, 5, 5), b=(3, 5), out=(5, 2)), seed=s) for s in (0, 1))
     x = normal(64, 5, seed=0)
     stacked = otf.trace_symmetry(fn, a, x)
-    assert stacked.cuts
+    assert stacked.leaf_splits
     listed = [{k: list(v) if k != "out" else v for k, v in model.items()} for model in (a, b)]
     symmetry = otf.trace_symmetry(fn, listed[0], x)
     found = otf.repair(stacked, fn, [a, b], x, method=method)

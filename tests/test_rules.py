@@ -29,8 +29,8 @@ from jax.extend.random import threefry2x32_p
 from zoo import makes, randomise, relative, rolled, rows_of, shapes, takes
 
 import otfusion_jax as otf
-from otfusion_jax import compat, rules, walk
-from otfusion_jax.axes import Axis, Kind, constant, factors_of
+from otfusion_jax.tracing import context, interpreter, primitives, registry, rules
+from otfusion_jax.tracing.axis import Axis, Kind, constant, factors_of
 
 pytestmark = pytest.mark.compatibility
 
@@ -123,7 +123,7 @@ class Operation:
     fn: Callable[[jax.Array], jax.Array]
 
 
-BY_NAME = {str(primitive): primitive for primitive in walk.registered()}
+BY_NAME = {str(primitive): primitive for primitive in registry.registered()}
 
 
 def where_there_is(name: str, fn: Callable[[core.Primitive, jax.Array], jax.Array]) -> dict:
@@ -170,7 +170,7 @@ ORDERED = {
     "scatter_max": Operation(P.scatter_max_p, written("max")),
     "scatter_min": Operation(P.scatter_min_p, written("min")),
     "scatter_mul": Operation(P.scatter_mul_p, written("multiply")),
-    "scatter_sub": Operation(compat.SCATTER_SUB[0], written("subtract")),
+    "scatter_sub": Operation(primitives.SCATTER_SUB[0], written("subtract")),
 }
 
 
@@ -214,7 +214,7 @@ def words(h: jax.Array, count: int) -> list[jax.Array]:
 
 # Nothing is known of the order: every axis is pinned.
 PINNED = {
-    "cholesky_update": Operation(compat.CHOLESKY_UPDATE[0], updated_factor),
+    "cholesky_update": Operation(primitives.CHOLESKY_UPDATE[0], updated_factor),
     **where_there_is("scaled_dot", scaled),
     **where_there_is("philox2x32", lambda p, h: numbers(p.bind(*words(h, 3))[0])),
     **where_there_is("philox4x32", lambda p, h: numbers(p.bind(*words(h, 6))[0])),
@@ -265,16 +265,20 @@ def ordering(name: str) -> tuple[Callable, dict]:
     return fn, params
 
 
-def unruled(ctx: walk.Context, values: list[walk.Value]) -> list[walk.Value]:
+def unruled(
+    ctx: context.RuleContext, values: list[context.TracedValue]
+) -> list[context.TracedValue]:
     """A wrong rule for any primitive: all is read, nothing tied, and the results do not vary."""
     factors = (f for v in values for axis in v.axes for f in factors_of(axis))
-    ctx.space.summed += [f for f in factors if f.atom is not None]
+    ctx.unifier.summed += [f for f in factors if f.variable is not None]
     kind = max((v.kind for v in values), default=Kind.CONSTANT)
     shapes = [ctx.shape(i) for i in range(len(ctx.eqn.outvars))]
-    return [walk.Value(tuple(constant(n) for n in shape), kind) for shape in shapes]
+    return [context.TracedValue(tuple(constant(n) for n in shape), kind) for shape in shapes]
 
 
-def passing(ctx: walk.Context, values: list[walk.Value]) -> list[walk.Value]:
+def passing(
+    ctx: context.RuleContext, values: list[context.TracedValue]
+) -> list[context.TracedValue]:
     """A wrong rule for what keeps the shape: as if it were elementwise."""
     return [values[0]] * len(ctx.eqn.outvars)
 
@@ -287,10 +291,10 @@ def test_order_along_the_units_pins_them(name: str):
     assert ("in", 1) in {(p.path, p.axis) for p in symmetry.pinned}
 
 
-def assert_breaks(name: str, rule: walk.Rule, monkeypatch: pytest.MonkeyPatch):
+def assert_breaks(name: str, rule: registry.Rule, monkeypatch: pytest.MonkeyPatch):
     """With this rule in place of its own, an operation leaves a group that is none."""
     fn, params = ordering(name)
-    monkeypatch.setitem(walk._registry, ALONG[name].primitive, rule)
+    monkeypatch.setitem(registry._registry, ALONG[name].primitive, rule)
     symmetry = otf.trace_symmetry(fn, params, X)
     assert symmetry.groups
     assert certificate(symmetry, fn, params, X) > BROKEN
@@ -335,7 +339,7 @@ def decompositions() -> dict[str, tuple[core.Primitive, Callable]]:
         "ormqr": lambda p, k: p.bind(k, k.mean(-1), k, left=True, transpose=False),
         "symmetric_product": lambda p, k: p.bind(k, k, alpha=1.0, beta=1.0),
     }
-    found = {str(p): p for p in (*compat.NEW_MATRIX, *compat.PIVOTS)}
+    found = {str(p): p for p in (*primitives.NEW_MATRIX, *primitives.PIVOTS)}
     return {name: (p, functools.partial(binds[name], p)) for name, p in found.items()}
 
 
@@ -390,7 +394,7 @@ def test_matrices_of_units_pin_them(name: str, monkeypatch: pytest.MonkeyPatch):
         return h * read_out(op(likeness(h.T))) @ p["out"]
 
     found_by(fn, params, {})
-    monkeypatch.setitem(walk._registry, primitive, unruled)
+    monkeypatch.setitem(registry._registry, primitive, unruled)
     found = otf.trace_symmetry(fn, params, X)
     assert found.groups
     assert certificate(found, fn, params, X) > BROKEN
@@ -406,7 +410,7 @@ def test_a_matrix_for_each_unit_passes_them(name: str, monkeypatch: pytest.Monke
         return read_out(op(likeness(h.T[..., None])))[None] @ p["out"]
 
     found_by(fn, params, {"in": {makes("in", 1), takes("out", 0)}})
-    monkeypatch.setitem(walk._registry, primitive, unruled)
+    monkeypatch.setitem(registry._registry, primitive, unruled)
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
 
@@ -465,7 +469,7 @@ def test_segments_move_by_themselves(name: str):
     symmetry = otf.trace_symmetry(fn, params, X)
     found = {
         g.name: {
-            (m.where.place.start, None) if m.path == "in" else (None, m.where.place.start)
+            (m.location.index.start, None) if m.path == "in" else (None, m.location.index.start)
             for m in g.members
             if m.path != "rest"
         }
@@ -489,7 +493,7 @@ def test_segments_move_by_themselves(name: str):
 @pytest.mark.parametrize("name", CUT)
 def test_without_its_rule_segments_break(name: str, monkeypatch: pytest.MonkeyPatch):
     fn, params = cutting(name)
-    monkeypatch.setitem(walk._registry, CUT[name].primitive, unruled)
+    monkeypatch.setitem(registry._registry, CUT[name].primitive, unruled)
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
 
@@ -669,7 +673,7 @@ PASSED_ON = {
     ),
     **where_there_is("call_hi_primitive", lambda _, h: Sine(jax.typeof(h))(h)),
     **where_there_is("shard_alike", lambda p, h: p.bind(h, h)[0]),
-    "tie": Operation(compat.TIE[0], lambda h: compat.TIE[0].bind(X, h)),
+    "tie": Operation(primitives.TIE[0], lambda h: primitives.TIE[0].bind(X, h)),
     "reshard": Operation(
         emitted(lambda h: jax.sharding.reshard(h, REPLICATED), X),
         lambda h: jax.sharding.reshard(h, REPLICATED),
@@ -699,7 +703,7 @@ def test_units_are_passed_on(name: str):
 @pytest.mark.parametrize("name", PASSED_ON)
 def test_lost_on_the_way_the_certificate_breaks(name: str, monkeypatch: pytest.MonkeyPatch):
     fn, params = passing_on(PASSED_ON[name].fn)
-    monkeypatch.setitem(walk._registry, PASSED_ON[name].primitive, unruled)
+    monkeypatch.setitem(registry._registry, PASSED_ON[name].primitive, unruled)
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
 
@@ -841,7 +845,9 @@ def tying(name: str) -> tuple[Callable, dict]:
     return fn, weights(**sizes)
 
 
-def first_only(ctx: walk.Context, values: list[walk.Value]) -> list[walk.Value]:
+def first_only(
+    ctx: context.RuleContext, values: list[context.TracedValue]
+) -> list[context.TracedValue]:
     """A wrong rule: ties nothing, but passes the axes of the first operand of a result's shape."""
     free = unruled(ctx, values)
     shapes = [ctx.operand_shape(i) for i in range(len(values))]
@@ -862,7 +868,7 @@ def test_what_meets_moves_together(name: str):
 @pytest.mark.parametrize("name", TYING)
 def test_untied_the_certificate_breaks(name: str, monkeypatch: pytest.MonkeyPatch):
     fn, params = tying(name)
-    monkeypatch.setitem(walk._registry, TYING[name][1], first_only)
+    monkeypatch.setitem(registry._registry, TYING[name][1], first_only)
     symmetry = otf.trace_symmetry(fn, params, X)
     assert symmetry.groups
     assert certificate(symmetry, fn, params, X) > BROKEN
@@ -930,7 +936,7 @@ def test_wider_numbers_pin_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch
     params = weights(**{"in": (5, UNITS), "out": (3, 3)})
     found_by(fn, params, {"in": {makes("in", 1, after=2), takes("out", 0)}})
     monkeypatch.setitem(
-        walk._registry, BITCAST, lambda ctx, v: [walk.Value(v[0].axes[:2], v[0].kind)]
+        registry._registry, BITCAST, lambda ctx, v: [context.TracedValue(v[0].axes[:2], v[0].kind)]
     )
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
@@ -951,7 +957,7 @@ def test_rearranged_wrongly_the_certificate_breaks(
     rows = {"in#2": {makes("in", 1, before=2), makes("gate", 0), takes("out", 0, after=2)}}
     rows["in"] = {makes("in", 1, after=6), takes("out", 0, before=6)}
     found_by(fn, params, rows)
-    monkeypatch.setitem(walk._registry, primitive, unruled)
+    monkeypatch.setitem(registry._registry, primitive, unruled)
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
 
@@ -973,7 +979,7 @@ def test_convolutions_tie_channels(groups: int, monkeypatch: pytest.MonkeyPatch)
     symmetry = otf.trace_symmetry(fn, params, x)
     assert {g.size for g in symmetry.groups} == {1: {6, 12}, 2: {2, 3, 6}, 6: {6, 2}}[groups]
     assert certificate(symmetry, fn, params, x) <= EXACT
-    monkeypatch.setitem(walk._registry, P.conv_general_dilated_p, unruled)
+    monkeypatch.setitem(registry._registry, P.conv_general_dilated_p, unruled)
     assert certificate(otf.trace_symmetry(fn, params, x), fn, params, x) > BROKEN
 
 
@@ -1044,7 +1050,7 @@ def test_units_are_not_nested_in_heads_that_mix(name: str, monkeypatch: pytest.M
     assert certificate_by_heads(symmetry, fn, params, X, GATE) <= EXACT
 
     # A wrong rule: the heads that come out are the heads that went in.
-    monkeypatch.setitem(walk._registry, MIXING[name].primitive, passing)
+    monkeypatch.setitem(registry._registry, MIXING[name].primitive, passing)
     symmetry = otf.trace_symmetry(fn, params, X, GATE)
     assert batches(symmetry) == [(HEADS,)]
     assert certificate_by_heads(symmetry, fn, params, X, GATE) > BROKEN
@@ -1101,7 +1107,7 @@ def test_units_are_not_nested_in_heads_that_a_matrix_mixes(residual: bool):
 def test_contractions_between_heads_unnest(monkeypatch: pytest.MonkeyPatch):
     fn, params = by_heads(lambda h: jnp.einsum("rhk,rgk->rhg", h, h).sum(2, keepdims=True) * h)
     assert batches(otf.trace_symmetry(fn, params, X, GATE)) == [()]
-    monkeypatch.setattr(walk.Context, "contracted", lambda *args: None)
+    monkeypatch.setattr(context.RuleContext, "contracted", lambda *args: None)
     symmetry = otf.trace_symmetry(fn, params, X, GATE)
     assert batches(symmetry) == [(HEADS,)]
     assert certificate_by_heads(symmetry, fn, params, X, GATE) > BROKEN
@@ -1138,7 +1144,7 @@ SPELLED = {
     "integer_pow": lambda x: lax.integer_pow(x, 3),
     "is_finite": lambda x: lax.is_finite(lax.log(x - 0.5)),
     "name": lambda x: checkpoint_name(x, "x"),
-    "mulhi": lambda x, y: compat.internal("lax.lax", "mulhi")[0].bind(x << 27, y << 27),
+    "mulhi": lambda x, y: primitives.internal("lax.lax", "mulhi")[0].bind(x << 27, y << 27),
     "not": lax.bitwise_not,
     "or": lax.bitwise_or,
     "polynomial": lambda x, y: BY_NAME["polynomial"].bind(x, y, y),
@@ -1197,15 +1203,17 @@ def test_elementwise_primitives_commute_with_permutations(primitive: core.Primit
 @pytest.mark.parametrize("primitive", rules.ELEMENTWISE, ids=str)
 def test_elementwise_rules_tie_all_operands_and_the_result(primitive: core.Primitive):
     _, _, eqn = eligible(primitive)
-    walker = walk.Walk("raise")
-    space = walker.space
-    context = walk.Context(eqn, (), walker, None, (True,))
-    shapes = map(context.operand_shape, range(len(eqn.invars)))
-    operands = [walk.Value(tuple(map(space.fresh, shape)), Kind.FEATURE) for shape in shapes]
-    (result,) = walk.registered()[primitive](context, operands)
+    walker = interpreter.Interpreter("raise")
+    unifier = walker.unifier
+    here = context.RuleContext(eqn, (), walker, None, (True,))
+    shapes = map(here.operand_shape, range(len(eqn.invars)))
+    operands = [
+        context.TracedValue(tuple(map(unifier.fresh, shape)), Kind.FEATURE) for shape in shapes
+    ]
+    (result,) = registry.registered()[primitive](here, operands)
     axes: list[Axis] = [axis for value in (*operands, result) for axis in value.axes]
     assert len(axes) > 1
-    assert len({space.signature(axis) for axis in axes}) == 1
+    assert len({unifier.signature(axis) for axis in axes}) == 1
 
 
 # --- the registry
@@ -1249,5 +1257,5 @@ def test_for_every_primitive_a_wrong_rule_is_caught():
     covered = {operation.primitive for table in tables for operation in table.values()}
     covered |= {primitive for _, primitive, _ in TYING.values()}
     covered |= {*REARRANGING, P.conv_general_dilated_p}
-    registry = {str(p) for p in walk.registered()} - {str(p) for p in rules.ELEMENTWISE}
-    assert registry - {str(p) for p in covered} - EXEMPT == set()
+    ruled = {str(p) for p in registry.registered()} - {str(p) for p in rules.ELEMENTWISE}
+    assert ruled - {str(p) for p in covered} - EXEMPT == set()

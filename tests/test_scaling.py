@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from otfusion_jax.scaling import common_exponent, deviation, exponent, restored, scaled
+from otfusion_jax.common.scaling import common_exponent, deviation, exponent, restored, scaled
 
 VALUES = (1.4e-45, 1e-42, 1.17549435e-38, 1e-10, 0.75, 1.0, 2.0, -5.0, 3e38)
 

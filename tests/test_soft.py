@@ -1,6 +1,7 @@
 """Checks soft plans against POT, and what their docstrings promise of them."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -10,11 +11,12 @@ import pytest
 from jax.typing import ArrayLike
 from problems import as_cost, marginals, masses, optimum, ot, squared_distances
 
-from otfusion_jax import gromov
-from otfusion_jax.gromov import GromovWasserstein
-from otfusion_jax.low_rank import LowRank
-from otfusion_jax.soft import Sinkhorn
-from otfusion_jax.solvers import Exact
+import otfusion_jax as otf
+from otfusion_jax.solvers import gromov_wasserstein
+from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
+from otfusion_jax.solvers.low_rank import LowRank
+from otfusion_jax.solvers.sinkhorn import Sinkhorn
 
 
 def symmetric(x):
@@ -30,11 +32,11 @@ RANK_3 = LowRank(rank=3)
 FUSED = GromovWasserstein(epsilon=0.2, threshold=1e-4)
 
 
-def solve(solver, cost: ArrayLike = COST, a=A, b=B, within=WITHIN):
+def solve(solver, cost: ArrayLike = COST, a=A, b=B, intra=WITHIN):
     """Solves in float32."""
-    source, target = within
+    source, target = intra
     pair = (as_cost(source), as_cost(target)) if solver.quadratic else None
-    return solver.solve(as_cost(cost), as_cost(a), as_cost(b), pair)
+    return solver.solve(otf.TransportProblem(as_cost(cost), as_cost(a), as_cost(b), pair))
 
 
 def own_loss(solution, cost=COST):
@@ -130,7 +132,9 @@ def test_unbalanced_gradient_matches_finite_differences():
 
         @jax.jit
         def objective(step):
-            solution = solver.solve(cost + step * direction, a + step * push, b)
+            solution = solver.solve(
+                otf.TransportProblem(cost + step * direction, a + step * push, b)
+            )
             return solution.value + 10 * jnp.sum(weights * solution.plan)
 
         step = 1e-4
@@ -172,7 +176,9 @@ def test_low_rank_is_deterministic_and_sees_neither_scale_nor_shift():
 
 
 def test_low_rank_value_has_the_plan_as_gradient():
-    gradient = jax.grad(lambda c: RANK_3.solve(c, as_cost(A), as_cost(B)).value)(as_cost(COST))
+    gradient = jax.grad(
+        lambda c: RANK_3.solve(otf.TransportProblem(c, as_cost(A), as_cost(B))).value
+    )(as_cost(COST))
     np.testing.assert_allclose(gradient, solve(RANK_3).plan, atol=1e-6)
 
 
@@ -186,8 +192,8 @@ def test_what_low_rank_needs():
 # --- Gromov-Wasserstein
 
 
-def objective(plan, alpha, within=WITHIN, cost=COST):
-    source, target = (np.asarray(x, np.float64) for x in within)
+def objective(plan, alpha, intra=WITHIN, cost=COST):
+    source, target = (np.asarray(x, np.float64) for x in intra)
     squares = (source[:, None, :, None] - target[None, :, None, :]) ** 2
     plan = np.asarray(plan, np.float64)
     quadratic = np.einsum("ijkl,ij,kl", squares, plan, plan)
@@ -213,10 +219,10 @@ def test_gromov_wasserstein_finds_an_isometry():
     points = rng.normal(size=(10, 3))
     planted = rng.permutation(10)
     turned = points[planted] @ np.linalg.qr(rng.normal(size=(3, 3)))[0] + 5
-    within = [np.linalg.norm(x[:, None] - x[None], axis=-1) for x in (points, turned)]
+    intra = [np.linalg.norm(x[:, None] - x[None], axis=-1) for x in (points, turned)]
     solver = GromovWasserstein(alpha=1.0, epsilon=0.01)
     uniform = np.full(10, 0.1)
-    solution = solve(solver, np.zeros((10, 10)), uniform, uniform, within)
+    solution = solve(solver, np.zeros((10, 10)), uniform, uniform, intra)
     assert solution.converged
     np.testing.assert_array_equal(np.argmax(solution.plan, axis=0), planted)
     assert solution.value < 1e-3
@@ -231,11 +237,11 @@ def test_gromov_wasserstein_plan_and_its_evidence():
     np.testing.assert_allclose(marginals(solution.plan)[1], B, atol=1e-4)
     # In units of the cost: the quadratic term is worth as many of its deviations.
     spread = np.std(np.concatenate([x.ravel() for x in WITHIN]))
-    within = tuple(x / spread * np.std(COST) ** 0.5 for x in WITHIN)
-    assert solution.value == pytest.approx(objective(solution.plan, 0.5, within), rel=1e-4)
+    intra = tuple(x / spread * np.std(COST) ** 0.5 for x in WITHIN)
+    assert solution.value == pytest.approx(objective(solution.plan, 0.5, intra), rel=1e-4)
     # The gap bounds the loss of the linearisation, whose cost is the gradient of the objective.
     plan = np.asarray(solution.plan, np.float64)
-    source, target = within
+    source, target = intra
     rows, columns = marginals(plan)
     quadratic = (source**2 @ rows)[:, None] + (target**2 @ columns) - 2 * source @ plan @ target
     gradient = 0.5 * COST + quadratic
@@ -248,8 +254,8 @@ def test_gromov_wasserstein_plan_and_its_evidence():
 def test_gromov_wasserstein_sees_neither_scales_nor_shifts(factors):
     scale, shift, scale_within, shift_within = factors
     expected = solve(FUSED)
-    within = tuple(scale_within * x + shift_within for x in WITHIN)
-    solution = solve(FUSED, scale * COST + shift, within=within)
+    intra = tuple(scale_within * x + shift_within for x in WITHIN)
+    solution = solve(FUSED, scale * COST + shift, intra=intra)
     np.testing.assert_allclose(solution.plan, expected.plan, atol=1e-4)
     value = scale * float(expected.value) + 0.5 * shift
     assert solution.value == pytest.approx(value, rel=1e-3)
@@ -261,7 +267,7 @@ def test_gromov_wasserstein_value_is_differentiated_at_the_plan():
     target = as_cost(WITHIN[1])
 
     def value(cost, source):
-        solution = solver.solve(cost, within=(source, target))
+        solution = solver.solve(otf.TransportProblem(cost, intra=(source, target)))
         return solution.value, solution.plan
 
     slopes = jax.grad(value, argnums=(0, 1), has_aux=True)
@@ -274,14 +280,16 @@ def test_gromov_wasserstein_value_is_differentiated_at_the_plan():
 
 
 def test_what_gromov_wasserstein_needs():
-    cost, within = jnp.ones((2, 3)), (jnp.ones((2, 2)), jnp.ones((3, 3)))
-    with pytest.raises(ValueError, match=r"needs within=\(source, target\).*\(2, 2\) and \(3, 3\)"):
-        GromovWasserstein().solve(cost)
+    cost, intra = jnp.ones((2, 3)), (jnp.ones((2, 2)), jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match=r"needs intra=\(source, target\).*\(2, 2\) and \(3, 3\)"):
+        GromovWasserstein().solve(otf.TransportProblem(cost))
     # The annotations would already refuse the wrong shape here; users run without.
     with pytest.raises(ValueError, match=r"within the target have shape \(2, 2\).*3 units"):
-        gromov._check_within((within[0], within[0]), 2, 3)
+        gromov_wasserstein._check_intra(otf.TransportProblem(cost, intra=(intra[0], intra[0])))
     with pytest.raises(ValueError, match="1 of 9 costs are not finite"):
-        GromovWasserstein().solve(cost, within=(within[0], within[1].at[0, 1].set(jnp.inf)))
+        GromovWasserstein().solve(
+            otf.TransportProblem(cost, intra=(intra[0], intra[1].at[0, 1].set(jnp.inf)))
+        )
     with pytest.raises(ValueError, match="alpha in"):
         GromovWasserstein(alpha=1.5)
     with pytest.raises(ValueError, match="GromovWasserstein needs epsilon > 0"):
@@ -294,16 +302,18 @@ def test_what_gromov_wasserstein_needs():
 def test_only_quadratic_solvers_ask_for_costs_within():
     assert GromovWasserstein.quadratic
     assert not any(solver.quadratic for solver in (Exact, Sinkhorn, LowRank))
-    within = as_cost(WITHIN[0]), as_cost(WITHIN[1])
-    ignored = LOOSE.solve(as_cost(COST), as_cost(A), as_cost(B), within)
+    intra = as_cost(WITHIN[0]), as_cost(WITHIN[1])
+    ignored = LOOSE.solve(otf.TransportProblem(as_cost(COST), as_cost(A), as_cost(B), intra))
     chex.assert_trees_all_equal(ignored, solve(LOOSE))
 
 
 @pytest.mark.parametrize("solver", [LOOSE, RANK_3, FUSED])
 def test_batches_under_jit_one_of_which_is_not_finite(solver):
-    within = (as_cost(WITHIN[0]), as_cost(WITHIN[1])) if solver.quadratic else None
+    intra = (as_cost(WITHIN[0]), as_cost(WITHIN[1])) if solver.quadratic else None
     costs = jnp.stack([as_cost(COST), as_cost(COST).at[2, 3].set(np.nan), as_cost(3 - COST**0.5)])
-    found = jax.jit(jax.vmap(lambda c: solver.solve(c, as_cost(A), as_cost(B), within)))(costs)
+    found = jax.jit(
+        jax.vmap(lambda c: solver.solve(otf.TransportProblem(c, as_cost(A), as_cost(B), intra)))
+    )(costs)
     for i in (0, 2):
         alone = solve(solver, costs[i])
         one = jax.tree.map(lambda x, i=i: x[i], found)
@@ -318,9 +328,9 @@ def test_precision_follows_the_cost(solver):
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64):
             shapes = (N, M), (N,), (M,), (N, N), (M, M)
-            cost, a, b, *within = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-            given = (cost, a, b, tuple(within) if solver.quadratic else None)
-            solution = jax.eval_shape(solver.solve, *given)
+            cost, a, b, *intra = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+            given: Any = (cost, a, b, tuple(intra) if solver.quadratic else None)
+            solution = jax.eval_shape(solver.solve, otf.TransportProblem(*given))
             assert solution.plan.dtype == solution.value.dtype == solution.gap.dtype == dtype
 
 
@@ -332,7 +342,7 @@ def test_units_without_mass_and_sides_without_units(solver):
     assert np.all(solution.plan[2] == 0)
     assert solution.converged
     assert np.isfinite(solution.gap)
-    within = (jnp.zeros((0, 0)), jnp.zeros((3, 3))) if solver.quadratic else None
-    nothing = solver.solve(jnp.zeros((0, 3)), within=within)
+    intra = (jnp.zeros((0, 0)), jnp.zeros((3, 3))) if solver.quadratic else None
+    nothing = solver.solve(otf.TransportProblem(jnp.zeros((0, 3)), intra=intra))
     chex.assert_shape(nothing.plan, (0, 3))
     assert nothing.converged

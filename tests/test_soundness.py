@@ -461,7 +461,7 @@ def test_parts_picked_in_the_body_of_a_scan():
         return jax.lax.scan(layer, x, p["qkv"])[0] @ p["out"]
 
     symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
-    (cut,) = symmetry.cuts
+    (cut,) = symmetry.leaf_splits
     assert (cut.axis, cut.count) == (2, 3)
     assert change(symmetry, fn, params, inputs(5, 6)) < EXACT
 
@@ -516,7 +516,7 @@ def test_parts_that_move_alike_remain_one_leaf():
         return a * b + c
 
     symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
-    assert symmetry.cuts == ()
+    assert symmetry.leaf_splits == ()
     assert table(symmetry) == {"in": {makes("in", 1), takes("out", 0)}}
 
 
@@ -538,7 +538,7 @@ def test_parts_that_are_not_all_read_move_together(exits: int):
         return jnp.tanh(x @ p["in"]) @ p["exits"][exit]
 
     symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
-    assert symmetry.cuts == ()
+    assert symmetry.leaf_splits == ()
     assert batches(symmetry) == {"in": (8,)}
     assert change(symmetry, lambda p, x: fn(p, x, 1), params, inputs(5, 6)) < EXACT
 
@@ -550,7 +550,7 @@ def test_the_source_of_a_pin_is_the_users_line_after_parts_were_taken():
         return jnp.cumsum(x @ p["w"][0], 1) @ p["v"] + jnp.tanh(x @ p["w"][1]) @ p["u"]
 
     symmetry = otf.trace_symmetry(fn, params, inputs(5, 6))
-    assert symmetry.cuts
+    assert symmetry.leaf_splits
     reasons = {pin.path: pin.reason for pin in symmetry.pinned if pin.size == 8}
     assert "test_soundness.py" in reasons["v"]
     assert "cumsum" in reasons["v"]

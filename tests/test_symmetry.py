@@ -9,8 +9,8 @@ import pytest
 from zoo import CASES
 
 import otfusion_jax as otf
-from otfusion_jax.layout import Place
-from otfusion_jax.symmetry import leaves_of
+from otfusion_jax.symmetry.groups import leaves_of
+from otfusion_jax.symmetry.partition import StridedIndex
 
 
 def traced(name: str) -> tuple[otf.Symmetry, dict]:
@@ -192,7 +192,7 @@ def test_members_by_role():
 
 
 def test_places_are_positions_along_an_axis():
-    place = Place(start=2, outer=((2, 20), (3, 6)), after=2)
+    place = StridedIndex(start=2, outer=((2, 20), (3, 6)), after=2)
     expected = [
         [[2 + 20 * i + 6 * j + 2 * u + a for a in range(2)] for u in range(3)]
         for i in range(2)

@@ -23,7 +23,7 @@ from zoo import CASES, Groups, makes, randomise, relative, rolled, rows_of, shap
 
 import otfusion_jax as otf
 from benchmarks.networks import transformer
-from otfusion_jax import walk
+from otfusion_jax.tracing import registry
 
 EXACT = 1e-5
 """Of a relative change of outputs: what rounding may make in float32."""
@@ -74,10 +74,10 @@ def test_groups_are_those_of_the_table(name: str):
         for m in group.members:
             leaf = symmetry.leaves[m.leaf]
             assert leaf.path == m.path
-            assert leaf.shape[m.axis] == m.where.length
-            positions = m.where.place.positions(group.size)
+            assert leaf.shape[m.axis] == m.location.length
+            positions = m.location.index.positions(group.size)
             assert len(np.unique(positions)) == positions.size
-            assert positions.max() < m.where.length
+            assert positions.max() < m.location.length
 
 
 @pytest.mark.compatibility
@@ -313,8 +313,8 @@ def test_an_unused_result_of_a_call_constrains_nothing():
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """A function whose primitive has no rule."""
-    monkeypatch.setattr(walk, "_registry", dict(walk._registry))
-    del walk._registry[core.primitives.cumsum_p]
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    del registry._registry[core.primitives.cumsum_p]
     return functools.partial(jax.lax.cumsum, axis=1)
 
 
@@ -357,7 +357,7 @@ def test_other_ways_to_treat_the_unsupported_are_refused():
 
 
 def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(walk, "_registry", dict(walk._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     cube = Primitive("cube")
     cube.def_impl(lambda x: x**3)
     cube.def_abstract_eval(lambda x: x)
@@ -365,7 +365,7 @@ def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(otf.UnsupportedPrimitiveError, match="'cube'"):
         otf.trace_symmetry(fn, params, X)
 
-    @otf.register(cube)
+    @otf.register_rule(cube)
     def _(ctx, values):
         return [ctx.join(values)]
 

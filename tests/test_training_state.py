@@ -100,7 +100,7 @@ def test_parts_of_a_leaf_move_in_a_state_too():
 
     params = randomise(shapes(w=(2, 5, 5), out=(5, 3)), seed=0)
     symmetry = otf.trace_symmetry(fn, params, X)
-    assert symmetry.cuts
+    assert symmetry.leaf_splits
     plans = symmetry.random(jax.random.key(0))
     moved = otf.transport_state(symmetry, plans, {"ema": params, "count": 3})
     close(moved["ema"], otf.transport(symmetry, plans, params))

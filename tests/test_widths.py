@@ -325,7 +325,7 @@ def test_activations_of_other_widths_match_what_was_split():
     split = otf.transport(narrow, plans, params, onto=wide)
     batches = [normal(6, 5, seed=i) for i in range(3)]
     grams = otf.feature_gram(wide, dense, split, params, batches, onto=narrow)
-    found = otf.align(wide, split, params, onto=narrow, method=otf.ForwardPass(), features=grams)
+    found = otf.align(wide, split, params, onto=narrow, method=otf.ForwardPass(), grams=grams)
     merged = otf.transport(wide, found, split, onto=narrow)
     assert close(dense(merged, X), dense(params, X))
 

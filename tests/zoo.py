@@ -17,7 +17,8 @@ from arrays import array, uniform
 from flax import linen as nn
 from flax import nnx
 
-from otfusion_jax.symmetry import Group, Symmetry
+from otfusion_jax.symmetry.groups import Group
+from otfusion_jax.symmetry.symmetry import Symmetry
 
 Row = tuple[str, int, int, int, str, int, int]
 Groups = dict[str, set[Row]]
@@ -81,11 +82,11 @@ def rolled(symmetry: Symmetry, params: Any) -> Any:
                 step = 1 + (i + sum(index)) % (group.size - 1)
                 chosen = np.ones(leaves[m.leaf].shape, bool)
                 for (axis, _, place), size, j in zip(
-                    m.where.within, group.batch, index, strict=False
+                    m.location.batch, group.batch, index, strict=False
                 ):
                     chosen &= np.isin(indices[axis], place.positions(size)[:, j])
-                positions = m.where.place.positions(group.size)
-                sources = np.arange(m.where.length)
+                positions = m.location.index.positions(group.size)
+                sources = np.arange(m.location.length)
                 sources[positions] = np.roll(positions, step, axis=1)
                 moved = np.take(leaves[m.leaf], sources, axis=m.axis)
                 leaves[m.leaf] = np.where(chosen, moved, leaves[m.leaf])
@@ -143,7 +144,7 @@ def rows_of(group: Group) -> set[Row]:
     """The members that a trace found, in the form of the tables."""
     rows = set()
     for m in group.members:
-        place = m.where.place
+        place = m.location.index
         pitches = [stride for _, stride in place.outer]
         pitch = pitches[-1] if pitches and pitches[-1] != group.size * place.after else 0
         assert len(pitches) <= 1, "the tables have no form for this"

@@ -24,7 +24,7 @@ _UNITS: dict[str, tuple[_Features, costs.CostFn]] = {
     "weights": (lambda pair, samples: None, costs.SqEuclidean()),
     "activations": (gram, costs.Euclidean()),
     "correlations": (
-        lambda pair, samples: gram(pair, samples, at="consumed", center=True),
+        lambda pair, samples: gram(pair, samples, at="activation", center=True),
         costs.Cosine(),
     ),
 }
@@ -133,7 +133,7 @@ def _moved(
 ) -> tuple[PyTree, bool]:
     """Moves A by Algorithm 1; says whether each of the plans was solved to its tolerance."""
     symmetry = pair.network.symmetry
-    how: dict[str, Any] = {"metric": metric, "solver": solver, "features": features}
+    how: dict[str, Any] = {"metric": metric, "solver": solver, "grams": features}
     plans = otf.align(symmetry, pair.a, pair.b, method=otf.ForwardPass(), leaf_weight=counts, **how)
     return otf.transport(symmetry, plans, pair.a), bool(plans.converged)
 

@@ -20,7 +20,7 @@ from experiments.narrow import reordered, selected, strongest
 from experiments.pairs import Network, network, seen_images
 from experiments.runs import Request
 from experiments.train import train
-from otfusion_jax.symmetry import Plans
+from otfusion_jax.symmetry.groups import Plans
 
 
 def as_original(source: Network, target: Network, moved: PyTree) -> PyTree:

@@ -1,0 +1,1 @@
+"""Stacking, averaging and interpolating models of one structure."""

@@ -1,0 +1,1 @@
+"""What every other room uses: ranges of floating-point numbers, batching, checks of arguments."""

@@ -1,0 +1,1 @@
+"""Several models into one: align and average, barycenters, and repairs on data."""
