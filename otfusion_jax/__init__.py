@@ -31,18 +31,20 @@ from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
 from otfusion_jax.solvers.low_rank import LowRank
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.symmetry.checks import SymmetryWarning
-from otfusion_jax.symmetry.display import draw
+from otfusion_jax.symmetry.drawing import draw
 from otfusion_jax.symmetry.groups import Group, Member, Pin
 from otfusion_jax.symmetry.plans import compose, invert
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.training_state import transport_state
 from otfusion_jax.symmetry.transport import transport
 from otfusion_jax.tracing.activations import features
-from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.axis import Axis, Kind
+from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.modules import functional
 from otfusion_jax.tracing.programs import together
 from otfusion_jax.tracing.registry import UnsupportedPrimitiveError, register_rule
 from otfusion_jax.tracing.trace import trace_symmetry
+from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.verification import check_symmetry
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "AbstractRepair",
     "AbstractSolver",
     "Alignment",
+    "Axis",
     "Barrier",
     "Barycenter",
     "CoordinateDescent",
@@ -58,6 +61,7 @@ __all__ = [
     "Gram",
     "GromovWasserstein",
     "Group",
+    "Kind",
     "LearnedAlignment",
     "LeastSquares",
     "LowRank",

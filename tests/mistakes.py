@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ott.geometry import costs
 
 import otfusion_jax as otf
 
@@ -112,11 +113,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "activations for inner products": (
         lambda: any_otf.align(S, A, B, grams=otf.features(S, fn, A, X)),
-        "TypeError: features are inner products .* feature_gram.* got w: ArrayImpl",
+        "TypeError: grams are inner products .* feature_gram.* got w: ArrayImpl",
     ),
     "activations alone": (
         lambda: any_otf.align(S, A, B, grams=X),
-        "TypeError: features are inner products .* got ArrayImpl",
+        "TypeError: grams are inner products .* got ArrayImpl",
     ),
     "marginals of the source alone": (
         lambda: any_otf.align(S, A, B, marginals=otf.weight_importance(S, A)),
@@ -129,6 +130,30 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "a method that is a class": (
         lambda: any_otf.fuse(S, [A, B], method=otf.ForwardPass),
         r"TypeError: method is the class ForwardPass; pass CoordinateDescent\(\)",
+    ),
+    "a method of the average that is a name": (
+        lambda: any_otf.fuse(S, [A, B], method="descent"),
+        r"TypeError: method is 'descent'; pass CoordinateDescent\(\) or ForwardPass\(\)",
+    ),
+    "a metric that is a class": (
+        lambda: any_otf.fuse(S, [A, B], metric=costs.Cosine),
+        "TypeError: metric is the class Cosine; pass an ott cost function such as",
+    ),
+    "a metric by name": (
+        lambda: any_otf.fuse(S, [A, B], metric="cosine"),
+        "TypeError: metric is 'cosine'; pass an ott cost function such as",
+    ),
+    "a solver of the average that is a class": (
+        lambda: any_otf.fuse(S, [A, B], solver=otf.Exact),
+        r"TypeError: solver is the class Exact; pass Exact\(\) or Sinkhorn\(\)",
+    ),
+    "a solver to learn by that is a class": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], solver=otf.Sinkhorn),
+        r"TypeError: solver is the class Sinkhorn; pass Sinkhorn\(\)",
+    ),
+    "a solver to learn by that is a name": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], solver="sinkhorn"),
+        r"TypeError: solver is 'sinkhorn'; pass Sinkhorn\(\)",
     ),
     "a solver that is a class": (
         lambda: any_otf.align(S, A, B, solver=otf.Exact),

@@ -1,6 +1,9 @@
 """Checks fusing many models: planted permutations, consistency, and that order does not matter."""
 
+import inspect
 import itertools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import pytest
 import reference as ref
 import zoo_attention  # noqa: F401, adds its networks to `CASES`
 from arrays import array, normals
+from ott.geometry import costs
 from zoo import CASES
 
 import otfusion_jax as otf
@@ -99,6 +103,42 @@ def test_the_mean_is_that_of_the_moved_models_and_the_history_their_spread():
     np.testing.assert_allclose(rounds[-1], np.dot(weights, apart), rtol=1e-4)
 
 
+@pytest.mark.parametrize("wide", [(), ("bias",), ("bias", "kernel")], ids=str)
+def test_the_history_has_the_precision_of_the_models(wide):
+    """It is float64 where any leaf is, and has as many digits as the mean of all leaves."""
+    # Comparing units by leaves of several precisions promotes dtypes.
+    promotion = "standard" if len(wide) == 1 else "strict"
+    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+        models = []
+        for seed in range(COUNT):
+            layers = ref.random_net(seed, "mlp")
+            models.append([in_precision(layer, wide) for layer in layers])
+        x = jnp.ones(ref.INPUTS["mlp"], jnp.float32)
+        symmetry = otf.trace_symmetry(mixed_mlp, models[0], x)
+        found = otf.barycenter(symmetry, models)
+        assert found.history.dtype == (jnp.float64 if wide else jnp.float32)
+        expected = 0.0
+        for k, model in enumerate(models):
+            moved = otf.transport(symmetry, at(k, found.plans), model)
+            for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(found.params), strict=True):
+                expected += np.sum((np.asarray(x, np.float64) - np.asarray(y)) ** 2) / COUNT
+        tolerance = 1e-12 if len(wide) == 2 else 1e-5
+        np.testing.assert_allclose(found.history[-1], expected, rtol=tolerance)
+
+
+def in_precision(layer, wide):
+    """Returns a layer whose leaves of the names given are float64, and the others float32."""
+    return {
+        name: jnp.asarray(np.asarray(leaf), jnp.float64 if name in wide else jnp.float32)
+        for name, leaf in layer.items()
+    }
+
+
+def mixed_mlp(net, x):
+    """Computes in float32 with parameters of any precision."""
+    return ref.network(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), net), x)
+
+
 def test_it_ends_no_further_apart_than_fusing_onto_the_first_of_all():
     symmetry = mlp()
     models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
@@ -134,6 +174,55 @@ def test_what_makes_no_barycenter_is_refused():
         otf.barycenter(symmetry, [params])
     with pytest.raises(ValueError, match="max_rounds is 0"):
         otf.barycenter(symmetry, [params, params], max_rounds=0)
+
+
+# Without the tests' checks of annotations, which would refuse other types before the library does.
+barycenter: Any = inspect.unwrap(otf.barycenter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rounds": True}, "max_rounds is True, of type bool; give 1 or more"),
+        ({"max_rounds": "3"}, "max_rounds is '3', of type str; give 1 or more"),
+        ({"method": otf.ForwardPass}, "method is the class ForwardPass; pass CoordinateDescent()"),
+        ({"method": "descent"}, "method is 'descent'; pass CoordinateDescent()"),
+        ({"metric": costs.Cosine}, "metric is the class Cosine; pass an ott cost function"),
+        ({"metric": "cosine"}, "metric is 'cosine'; pass an ott cost function"),
+        ({"weights": "half"}, "weights is 'half', of type str; give one number for each model"),
+        ({"weights": ["a", "b"]}, "weight 0 is 'a', of type str; give one number for each"),
+        ({"weights": lambda path: (0.5, 0.5)}, "of type function; give one number for each model"),
+        ({"leaf_weight": {"w": 1.0}}, "a dict was given where a function is wanted"),
+    ],
+    ids=lambda given: "" if isinstance(given, str) else next(iter(given)),
+)
+def test_arguments_of_other_types_are_named(options, message):
+    symmetry, params = heads()
+    with pytest.raises(TypeError, match=re.escape(message)):
+        barycenter(symmetry, [params, params], **options)
+
+
+def test_a_whole_number_of_numpy_is_a_number_of_rounds():
+    symmetry = mlp()
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
+    assert len(barycenter(symmetry, models, max_rounds=np.int64(2)).history) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: net[:-1], r"2/bias: missing"),
+        (lambda net: [net[0] | {"bias": jnp.ones(9)}, *net[1:]], r"0/bias: shape \(9,\)"),
+        (lambda net: [net[0] | {"bias": jnp.ones(8, int)}, *net[1:]], r"0/bias: dtype int32"),
+        (lambda net: [net[0] | {"bias": net[0]["bias"] * jnp.nan}, *net[1:]], r"0/bias: 8 of 8"),
+    ],
+    ids=["tree", "shape", "dtype", "not finite"],
+)
+def test_a_model_that_does_not_fit_is_named_by_key_path(change, message):
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
+    models[1] = change(models[1])
+    with pytest.raises(ValueError, match=f"(?s)model 1 .*{message}"):
+        otf.barycenter(mlp(), models)
 
 
 def test_leaves_that_do_not_move_are_those_of_the_last_model():

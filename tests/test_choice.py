@@ -1,15 +1,13 @@
-"""What a caller may choose: groups, weights parameter by parameter, masses, and solvers."""
+"""What a caller may choose: groups, weights parameter by parameter, and quadratic solvers."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ot
 import pytest
 import reference as ref
 from arrays import normal, normals
-from ott.geometry import costs
 
 import otfusion_jax as otf
 
@@ -105,52 +103,6 @@ def test_weights_that_do_not_fit_name_the_key_path():
         otf.fuse(symmetry, [a, b], lambda path: (0.0, 0.0, 1.0) if path == "2/bias" else None)
 
 
-# Masses
-
-
-def test_masses_are_the_marginals_of_the_plans():
-    symmetry, a, b = symmetry_of("mlp"), net("mlp", 0), net("mlp", 1)
-    masses = otf.weight_importance(symmetry, a), otf.weight_importance(symmetry, b)
-    found = otf.align(symmetry, a, b, method=FORWARD, marginals=masses)
-    for name, plan in found.plans.items():
-        np.testing.assert_allclose(plan.sum(1), masses[0][name], atol=1e-6)
-        np.testing.assert_allclose(plan.sum(0), masses[1][name], atol=1e-6)
-    first = [np.concatenate([x[0]["kernel"], x[0]["bias"][None]]).astype(float) for x in (a, b)]
-    cost = ref.distances(*first, squared=True, unit_norm=False)
-    p, q = (np.asarray(x["0/kernel"], float) for x in masses)
-    best = ot.emd2(p / p.sum(), q / q.sum(), cost)
-    np.testing.assert_allclose(np.sum(found.plans["0/kernel"] * cost), best, rtol=1e-5)
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_importance_by_weights_is_the_norm_of_what_produces_a_unit(order: int):
-    symmetry, a = symmetry_of("conv"), net("conv", 0)
-    found = otf.weight_importance(symmetry, a, order)
-    kernel = np.asarray(a[1]["kernel"]).reshape(-1, 8)
-    vectors = np.concatenate([kernel, a[1]["bias"][None]])
-    norms = np.linalg.norm(vectors, ord=order, axis=0)
-    np.testing.assert_allclose(found["1/kernel"], norms / norms.sum(), rtol=1e-5)
-
-
-def test_importance_by_activations_is_their_variance():
-    symmetry, a = symmetry_of("mlp"), net("mlp", 0)
-    x = normal(50, 5, seed=2)
-    seen = otf.features(symmetry, ref.network, a, x)
-    found = otf.feature_importance({**seen, "silent": jnp.ones((50, 4))})
-    variances = np.var(np.asarray(seen["1/kernel"]), axis=0)
-    np.testing.assert_allclose(found["1/kernel"], variances / variances.sum(), rtol=1e-5)
-    np.testing.assert_allclose(found["silent"], np.full(4, 0.25))
-
-
-def test_marginals_that_do_not_fit_are_named():
-    symmetry, a, b = symmetry_of("mlp"), net("mlp", 0), net("mlp", 1)
-    wrong = {"0/kernel": jnp.ones(7) / 7, "1/kernel": jnp.ones(8), "9": jnp.ones(1)}
-    with pytest.raises(ValueError, match="9: no such group") as error:
-        otf.align(symmetry, a, b, method=FORWARD, marginals=(wrong, {}))
-    assert r"0/kernel: shape (7,) for the source, expected (8,)" in str(error.value)
-    assert r"1/kernel: of the source; masses are at least 0 and sum to 1" in str(error.value)
-
-
 # Quadratic solvers
 
 
@@ -168,23 +120,3 @@ def test_gromov_wasserstein_sees_the_units_own_geometry():
     # What the rotation has done to the cost, no other solver undoes.
     exact = otf.align(first, a, turned, method=FORWARD).plans["0/kernel"]
     assert not np.array_equal(exact, plans["0/kernel"])
-
-
-def test_features_serve_a_quadratic_solver_if_taken_for_it():
-    symmetry, a, b = symmetry_of("mlp"), net("mlp", 0), net("mlp", 1)
-    x = [normal(20, 5, seed=2)]
-    how = {"method": FORWARD, "solver": otf.GromovWasserstein(), "metric": costs.SqEuclidean()}
-    for center in (False, True):
-        grams = otf.feature_gram(symmetry, ref.network, a, b, x, intra=True, center=center)
-        seen = [otf.features(symmetry, ref.network, net, x[0])["1/kernel"] for net in (a, b)]
-        if center:
-            seen = [y - y.mean(0, keepdims=True) for y in seen]
-        intra = grams["1/kernel"].intra
-        assert intra is not None
-        for inside, y in zip(intra, seen, strict=True):
-            np.testing.assert_allclose(inside, y.T @ y, rtol=1e-4, atol=1e-4)
-    plan = otf.align(symmetry, a, b, grams=grams, **how).plans["1/kernel"]
-    np.testing.assert_allclose(plan.sum(0), np.full(8, 1 / 8), atol=1e-2)
-    bare = otf.feature_gram(symmetry, ref.network, a, b, x)
-    with pytest.raises(ValueError, match="intra"):
-        otf.align(symmetry, a, b, grams=bare, **how)

@@ -95,7 +95,7 @@ def test_every_primitive_of_this_jax_has_a_rule_or_a_reason():
         and not all(name.startswith(tuple(MODULES_WITHOUT_RULES)) for name in modules)
     }
     assert sorted(missing) == [], (
-        "primitives without a rule: give each one (otfusion_jax/rules.py, jaxprs.py), or say in "
+        "primitives without a rule: give each one (otfusion_jax/tracing/rules), or say in "
         "this file why no function of a network holds it"
     )
 

@@ -1,9 +1,11 @@
 """Checks what the documentation says by running it."""
 
 import ast
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import re
 from pathlib import Path
 
@@ -11,12 +13,17 @@ import jax
 import pytest
 
 import otfusion_jax
+from otfusion_jax.tracing import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "otfusion_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "guide.md"
 PRIMITIVES = ROOT / "docs" / "primitives.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+EXECUTED = [ROOT / "docs" / "rules.md", ROOT / "docs" / "architecture.md"]
+"""Pages whose Python blocks are run, and print what the blocks of text below them say."""
 
 
 def name(path: Path) -> str:
@@ -77,7 +84,14 @@ def doctests() -> list[doctest.DocTest]:
     return found
 
 
-@pytest.mark.usefixtures("default_promotion")
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps rules that documentation registers from other tests."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.setattr(registry, "_selecting", set(registry._selecting))
+
+
+@pytest.mark.usefixtures("default_promotion", "own_registry")
 @pytest.mark.parametrize("example", doctests(), ids=lambda example: example.name)
 def test_doctest(example: doctest.DocTest):
     module = importlib.import_module(example.name.partition(":")[0])
@@ -88,22 +102,62 @@ def test_doctest(example: doctest.DocTest):
     assert runner.failures == 0, "".join(report)
 
 
-def python_blocks(markdown: str) -> list[tuple[int, str]]:
-    """The first line's number and the text of each fenced Python block."""
-    fence = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
-    return [(markdown.count("\n", 0, m.start(1)), m[1]) for m in fence.finditer(markdown)]
+def fenced_blocks(markdown: str) -> list[tuple[int, str, str]]:
+    """Of each fenced block the first line's number, the language and the text."""
+    fence = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+    return [(markdown.count("\n", 0, m.start(2)), m[1], m[2]) for m in fence.finditer(markdown)]
+
+
+def run_block(path: Path, line: int, block: str, namespace: dict) -> str:
+    """Runs a block of a page and returns what it prints."""
+    printed = io.StringIO()
+    # Padded, and with the page's name, so that messages name the page's own lines.
+    code = compile("\n" * line + block, name(path), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+    return printed.getvalue()
+
+
+NUMBER = re.compile(r"\d+\.\d")
 
 
 @pytest.mark.compatibility
 @pytest.mark.usefixtures("default_promotion")
 def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    blocks = python_blocks(README.read_text())
-    assert blocks, "README.md has no Python block"
+    """Prints what it says; training rounds differently from version to version."""
     monkeypatch.chdir(tmp_path)
+    (line, language, code), (_, _, said), (_, _, table) = fenced_blocks(README.read_text())[1:4]
+    assert language == "python"
     namespace = {"__name__": "__main__"}
-    for line, block in blocks:
-        # Padded, so that a traceback shows the README's own line.
-        exec(compile("\n" * line + block, str(README), "exec"), namespace)
+    printed = run_block(README, line, code, namespace)
+    assert NUMBER.sub("", printed) == NUMBER.sub("", said)
+    accuracies = [[float(n) for n in NUMBER.findall(text)] for text in (printed, said)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=5)
+    assert str(namespace["symmetry"]).split() == table.split()
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_the_guide_runs_as_written():
+    namespace = {"__name__": "__main__"}
+    for line, language, code in fenced_blocks(GUIDE.read_text()):
+        if language == "python":
+            run_block(GUIDE, line, code, namespace)
+
+
+@pytest.mark.compatibility
+@pytest.mark.usefixtures("default_promotion", "own_registry")
+@pytest.mark.parametrize("page", EXECUTED, ids=name)
+def test_pages_print_what_they_say(page: Path):
+    blocks = fenced_blocks(page.read_text())
+    assert "python" in [language for _, language, _ in blocks], f"{name(page)} has no Python block"
+    namespace = {"__name__": "__main__"}
+    nothing = (0, "", "")
+    for (line, language, text), following in zip(blocks, [*blocks[1:], nothing], strict=True):
+        if language != "python":
+            continue
+        printed = run_block(page, line, text, namespace)
+        if following[1] == "text":
+            assert printed == following[2], f"{name(page)}, the block at line {line}"
 
 
 @pytest.mark.compatibility
@@ -131,19 +185,24 @@ def what_rules_say(table: str) -> set[tuple[str, str]]:
     return {(row[0].strip(), row[-1].strip()) for row in cells}
 
 
-@pytest.mark.parametrize("path", [README, *sorted(README.parent.glob("docs/*.md"))], ids=name)
+def anchors_of(page: Path) -> set[str]:
+    """The names by which links lead to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_links_lead_somewhere(path: Path):
     text = path.read_text()
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)$", text, re.M)
-    titles = re.findall(r"^#+ (.*)$", text, re.M)
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     for link in links:
-        if link.startswith("#"):
-            assert link[1:] in anchors, f"{name(path)} has no heading for {link}"
-        elif "://" not in link:
-            assert (path.parent / link).exists(), (
-                f"{name(path)} leads to {link}, which is not there"
-            )
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), f"{name(path)} leads to {link}, which is not there"
+        if anchor:
+            assert anchor in anchors_of(target), f"{name(path)}: there is no heading for {link}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

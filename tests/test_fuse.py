@@ -1,7 +1,9 @@
 """Checks averages by hand, and fusion against its parts and against planted permutations."""
 
 import functools
+import inspect
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import reference as ref
 from arrays import array, normal, normals, unstack
+from ott.geometry import costs
 
 import otfusion_jax as otf
 
@@ -307,6 +310,86 @@ def test_the_batch_size_changes_nothing(batch_size):
 def test_a_batch_of_none_is_refused():
     with pytest.raises(ValueError, match="batch_size is 0"):
         otf.fuse(symmetry_of(), random_nets(2), batch_size=0)
+
+
+# Without the tests' checks of annotations, which would refuse other types before the library does.
+fuse_of_any_type: Any = inspect.unwrap(otf.fuse)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reference": 1.0}, "reference is 1.0, of type float; give a model's position"),
+        ({"reference": True}, "reference is True, of type bool; give a model's position"),
+        ({"reference": "last"}, "reference is 'last', of type str; give a model's position"),
+        ({"batch_size": True}, "batch_size is True, of type bool; give 1 or more, or None"),
+        ({"batch_size": "2"}, "batch_size is '2', of type str; give 1 or more, or None"),
+        ({"method": otf.ForwardPass}, "method is the class ForwardPass; pass CoordinateDescent()"),
+        ({"method": "descent"}, "method is 'descent'; pass CoordinateDescent()"),
+        ({"solver": otf.Exact}, "solver is the class Exact; pass Exact() or Sinkhorn()"),
+        ({"solver": "exact"}, "solver is 'exact'; pass Exact() or Sinkhorn()"),
+        ({"metric": costs.Cosine}, "metric is the class Cosine; pass an ott cost function"),
+        ({"metric": "cosine"}, "metric is 'cosine'; pass an ott cost function"),
+        ({"weights": "half"}, "weights is 'half', of type str; give one number for each model"),
+        ({"weights": ["a", "b"]}, "weight 0 is 'a', of type str; give one number for each model"),
+        ({"weights": {"0": 1.0}}, "weights is {'0': 1.0}, of type dict; give one number"),
+        ({"leaf_weight": {"w": 1.0}}, "a dict was given where a function is wanted"),
+        ({"leaf_weight": "w"}, "a str was given where a function is wanted"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types_are_named(options, message):
+    symmetry, models = symmetry_of(), random_nets(2)
+    for given in (symmetry, [symmetry, symmetry]):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            fuse_of_any_type(given, models, **options)
+
+
+def test_whole_numbers_of_numpy_are_numbers():
+    symmetry, models = symmetry_of(), random_nets(2)
+    options = {"reference": np.int64(0), "batch_size": np.int64(1)}
+    fused = fuse_of_any_type(symmetry, models, **options)
+    assert_trees_close(fused, otf.fuse(symmetry, models, reference=0))
+
+
+def with_bias(net, bias):
+    return [net[0] | {"bias": bias}, *net[1:]]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: net[:-1], r"2/bias: missing"),
+        (lambda net: with_bias(net, jnp.ones(9)), r"0/bias: shape \(9,\), expected \(8,\)"),
+        (lambda net: with_bias(net, jnp.ones(8, int)), r"0/bias: dtype int32, expected float32"),
+        (lambda net: with_bias(net, net[0]["bias"] * jnp.nan), r"0/bias: 8 of 8 values not finite"),
+    ],
+    ids=["tree", "shape", "dtype", "not finite"],
+)
+def test_a_model_that_does_not_fit_is_named_by_key_path(change, message, number):
+    """By its number in the list, whether it is moved or is the reference."""
+    symmetry, models = symmetry_of(), random_nets(2)
+    models[number] = change(models[number])
+    for given in (symmetry, [symmetry, symmetry]):
+        with pytest.raises(ValueError, match=f"(?s)model {number} .*{message}"):
+            otf.fuse(given, models)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (jnp.ones((3, 8)), "0/bias: 3 models, where others have 2"),
+        (jnp.ones(8), r"0/bias: no axis in front of shape \(8,\)"),
+        (jnp.ones((2, 9)), r"0/bias: shape \(2, 9\), expected \(2, 8\)"),
+    ],
+    ids=["another number", "no leading axis", "another shape"],
+)
+def test_a_leaf_that_does_not_fit_its_stack_is_named_by_key_path(bias, message):
+    stacked = with_bias(otf.stack(random_nets(2)), bias)
+    for combine in (otf.fuse, otf.barycenter):
+        with pytest.raises(ValueError, match=f"(?s)stack.*{message}"):
+            combine(symmetry_of(), stacked)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])

@@ -1,6 +1,7 @@
 """Checks alignment, features and fusion where groups are nested: heads, experts, stacked layers."""
 
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import zoo_attention  # noqa: F401, these add their networks to `CASES`
 import zoo_convolution  # noqa: F401
 import zoo_recurrent  # noqa: F401
 from arrays import normals, uniform
+from numpy.testing import assert_allclose
 from ott.geometry import costs
 from zoo import CASES, randomise, shapes
 
@@ -26,22 +28,39 @@ NETWORKS = [
 
 
 def setting(name: str):
+    """A network of the zoo and its symmetry."""
     case = CASES[name]()
-    return case, otf.trace_symmetry(case.fn, case.params, *case.inputs)
+    symmetry = otf.trace_symmetry(case.fn, case.params, *case.inputs)
+    return case, symmetry
 
 
-def close(a, b, atol: float = 1e-5) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+def assert_close(a, b, atol: float = 1e-5) -> None:
+    """Two trees have the same leaves, up to rounding."""
+    leaves_a = jax.tree.leaves(a)
+    leaves_b = jax.tree.leaves(b)
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        assert_allclose(x, y, rtol=0, atol=atol)
+
+
+def planted(symmetry: otf.Symmetry, params, seed: int):
+    """The same network with its units in another order."""
+    plans = symmetry.random(jax.random.key(seed))
+    return otf.transport(symmetry, plans, params)
+
+
+# --- networks of the zoo
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_planted_permutation_is_undone(name: str):
     case, symmetry = setting(name)
-    source = otf.transport(symmetry, symmetry.random(jax.random.key(3)), case.params)
+    source = planted(symmetry, case.params, 3)
     alignment = otf.align(symmetry, source, case.params)
     assert bool(alignment.converged)
-    assert float(alignment.objective) <= 1e-6 * float(alignment.history[0])
-    close(otf.transport(symmetry, alignment, source), case.params)
+    at_start = float(alignment.history[0])
+    assert float(alignment.objective) <= 1e-6 * at_start
+    moved = otf.transport(symmetry, alignment, source)
+    assert_close(moved, case.params)
 
 
 @pytest.mark.parametrize(
@@ -54,106 +73,119 @@ def test_a_planted_permutation_is_undone(name: str):
 )
 def test_a_planted_permutation_is_undone_by_activations(name: str, at):
     case, symmetry = setting(name)
-    source = otf.transport(symmetry, symmetry.random(jax.random.key(4)), case.params)
-    grams = otf.feature_gram(symmetry, case.fn, source, case.params, [case.inputs], at=at)
-    alignment = otf.align(symmetry, source, case.params, method=otf.ForwardPass(), grams=grams)
+    source = planted(symmetry, case.params, 4)
+    batches = [case.inputs]
+    grams = otf.feature_gram(symmetry, case.fn, source, case.params, batches, at=at)
+    method = otf.ForwardPass()
+    alignment = otf.align(symmetry, source, case.params, method=method, grams=grams)
     moved = otf.transport(symmetry, alignment, source)
     # Where few inputs leave units alike, their order is open; the features must agree anyhow.
-    ours = otf.features(symmetry, case.fn, moved, *case.inputs, at=at)
-    theirs = otf.features(symmetry, case.fn, case.params, *case.inputs, at=at)
-    close(ours, theirs, 1e-4)
+    source_features = otf.features(symmetry, case.fn, moved, *case.inputs, at=at)
+    target_features = otf.features(symmetry, case.fn, case.params, *case.inputs, at=at)
+    assert_close(source_features, target_features, 1e-4)
 
 
 def test_a_network_fused_with_itself_reordered_is_itself():
     case, symmetry = setting("transformer_scanned_linen")
-    other = otf.transport(symmetry, symmetry.random(jax.random.key(5)), case.params)
+    other = planted(symmetry, case.params, 5)
     fused = otf.fuse(symmetry, [other, case.params])
-    close(fused, case.params)
+    assert_close(fused, case.params)
+
+
+# --- heads and their units
 
 
 def heads(p, x):
     """Attention over rows by 2 heads of 3, the rest of the network as small as it can be."""
-    q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in ("q", "k", "v"))
-    weights = jax.nn.softmax(jnp.einsum("qhk,thk->hqt", q, k), -1)
+    q = jnp.einsum("td,dhk->thk", x, p["q"])
+    k = jnp.einsum("td,dhk->thk", x, p["k"])
+    v = jnp.einsum("td,dhk->thk", x, p["v"])
+    scores = jnp.einsum("qhk,thk->hqt", q, k)
+    weights = jax.nn.softmax(scores, -1)
     return jnp.einsum("hqt,thk,hkd->qd", weights, v, p["out"])
 
 
-HEADS = shapes(q=(4, 2, 3), k=(4, 2, 3), v=(4, 2, 3), out=(2, 3, 4))
+HEADS = shapes(
+    q=(4, 2, 3),
+    k=(4, 2, 3),
+    v=(4, 2, 3),
+    out=(2, 3, 4),
+)
 
 
 def test_heads_are_matched_with_what_is_inside_by_the_best_of_all_plans():
-    a, b = randomise(HEADS, 0), randomise(HEADS, 1)
+    a = randomise(HEADS, 0)
+    b = randomise(HEADS, 1)
     symmetry = otf.trace_symmetry(heads, a, uniform(5, 4))
-    outer, *inside = symmetry.groups
-    assert [(g.size, g.batch) for g in symmetry.groups] == [(2, ()), (3, (2,)), (3, (2,))]
-    orders = [np.array(p) for p in itertools.permutations(range(3))]
-    best = np.inf
-    for order in itertools.permutations(range(2)):
-        for choices in itertools.product(orders, repeat=4):
-            plans = {
-                outer.name: jnp.array(order),
-                inside[0].name: jnp.stack([jnp.array(c) for c in choices[:2]]),
-                inside[1].name: jnp.stack([jnp.array(c) for c in choices[2:]]),
-            }
-            moved = jax.tree.map(np.asarray, _moved(symmetry, plans, a))
-            distance = sum(np.sum((moved[n] - np.asarray(b[n])) ** 2) for n in HEADS)
-            best = min(best, distance)
-    found = otf.align(symmetry, a, b, method=otf.CoordinateDescent(starts=("identity",)))
-    np.testing.assert_allclose(found.objective, best, rtol=1e-5)
+    of_heads, *of_units = symmetry.groups
+    assert (of_heads.size, of_heads.batch) == (2, ())
+    for group in of_units:
+        assert (group.size, group.batch) == (3, (2,))
+    lowest = np.inf
+    for plans in all_plans():
+        distance = 0.0
+        for name, moved in moved_by_numpy(plans, a).items():
+            difference = moved - np.asarray(b[name])
+            distance += np.sum(difference**2)
+        lowest = min(lowest, distance)
+    method = otf.CoordinateDescent(starts=("identity",))
+    alignment = otf.align(symmetry, a, b, method=method)
+    assert_allclose(alignment.objective, lowest, rtol=1e-5)
 
 
-def _moved(symmetry, plans, a):
-    """Heads of a moved by numpy, which 2,592 times is faster than to compile once."""
-    outer, qk, v = (np.asarray(plans[g.name]) for g in symmetry.groups)
-    moved = {name: np.asarray(a[name])[:, outer] for name in ("q", "k", "v")}
-    moved["out"] = np.asarray(a["out"])[outer]
-    for name, inner in (("q", qk), ("k", qk), ("v", v)):
-        moved[name] = np.take_along_axis(moved[name], inner[None], axis=2)
-    moved["out"] = np.take_along_axis(moved["out"], v[:, :, None], axis=1)
+HeadPlans = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""An order of the heads, and for each head one of the units of queries and keys, and of values."""
+
+
+def all_plans() -> Iterator[HeadPlans]:
+    """Every permutation of two heads with every permutation of three units in each."""
+    orders_of_heads = np.array([[0, 1], [1, 0]])
+    orders_of_units = list(itertools.permutations(range(3)))
+    of_both_heads = np.array(list(itertools.product(orders_of_units, repeat=2)))
+    for order_of_heads in orders_of_heads:
+        for keys in of_both_heads:
+            for values in of_both_heads:
+                yield order_of_heads, keys, values
+
+
+def moved_by_numpy(plans: HeadPlans, params) -> dict[str, np.ndarray]:
+    """Moves parameters without JAX, which 2,592 times is faster than to compile once."""
+    order_of_heads, keys, values = plans
+    moved = {}
+    for name, order in (("q", keys), ("k", keys), ("v", values)):
+        leaf = np.asarray(params[name])
+        leaf = leaf[:, order_of_heads]
+        moved[name] = np.take_along_axis(leaf, order[None], axis=2)
+    leaf = np.asarray(params["out"])
+    leaf = leaf[order_of_heads]
+    moved["out"] = np.take_along_axis(leaf, values[..., None], axis=1)
     return moved
 
 
 def test_features_of_heads_are_those_of_each_head():
-    p, x = randomise(HEADS, 2), uniform(5, 4)
+    p = randomise(HEADS, 2)
+    x = uniform(5, 4)
     symmetry = otf.trace_symmetry(heads, p, x)
-    outer, qk, v = symmetry.groups
-    found = otf.features(symmetry, heads, p, x)
-    assert found[qk.name].shape == (2, 10, 3)  # queries and keys of 5 rows
-    q, k = (np.einsum("td,dhk->htk", x, p[name]) for name in ("q", "k"))
-    np.testing.assert_allclose(found[qk.name], np.concatenate([q, k], axis=1), atol=1e-5)
+    _, keys_group, values_group = symmetry.groups
+    features = otf.features(symmetry, heads, p, x)
+    queries = np.einsum("td,dhk->htk", x, p["q"])
+    keys = np.einsum("td,dhk->htk", x, p["k"])
+    # One plan moves both, so that the rows of both are features of one group.
+    queries_and_keys = features[keys_group.name]
+    assert queries_and_keys.shape == (2, 10, 3)
+    expected = np.concatenate([queries, keys], axis=1)
+    assert_allclose(queries_and_keys, expected, atol=1e-5)
     values = np.einsum("td,dhk->htk", x, p["v"])
-    np.testing.assert_allclose(found[v.name], values, atol=1e-5)
-
-
-def test_features_inside_of_a_scan_are_those_of_each_iteration():
-    def fn(p, x):
-        def step(x, layer):
-            return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
-
-        return jax.lax.scan(step, x @ p["in"], {n: p[n] for n in ("up", "down")})[0] @ p["out"]
-
-    p = randomise(shapes(**{"in": (3, 6)}, up=(4, 6, 5), down=(4, 5, 6), out=(6, 2)), 0)
-    x = uniform(7, 3)
-    symmetry = otf.trace_symmetry(fn, p, x)
-    assert {(g.name, g.batch, g.size) for g in symmetry.groups} == {
-        ("in", (), 6),
-        ("up", (4,), 5),
-    }
-    produced = otf.features(symmetry, fn, p, x)
-    consumed = otf.features(symmetry, fn, p, x, at="activation")
-    h = x @ p["in"]
-    for i in range(4):
-        hidden = h @ p["up"][i]
-        np.testing.assert_allclose(produced["up"][i], hidden, atol=1e-5)
-        np.testing.assert_allclose(consumed["up"][i], jnp.tanh(hidden), atol=1e-5)
-        h = h + jnp.tanh(hidden) @ p["down"][i]
+    assert_allclose(features[values_group.name], values, atol=1e-5)
 
 
 def test_soft_plans_of_what_is_nested_need_no_soft_plans_of_heads():
-    a, b = randomise(HEADS, 0), randomise(HEADS, 1)
+    a = randomise(HEADS, 0)
+    b = randomise(HEADS, 1)
     symmetry = otf.trace_symmetry(heads, a, uniform(5, 4))
+    # OTT relies on JAX's default promotion.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        found = otf.align(
+        alignment = otf.align(
             symmetry,
             a,
             b,
@@ -161,20 +193,80 @@ def test_soft_plans_of_what_is_nested_need_no_soft_plans_of_heads():
             solver=otf.Sinkhorn(),
             metric=costs.Euclidean(),
         )
-    forms = [(plan.shape, plan.dtype) for plan in found.plans.values()]
-    assert forms == [((2,), jnp.int32), ((2, 3, 3), jnp.float32), ((2, 3, 3), jnp.float32)]
-    moved = otf.transport(symmetry, found, a)
-    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, a)
+    of_heads, *of_units = alignment.plans.values()
+    assert of_heads.shape == (2,)
+    assert of_heads.dtype == jnp.int32
+    for plan in of_units:
+        assert plan.shape == (2, 3, 3)
+        assert plan.dtype == jnp.float32
+    moved = otf.transport(symmetry, alignment, a)
+    for name, leaf in a.items():
+        assert moved[name].shape == leaf.shape
+
+
+# --- layers and their hidden units
+
+
+def scanned(p, x):
+    """A residual network whose hidden layers are a stack that is scanned over."""
+
+    def step(stream, layer):
+        hidden = jnp.tanh(stream @ layer["up"])
+        stream = stream + hidden @ layer["down"]
+        return stream, None
+
+    stacked = {"up": p["up"], "down": p["down"]}
+    stream, _ = jax.lax.scan(step, x @ p["first"], stacked)
+    return stream @ p["last"]
+
+
+SCANNED = shapes(
+    first=(3, 6),
+    up=(4, 6, 5),
+    down=(4, 5, 6),
+    last=(6, 2),
+)
+
+
+def test_features_inside_of_a_scan_are_those_of_each_iteration():
+    p = randomise(SCANNED, 0)
+    x = uniform(7, 3)
+    symmetry = otf.trace_symmetry(scanned, p, x)
+    forms = {(group.name, group.batch, group.size) for group in symmetry.groups}
+    assert forms == {
+        ("first", (), 6),
+        ("up", (4,), 5),
+    }
+    produced = otf.features(symmetry, scanned, p, x)
+    consumed = otf.features(symmetry, scanned, p, x, at="activation")
+    stream = x @ p["first"]
+    for i in range(4):
+        hidden = stream @ p["up"][i]
+        activation = jnp.tanh(hidden)
+        assert_allclose(produced["up"][i], hidden, atol=1e-5)
+        assert_allclose(consumed["up"][i], activation, atol=1e-5)
+        update = activation @ p["down"][i]
+        stream = stream + update
+
+
+# --- networks and the hidden units of their layers
 
 
 def ensemble_of(seed: int) -> dict[str, jax.Array]:
     """Four networks of two hidden layers each: the units of both are nested in the networks."""
-    return normals({"a": (4, 6, 12), "b": (4, 12, 12), "c": (4, 12, 3)}, seed)
+    shapes_of_leaves = {
+        "a": (4, 6, 12),
+        "b": (4, 12, 12),
+        "c": (4, 12, 3),
+    }
+    return normals(shapes_of_leaves, seed)
 
 
 def ensemble_output(p, x):
     def one(q):
-        return jax.nn.relu(jax.nn.relu(x @ q["a"]) @ q["b"]) @ q["c"]
+        first = jax.nn.relu(x @ q["a"])
+        second = jax.nn.relu(first @ q["b"])
+        return second @ q["c"]
 
     return jax.vmap(one)(p).mean(0)
 
@@ -183,32 +275,42 @@ def ensemble_output(p, x):
 def test_two_groups_in_one_that_share_a_leaf_descend_to_a_planted_permutation(start: str):
     params = ensemble_of(0)
     symmetry = otf.trace_symmetry(ensemble_output, params, jnp.ones((1, 6)))
-    assert {g.name: (*g.batch, g.size) for g in symmetry.groups} == {
-        "a": (4,),
-        "a#2": (4, 12),
-        "b": (4, 12),
+    forms = {(group.name, group.batch, group.size) for group in symmetry.groups}
+    # The networks, and in each of them the units of its two hidden layers.
+    assert forms == {
+        ("a", (), 4),
+        ("a#2", (4,), 12),
+        ("b", (4,), 12),
     }
     # From the identity a descent ends in a local minimum more often than not, but not here.
-    planted = otf.transport(symmetry, symmetry.random(jax.random.key(0)), params)
+    source = planted(symmetry, params, 0)
     method = otf.CoordinateDescent(starts=(start,))
-    found = otf.align(symmetry, planted, params, method=method)
-    assert bool(found.converged)
-    assert float(found.objective) < 1e-6
-    close(otf.transport(symmetry, found, planted), params)
+    alignment = otf.align(symmetry, source, params, method=method)
+    assert bool(alignment.converged)
+    assert float(alignment.objective) < 1e-6
+    moved = otf.transport(symmetry, alignment, source)
+    assert_close(moved, params)
 
 
-@pytest.mark.parametrize("key", [10, 20])
-def test_two_groups_in_one_that_share_a_leaf_never_climb(key: int):
-    """Each family's solve accounts for what the other hidden layer is carried along to."""
-    params, other = ensemble_of(0), ensemble_of(key)
-    symmetry = otf.trace_symmetry(ensemble_output, params, jnp.ones((1, 6)))
+@pytest.mark.parametrize("seed", [10, 20])
+def test_two_groups_in_one_that_share_a_leaf_never_climb(seed: int):
+    """The solve of each group tree accounts for what the other hidden layer is carried along to."""
+    target = ensemble_of(0)
+    source = ensemble_of(seed)
+    symmetry = otf.trace_symmetry(ensemble_output, target, jnp.ones((1, 6)))
     method = otf.CoordinateDescent(starts=("identity",))
-    found = otf.align(symmetry, other, params, method=method)
-    history = np.asarray(found.history)
-    history = history[np.isfinite(history)]
-    assert np.all(np.diff(history) <= 1e-5 * history[0])
+    alignment = otf.align(symmetry, source, target, method=method)
+    assert bool(alignment.converged)
+    history = np.asarray(alignment.history)
+    rounding = 1e-5 * history[0]
+    changes = np.diff(history)
+    assert np.all(changes <= rounding)
     assert history[-1] < history[0]
-    assert bool(found.converged)
-    moved = otf.transport(symmetry, found, other)
-    distance = sum(float(jnp.sum((moved[k] - params[k]) ** 2)) for k in params)
-    assert distance == pytest.approx(float(found.objective), rel=1e-5)
+    # The objective is the distance of what the plans make of the source.
+    moved = otf.transport(symmetry, alignment, source)
+    distance = 0.0
+    for name, leaf in target.items():
+        difference = moved[name] - leaf
+        distance += float(jnp.sum(difference**2))
+    objective = float(alignment.objective)
+    assert distance == pytest.approx(objective, rel=1e-5)

@@ -42,8 +42,9 @@ from programs import (
 import otfusion_jax as otf
 from otfusion_jax.tracing import jaxprs, registry
 from otfusion_jax.tracing.axis import Kind, constant
-from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.registry import Rule, registered
+from otfusion_jax.tracing.values import TracedValue
 
 EXAMPLES = int(os.environ.get("OTFUSION_EXAMPLES", "0"))
 """Number of programs of a long run; 0 for the few of every day."""
@@ -412,5 +413,5 @@ def test_a_wrong_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_nests_that_disregard_contractions_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(RuleContext, "meet", lambda *_, **__: None)
+    monkeypatch.setattr(RuleContext, "note_interaction", lambda *_, **__: None)
     search(("factors square",))

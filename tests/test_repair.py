@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,17 +204,83 @@ def test_a_unit_that_never_fires_stays():
     ("change", "message"),
     [
         (lambda nets, x: (nets, x[:0]), "is empty"),
-        (lambda nets, x: (nets[:1] + [nets[1][:-1]], x), "model 1"),
         (lambda nets, x: ([], x), "no models"),
-        (lambda nets, x: (nets[:1] + [jax.tree.map(lambda a: a * jnp.nan, nets[1])], x), "finite"),
+        (lambda nets, x: ([nets[0], nets[1][:-1]], x), "model 1 .*2/bias: missing"),
+        (
+            lambda nets, x: ([nets[0], with_bias(nets[1], jnp.ones(9))], x),
+            r"model 1 .*0/bias: shape \(9,\), expected \(8,\)",
+        ),
+        (
+            lambda nets, x: ([nets[0], with_bias(nets[1], jnp.ones(8, int))], x),
+            "model 1 .*0/bias: dtype int32, expected float32",
+        ),
+        (
+            lambda nets, x: ([nets[0], with_bias(nets[1], jnp.full(8, jnp.inf))], x),
+            "model 1 .*0/bias: 8 of 8 values not finite",
+        ),
     ],
-    ids=["empty batch", "another tree", "no models", "not finite"],
+    ids=["empty batch", "no models", "another tree", "shape", "dtype", "not finite"],
 )
 def test_what_does_not_fit_is_named(change, message):
     symmetry, nets, x = setting("mlp")
     nets, x = change(list(nets), x)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         otf.repair(symmetry, ref.network, nets, x)
+
+
+def with_bias(net, bias):
+    return [net[0] | {"bias": bias}, *net[1:]]
+
+
+# Without the tests' checks of annotations, which would refuse other types before the library does.
+repair_of_any_type: Any = inspect.unwrap(otf.repair)
+
+
+def original_of(nets, **changes):
+    symmetry = setting("mlp")[0]
+    fields = {"symmetry": symmetry, "fn": ref.network, "params": nets[0], "plans": {}}
+    return otf.Original(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda nets: {"method": otf.LeastSquares}, "method is the class LeastSquares; pass Rest"),
+        (lambda nets: {"method": "least squares"}, "method is 'least squares'; pass Restore"),
+        (
+            lambda nets: {"originals": original_of(nets)},
+            "originals is of type Original; pass a list with an Original, or None, for each model",
+        ),
+        (lambda nets: {"originals": {0: None}}, "originals is of type dict; pass a list with an"),
+        (lambda nets: {"originals": "ab"}, "originals is of type str; pass a list with an"),
+        (
+            lambda nets: {"originals": [otf.Original, None]},
+            "original 0 is the class Original; pass an Original, or None",
+        ),
+        (
+            lambda nets: {"originals": [original_of(nets, fn=nets[0]), None]},
+            "a list was given where a function is wanted: call Original(symmetry, fn, params",
+        ),
+        (
+            lambda nets: {"originals": [original_of(nets, plans="ab"), None]},
+            "plans is a str; pass a dict of arrays by the names of groups",
+        ),
+        (lambda nets: {"weights": "half"}, "weights is 'half', of type str; give one number for"),
+        (lambda nets: {"weights": ["a", "b"]}, "weight 0 is 'a', of type str; give one number"),
+        (lambda nets: {"weights": lambda path: None}, "of type function; give one number for each"),
+    ],
+)
+def test_arguments_of_other_types_are_named(options, message):
+    symmetry, nets, x = setting("mlp")
+    with pytest.raises(TypeError, match=re.escape(message)):
+        repair_of_any_type(symmetry, ref.network, nets, x, **options(nets))
+
+
+def test_an_original_that_does_not_fit_is_named_by_key_path():
+    symmetry, nets, x = setting("mlp")
+    original = original_of(nets, params=with_bias(nets[0], jnp.ones(9)))
+    with pytest.raises(ValueError, match=r"(?s)original 0 .*0/bias: shape \(9,\)"):
+        otf.repair(symmetry, ref.network, nets, x, originals=[original, None])
 
 
 def test_another_function_is_named():

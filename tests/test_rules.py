@@ -29,8 +29,13 @@ from jax.extend.random import threefry2x32_p
 from zoo import makes, randomise, relative, rolled, rows_of, shapes, takes
 
 import otfusion_jax as otf
-from otfusion_jax.tracing import context, interpreter, primitives, registry, rules
-from otfusion_jax.tracing.axis import Axis, Kind, constant, factors_of
+from otfusion_jax.tracing import primitives, registry
+from otfusion_jax.tracing.axis import Axis, Kind, factors_of
+from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.interpreter import Interpreter
+from otfusion_jax.tracing.rules import families
+from otfusion_jax.tracing.rules.families import ELEMENTWISE
+from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
 pytestmark = pytest.mark.compatibility
 
@@ -265,20 +270,19 @@ def ordering(name: str) -> tuple[Callable, dict]:
     return fn, params
 
 
-def unruled(
-    ctx: context.RuleContext, values: list[context.TracedValue]
-) -> list[context.TracedValue]:
+def unruled(ctx: RuleContext, values: Values) -> Values:
     """A wrong rule for any primitive: all is read, nothing tied, and the results do not vary."""
-    factors = (f for v in values for axis in v.axes for f in factors_of(axis))
-    ctx.unifier.summed += [f for f in factors if f.variable is not None]
-    kind = max((v.kind for v in values), default=Kind.CONSTANT)
-    shapes = [ctx.shape(i) for i in range(len(ctx.eqn.outvars))]
-    return [context.TracedValue(tuple(constant(n) for n in shape), kind) for shape in shapes]
+    for value in values:
+        for axis in value.axes:
+            for factor in factors_of(axis):
+                if factor.variable is not None:
+                    ctx.unifier.contracted_parameters.append(factor)
+    kind = highest_kind(values)
+    results = map(ctx.constant_result, range(len(ctx.eqn.outvars)))
+    return [TracedValue(result.axes, kind) for result in results]
 
 
-def passing(
-    ctx: context.RuleContext, values: list[context.TracedValue]
-) -> list[context.TracedValue]:
+def passing(ctx: RuleContext, values: Values) -> Values:
     """A wrong rule for what keeps the shape: as if it were elementwise."""
     return [values[0]] * len(ctx.eqn.outvars)
 
@@ -845,16 +849,14 @@ def tying(name: str) -> tuple[Callable, dict]:
     return fn, weights(**sizes)
 
 
-def first_only(
-    ctx: context.RuleContext, values: list[context.TracedValue]
-) -> list[context.TracedValue]:
+def first_only(ctx: RuleContext, values: Values) -> Values:
     """A wrong rule: ties nothing, but passes the axes of the first operand of a result's shape."""
-    free = unruled(ctx, values)
     shapes = [ctx.operand_shape(i) for i in range(len(values))]
-    return [
-        next((v for v, shape in zip(values, shapes, strict=True) if shape == ctx.shape(i)), result)
-        for i, result in enumerate(free)
-    ]
+    results = unruled(ctx, values)
+    for position, shape in enumerate(ctx.shapes()):
+        if shape in shapes:
+            results[position] = values[shapes.index(shape)]
+    return results
 
 
 @pytest.mark.parametrize("name", TYING)
@@ -936,7 +938,7 @@ def test_wider_numbers_pin_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch
     params = weights(**{"in": (5, UNITS), "out": (3, 3)})
     found_by(fn, params, {"in": {makes("in", 1, after=2), takes("out", 0)}})
     monkeypatch.setitem(
-        registry._registry, BITCAST, lambda ctx, v: [context.TracedValue(v[0].axes[:2], v[0].kind)]
+        registry._registry, BITCAST, lambda ctx, v: [TracedValue(v[0].axes[:2], v[0].kind)]
     )
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
@@ -1081,7 +1083,7 @@ def test_units_are_not_nested_in_heads_that_are_reordered_or_summed(op: Callable
 
 
 # A residual connection ties the heads that come out of an operation to those that went in, so that
-# their atom does not tell that it mixes them.
+# their axis variable does not tell that it mixes them.
 @pytest.mark.parametrize("name", MIXING)
 def test_units_are_not_nested_in_heads_that_a_residual_ties(name: str):
     fn, params = by_heads(lambda h: h + MIXING[name].fn(h))
@@ -1107,7 +1109,7 @@ def test_units_are_not_nested_in_heads_that_a_matrix_mixes(residual: bool):
 def test_contractions_between_heads_unnest(monkeypatch: pytest.MonkeyPatch):
     fn, params = by_heads(lambda h: jnp.einsum("rhk,rgk->rhg", h, h).sum(2, keepdims=True) * h)
     assert batches(otf.trace_symmetry(fn, params, X, GATE)) == [()]
-    monkeypatch.setattr(context.RuleContext, "contracted", lambda *args: None)
+    monkeypatch.setattr(RuleContext, "note_contraction", lambda *args: None)
     symmetry = otf.trace_symmetry(fn, params, X, GATE)
     assert batches(symmetry) == [(HEADS,)]
     assert certificate_by_heads(symmetry, fn, params, X, GATE) > BROKEN
@@ -1117,11 +1119,14 @@ def test_contractions_between_heads_unnest(monkeypatch: pytest.MonkeyPatch):
 
 
 def family_names() -> list[str]:
-    """The names that `rules` looks up in `jax.extend.core.primitives`, of every version."""
-    tree = ast.parse(inspect.getsource(rules))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    named = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "named"]
-    return [name for call in named for arg in call.args for name in ast.literal_eval(arg).split()]
+    """The names that `families` looks up in `jax.extend.core.primitives`, of every version."""
+    tree = ast.parse(inspect.getsource(families))
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "named":
+            (argument,) = node.args
+            names += ast.literal_eval(argument).split()
+    return names
 
 
 def test_every_name_of_a_family_is_a_primitive():
@@ -1186,7 +1191,7 @@ def same(a: jax.Array, b: jax.Array) -> bool:
     return all(np.array_equal(part(a), part(b), equal_nan=True) for part in (np.real, np.imag))
 
 
-@pytest.mark.parametrize("primitive", rules.ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("primitive", ELEMENTWISE, ids=str)
 def test_elementwise_primitives_commute_with_permutations(primitive: core.Primitive):
     fn, args, _ = eligible(primitive)
     order = np.roll(np.arange(8), 3)
@@ -1200,17 +1205,17 @@ def test_elementwise_primitives_commute_with_permutations(primitive: core.Primit
         assert not same(one_stays, permuted)
 
 
-@pytest.mark.parametrize("primitive", rules.ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("primitive", ELEMENTWISE, ids=str)
 def test_elementwise_rules_tie_all_operands_and_the_result(primitive: core.Primitive):
     _, _, eqn = eligible(primitive)
-    walker = interpreter.Interpreter("raise")
-    unifier = walker.unifier
-    here = context.RuleContext(eqn, (), walker, None, (True,))
-    shapes = map(here.operand_shape, range(len(eqn.invars)))
-    operands = [
-        context.TracedValue(tuple(map(unifier.fresh, shape)), Kind.FEATURE) for shape in shapes
-    ]
-    (result,) = registry.registered()[primitive](here, operands)
+    interpreter = Interpreter("raise")
+    unifier = interpreter.unifier
+    context = RuleContext(eqn, (), interpreter, None, (True,))
+    operands = []
+    for position in range(len(eqn.invars)):
+        fresh = map(unifier.fresh, context.operand_shape(position))
+        operands.append(TracedValue(tuple(fresh), Kind.FEATURE))
+    (result,) = registry.registered()[primitive](context, operands)
     axes: list[Axis] = [axis for value in (*operands, result) for axis in value.axes]
     assert len(axes) > 1
     assert len({unifier.signature(axis) for axis in axes}) == 1
@@ -1252,10 +1257,38 @@ EXEMPT = {
 }
 
 
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [
+        (lambda ctx, values: [], "'tanh' returned 0 values for the 1 results"),
+        (
+            lambda ctx, values: [values[0].without([1])],
+            r"sizes \(4,\) for result 0 of shape \(4, 6\)",
+        ),
+    ],
+)
+def test_a_rule_that_returns_what_does_not_fit_is_named(
+    rule: registry.Rule, complaint: str, monkeypatch: pytest.MonkeyPatch
+):
+    fn, params = passing_on(jnp.tanh)
+    monkeypatch.setitem(registry._registry, P.tanh_p, rule)
+    with pytest.raises(ValueError, match=complaint) as info:
+        otf.trace_symmetry(fn, params, X)
+    assert __file__ in str(info.value)
+
+
+def test_a_rule_that_reads_all_replaces_one_that_selects(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.setattr(registry, "_selecting", set(registry._selecting))
+    assert registry.selects(P.slice_p)
+    otf.register_rule(P.slice_p)(passing)
+    assert not registry.selects(P.slice_p)
+
+
 def test_for_every_primitive_a_wrong_rule_is_caught():
     tables = ALONG, MATRIX, CUT, PASSED_ON, MIXING
     covered = {operation.primitive for table in tables for operation in table.values()}
     covered |= {primitive for _, primitive, _ in TYING.values()}
     covered |= {*REARRANGING, P.conv_general_dilated_p}
-    ruled = {str(p) for p in registry.registered()} - {str(p) for p in rules.ELEMENTWISE}
+    ruled = {str(p) for p in registry.registered()} - {str(p) for p in ELEMENTWISE}
     assert ruled - {str(p) for p in covered} - EXEMPT == set()

@@ -1,6 +1,13 @@
 """Checks the static result of a trace: what it accepts, how it prints, which plans it draws."""
 
+import copy
 import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +16,11 @@ import pytest
 from zoo import CASES
 
 import otfusion_jax as otf
+from otfusion_jax.common import finiteness
 from otfusion_jax.symmetry.groups import leaves_of
-from otfusion_jax.symmetry.partition import StridedIndex
+from otfusion_jax.symmetry.location import StridedIndex
+
+LAYER = jnp.ones((3, 2))
 
 
 def traced(name: str) -> tuple[otf.Symmetry, dict]:
@@ -60,13 +70,25 @@ def test_validate_names_missing_and_unexpected_leaves():
     assert "all models must be of the architecture" in message
 
 
-def test_validate_tells_containers_from_leaves():
+@pytest.mark.parametrize(
+    ("params", "difference"),
+    [
+        ((LAYER, {"b": [LAYER, LAYER]}), "the tree is a tuple, expected a list"),
+        ([LAYER, {"b": (LAYER, LAYER)}], "1/b is a tuple, expected a list"),
+        ([[LAYER], {"b": [LAYER, LAYER]}], "0: missing"),
+    ],
+)
+def test_validate_tells_containers_from_leaves(params: Any, difference: str):
     def fn(p, x):
         return x @ p[0]
 
-    symmetry = otf.trace_symmetry(fn, [jnp.ones((3, 2))], jnp.ones(3))
-    with pytest.raises(ValueError, match="containers of other types"):
-        symmetry.validate((jnp.ones((3, 2)),))
+    traced_params = [LAYER, {"b": [LAYER, LAYER]}]
+    symmetry = otf.trace_symmetry(fn, traced_params, jnp.ones(3))
+    with pytest.raises(ValueError, match="another tree") as info:
+        symmetry.validate(params)
+    message = str(info.value)
+    assert difference in message
+    assert ("containers of other types" in message) == ("expected a" in difference)
 
 
 def test_validate_lists_every_offender():
@@ -82,7 +104,7 @@ def test_validate_lists_every_offender():
     assert "in: shape (4, 7), expected (4, 6)" in message
     assert "out: dtype int32, expected float32" in message
     assert "count: dtype float32, expected int32" in message
-    assert "scale: 3 of 5 values not finite" in message
+    assert "scale: 3 of 5 values not finite, expected none" in message
     assert "fine" not in message
 
 
@@ -113,6 +135,39 @@ def test_validate_looks_at_no_values_of_tracers():
     assert len(seen) == 2
     with pytest.raises(ValueError, match="shape"):
         jax.eval_shape(check, params | {"in": jnp.ones((4, 5))})
+
+
+def test_validate_waits_for_the_device_once(monkeypatch):
+    """As on an accelerator: here NumPy would read the values as they lie."""
+    symmetry = plain(scale=(5,))
+    params = params_like(symmetry)
+    params["scale"] = jnp.array([1.0, jnp.nan, 2.0, jnp.inf, -jnp.inf])
+    params["in"] = params["in"].at[0, 0].set(jnp.nan)
+    transfers = []
+
+    def device_get(counts):
+        transfers.append(counts)
+        return jax.tree.map(np.asarray, counts)
+
+    monkeypatch.setattr(finiteness, "_can_be_read_in_place", lambda array: False)
+    monkeypatch.setattr(jax, "device_get", device_get)
+    with pytest.raises(ValueError, match="(?s)in: 1 of 24 .*scale: 3 of 5 values"):
+        symmetry.validate(params)
+    assert len(transfers) == 1
+    jax.jit(lambda x: symmetry.validate(params | {"scale": jnp.ones(5), "in": x}))(params["in"])
+    assert len(transfers) == 2
+
+
+def test_validate_says_which_model_has_leaves_that_are_no_arrays():
+    symmetry = plain()
+    with pytest.raises(ValueError, match="leaves of model 1 are not arrays.*\n  out: str"):
+        symmetry.validate(params_like(symmetry) | {"out": "text"}, "model 1")
+
+
+def test_validate_takes_the_axes_of_a_stack_as_a_tuple():
+    symmetry = plain()
+    with pytest.raises(TypeError, match=r"batch is 2; pass the sizes .* as a tuple"):
+        symmetry.validate(params_like(symmetry), batch=2)  # pyright: ignore[reportArgumentType]
 
 
 def test_non_array_leaves_are_all_named():
@@ -181,6 +236,26 @@ def test_lookup_by_name():
         symmetry["nope"]
 
 
+def test_is_a_mapping_from_names_to_groups():
+    symmetry, _ = traced("mlp_plain")
+    assert len(symmetry) == 2
+    assert list(symmetry) == ["0/0", "1/0"]
+    assert "0/0" in symmetry
+    assert "nope" not in symmetry
+    assert 0 not in symmetry
+    assert symmetry.keys() == {"0/0", "1/0"}
+    assert tuple(symmetry.values()) == symmetry.groups
+    assert dict(symmetry.items()) == {group.name: group for group in symmetry.groups}
+    assert symmetry.get("nope") is None
+
+
+def test_groups_are_left_out_by_a_function_of_their_names():
+    symmetry, _ = traced("mlp_plain")
+    assert list(symmetry.only(lambda name: name == "1/0")) == ["1/0"]
+    with pytest.raises(TypeError, match=r"a list was given .* call symmetry.only\(lambda name"):
+        symmetry.only(["1/0"])  # pyright: ignore[reportArgumentType]
+
+
 def test_members_by_role():
     symmetry, _ = traced("tied_embedding")
 
@@ -191,15 +266,15 @@ def test_members_by_role():
     assert paths("consumes") == {("embed", 1), ("up", 0)}
 
 
-def test_places_are_positions_along_an_axis():
-    place = StridedIndex(start=2, outer=((2, 20), (3, 6)), after=2)
+def test_a_strided_index_gives_positions_along_an_axis():
+    index = StridedIndex(start=2, outer=((2, 20), (3, 6)), after=2)
     expected = [
         [[2 + 20 * i + 6 * j + 2 * u + a for a in range(2)] for u in range(3)]
         for i in range(2)
         for j in range(3)
     ]
-    np.testing.assert_array_equal(place.positions(3), expected)
-    assert place.before == 6
+    np.testing.assert_array_equal(index.positions(3), expected)
+    assert index.before == 6
 
 
 def test_printing_shows_sizes_roles_views_and_reasons():
@@ -229,6 +304,47 @@ def test_prints_without_groups_and_without_pins():
     assert str(otf.trace_symmetry(lambda p: jnp.zeros(()), {})).startswith("Symmetry: 0 groups")
 
 
+def test_its_representation_is_one_line():
+    symmetry, _ = traced("mlp_plain")
+    assert repr(symmetry) == "<Symmetry: 2 groups, 6 leaves, 131 parameters>"
+    assert len(str(symmetry).splitlines()) > 10
+
+
+def test_is_hashed_once(monkeypatch):
+    symmetry, other = traced("resnet")[0], traced("vgg")[0]
+    value = hash(symmetry)
+    hashed = []
+    monkeypatch.setattr(otf.Group, "__hash__", lambda group: hashed.append(group) or 0)
+    assert hash(symmetry) == value
+    assert not hashed
+    hash(dataclasses.replace(other, groups=other.groups[1:]))
+    assert len(hashed) == len(other.groups) - 1
+
+
+def test_a_pickle_has_no_hash_of_another_process():
+    symmetry = plain()
+    hash(symmetry)
+    script = (
+        "import pickle, sys\n"
+        "symmetry = pickle.load(sys.stdin.buffer)\n"
+        "fields = [getattr(symmetry, name) for name in symmetry.__dataclass_fields__]\n"
+        "assert hash(symmetry) == hash(type(symmetry)(*fields))\n"
+        "sys.stdout.buffer.write(pickle.dumps(symmetry))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        input=pickle.dumps(symmetry),
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    back = pickle.loads(run.stdout)
+    assert back == symmetry
+    assert hash(back) == hash(symmetry)
+    assert copy.deepcopy(symmetry) == symmetry
+
+
 def test_is_a_static_value():
     symmetry, again = traced("resnet")[0], traced("resnet")[0]
     assert symmetry is not again
@@ -236,5 +352,5 @@ def test_is_a_static_value():
     assert hash(symmetry) == hash(again)
     assert symmetry != dataclasses.replace(symmetry, groups=symmetry.groups[1:])
     assert len({symmetry, again, traced("vgg")[0]}) == 2
-    units = jax.jit(lambda s, x: x * sum(g.size for g in s.groups), static_argnums=0)
+    units = jax.jit(lambda s, x: x * sum(g.size for g in s.groups), static_argnames="s")
     assert units(symmetry, 1) == 4 + 5 + 7 + 6

@@ -318,7 +318,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> Callable:
     return functools.partial(jax.lax.cumsum, axis=1)
 
 
-def test_unknown_primitives_are_refused_with_place_and_remedies(unknown: Callable):
+def test_unknown_primitives_are_refused_with_source_line_and_remedies(unknown: Callable):
     def act(h):
         return unknown(h)
 

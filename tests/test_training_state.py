@@ -117,6 +117,17 @@ def test_moments_of_other_shapes_are_refused_by_name():
         otf.transport_state(symmetry, symmetry.identity(), state)
 
 
+def test_arguments_in_another_order_are_refused():
+    state: Any = optax.adam(1e-2).init(PARAMS)
+    plans: Any = PLANS
+    with pytest.raises(TypeError, match="call transport_state.*symmetry, plans, state"):
+        otf.transport_state(plans, SYMMETRY, state)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="plans is a .*; pass a dict of arrays"):
+        otf.transport_state(SYMMETRY, state, plans)
+    with pytest.raises(TypeError, match="call transport_state.*onto=symmetry_of_the_target"):
+        otf.transport_state(SYMMETRY, plans, state, onto=plans)
+
+
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match="no part of this state has the structure"):
         otf.transport_state(SYMMETRY, PLANS, optax.adam(1e-2).init({"other": jnp.ones(3)}))

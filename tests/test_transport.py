@@ -229,7 +229,7 @@ def test_a_nested_group_moves_in_another_way_at_each_index():
     p, q = (np.asarray(plans[g.name]) for g in (outer, inner))
     assert len({tuple(row) for row in q}) > 1
     moved = otf.transport(symmetry, plans, params)
-    # What lands at a place is in the order that the plan has for this place.
+    # What lands at an index is in the order that the plan has for this index.
     index = np.array([3 * p[i] + q[i, j] for i in range(4) for j in range(3)])
     np.testing.assert_array_equal(moved["a"], params["a"][:, index])
     np.testing.assert_array_equal(moved["b"], params["b"][index])
@@ -266,8 +266,8 @@ def test_heads_that_merge_take_plans_of_all_pairs(inner_width: int):
     p = coupling(jax.random.key(0), 4, 2)
     key = jax.random.key(1)
     if inner_width == 3:
-        still = jnp.broadcast_to(jnp.arange(3), (4, 2, 3))
-        q = jax.random.permutation(key, still, axis=-1, independent=True)
+        in_order = jnp.broadcast_to(jnp.arange(3), (4, 2, 3))
+        q = jax.random.permutation(key, in_order, axis=-1, independent=True)
         pairs = np.asarray(jax.nn.one_hot(q, 3, axis=-2))
     else:
         q = jnp.stack([coupling(k, 3, 5) for k in jax.random.split(key, 8)]).reshape(4, 2, 3, 5)

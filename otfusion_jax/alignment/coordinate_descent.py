@@ -1,17 +1,14 @@
-"""How plans are found: one forward pass, or coordinate descent over all groups.
+"""Weight matching: coordinate descent on the distance of the moved source to the target.
 
-`ForwardPass` is Algorithm 1 of Singh and Jaggi: groups in dataflow order, each matched by the
-weights (or activations) that produce it, with what came before already in place.
-`CoordinateDescent` is weight matching: it minimises the distance of the moved source to the target
-over all groups, one group at a time, which is a linear assignment, until nothing improves.
-
-A group and what is nested in it are matched at once (see `matching`). Everything here is traced:
-`align` checks the input and jits it.
+The distance is minimised over all groups, one group tree at a time, which is a linear assignment,
+until nothing improves. `DescentSweep` is one pass over all trees, for the loop in `visit`;
+`_Descent` repeats it.
 """
 
 import dataclasses
-import functools
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +16,19 @@ from jaxtyping import Array
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
-from otfusion_jax.alignment.forward_pass import ForwardPass, leaves_used_twice
+from otfusion_jax.alignment.descent_state import DescentState, initial_state
+from otfusion_jax.alignment.forward_pass import ForwardSweep, leaves_used_twice
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AbstractMethod, Alignment, AlignmentProblem
 from otfusion_jax.alignment.solve_tree import overlap
-from otfusion_jax.alignment.visit import DescentState, Pass, initial_state, visit_group_trees
+from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.plans import is_permutation
+
+ROUNDING = 1e-6
+"""How much better a plan must be, relative to the norms of what is compared, to be an improvement.
+Without it, plans that are equal up to rounding would replace each other for ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +37,17 @@ class CoordinateDescent(AbstractMethod):
 
     Each group in turn is matched by all its members, given the plans of the others, until no group
     improves. A parameter that has one group on two axes makes the problem quadratic; it is
-    linearised at the current plan, and only what improves the true objective is accepted. Likewise
-    for plans between groups of different sizes: what is minimised is the mean squared distance of
-    the units that are merged, which bounds that of their mean.
+    linearised at the current plan, and only what improves the true objective is accepted. The same
+    holds for plans between groups of different sizes: what is minimised is the mean squared
+    distance of the units that are merged, which bounds that of their mean.
 
     Attributes:
-        max_sweeps: how often to go over all groups at most.
-        starts: where to descend from: `"identity"`, or `"forward"` (the result of `ForwardPass`).
-            The end whose layers are the most similar to the target's is returned, by the product of
-            their cosines: it predicts the accuracy of the average better than the objective.
+        max_sweeps: How often to go over all groups at most.
+        starts: Where to descend from, a tuple of `"identity"` and `"forward"` (the result of
+            `ForwardPass`) or of one of them. The end whose layers are the most similar to the
+            target's is returned, by the product of their cosines: it predicts the accuracy of the
+            average better than the objective. Inner products of activations (`grams`) serve
+            the start `"forward"` alone.
 
     References:
         Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 1.
@@ -54,107 +58,170 @@ class CoordinateDescent(AbstractMethod):
 
     def __post_init__(self):
         require_number(self, "max_sweeps", least=1, whole=True)
-        known = isinstance(self.starts, tuple) and {*self.starts} <= {"identity", "forward"}
-        if not known or not self.starts:
-            raise ValueError(
-                f"starts is {self.starts!r}; it must be a tuple of 'identity', 'forward' or both"
-            )
+        expected = "it must be a tuple of 'identity', 'forward' or both, as in ('forward',)"
+        if not isinstance(self.starts, tuple):
+            raise TypeError(f"starts is {self.starts!r}; {expected}")
+        for start in self.starts:
+            if start not in ("identity", "forward"):
+                raise ValueError(f"starts is {self.starts!r}; {expected}")
+        if not self.starts:
+            raise ValueError(f"starts is {self.starts!r}; {expected}")
 
     def run(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Alignment:
-        """See `AbstractMethod.run`. Features, if given, only serve the start `"forward"`."""
-        initial_plans = initial_state(problem)
-        square = [
-            initial_plans.plans[group.name]
-            for group, other in zip(problem.symmetry.groups, problem.onto.groups, strict=True)
-            if group.size == other.size
-        ]
-        if not all(map(is_permutation, square)):
+        """See `AbstractMethod.run`. If `grams` are given, they serve the start `"forward"`.
+
+        Raises:
+            ValueError: If the solver returns soft plans; if there are `grams` that no start uses.
+        """
+        if grams is not None and "forward" not in self.starts:
             raise ValueError(
-                f"coordinate descent composes permutations, and {type(problem.solver).__name__} "
-                "returns soft plans; use Exact(), or ForwardPass() with this solver"
+                "grams serve only the start 'forward' of coordinate descent, and starts is "
+                f"{self.starts!r}; use CoordinateDescent(starts=('forward',)), or ForwardPass() to "
+                "match by activations alone, or leave grams out"
             )
-        passes = [_sweep_of(problem)]
+        initial = initial_state(problem)
+        # What form of plan a solver returns is known from the state to start from. Groups of other
+        # widths have couplings in any case, and are accepted by the objective alone.
+        for group in problem.symmetry.groups:
+            same_size = group.size == problem.target_groups[group.name].size
+            if same_size and not is_permutation(initial.plans[group.name]):
+                raise ValueError(
+                    "coordinate descent composes permutations, and "
+                    f"{type(problem.solver).__name__} returns soft plans; use Exact(), or "
+                    "ForwardPass() with this solver"
+                )
+        # One program for all starts. The last sweep is the descent's; the forward pass, if there is
+        # one, is the first.
+        sweeps: list[AbstractSweep] = [DescentSweep(problem, costs.SqEuclidean())]
         if "forward" in self.starts:
-            passes.insert(0, ForwardPass().only_pass(problem, grams))
-        # A pass of another kind before the first sweep, or none.
-        first = jnp.array([-1 if name == "forward" else 0 for name in self.starts])
-        if len(first) == 1:
-            return self._descend(problem, initial_plans, passes, first[0])
-        ends = jax.lax.map(functools.partial(self._descend, problem, initial_plans, passes), first)
+            sweeps.insert(0, ForwardSweep(problem, problem.metric, grams))
+        descent = _Descent(problem, initial, sweeps, self.max_sweeps)
+        # Sweep -1 is the forward pass that a descent may begin with.
+        first_sweeps = []
+        for start in self.starts:
+            first_sweeps.append(-1 if start == "forward" else 0)
+        if len(self.starts) == 1:
+            return descent.run(jnp.array(first_sweeps)[0])
+        # One after the other, so that none waits for the one that takes more sweeps.
+        ends = jax.lax.map(descent.run, jnp.array(first_sweeps))
         best = jnp.argmax(jax.lax.map(problem.similarity, ends.plans))
-        return jax.tree.map(lambda x: x[best], ends)
+        return jax.tree.map(operator.itemgetter(best), ends)
 
-    def _descend(
-        self, problem: AlignmentProblem, state: DescentState, passes: Sequence[Pass], first: Array
-    ) -> Alignment:
-        """Goes over all groups until nothing improves; sweep -1 is the first of the passes."""
-        start = problem.distance(state.plans)
-        history = jnp.full(self.max_sweeps + 1, start)
 
-        def unfinished(loop: tuple[DescentState, Array, Array]) -> Array:
-            state, _, count = loop
-            return state.improved & (count < self.max_sweeps)
+class _Progress(NamedTuple):
+    """What a descent carries from sweep to sweep.
 
-        def sweep(loop: tuple[DescentState, Array, Array]) -> tuple[DescentState, Array, Array]:
-            state, history, count = loop
-            state = dataclasses.replace(state, converged=jnp.array(True), improved=jnp.array(False))
-            state = visit_group_trees(
-                problem, state, passes, jnp.where(count < 0, 0, len(passes) - 1)
-            )
-            history = history.at[count + 1].set(problem.distance(state.plans))
-            return state, history, count + 1
+    Attributes:
+        state: The state after the last sweep.
+        history: The objective at the start and after every sweep, float `[max_sweeps + 1]`.
+        sweep: The number of the next sweep, int32 `[]`.
+    """
 
-        state = dataclasses.replace(state, improved=jnp.array(True))
-        loop = state, history, first
-        state, history, count = jax.lax.while_loop(unfinished, sweep, loop)
+    state: DescentState
+    history: Array
+    sweep: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Descent:
+    """A descent from a start until nothing improves.
+
+    Attributes:
+        problem: The alignment problem.
+        initial: The state in which everything is in place.
+        sweeps: What the program knows: a descent sweep, and perhaps a forward sweep before it.
+        max_sweeps: How often to go over all groups at most.
+    """
+
+    problem: AlignmentProblem
+    initial: DescentState
+    sweeps: Sequence[AbstractSweep]
+    max_sweeps: int
+
+    def run(self, first_sweep: Array) -> Alignment:
+        """Descends; `first_sweep` is -1 to begin with the forward pass, otherwise 0."""
+        objective = self.problem.distance(self.initial.plans)
+        history = jnp.full(self.max_sweeps + 1, objective)
+        # The loop goes on while something improves, and has to begin.
+        state = dataclasses.replace(self.initial, improved=jnp.array(True))
+        start = _Progress(state, history, first_sweep)
+        state, history, sweep = jax.lax.while_loop(self.is_unfinished, self.go_over_all, start)
         converged = state.converged & ~state.improved
         # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
-        history = jnp.where(jnp.arange(len(history)) > count, history[count], history)
+        history = jnp.where(jnp.arange(len(history)) > sweep, history[sweep], history)
         return Alignment(state.plans, history[-1], history, converged, state.gaps)
 
+    def is_unfinished(self, progress: _Progress) -> Array:
+        """Whether the last sweep has improved anything, and there may be another one."""
+        return progress.state.improved & (progress.sweep < self.max_sweeps)
 
-def _sweep_of(problem: AlignmentProblem) -> Pass:
-    """Returns how each group is solved by all its members, where all others are."""
+    def go_over_all(self, progress: _Progress) -> _Progress:
+        """Makes one sweep. The forward pass, sweep -1, writes the first entry of the history."""
+        state, history, sweep = progress
+        state = dataclasses.replace(state, converged=jnp.array(True), improved=jnp.array(False))
+        which = jnp.where(sweep < 0, 0, len(self.sweeps) - 1)
+        state = visit_group_trees(self.problem, state, self.sweeps, which)
+        history = history.at[sweep + 1].set(self.problem.distance(state.plans))
+        return _Progress(state, history, sweep + 1)
 
-    def compare(family: GroupTree, state: DescentState) -> list[Gram]:
-        chosen = [m for group in (family.root, *family.nested) for m in group.members]
-        return problem.compare(family, state.plans, chosen)
 
-    return Pass(compare, costs.SqEuclidean(), functools.partial(_accept, problem))
+@dataclasses.dataclass(frozen=True, eq=False)
+class DescentSweep(AbstractSweep):
+    """How each group tree is solved by all its members, where all others are.
 
+    Attributes:
+        problem: The alignment problem.
+        metric: The ground metric, squared distances: theirs is the objective.
+    """
 
-def _accept(
-    problem: AlignmentProblem,
-    family: GroupTree,
-    state: DescentState,
-    grams: list[Gram],
-    solutions: list[Solution],
-) -> DescentState:
-    """Takes new plans only if they are better than the old ones by more than rounding."""
-    groups = family.root, *family.nested
-    old = [state.plans[group.name] for group in groups]
-    new = [solution.plan for solution in solutions]
-    better = jnp.array(True)
-    permutations = all(map(is_permutation, new))
-    if permutations:
-        gain = overlap(grams, new) - overlap(grams, old)
-        scale = sum(jnp.sum(g.source_sq_norms) for g in grams) * sum(
-            jnp.sum(g.target_sq_norms) for g in grams
-        )
-        better = gain > 1e-6 * jnp.sqrt(scale)
-    carried = problem.carried(family, state.plans, {family.root.name: new[0]})
-    if not permutations or any(
-        map(leaves_used_twice, groups)
-    ):  # what was minimised is not the objective
-        plans = carried | {group.name: plan for group, plan in zip(groups, new, strict=True)}
-        before = problem.distance(state.plans)
-        better = better & (problem.distance(state.plans | plans) < (1 - 1e-6) * before)
-    # A problem without a solution must not pass for one that is solved.
-    for solution in solutions:
-        better = better | ~jnp.isfinite(solution.value)
-    taken = {
-        group.name: (jnp.where(better, solution.plan, before), solution)
-        for group, solution, before in zip(groups, solutions, old, strict=True)
-    }
-    moved = {name: jnp.where(better, plan, state.plans[name]) for name, plan in carried.items()}
-    return dataclasses.replace(state, plans=state.plans | moved).take(taken, better)
+    problem: AlignmentProblem
+    metric: costs.CostFn
+
+    def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
+        """See `AbstractSweep.compare`."""
+        members = []
+        for group in tree.groups:
+            members.append(group.members)
+        return self.problem.compare(tree, state.plans, members)
+
+    def accept(
+        self,
+        tree: GroupTree,
+        state: DescentState,
+        grams: list[Gram],
+        solutions: list[Solution],
+    ) -> DescentState:
+        """See `AbstractSweep.accept`. Plans are kept if they are better by more than rounding."""
+        old_plans = []
+        new_plans = []
+        for group, solution in zip(tree.groups, solutions, strict=True):
+            old_plans.append(state.plans[group.name])
+            new_plans.append(solution.plan)
+        plans = {}
+        if tree.siblings:
+            plans = self.problem.carried(tree, state.plans, new_plans[0])
+        for group, plan in zip(tree.groups, new_plans, strict=True):
+            plans[group.name] = plan
+
+        one_to_one = all(map(is_permutation, new_plans))
+        better = jnp.array(True)
+        if one_to_one:
+            # |moved - target|² = |moved|² + |target|² - 2 overlap, and moving keeps the norms.
+            gain = overlap(grams, new_plans) - overlap(grams, old_plans)
+            source_sq_norm = 0
+            target_sq_norm = 0
+            for group_grams in grams:
+                source_sq_norm = source_sq_norm + jnp.sum(group_grams.source_sq_norms)
+                target_sq_norm = target_sq_norm + jnp.sum(group_grams.target_sq_norms)
+            better = gain > ROUNDING * jnp.sqrt(source_sq_norm * target_sq_norm)
+        if not one_to_one or any(map(leaves_used_twice, tree.groups)):
+            # What was minimised is not the objective.
+            old_distance = self.problem.distance(state.plans)
+            new_distance = self.problem.distance(state.plans | plans)
+            better = better & (new_distance < (1 - ROUNDING) * old_distance)
+        # A problem without a solution must not pass for one that is solved.
+        for solution in solutions:
+            better = better | ~jnp.isfinite(solution.value)
+        for name, plan in plans.items():
+            plans[name] = jnp.where(better, plan, state.plans[name])
+        return state.after(tree, solutions, plans, better)

@@ -1,20 +1,21 @@
-"""Ground costs between the units of two models, from their weights or from their features.
+"""Inner products of activations, to match units by what they compute instead of by their weights.
 
-A unit is a vector: its weights in some members of its group, or its activations on some samples.
-Every ground metric in use depends on two such vectors by their inner products alone, so these are
-accumulated, over members or over batches, and memory is n·m however long the vectors are.
+Both models are run on the same batches of inputs. Of a unit's activations nothing is kept but the
+sums that a `Gram` needs, so memory does not grow with the number of samples.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.alignment.costs import Gram, as_real, outer_square, unit_gram
+from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
 from otfusion_jax.symmetry.checks import require_symmetry
-from otfusion_jax.symmetry.correspondence import match_groups, names
+from otfusion_jax.symmetry.correspondence import match_groups, target_names
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.activations import At, batches_of, features
 
@@ -39,56 +40,107 @@ def feature_gram(
     order.
 
     Args:
-        symmetry: of this function.
-        fn: the function that was traced.
-        source: parameters of the source model.
-        target: parameters of the target model.
-        batches: arrays, or tuples of arrays for functions of several inputs. Memory does not grow
-            with their number.
-        onto: symmetry of the target, if its widths are others than the source's.
-        target_fn: the function of the target, if it is another.
-        at: where features are read, see `features`.
-        center: whether to subtract from each unit its mean over the samples, which makes
+        symmetry: The symmetry of this function.
+        fn: The function that was traced.
+        source: The parameters of the source model.
+        target: The parameters of the target model.
+        batches: A list or a generator of batches: arrays, or tuples of arrays for functions of
+            several inputs. Memory does not grow with their number.
+        onto: The symmetry of the target, if its widths are others than the source's.
+        target_fn: The function of the target, if it is another than the source's.
+        at: Where features are read, see `features`.
+        center: Whether to subtract from each unit its mean over the samples, which makes
             covariances of the inner products.
-        intra: whether to take the inner products within each model as well, which quadratic
+        intra: Whether to take the inner products within each model as well, which quadratic
             solvers (`GromovWasserstein`) need.
 
     Returns:
-        For each group the inner products, ready for `align(..., features=...)`.
+        The inner products by the names of groups, ready for `align(..., grams=...)`.
 
     Raises:
-        ValueError: if there are no batches, if the networks differ in more than widths, or
+        ValueError: If there are no batches, if the networks differ in more than widths, or if
             `features` raises it.
-        TypeError: for batches that are a single array or a dict, or as `features`.
+        TypeError: If the batches are a single array, a dict, or a tuple of arrays, which may be one
+            batch of several inputs; or if `features` raises it.
     """
-    total = None
-    onto = symmetry if onto is None else onto
-    for given in (symmetry, onto):
-        require_symmetry(given, "feature_gram(symmetry, fn, source, target, batches)")
-    named = names(match_groups(symmetry, onto), onto)
+    call = "feature_gram(symmetry, fn, source, target, batches)"
+    require_symmetry(symmetry, call)
+    if onto is None:
+        onto = symmetry
+    require_symmetry(onto, call)
+    _refuse_inputs_of_one_batch(batches)
+    name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
+    # Sums over batches: none is kept, and they may come from a generator.
+    totals: dict[str, _Sums] = {}
     for batch in batches_of(batches):
-        found = {}
-        a = features(symmetry, fn, source, *batch, at=at)
-        b = features(onto, target_fn, target, *batch, at=at)
+        source_features = features(symmetry, fn, source, *batch, at=at)
+        target_features = features(onto, target_fn, target, *batch, at=at)
         for group in symmetry.groups:
-            pair = a[group.name], b[named[group.name]]
-            x, y = (jnp.swapaxes(found, -1, -2) for found in pair)
-            sums = as_real(x).sum(-1), as_real(y).sum(-1)
-            found[group.name] = (unit_gram(x, y, group, intra), *sums, x.shape[-1])
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    assert total is not None
-    return {name: _centered(*sums) if center else sums[0] for name, sums in total.items()}
+            # Features are [*batch, samples, units]; a unit is a vector of samples.
+            source_units = jnp.swapaxes(source_features[group.name], -1, -2)
+            target_units = jnp.swapaxes(target_features[name_in_target[group.name]], -1, -2)
+            sums = _Sums(
+                unit_gram(source_units, target_units, group, intra),
+                as_real(source_units).sum(-1),
+                as_real(target_units).sum(-1),
+                source_units.shape[-1],
+            )
+            if group.name in totals:
+                sums = jax.tree.map(jnp.add, totals[group.name], sums)
+            totals[group.name] = sums
+    grams = {}
+    # Means are known only after the last batch, so that they are subtracted from the sums.
+    for name, sums in totals.items():
+        grams[name] = _centered(sums) if center else sums.gram
+    return grams
 
 
-def _centered(g: Gram, a: Array, b: Array, count: Any) -> Gram:
-    count = jnp.maximum(jnp.asarray(count, g.cross.dtype), 1)
-    intra = g.intra
+def _refuse_inputs_of_one_batch(batches: Any) -> None:
+    """Refuses a tuple of arrays: in place of a list of batches it is most likely one batch.
+
+    Each input would be taken for a batch of its own.
+    """
+    if not isinstance(batches, tuple):
+        return
+    for batch in batches:
+        if isinstance(batch, jax.Array | np.ndarray):
+            raise TypeError(
+                f"batches is a tuple of {len(batches)}, of arrays, which may be one batch of "
+                "several inputs or several batches of one input; pass [(x, y)] for one batch of "
+                "two inputs, and [x, y] for two batches of one input"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """What is summed up over the samples, for one group.
+
+    Attributes:
+        gram: The inner products.
+        source_sum: The sum of each of the source's units over the samples.
+        target_sum: The sum of each of the target's units over the samples.
+        count: The number of samples.
+    """
+
+    gram: Gram
+    source_sum: Array
+    target_sum: Array
+    count: Any
+
+
+def _centered(sums: _Sums) -> Gram:
+    """Returns the inner products of activations less their means: Σxy - (Σx)(Σy) / count."""
+    gram, a, b = sums.gram, sums.source_sum, sums.target_sum
+    count = jnp.maximum(jnp.asarray(sums.count, gram.cross.dtype), 1)
+    intra = gram.intra
     if intra is not None:
-        intra = intra[0] - outer_square(a) / count, intra[1] - outer_square(b) / count
+        intra = intra[0] - all_products(a) / count, intra[1] - all_products(b) / count
+    # Rounding must not make squared norms negative.
     return Gram(
-        jnp.maximum(g.source_sq_norms - a * a / count, 0),
-        jnp.maximum(g.target_sq_norms - b * b / count, 0),
-        g.cross - g.outer(a, b) / count,
+        jnp.maximum(gram.source_sq_norms - a * a / count, 0),
+        jnp.maximum(gram.target_sq_norms - b * b / count, 0),
+        gram.cross - gram.pairwise(a, b) / count,
         intra,
     )

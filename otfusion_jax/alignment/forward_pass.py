@@ -1,12 +1,7 @@
-"""How plans are found: one forward pass, or coordinate descent over all groups.
+"""Algorithm 1 of Singh and Jaggi: one pass over the groups in dataflow order.
 
-`ForwardPass` is Algorithm 1 of Singh and Jaggi: groups in dataflow order, each matched by the
-weights (or activations) that produce it, with what came before already in place.
-`CoordinateDescent` is weight matching: it minimises the distance of the moved source to the target
-over all groups, one group at a time, which is a linear assignment, until nothing improves.
-
-A group and what is nested in it are matched at once (see `matching`). Everything here is traced:
-`align` checks the input and jits it.
+Each group is matched by the weights (or activations) that produce it, with what came before already
+in place. `ForwardSweep` is that pass, for the loop in `visit`; coordinate descent starts from it.
 """
 
 import dataclasses
@@ -17,12 +12,15 @@ import jax.numpy as jnp
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import DEGREES, Gram
+from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AbstractMethod, Alignment, AlignmentProblem
-from otfusion_jax.alignment.visit import DescentState, Pass, initial_state, visit_group_trees
+from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group, Member
+
+Members = Literal["producing", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +29,20 @@ class ForwardPass(AbstractMethod):
 
     With weights, units are compared by the members that produce them, whose consuming axes are
     already in place: the rows of incoming weights. Of a group that is written in several places (a
-    residual stream), those count whose inputs have been placed by then. With features, by
-    activations, group by group.
+    residual stream), those count whose inputs have been matched by then. With inner products of
+    activations (`grams`), units are compared by these, group by group.
 
     Attributes:
-        unit_norm: whether to scale units to norm 1 for the cost, as the original does on request.
-        members: which weights make up a unit: `"producing"` it, as in the paper, or `"all"`, those
-            that consume it as well, in the order in which they are.
+        unit_norm: Whether to scale units to norm 1 for the cost, as the original does on request.
+        members: Which weights make up a unit: those that produce it (`"producing"`), as in the
+            paper, or those that consume it as well (`"all"`), in the order in which they are.
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1.
     """
 
     unit_norm: bool = False
-    members: Literal["producing", "all"] = "producing"
+    members: Members = "producing"
 
     def __post_init__(self):
         require_flag(self, "unit_norm")
@@ -53,57 +51,115 @@ class ForwardPass(AbstractMethod):
 
     def run(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Alignment:
         """See `AbstractMethod.run`."""
-        state = visit_group_trees(problem, initial_state(problem), [self.only_pass(problem, grams)])
-        initial_plans = initial_state(problem).plans
-        history = jnp.stack([problem.distance(initial_plans), problem.distance(state.plans)])
+        sweep = ForwardSweep(problem, problem.metric, grams, self.unit_norm, self.members)
+        start = initial_state(problem)
+        state = visit_group_trees(problem, start, [sweep])
+        history = jnp.stack([problem.distance(start.plans), problem.distance(state.plans)])
         return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
 
     def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
         """See `AbstractMethod.cost_degree`."""
+        # Neither activations nor units of norm 1 scale with the weights.
         if by_grams or self.unit_norm:
             return 0
         return DEGREES.get(type(metric), 2)
 
-    def only_pass(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Pass:
-        """Returns how each group is solved, once the ones before are in place."""
 
-        def compare(family: GroupTree, state: DescentState) -> list[Gram]:
-            groups = family.root, *family.nested
-            if grams is not None:
-                found = [grams[group.name] for group in groups]
-            else:
-                chosen = [
-                    m
-                    for g in groups
-                    for m in (g.members if self.members == "all" else _placed(problem, family, g))
-                ]
-                found = problem.compare(family, state.plans, chosen)
-            return [g.normalised() for g in found] if self.unit_norm else found
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardSweep(AbstractSweep):
+    """How each group tree is solved in Algorithm 1, once the trees before it are in place.
 
-        def accept(
-            family: GroupTree, state: DescentState, _: list[Gram], solutions: list[Solution]
-        ) -> DescentState:
-            names = [group.name for group in (family.root, *family.nested)]
-            pairs = ((solution.plan, solution) for solution in solutions)
-            carried = problem.carried(family, state.plans, {names[0]: solutions[0].plan})
-            state = dataclasses.replace(state, plans=state.plans | carried)
-            return state.take(dict(zip(names, pairs, strict=True)), jnp.array(True))
+    Attributes:
+        problem: The alignment problem.
+        metric: The ground metric that units are compared by.
+        grams: The inner products of activations by the names of groups, or None to use weights.
+        unit_norm: Whether to scale units to norm 1.
+        members: Which weights make up a unit, see `ForwardPass`.
+    """
 
-        return Pass(compare, problem.metric, accept)
+    problem: AlignmentProblem
+    metric: costs.CostFn
+    grams: dict[str, Gram] | None = None
+    unit_norm: bool = False
+    members: Members = "producing"
+
+    def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
+        """See `AbstractSweep.compare`."""
+        if self.grams is not None:
+            compared = []
+            for group in tree.groups:
+                grams = self.grams[group.name]
+                if not self.problem.solver.quadratic:
+                    # A descent sweep in the same program has none, and branches must be alike.
+                    grams = dataclasses.replace(grams, intra=None)
+                compared.append(grams)
+        else:
+            members = []
+            for group in tree.groups:
+                if self.members == "all":
+                    members.append(group.members)
+                else:
+                    members.append(_members_in_place(self.problem, tree, group))
+            compared = self.problem.compare(tree, state.plans, members)
+        if self.unit_norm:
+            compared = [grams.normalised() for grams in compared]
+        return compared
+
+    def accept(
+        self,
+        tree: GroupTree,
+        state: DescentState,
+        grams: list[Gram],
+        solutions: list[Solution],
+    ) -> DescentState:
+        """See `AbstractSweep.accept`. Here every plan is kept."""
+        # Siblings are in place by the old order of the root's units, and move along with these.
+        plans = {}
+        if tree.siblings:
+            plans = self.problem.carried(tree, state.plans, solutions[0].plan)
+        for group, solution in zip(tree.groups, solutions, strict=True):
+            plans[group.name] = solution.plan
+        return state.after(tree, solutions, plans, jnp.array(True))
 
 
-def _placed(problem: AlignmentProblem, family: GroupTree, group: Group) -> Sequence[Member]:
-    """Returns the members that produce a group out of earlier groups or of what is pinned."""
-    later = problem.group_trees[problem.group_trees.index(family) + 1 :]
-    groups = [g for f in later for g in (f.root, *f.nested) if g is not family.root]
-    waiting = {m.leaf for g in groups for m in g.members}
-    waiting |= leaves_used_twice(group)
+def _members_in_place(problem: AlignmentProblem, tree: GroupTree, group: Group) -> Sequence[Member]:
+    """Returns the members that produce a group out of earlier groups or of what is pinned.
+
+    What a later group is added from (the blocks of a residual stream) is still in the source's
+    order, and would be noise. If nothing is in place, all members count.
+    """
+    # Where a group is on both axes of a leaf, its own inputs there are not in place yet.
+    waiting = leaves_used_twice(group)
+    is_later = False
+    for other in problem.group_trees:
+        if is_later:
+            for later_group in other.groups:
+                # A root of several trees is in the later ones again, and does not wait for itself.
+                if later_group is not tree.groups[0]:
+                    for member in later_group.members:
+                        waiting.add(member.leaf)
+        is_later = is_later or other is tree
     candidates = group.having("produces") or group.members
-    return [m for m in candidates if m.leaf not in waiting] or candidates
+    in_place = []
+    for member in candidates:
+        if member.leaf not in waiting:
+            in_place.append(member)
+    return in_place or candidates
 
 
 def leaves_used_twice(group: Group) -> set[int]:
-    """Returns the leaves that have a group on two axes, which makes a quadratic problem of it."""
-    axes = {(m.leaf, m.axis) for m in group.members}
-    leaves = [leaf for leaf, _ in axes]
-    return {leaf for leaf in leaves if leaves.count(leaf) > 1}
+    """Finds the leaves that have a group on two axes, which makes a quadratic problem of it.
+
+    Args:
+        group: The group.
+
+    Returns:
+        The positions of these leaves in `Symmetry.parts`.
+    """
+    first_axes: dict[int, int] = {}
+    used_twice = set()
+    for member in group.members:
+        axis = member.location.axis
+        if first_axes.setdefault(member.leaf, axis) != axis:
+            used_twice.add(member.leaf)
+    return used_twice

@@ -1,12 +1,14 @@
-"""Matching a group jointly with what is nested in it.
+"""Group trees: a group, and those of the groups nested in it that are matched together with it.
 
-Which head is which can't be told before the units inside of it are matched: the cost between two
-heads is that of their best match inside. So all pairs of heads are solved, then the heads, and each
-head keeps the match that it was chosen for.
+Which head is which cannot be told before the units inside of the heads are matched, and how these
+match depends on which heads are compared. So a group (heads) and what is nested in it (the
+dimensions of each head) are one subproblem, and `group_trees_of` sorts the groups of a symmetry
+into such trees. A group on its own, as in networks without heads, is a tree of one.
 """
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Sequence
 
 from otfusion_jax.symmetry.groups import Group, Member
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -14,73 +16,96 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 
 @dataclasses.dataclass(frozen=True)
 class GroupTree:
-    """A group and the groups nested in it.
+    """A group and groups nested in it, which are matched together.
 
     Attributes:
-        root: the group around.
-        nested: the groups in each index of it.
+        groups: The root, and after it the groups nested in each index of the root.
+        siblings: The groups nested in the root that belong to another tree. When the root moves,
+            they are carried along.
     """
 
-    root: Group
-    nested: tuple[Group, ...] = ()
+    groups: tuple[Group, ...]
+    siblings: tuple[Group, ...] = ()
 
-    def split(self, chosen: Collection[Member]) -> list[tuple[Group, list[Member]]]:
-        """Returns the chosen members of each group; of the root those with nothing nested in it."""
-        inside = [m for group in self.nested for m in group.members]
-        kept = {id(m) for n in inside for m in self.beside(n) if m is not n}
-        own = [m for m in self.root.members if m in chosen and id(m) not in kept]
-        rest = [(g, [m for m in g.members if m in chosen]) for g in self.nested]
-        return [(self.root, own), *rest]
+    def root_members_around(self, member: Member) -> list[Member]:
+        """Finds the members of the root that say in which of its indices some units are.
 
-    def beside(self, member: Member) -> list[Member]:
-        """Returns a member; with a nested one, the root's that say in which index it is."""
-        if not self.nested or member in self.root.members:
-            return [member]
-        axis, _, place = member.location.batch[-1]
-        roots = (m for m in self.root.members if m.leaf == member.leaf)
-        return [member, *(m for m in roots if (m.axis, m.location.index) == (axis, place))]
+        Args:
+            member: A member of a nested group. One of the root has nothing of the root around it.
+
+        Returns:
+            The members of the root in the same leaf, at the place of the innermost axis of the
+            batch.
+        """
+        root = self.groups[0]
+        if member in root.members:
+            return []
+        # The last axis of a nested unit's batch is the one that the root's units lie along.
+        batch_axis, _, batch_index = member.location.batch[-1]
+        around = []
+        for candidate in root.members:
+            location = candidate.location
+            same_axis = candidate.leaf == member.leaf and location.axis == batch_axis
+            if same_axis and location.index == batch_index:
+                around.append(candidate)
+        return around
 
 
 def group_trees_of(symmetry: Symmetry) -> tuple[GroupTree, ...]:
     """Sorts groups by what they are nested in.
 
     Args:
-        symmetry: whose groups.
+        symmetry: The symmetry whose groups are sorted.
 
     Returns:
-        Families in dataflow order: one for each group that is in no other, or several if those
-        nested in it are coupled. Then the root is matched anew with each of them, and the others
-        are carried along, each with the index of the root that it is in.
+        The group trees in dataflow order: one for each group that is in no other, or several if
+        those nested in it are coupled. Then the root is matched anew with each of them.
     """
-    inside: dict[str | None, list[Group]] = {}
+    # The symmetry has its groups in dataflow order, and this keeps it.
+    groups_in: dict[str | None, list[Group]] = {}
     for group in symmetry.groups:
-        inside.setdefault(group.outer, []).append(group)
-    coupled = _coupled(symmetry)
-    group_trees: list[GroupTree] = []
-    for root in inside.get(None, ()):
-        sets: list[list[Group]] = []
-        for group in inside.get(root.name, ()):
-            apart = (s for s in sets if not any({group.name, g.name} in coupled for g in s))
-            found = next(apart, None)
-            if found is None:
-                sets.append([group])
-            else:
-                found.append(group)
-        group_trees += [GroupTree(root, tuple(nested)) for nested in sets or [[]]]
-    return tuple(group_trees)
+        groups_in.setdefault(group.outer, []).append(group)
+    coupled_pairs = _coupled_pairs(symmetry) if len(groups_in) > 1 else set()
+    trees = []
+    for root in groups_in.get(None, []):
+        nested = groups_in.get(root.name, [])
+        if not nested:
+            trees.append(GroupTree((root,)))
+            continue
+        # Each set of nested groups has a tree of its own, with the same root.
+        for together in _without_coupling(nested, coupled_pairs):
+            siblings = [group for group in nested if group not in together]
+            trees.append(GroupTree((root, *together), tuple(siblings)))
+    return tuple(trees)
 
 
-def _coupled(symmetry: Symmetry) -> list[set[str]]:
-    """Finds the pairs of groups, nested in one and the same, that one array of numbers has both of.
+def _without_coupling(
+    nested: Sequence[Group], coupled_pairs: set[frozenset[str]]
+) -> list[list[Group]]:
+    """Distributes groups over sets without coupled pairs, each to the first set that takes it."""
+    sets: list[list[Group]] = []
+    for group in nested:
+        for chosen in sets:
+            pairs = {frozenset((group.name, other.name)) for other in chosen}
+            if pairs.isdisjoint(coupled_pairs):
+                chosen.append(group)
+                break
+        else:
+            sets.append([group])
+    return sets
 
-    What either gains by moving depends on where the other is: they can't be matched at once.
+
+def _coupled_pairs(symmetry: Symmetry) -> set[frozenset[str]]:
+    """Finds the pairs of groups, nested in one and the same, that share a block of a parameter.
+
+    What either gains by moving depends on where the other is: they cannot be matched at once.
     """
-    found = []
+    pairs = set()
     for partition, unit_axes in symmetry.leaf_structures:
-        for number, use in enumerate(unit_axes):
-            for other in unit_axes[:number]:
-                outer = use.group.outer
-                if outer and outer == other.group.outer and use.group is not other.group:
-                    if partition.together({use.dim, other.dim}):
-                        found.append({use.group.name, other.group.name})
-    return found
+        for one, other in itertools.combinations(unit_axes, 2):
+            same_outer = one.group.outer and one.group.outer == other.group.outer
+            if same_outer and one.group is not other.group:
+                # In different blocks of a leaf (queries, values) they do not meet.
+                if partition.together({one.dim, other.dim}):
+                    pairs.add(frozenset((one.group.name, other.group.name)))
+    return pairs

@@ -1,4 +1,10 @@
-"""Aligning one model to another: checks, and the jitted call of a method."""
+"""Weights of parameters: how much each leaf counts when units are compared.
+
+The user gives a function of the key path. It is evaluated once, so that what is jitted has a tuple
+of numbers, which is hashable and static. A weight multiplies squared distances, so parameters are
+multiplied by its square root. Here they are multiplied by powers of two as well, which brings their
+squares into range.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,72 +24,70 @@ def leaf_weights(
     """Evaluates the weights of leaves, so that they can be static.
 
     Args:
-        symmetry: whose leaves.
-        leaf_weight: from key path to weight.
+        symmetry: The symmetry whose leaves are weighted.
+        leaf_weight: A function from the key path of a leaf to its weight, or None.
 
     Returns:
-        One weight per leaf, or None.
+        One weight per leaf; None if `leaf_weight` is None.
 
     Raises:
-        ValueError: for weights that are negative or not finite, listing every one.
+        ValueError: If weights are negative or not finite. Every one is listed by key path.
     """
     if leaf_weight is None:
         return None
-    weights = {leaf.path: float(leaf_weight(leaf.path)) for leaf in symmetry.leaves}
-    wrong = [f"  {path}: {w}" for path, w in weights.items() if not (w >= 0 and math.isfinite(w))]
+    weights = []
+    wrong = []
+    for leaf in symmetry.leaves:
+        # A function would be hashed by identity: a new lambda of the same weights would compile
+        # the program again. Numbers are hashed by value.
+        weight = float(leaf_weight(leaf.path))
+        weights.append(weight)
+        # NaN is not below 0 either.
+        if not (weight >= 0 and math.isfinite(weight)):
+            wrong.append(f"  {leaf.path}: {weight}")
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
-    return tuple(weights.values())
+    return tuple(weights)
 
 
-def weight_by_path(
-    symmetry: Symmetry, weights: tuple[float, ...] | None
-) -> Callable[[str], float] | None:
-    """Turns what `leaf_weights` returns back into what it takes.
-
-    Args:
-        symmetry: whose leaves.
-        weights: one per leaf, or None.
-
-    Returns:
-        From key path to weight, or None.
-    """
-    if weights is None:
-        return None
-    paths = (leaf.path for leaf in symmetry.leaves)
-    return dict(zip(paths, weights, strict=True)).__getitem__
-
-
-def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], k: Array) -> list[Any]:
-    """Multiplies all parameters that move by a power of two.
-
-    Args:
-        leaves: what is known of the parameters.
-        arrays: the parameters, or stacks of them.
-        k: the exponent.
-
-    Returns:
-        The parameters, each times `2**k`.
-    """
-    pairs = list(zip(arrays, leaves, strict=True))
-    moving = iter(all_scaled([jnp.asarray(x) for x, leaf in pairs if leaf.moves], k))
-    return [next(moving) if leaf.moves else x for x, leaf in pairs]
-
-
-def weighted(symmetry: Symmetry, parts: list[Any], weights: tuple[float, ...]) -> list[Any]:
+def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ...]) -> list[Any]:
     """Scales parameters, so that their squared distances are weighted.
 
     Args:
-        symmetry: whose parameters.
-        parts: the parameters, as `Symmetry.split` takes them apart.
-        weights: one per leaf.
+        symmetry: The symmetry of the parameters.
+        arrays: The parameters, as `Symmetry.split` takes them apart.
+        weights: One weight per leaf.
 
     Returns:
-        The parameters, each by the square root of its weight.
+        The parameters, each times the square root of its weight.
     """
-    found = []
-    for x, part, leaf in zip(parts, symmetry.parts, symmetry.leaf_of, strict=True):
+    scaled = []
+    for array, part, leaf in zip(arrays, symmetry.parts, symmetry.leaf_of, strict=True):
+        # w |x - y|² = |√w x - √w y|²: distances, cosines and overlaps are all weighted by this.
         if part.moves and weights[leaf] != 1:
-            x = jnp.asarray(x) * jnp.asarray(math.sqrt(weights[leaf]), part.dtype)
-        found.append(x)
-    return found
+            array = jnp.asarray(array) * jnp.asarray(math.sqrt(weights[leaf]), part.dtype)
+        scaled.append(array)
+    return scaled
+
+
+def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], exponent: Array) -> list[Any]:
+    """Multiplies all parameters that move by a power of two.
+
+    Args:
+        leaves: What is known of each parameter.
+        arrays: The parameters, or stacks of them.
+        exponent: The exponent of the power, int32 `[]`.
+
+    Returns:
+        The parameters, each times `2**exponent`; those that do not move (integers) as they are.
+    """
+    moving = []
+    for leaf, array in zip(leaves, arrays, strict=True):
+        if leaf.moves:
+            moving.append(jnp.asarray(array))
+    # All at once: the factors of a power of two are worked out once for each dtype.
+    moved = iter(all_scaled(moving, exponent))
+    result = []
+    for leaf, array in zip(leaves, arrays, strict=True):
+        result.append(next(moved) if leaf.moves else array)
+    return result

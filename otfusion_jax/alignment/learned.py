@@ -1,14 +1,14 @@
-"""Alignments learned by descent: soft plans are smooth in the costs, and so is a loss of the fused.
+"""Alignments learned by descent on a loss of the fused model.
 
 Weight matching sees only weights. Here the costs themselves are what is learned: Sinkhorn makes
 soft plans of them, these move the source, and a loss of its mean with the target is differentiated
-back through the plans to the costs. In the end each cost is matched exactly.
+back through the plans to the costs, which soft plans are smooth in. In the end each cost is matched
+exactly.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,12 @@ from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.costs import Gram, ground_cost
-from otfusion_jax.alignment.leaf_weights import leaf_weights, rescaled, weighted
-from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.alignment.leaf_weights import leaf_weights
+from otfusion_jax.alignment.problem import set_up_problem
 from otfusion_jax.alignment.solve_tree import picked
 from otfusion_jax.averaging.average import columns_of
 from otfusion_jax.averaging.interpolate import interpolate
 from otfusion_jax.common.arguments import require_function, require_kind
-from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
@@ -47,11 +46,11 @@ class LearnedAlignment:
     """Plans that were learned, as permutations and as what they were before.
 
     Attributes:
-        plans: group name to permutation, int32 `[*batch, n]`, of all groups: the exact match of the
-            learned cost, which is also the most likely one by the soft plan.
-        soft: the plans that the loss was taken with, at the end: float `[*batch, n, n]` of groups
-            that were learned, the permutation of the start of the others.
-        history: the loss before each step, on that step's batch, float `[steps]`.
+        plans: Group name to permutation, int32 `[*batch, n]`, for all groups. It is the exact match
+            of the learned cost, which is also the most likely one by the soft plan.
+        soft: The plans that the loss was taken with at the end: float `[*batch, n, n]` for groups
+            that were learned, and the permutation of the start for the others.
+        history: The loss before each step, on that step's batch, float `[steps]`.
     """
 
     plans: Plans
@@ -82,37 +81,40 @@ def learn_alignment(
     inside `jax.jit`.
 
     Args:
-        symmetry: of both models.
-        loss: `loss(params, batch)`, a differentiable scalar.
-        source: parameters of the model to be moved.
-        target: parameters of the model to be matched.
-        batches: what `loss` takes, each leaf `[steps, ...]`. What is too large for memory can be
-            looked up by `loss`, from indices or keys.
-        start: permutations of all groups or of some, or the result of `align`; None means
+        symmetry: The symmetry of both models.
+        loss: The loss, a differentiable function `loss(params, batch)` to a scalar.
+        source: The parameters of the model to be moved.
+        target: The parameters of the model to be matched.
+        batches: The batches that `loss` takes, stacked: each leaf is `[steps, ...]`. What is too
+            large for memory can be looked up by `loss`, from indices or keys.
+        start: Permutations of all groups or of some, or the result of `align`. None means
             `align(symmetry, source, target)`.
-        t: where between the moved source (0) and the target (1) the loss is taken.
-        solver: from costs to soft plans. A large `epsilon` lets more pairs of units take part; the
-            descent sharpens the plans by itself, by scaling the costs up. Its `relative` would keep
-            it from that.
-        optimizer: optax's; None means Adam with steps of 0.1 that fall to 0 as a cosine.
-        leaf_weight: for the costs and the alignment to start from, see `align`.
+        t: Where between the moved source (0) and the target (1) the loss is taken.
+        solver: What makes soft plans of costs. A large `epsilon` lets more pairs of units take
+            part; the descent sharpens the plans by itself, by scaling the costs up. With `relative`
+            set, `epsilon` would be scaled up with them.
+        optimizer: An optimizer of optax. None means Adam with steps of 0.1 that fall to 0 as a
+            cosine.
+        leaf_weight: How much each parameter counts for the first costs and for the alignment to
+            start from, see `align`.
 
     Returns:
         The learned alignment; pass it to `transport`.
 
     Raises:
-        ValueError: as `align`, for a start that does not fit or has soft plans, for integers that
-            differ between the models, and for batches that have no leading axis of one size.
-        TypeError: as `align`, and for a list of batches, which are to be stacked.
+        ValueError: If `align` raises it; if the start does not fit or has soft plans; if integers
+            differ between the models; if the batches have no leading axis of one size.
+        TypeError: If `align` raises it; if batches are a list, which is to be stacked.
 
     Warns:
-        SymmetryWarning: if the symmetry has no groups.
+        SymmetryWarning: If the symmetry has no groups.
 
     References:
         Peña et al., Re-basin via implicit Sinkhorn differentiation, CVPR 2023.
     """
-    require_symmetry(symmetry, "learn_alignment(symmetry, loss, source, target, batches)")
-    require_function(loss, "learn_alignment(symmetry, loss, source, target, batches)")
+    call = "learn_alignment(symmetry, loss, source, target, batches)"
+    require_symmetry(symmetry, call)
+    require_function(loss, call)
     require_kind(solver, Sinkhorn, "solver", "Sinkhorn()")
     require_model(symmetry, source, "the source")
     require_model(symmetry, target, "the target")
@@ -124,19 +126,26 @@ def learn_alignment(
             "batches is a list; pass them stacked, each leaf [steps, ...], as in "
             "jax.tree.map(lambda *x: jnp.stack(x), *batches)"
         )
-    steps = _steps(batches)
-    counting = leaf_weights(symmetry, leaf_weight)
+    steps = _number_of_steps(batches)
     if start is None:
         start = align(symmetry, source, target, leaf_weight=leaf_weight)
-    plans = compose(symmetry, start, {})
-    optimizer = _adam(steps) if optimizer is None else optimizer
     return _learn(
-        symmetry, loss, solver, optimizer, counting, source, target, batches, plans, jnp.asarray(t)
+        symmetry,
+        source,
+        target,
+        batches,
+        compose(symmetry, start, {}),
+        jnp.asarray(t),
+        loss=loss,
+        solver=solver,
+        optimizer=_adam(steps) if optimizer is None else optimizer,
+        weights=leaf_weights(symmetry, leaf_weight),
     )
 
 
-def _steps(batches: PyTree) -> int:
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batches)}
+def _number_of_steps(batches: PyTree) -> int:
+    """Returns the size of the leading axis, after checking that it is that of all leaves."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(sizes) != 1 or sizes <= {(), (0,)}:
         raise ValueError(
             "batches must be a pytree of arrays with one leading axis, of a size of at least 1, "
@@ -151,87 +160,133 @@ def _adam(steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnames=("symmetry", "loss", "solver", "optimizer", "weights"))
 def _learn(
     symmetry: Symmetry,
-    loss: Callable[[PyTree, PyTree], Array],
-    solver: Sinkhorn,
-    optimizer: optax.GradientTransformation,
-    counting: tuple[float, ...] | None,
     source: PyTree,
     target: PyTree,
     batches: PyTree,
     plans: Plans,
     t: Array,
+    *,
+    loss: Callable[[PyTree, PyTree], Array],
+    solver: Sinkhorn,
+    optimizer: optax.GradientTransformation,
+    weights: tuple[float, ...] | None,
 ) -> LearnedAlignment:
-    def soft(now: dict[str, Array]) -> Plans:
-        return plans | {
-            name: solve_stack(solver, TransportProblem(cost)).plan for name, cost in now.items()
-        }
+    """Learns the costs, without checks."""
+    descent = _LossDescent(symmetry, source, target, plans, t, loss, solver, optimizer)
+    # Learned are the costs, not the plans: a plan would leave the couplings with the first step.
+    first = _matching_costs(symmetry, source, target, plans, weights)
+    start = first, optimizer.init(first)
+    (learned, _), history = jax.lax.scan(descent.step, start, batches)
+    matched = dict(plans)
+    for name, cost in learned.items():
+        # The permutation that a soft plan of this cost tends to as epsilon goes to 0.
+        matched[name] = solve_stack(Exact(), TransportProblem(cost)).plan
+    return LearnedAlignment(matched, descent.soft_plans(learned), history)
 
-    def objective(now: dict[str, Array], batch: PyTree) -> Array:
-        return loss(interpolate(transport(symmetry, soft(now), source), target, t), batch)
 
-    def step(carry: tuple[dict[str, Array], Any], batch: PyTree) -> Any:
-        now, state = carry
+Costs = dict[str, Float[Array, "*batch n n"]]
+"""What is learned, by the names of groups."""
+
+
+# Compared by identity: JAX keeps the functions of a loop in caches, and arrays have no hash.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LossDescent:
+    """Gradient descent on the loss of the fused model, in the costs.
+
+    Attributes:
+        symmetry: The symmetry of both models.
+        source: The parameters of the model to be moved.
+        target: The parameters of the model to be matched.
+        plans: The permutations of the start, which groups keep that are not learned.
+        t: Where between the moved source (0) and the target (1) the loss is taken.
+        loss: The loss of parameters on a batch.
+        solver: What makes soft plans of costs.
+        optimizer: The optimizer.
+    """
+
+    symmetry: Symmetry
+    source: PyTree
+    target: PyTree
+    plans: Plans
+    t: Array
+    loss: Callable[[PyTree, PyTree], Array]
+    solver: Sinkhorn
+    optimizer: optax.GradientTransformation
+
+    def soft_plans(self, learned: Costs) -> Plans:
+        """Returns the plans of all groups: soft ones of those that are learned."""
+        plans = dict(self.plans)
+        for name, cost in learned.items():
+            plans[name] = solve_stack(self.solver, TransportProblem(cost)).plan
+        return plans
+
+    def objective(self, learned: Costs, batch: PyTree) -> Array:
+        """Takes the loss of the fused model."""
+        moved = transport(self.symmetry, self.soft_plans(learned), self.source)
+        return self.loss(interpolate(moved, self.target, self.t), batch)
+
+    def step(
+        self, carry: tuple[PyTree, PyTree], batch: PyTree
+    ) -> tuple[tuple[PyTree, PyTree], Array]:
+        """Makes one step on one batch, from costs and optimizer state; returns the loss before."""
+        learned, state = carry
         # optax, and ott where it is differentiated, promote ranks and dtypes.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            value, gradient = jax.value_and_grad(objective)(now, batch)
-            updates, state = optimizer.update(gradient, state, now)
-            return (optax.apply_updates(now, updates), state), value
-
-    first = _matching_costs(symmetry, counting, source, target, plans)
-    (learned, _), history = jax.lax.scan(step, (first, optimizer.init(first)), batches)
-    rounded = {
-        name: solve_stack(Exact(), TransportProblem(cost)).plan for name, cost in learned.items()
-    }
-    return LearnedAlignment(plans | rounded, soft(learned), history)
+            value, gradient = jax.value_and_grad(self.objective)(learned, batch)
+            updates, state = self.optimizer.update(gradient, state, learned)
+            learned = optax.apply_updates(learned, updates)
+        return (learned, state), value
 
 
 def _matching_costs(
     symmetry: Symmetry,
-    counting: tuple[float, ...] | None,
     source: PyTree,
     target: PyTree,
     plans: Plans,
-) -> dict[str, Float[Array, "*batch n n"]]:
+    weights: tuple[float, ...] | None,
+) -> Costs:
     """Takes the cost of weight matching, of each group that can be learned.
 
     Args:
-        symmetry: of both models.
-        counting: weights of leaves, or None.
-        source: the model to be moved.
-        target: the model to be matched.
-        plans: where the other groups are.
+        symmetry: The symmetry of both models.
+        source: The parameters of the model to be moved.
+        target: The parameters of the model to be matched.
+        plans: The plans of all groups, under which each is compared.
+        weights: One weight per leaf, or None.
 
     Returns:
         Costs of mean 0 and standard deviation 1.
     """
-    a, b = symmetry.split(source), symmetry.split(target)
-    if counting is not None:
-        a, b = (weighted(symmetry, parts, counting) for parts in (a, b))
-    moving = [x for x, leaf in zip((*a, *b), 2 * symmetry.parts, strict=True) if leaf.moves]
-    k = common_exponent(moving)
-    a, b = (rescaled(symmetry.parts, parts, -k) for parts in (a, b))
-    problem = AlignmentProblem(symmetry, symmetry, a, b, costs.SqEuclidean(), Exact())
-    found = {}
-    for family in problem.group_trees:
-        groups = family.root, *family.nested
-        grams = problem.compare(family, plans, [m for g in groups for m in g.members])
-        for group, g in zip(groups, grams, strict=True):
-            around = group is family.root and family.nested
-            if around or any(m.role == "both" for m in group.members):
+    metric = costs.SqEuclidean()
+    problem, _ = set_up_problem(
+        symmetry, symmetry, source, target, metric, Exact(), weights=weights
+    )
+    first = {}
+    for tree in problem.group_trees:
+        root, *nested = tree.groups
+        members = [group.members for group in tree.groups]
+        grams = problem.compare(tree, plans, members)
+        for group, group_grams in zip(tree.groups, grams, strict=True):
+            has_nested = group is root and nested
+            if has_nested or any(member.role == "both" for member in group.members):
+                # Only permutations can move these.
                 continue
             if group.outer is not None:
-                g = _inside(g, plans[group.outer])
-            cost = ground_cost(problem.metric, g).astype(problem.dtype)
-            spread = jnp.std(cost, axis=(-2, -1), keepdims=True)
+                # The heads stay where the start has put them.
+                group_grams = _inside_heads(group_grams, plans[group.outer])
+            # In units of the spread, the same epsilon and steps do for all groups.
+            cost = ground_cost(metric, group_grams).astype(problem.dtype)
             mean = jnp.mean(cost, axis=(-2, -1), keepdims=True)
-            found[group.name] = (cost - mean) / jnp.where(spread > 0, spread, 1)
-    return found
+            spread = jnp.std(cost, axis=(-2, -1), keepdims=True)
+            first[group.name] = (cost - mean) / jnp.where(spread > 0, spread, 1)
+    return first
 
 
-def _inside(g: Gram, plan: Array) -> Gram:
+def _inside_heads(grams: Gram, plan: Array) -> Gram:
     """Takes the inner products inside of heads, for each of the target with the one moved there."""
-    source_sq_norms = jnp.take_along_axis(g.source_sq_norms, plan[..., None], axis=-2)
-    return Gram(source_sq_norms, g.target_sq_norms, picked(jnp.moveaxis(g.cross, -3, -2), plan))
+    source_sq_norms = jnp.take_along_axis(grams.source_sq_norms, plan[..., None], axis=-2)
+    cross = picked(jnp.moveaxis(grams.cross, -3, -2), plan)
+    return Gram(source_sq_norms, grams.target_sq_norms, cross)

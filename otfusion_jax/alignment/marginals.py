@@ -1,6 +1,7 @@
-"""Masses of units: how much each of them matters, by its weights or by its activations."""
+"""Masses of units: how much each of them matters, by its weights or by its activations.
 
-import functools
+Both functions return what `align(..., marginals=...)` takes for one of the two models.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -17,17 +18,17 @@ def weight_importance(
     """Says how much the units of a network matter, by the norms of their incoming weights.
 
     Args:
-        symmetry: of the network.
-        params: its parameters.
-        order: 1 or 2: of the norm.
+        symmetry: The symmetry of the network.
+        params: The parameters of the network.
+        order: The order of the norm: 1 for the sum of magnitudes, 2 for the Euclidean norm.
 
     Returns:
-        For each group the norms of the weights that produce its units, divided by their sum:
-        masses for `align(..., marginals=...)`. Where all are 0, uniform.
+        For each group the norms of the weights that produce its units, divided by their sum. Where
+        all are 0, they are uniform.
 
     Raises:
-        ValueError: for another order, or parameters that do not fit.
-        TypeError: for arguments in another order, and shapes in place of arrays.
+        ValueError: If the order is another one, or if the parameters do not fit.
+        TypeError: If the arguments are in another order, or shapes are in the place of arrays.
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, section 4 (support and
@@ -38,15 +39,22 @@ def weight_importance(
     require_symmetry(symmetry, "weight_importance(symmetry, params)")
     require_model(symmetry, params)
     leaves = symmetry.split(params)
-    found = {}
+    importance = {}
     for group in symmetry.groups:
-        members = group.having("produces") or group.members
-        vectors = [units_of(leaves[m.leaf], m.location, group) for m in members]
-        k = common_exponent(vectors)
-        sizes = [jnp.abs(scaled(v, -k)).astype(jnp.float32) for v in vectors]
-        sums = [jnp.sum(size**order, axis=-1) for size in sizes]
-        found[group.name] = _masses(functools.reduce(jnp.add, sums) ** (1 / order))
-    return found
+        vectors = []
+        # Units that no parameter produces count by what consumes them.
+        for member in group.having("produces") or group.members:
+            vectors.append(units_of(leaves[member.leaf], member.location, group))
+        # Masses do not change with the scale of the weights, and their squares are in range.
+        exponent = common_exponent(vectors)
+        total = None
+        for vector in vectors:
+            magnitudes = jnp.abs(scaled(vector, -exponent)).astype(jnp.float32)
+            powers = jnp.sum(magnitudes**order, axis=-1)
+            total = powers if total is None else total + powers
+        assert total is not None, "a group has members"
+        importance[group.name] = _masses(total ** (1 / order))
+    return importance
 
 
 def feature_importance(
@@ -55,23 +63,26 @@ def feature_importance(
     """Says how much the units of a network matter, by the variance of their activations.
 
     Args:
-        features: activations, as `features` returns them.
+        features: The activations by the names of groups, as `features` returns them.
 
     Returns:
-        For each group the variances over the samples, divided by their sum: masses for
-        `align(..., marginals=...)`. Where all are 0, uniform.
+        For each group the variances over the samples, divided by their sum. Where all are 0, they
+        are uniform.
     """
-    return {name: _masses(jnp.var(_in_range(x), axis=-2)) for name, x in features.items()}
-
-
-def _in_range(x: Array) -> Array:
-    """Scales activations, so that their squares are in range; of complex ones the magnitudes."""
-    x = scaled(x, -common_exponent([x]))
-    return jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(jnp.float32)
+    importance = {}
+    for name, activations in features.items():
+        # Squares of large activations would be out of range; the masses are the same at any scale.
+        activations = scaled(activations, -common_exponent([activations]))
+        if jnp.iscomplexobj(activations):
+            magnitudes = jnp.abs(activations)
+        else:
+            magnitudes = activations.astype(jnp.float32)
+        importance[name] = _masses(jnp.var(magnitudes, axis=-2))
+    return importance
 
 
 def _masses(importance: Array) -> Array:
+    """Divides numbers by their sum, over the last axis; where that is 0, they become uniform."""
     total = jnp.sum(importance, axis=-1, keepdims=True)
-    return jnp.where(
-        total > 0, importance / jnp.where(total > 0, total, 1), 1 / importance.shape[-1]
-    )
+    uniform = 1 / importance.shape[-1]
+    return jnp.where(total > 0, importance / jnp.where(total > 0, total, 1), uniform)

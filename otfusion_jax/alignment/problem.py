@@ -1,33 +1,40 @@
-"""How plans are found: one forward pass, or coordinate descent over all groups.
+"""What a method of alignment gets, and what it returns.
 
-`ForwardPass` is Algorithm 1 of Singh and Jaggi: groups in dataflow order, each matched by the
-weights (or activations) that produce it, with what came before already in place.
-`CoordinateDescent` is weight matching: it minimises the distance of the moved source to the target
-over all groups, one group at a time, which is a linear assignment, until nothing improves.
+An `AlignmentProblem` holds two models as flat lists of parameters and compares their units by
+weights: under the plans so far, of one group tree at a time. It also says how far the moved source
+is from the target. `set_up_problem` makes one. An `AbstractMethod` turns it into an `Alignment`.
 
-A group and what is nested in it are matched at once (see `matching`). Everything here is traced:
-`align` checks the input and jits it.
+Everything here is traced: `align` checks the input and jits it.
 """
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.alignment.costs import Gram, Masses, gram, squared_norm, unit_gram
+from otfusion_jax.alignment.costs import Gram, gram, squared_norm, unit_gram
 from otfusion_jax.alignment.group_tree import GroupTree, group_trees_of
+from otfusion_jax.alignment.leaf_weights import rescaled, weighted
+from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
+from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import move, split_and_move
 from otfusion_jax.symmetry.units import units_in
+
+Marginals = tuple[dict[str, Array], dict[str, Array]]
+"""Masses of the source's units and of the target's, by the names of groups, float `[*batch, n]` and
+`[*batch, m]`. Groups that are left out have uniform masses."""
+
+LEAST_COSINE = 1e-6
+"""What a cosine counts as at least, so that the logarithm of a product of cosines is finite."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,14 +43,16 @@ class Alignment:
     """Plans that move a source model onto a target, with what is known of their quality.
 
     Attributes:
-        plans: group name to plan, as `transport` takes them.
-        objective: squared distance of the moved source to the target, summed over all parameters;
-            infinite if that is out of range, which does the plans no harm.
-        history: for coordinate descent the objective at the start and after every sweep, float
-            `[max_sweeps + 1]`, which stays as it is after the last; otherwise before and after.
-        converged: whether every solve converged and nothing was left to improve.
-        gaps: group name to the duality gap of its last solve, in the units of its ground cost; of a
-            nested group the largest of its batch.
+        plans: Group name to plan, as `transport` takes them.
+        objective: The squared distance of the moved source to the target, summed over all
+            parameters, float `[]`. It is infinite if that is out of range, which does the plans no
+            harm.
+        history: For coordinate descent the objective at the start and after every sweep, float
+            `[max_sweeps + 1]`, which stays as it is after the last sweep. Otherwise the objective
+            before and after, float `[2]`.
+        converged: Whether every solve converged and nothing was left to improve, bool `[]`.
+        gaps: Group name to the duality gap of its last solve, in the units of its ground cost,
+            float `[]`. For a nested group it is the largest gap of its batch.
     """
 
     plans: Plans
@@ -55,10 +64,21 @@ class Alignment:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentProblem:
-    """What a method works on: flat parameters, and how a cost becomes a plan.
+    """Two models whose units are to be matched, and how a cost becomes a plan.
 
     The source has the groups of `symmetry`, the target those of `onto`, by the same names.
-    `marginals` are the masses of the units of both, where they are not uniform.
+
+    Attributes:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order.
+        source: The parameters of the source, one array for each of `symmetry.parts`.
+        target: The parameters of the target, one array for each of `onto.parts`.
+        metric: The ground metric between units.
+        solver: The solver, from cost to plan.
+        marginals: The masses of the units of both, where they are not uniform.
+        dtype: The dtype of the inner products: float64 where either model has it, else float32.
+        group_trees: What is solved at once, in dataflow order.
+        target_groups: The groups of the target, by name.
     """
 
     symmetry: Symmetry
@@ -67,134 +87,219 @@ class AlignmentProblem:
     target: list[Array]
     metric: costs.CostFn
     solver: AbstractSolver
-    marginals: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
+    marginals: Marginals
+    dtype: Any
+    group_trees: tuple[GroupTree, ...]
+    target_groups: dict[str, Group]
 
-    @property
-    def dtype(self) -> Any:
-        """Of the inner products: float64 where there is any in the models, float32 otherwise."""
-        wide = any(jnp.asarray(x).dtype in (jnp.float64, jnp.complex128) for x in self.source)
-        return jnp.float64 if wide else jnp.float32
-
-    @functools.cached_property
-    def group_trees(self) -> tuple[GroupTree, ...]:
-        """What is solved at once, in dataflow order."""
-        return group_trees_of(self.symmetry)
-
-    def masses(self, family: GroupTree) -> list[Masses]:
-        """Returns the masses of the units of a group and of each nested one."""
-        names = [group.name for group in (family.root, *family.nested)]
-        source, target = self.marginals
-        return [(source.get(name), target.get(name)) for name in names]
-
-    def compare(self, family: GroupTree, plans: Plans, chosen: Collection[Member]) -> list[Gram]:
-        """Compares the units of a family by their weights.
+    def compare(
+        self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
+    ) -> list[Gram]:
+        """Compares the units of a group tree by their weights.
 
         Args:
-            family: a group and what is nested in it.
-            plans: where all other groups are by now.
-            chosen: the members to compare by.
+            tree: The group tree.
+            plans: The plans of all groups so far, under which the source is compared.
+            members: For each group of the tree the members to compare by.
 
         Returns:
-            Inner products of the group, by the members that belong to nothing nested in it, and of
-            each nested one.
+            The inner products of the units of each group of the tree. Those of the root leave out
+            members in which nested units lie, as these are compared for every pair of indices of
+            the root anyway.
         """
-        return [
-            self._gram(family, group, members, plans) for group, members in family.split(chosen)
-        ]
+        root, *nested = tree.groups
+        # Where a member of the root lies around nested units, its own units are no vectors that
+        # could be compared: what is in them depends on how the nested ones are matched.
+        left_out = []
+        for group in nested:
+            for member in group.members:
+                left_out += tree.root_members_around(member)
+        grams = []
+        for group, chosen in zip(tree.groups, members, strict=True):
+            total = None
+            for member in chosen:
+                if group is root and member in left_out:
+                    continue
+                for unit_axis in self.symmetry.leaf_structures[member.leaf].unit_axes:
+                    if unit_axis.member is member:
+                        term = self._compare_along(tree, unit_axis, plans)
+                        total = term if total is None else total + term
+            if total is None:
+                # Nothing but nested units: the root's have no cost of their own.
+                total = self._compare_along_nothing(group)
+            grams.append(total)
+        return grams
 
-    def _gram(
-        self, family: GroupTree, group: Group, members: Sequence[Member], plans: Plans
-    ) -> Gram:
-        if not members:
-            a, b = (
-                jnp.zeros((*g.batch, g.size, 0), self.dtype) for g in (group, self.onto[group.name])
-            )
-            return unit_gram(a, b, group, self.solver.quadratic)
-        return functools.reduce(
-            Gram.__add__, (self._compared(family, group, member, plans) for member in members)
-        )
-
-    def _compared(self, family: GroupTree, group: Group, member: Member, plans: Plans) -> Gram:
+    def _compare_along(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> Gram:
         """Compares the units of a group by one member."""
-        leaf = member.leaf
-        use = next(
-            use for use in self.symmetry.leaf_structures[leaf].unit_axes if use.member is member
-        )
-        front = [*use.levels, use.dim]
+        group, member = unit_axis.group, unit_axis.member
+        root, *nested = tree.groups
+        around = tree.root_members_around(member) if nested else []
         # What is compared stays; the same units elsewhere in the leaf move. Where the root stays,
         # what else is nested in it moves within each of its indices.
-        frozen = family.beside(member)
-        if any(m in family.root.members for m in frozen):
-            plans = plans | self.carried(family, plans, self.symmetry.identity())
-        source = units_in(
-            split_and_move(self.symmetry, plans, leaf, self.source[leaf], frozen), front
-        )
-        target = units_in(self.onto.leaf_structures[leaf].partition.split(self.target[leaf]), front)
-        for beside in family.beside(member):
-            if beside.role == "consumes":
+        frozen = [member, *around]
+        if tree.siblings and (around or group is root):
+            plans = plans | self.carried(tree, plans, self.symmetry.identity()[root.name])
+        front = [*unit_axis.levels, unit_axis.dim]
+        leaf = member.leaf
+        blocks = split_and_move(self.symmetry, plans, leaf, self.source[leaf], frozen)
+        source_units = units_in(blocks, front)
+        target_partition = self.onto.leaf_structures[leaf].partition
+        target_units = units_in(target_partition.split(self.target[leaf]), front)
+        for consumer in frozen:
+            if consumer.role == "consumes":
                 # Of n units that become m, n/m take the place of one; what consumes them adds up.
-                name = group.name if beside is member else family.root.name
-                source = source * (self.symmetry[name].size / self.onto[name].size)
-        return unit_gram(source, target, group, self.solver.quadratic)
+                moving = group if consumer is member else root
+                ratio = moving.size / self.target_groups[moving.name].size
+                source_units = source_units * ratio
+        return unit_gram(source_units, target_units, group, self.solver.quadratic)
 
-    def carried(self, family: GroupTree, plans: Plans, to: Plans) -> Plans:
-        """Returns the plans of what is nested in a root, but not in this family, as it moves.
+    def _compare_along_nothing(self, group: Group) -> Gram:
+        """Returns inner products that are 0, as those of vectors without entries."""
+        target_group = self.target_groups[group.name]
+        source_units = jnp.zeros((*group.batch, group.size, 0), self.dtype)
+        target_units = jnp.zeros((*target_group.batch, target_group.size, 0), self.dtype)
+        return unit_gram(source_units, target_units, group, self.solver.quadratic)
+
+    def carried(self, tree: GroupTree, plans: Plans, root_plan: Array) -> Plans:
+        """Returns the plans of what is nested in a root, but not in this tree, as the root moves.
 
         Args:
-            family: whose root moves.
-            plans: of all groups, as they are.
-            to: where the root moves to, from the same place as in `plans`.
+            tree: The group tree whose root moves.
+            plans: The plans of all groups so far.
+            root_plan: The plan that the root gets in place of the one in `plans`.
 
         Returns:
-            Their plans: what is inside of an index of the root goes along with it.
+            The plans of the tree's siblings: what is inside of an index of the root goes along
+            with it. Empty if the root does not move one to one.
         """
-        root = family.root.name
-        mine = {group.name for group in family.nested}
-        inside = [g for g in self.symmetry.groups if g.outer == root and g.name not in mine]
-        if not inside or not is_permutation(plans[root]):
+        old_root_plan = plans[tree.groups[0].name]
+        if not is_permutation(old_root_plan):
             return {}
         # The plan at position j belongs to the index that has come there.
-        came_from = jnp.take_along_axis(jnp.argsort(plans[root], axis=-1), to[root], axis=-1)
-        found = {}
-        for group in inside:
+        came_from = jnp.take_along_axis(jnp.argsort(old_root_plan, axis=-1), root_plan, axis=-1)
+        carried = {}
+        for group in tree.siblings:
             plan = plans[group.name]
-            ranks = plan.ndim - came_from.ndim
-            index = came_from.reshape(*came_from.shape, *[1] * ranks)
-            nowhere = group.size if is_permutation(plan) else jnp.nan
-            found[group.name] = jnp.take_along_axis(
-                plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=nowhere
+            inner_rank = plan.ndim - came_from.ndim
+            index = came_from.reshape(*came_from.shape, *[1] * inner_rank)
+            # An unsolved root has indices out of range; what is in it must not pass for solved.
+            unusable = group.size if is_permutation(plan) else jnp.nan
+            carried[group.name] = jnp.take_along_axis(
+                plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=unusable
             )
-        return found
-
-    def _moved(self, plans: Plans, leaf: int) -> Array:
-        return move(self.symmetry, plans, leaf, self.source[leaf], self.onto)
+        return carried
 
     def distance(self, plans: Plans) -> Float[Array, ""]:
-        """Squared distance of the moved source to the target, over all parameters that move."""
-        terms = [
-            squared_norm(self._moved(plans, i) - b).astype(self.dtype)
-            for i, b in enumerate(self.target)
-            if self.symmetry.parts[i].moves
-        ]
-        return jnp.asarray(sum(terms, start=jnp.zeros((), self.dtype)))
+        """Takes the squared distance of the moved source to the target.
+
+        Args:
+            plans: The plans of all groups.
+
+        Returns:
+            The sum over all parameters that move, in the problem's dtype.
+        """
+        # Integers, such as step counts, are no parameters that a plan could bring closer.
+        total = jnp.zeros((), self.dtype)
+        for number, target in enumerate(self.target):
+            if self.symmetry.parts[number].moves:
+                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
+                total = total + squared_norm(moved - target).astype(self.dtype)
+        return total
 
     def similarity(self, plans: Plans) -> Float[Array, ""]:
-        """Sum over weight matrices of the log cosine between the moved source and the target.
+        """Takes the sum over weight matrices of the log cosine of the moved source and the target.
 
         Of what two layers compute, their average keeps a share that goes with their correlation,
         and the shares multiply with depth. The distance, a sum over layers, does not see that: it
         gladly trades a late layer for an early one.
+
+        Args:
+            plans: The plans of all groups.
+
+        Returns:
+            The sum of logarithms, in the problem's dtype.
         """
         total = jnp.zeros((), self.dtype)
-        for i, b in enumerate(self.target):
-            leaf = self.symmetry.parts[i]
-            if leaf.moves and len(leaf.shape) > 1 and self.symmetry.leaf_structures[i].unit_axes:
-                moved = self._moved(plans, i)
-                g = gram(moved.reshape(1, -1), b.reshape(1, -1))
-                norms = jnp.sqrt(g.source_sq_norms[0]) * jnp.sqrt(g.target_sq_norms[0])
-                cosine = g.cross[0, 0] / jnp.where(norms > 0, norms, 1)
-                total = total + jnp.log(jnp.maximum(cosine, 1e-6)).astype(self.dtype)
+        for number, target in enumerate(self.target):
+            leaf = self.symmetry.parts[number]
+            # A layer's kernel says what it computes. What no plan moves is alike for all plans.
+            has_units = self.symmetry.leaf_structures[number].unit_axes
+            if leaf.moves and len(leaf.shape) > 1 and has_units:
+                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
+                products = gram(moved.reshape(1, -1), target.reshape(1, -1))
+                source_norm = jnp.sqrt(products.source_sq_norms[0])
+                norms = source_norm * jnp.sqrt(products.target_sq_norms[0])
+                cosine = products.cross[0, 0] / jnp.where(norms > 0, norms, 1)
+                term = jnp.log(jnp.maximum(cosine, LEAST_COSINE))
+                total = total + term.astype(self.dtype)
         return total
+
+
+def set_up_problem(
+    symmetry: Symmetry,
+    onto: Symmetry,
+    source: PyTree,
+    target: PyTree,
+    metric: costs.CostFn,
+    solver: AbstractSolver,
+    *,
+    marginals: Marginals = ({}, {}),
+    weights: tuple[float, ...] | None = None,
+) -> tuple[AlignmentProblem, Array]:
+    """Takes two models apart, weighted and in a range in which their squares are finite.
+
+    Args:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order and by their names.
+        source: The parameters of the model to be moved.
+        target: The parameters of the model to be matched.
+        metric: The ground metric between units.
+        solver: The solver, from cost to plan.
+        marginals: The masses of the units of both, where they are not uniform.
+        weights: One weight per leaf, as `leaf_weights` returns them.
+
+    Returns:
+        The problem, and the exponent k, int32 `[]`: the problem's parameters are those of the
+        models times `2**-k`. It is 0 for a solver that is not scale-free.
+    """
+    sources = symmetry.split(source)
+    targets = onto.split(target)
+    if weights is not None:
+        sources = weighted(symmetry, sources, weights)
+        targets = weighted(symmetry, targets, weights)
+    moving = []
+    for arrays in (sources, targets):
+        for array, part in zip(arrays, symmetry.parts, strict=True):
+            if part.moves:
+                moving.append(array)
+    # A power of two rounds nothing, and a scale-free solver finds the same plans.
+    exponent = jnp.zeros((), jnp.int32)
+    if solver.scale_free:
+        exponent = common_exponent(moving)
+        sources = rescaled(symmetry.parts, sources, -exponent)
+        targets = rescaled(symmetry.parts, targets, -exponent)
+    # Either side may be the wider one.
+    dtype = jnp.float32
+    for array in moving:
+        if array.dtype in (jnp.float64, jnp.complex128):
+            dtype = jnp.float64
+    target_groups = {}
+    for group in onto.groups:
+        target_groups[group.name] = group
+    problem = AlignmentProblem(
+        symmetry=symmetry,
+        onto=onto,
+        source=sources,
+        target=targets,
+        metric=metric,
+        solver=solver,
+        marginals=marginals,
+        dtype=dtype,
+        group_trees=group_trees_of(symmetry),
+        target_groups=target_groups,
+    )
+    return problem, exponent
 
 
 class AbstractMethod(abc.ABC):
@@ -205,8 +310,9 @@ class AbstractMethod(abc.ABC):
         """Finds the plans. Traced: called under `jax.jit`.
 
         Args:
-            problem: models, metric and solver.
-            grams: inner products of activations, or None to use the weights.
+            problem: The models, the metric and the solver.
+            grams: The inner products of activations by the names of groups, or None to use the
+                weights.
 
         Returns:
             The alignment.
@@ -216,8 +322,8 @@ class AbstractMethod(abc.ABC):
         """Says in which power of the weights' unit the gaps are.
 
         Args:
-            metric: the ground metric.
-            by_grams: whether inner products are given.
+            metric: The ground metric.
+            by_grams: Whether inner products of activations are given.
 
         Returns:
             The power: that of squared distances between weights, unless the method says otherwise.

@@ -1,12 +1,13 @@
-"""Matching a group jointly with what is nested in it.
+"""Solving one group tree: a group jointly with what is nested in it.
 
-Which head is which can't be told before the units inside of it are matched: the cost between two
-heads is that of their best match inside. So all pairs of heads are solved, then the heads, and each
-head keeps the match that it was chosen for.
+Which head is which cannot be told before the units inside of the heads are matched: the cost
+between two heads is that of their best match inside. So all pairs of heads are solved, then the
+heads, and each head keeps the match that it was chosen for. A group without any nested in it is a
+single transport problem, or a batch of them.
 """
 
 import functools
-import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,129 +15,171 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from otfusion_jax.alignment.costs import Gram, Masses, intra_costs
+from otfusion_jax.alignment.costs import Gram, intra_costs
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.stack import solve_stack
 from otfusion_jax.symmetry.plans import is_permutation
 
+Masses = tuple[Array | None, Array | None]
+"""The masses of a group's units in the source and in the target, float `[*batch, n]` and `[*batch,
+m]`; None where they are uniform."""
 
-def _total(solution: Solution, plan: Array) -> Solution:
-    """Sums up a stack of solutions."""
+CostOf = Callable[[Gram], Array]
+"""The ground cost between all pairs of units, as a function of their inner products."""
+
+
+def solve_group_tree(
+    solver: AbstractSolver, cost_of: CostOf, grams: Sequence[Gram], masses: Sequence[Masses]
+) -> list[Solution]:
+    """Matches a group jointly with what is nested in it.
+
+    Args:
+        solver: The solver, from cost to plan. A group with others nested in it is always matched
+            exactly, and only those nested ones by this solver.
+        cost_of: The ground cost between all pairs of units, as a function of their inner products.
+        grams: The inner products of the root's units, then of those of each nested group.
+        masses: The masses of the units of each of these groups.
+
+    Returns:
+        For each group its solution, values summed up over its batch. Inside of heads that do not
+        move one to one, plans are for all pairs of heads.
+    """
+    root_grams, *nested_grams = grams
+    if not nested_grams:
+        cost = cost_of(root_grams)
+        intra = None if root_grams.intra is None else intra_costs(cost_of, root_grams)
+        problem = TransportProblem(cost, *masses[0], intra)
+        return [_summed(solve_stack(solver, problem))]
+    # The match inside of heads i and j depends on these two alone, so all pairs are solved first.
+    pair_problems = []
+    for inside, inside_masses in zip(nested_grams, masses[1:], strict=True):
+        pair_problems.append(_problems_of_pairs(cost_of, inside, inside_masses))
+    pair_solutions = _solve_alike_at_once(solver, pair_problems)
+    cost = cost_of(root_grams)
+    for inside, solution in zip(nested_grams, pair_solutions, strict=True):
+        # The masses of a problem's units sum up to 1, those of a head to its number of units.
+        cost = cost + inside.cross.shape[-1] * solution.value
+    # Exactly, so that each head can keep the match inside that it was chosen for.
+    root_solution = solve_stack(Exact(), TransportProblem(cost))
+    solutions = [_summed(root_solution)]
+    for solution in pair_solutions:
+        if is_permutation(root_solution.plan):
+            # For each head of the target, the match inside with the head that goes there.
+            pick = functools.partial(picked, plan=root_solution.plan)
+            solution = jax.tree.map(pick, solution)
+        solutions.append(_summed(solution))
+    return solutions
+
+
+def _summed(solution: Solution) -> Solution:
+    """Sums up a stack of solutions, whose plans stay a stack."""
     return Solution(
-        plan,
+        solution.plan,
         jnp.sum(solution.value),
         jnp.all(solution.converged),
         jnp.max(solution.gap),
     )
 
 
-def solve_group_tree(
-    solver: AbstractSolver,
-    cost_of: Callable[[Gram], Array],
-    grams: Sequence[Gram],
-    masses: Sequence[Masses],
-) -> list[Solution]:
-    """Matches a group jointly with what is nested in it.
-
-    The cost between two heads is that of their best match inside; all pairs are solved.
-
-    Args:
-        solver: from cost to plan. What has something nested in it is always matched exactly.
-        cost_of: the ground cost between all pairs of units, of their inner products.
-        grams: of the group and of each nested one.
-        masses: of the units of each.
-
-    Returns:
-        For each group its plans, values summed up. Inside of heads that do not move one to one,
-        plans are for all pairs of heads.
-    """
-    own, *inside = grams
-    if not inside:
-        problem = TransportProblem(cost_of(own), *masses[0], intra_costs(cost_of, own))
-        found = solve_stack(solver, problem)
-        return [_total(found, found.plan)]
-    problems = [_pairs(cost_of, g, pair) for g, pair in zip(inside, masses[1:], strict=True)]
-    pairs: list[Solution] = []
-    for _, alike in itertools.groupby(problems, key=_shapes):  # one solver for all
-        found = solve_stack(solver, jax.tree.map(lambda *x: jnp.stack(x), *alike))
-        pairs += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(found.gap))]
-    # The masses of a problem's units sum up to 1.
-    values = (g.cross.shape[-1] * p.value for g, p in zip(inside, pairs, strict=True))
-    cost = functools.reduce(jnp.add, values, cost_of(own))
-    outer = solve_stack(Exact(), TransportProblem(cost))
-    found = [_total(outer, outer.plan)]
-    if not is_permutation(outer.plan):
-        return [*found, *(_total(solution, solution.plan) for solution in pairs)]
-    for solution in pairs:
-        # For each head of the target, the match inside with the head that goes there.
-        chosen = jax.tree.map(lambda x: picked(x, outer.plan), solution)
-        found.append(_total(chosen, chosen.plan))
-    return found
-
-
-def _pairs(cost_of: Callable[[Gram], Array], g: Gram, masses: Masses) -> TransportProblem:
-    """Sets up the problems of all pairs of heads: `[*batch, heads, heads, n, m]`."""
-    # From [*batch, heads, n, heads, m].
-    cross = jnp.moveaxis(g.cross, -3, -2)
+def _problems_of_pairs(cost_of: CostOf, grams: Gram, masses: Masses) -> TransportProblem:
+    """Sets up the problems of all pairs of heads: `[*batch, heads, heads of the target, n, m]`."""
+    # From [*batch, heads, n, heads of the target, m].
+    cross = jnp.moveaxis(grams.cross, -3, -2)
     pairs = cross.shape[:-2]
-
-    def of_source(x: Array, rank: int) -> Array:
-        x = jnp.expand_dims(x, -rank - 1)
-        return jnp.broadcast_to(x, (*pairs, *x.shape[x.ndim - rank :]))
-
-    def of_target(x: Array, rank: int) -> Array:
-        x = jnp.expand_dims(x, -rank - 2)
-        return jnp.broadcast_to(x, (*pairs, *x.shape[x.ndim - rank :]))
-
-    cost = cost_of(Gram(of_source(g.source_sq_norms, 1), of_target(g.target_sq_norms, 1), cross))
-    a, b = masses
-    intra = intra_costs(cost_of, g)
-    return TransportProblem(
-        cost,
-        None if a is None else of_source(a, 1),
-        None if b is None else of_target(b, 1),
-        None if intra is None else (of_source(intra[0], 2), of_target(intra[1], 2)),
-    )
+    source_sq_norms = _for_each_target_head(grams.source_sq_norms, pairs)
+    target_sq_norms = _for_each_source_head(grams.target_sq_norms, pairs)
+    source_masses, target_masses = masses
+    if source_masses is not None:
+        source_masses = _for_each_target_head(source_masses, pairs)
+    if target_masses is not None:
+        target_masses = _for_each_source_head(target_masses, pairs)
+    intra = None
+    if grams.intra is not None:
+        source_intra, target_intra = intra_costs(cost_of, grams)
+        intra = (
+            _for_each_target_head(source_intra, pairs),
+            _for_each_source_head(target_intra, pairs),
+        )
+    cost = cost_of(Gram(source_sq_norms, target_sq_norms, cross))
+    return TransportProblem(cost, source_masses, target_masses, intra)
 
 
-def _shapes(problem: Any) -> Any:
-    return jax.tree_util.tree_structure(problem), [x.shape for x in jax.tree.leaves(problem)]
+def _for_each_target_head(x: Array, pairs: tuple[int, ...]) -> Array:
+    """Repeats `[*batch, heads, ...]` of the source as `[*pairs, ...]`."""
+    x = jnp.expand_dims(x, len(pairs) - 1)
+    return jnp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
+
+
+def _for_each_source_head(x: Array, pairs: tuple[int, ...]) -> Array:
+    """Repeats `[*batch, heads, ...]` of the target as `[*pairs, ...]`."""
+    x = jnp.expand_dims(x, len(pairs) - 2)
+    return jnp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
+
+
+def _solve_alike_at_once(
+    solver: AbstractSolver, problems: Sequence[TransportProblem]
+) -> list[Solution]:
+    """Solves stacks of problems; those in a row that have one shape share a copy of the solver."""
+    runs: list[list[TransportProblem]] = []
+    last_form = None
+    for problem in problems:
+        form = _form(problem)
+        if form != last_form:
+            runs.append([])
+        runs[-1].append(problem)
+        last_form = form
+    solutions = []
+    for run in runs:
+        stacked = solve_stack(solver, jax.tree.map(lambda *x: jnp.stack(x), *run))
+        for number in range(len(run)):
+            solutions.append(jax.tree.map(operator.itemgetter(number), stacked))
+    return solutions
+
+
+def _form(problem: TransportProblem) -> Any:
+    """Returns which arrays a problem has, and their shapes."""
+    arrays, treedef = jax.tree.flatten(problem)
+    return treedef, [x.shape for x in arrays]
 
 
 def picked(pairs: Array, plan: Array) -> Array:
     """Picks for each head of the target what belongs to the pair with the head that goes there.
 
     Args:
-        pairs: `[*batch, heads, heads, ...]`.
-        plan: of the heads, int `[*batch, heads]`.
+        pairs: What is known of each pair of heads, `[*batch, heads, heads, ...]`.
+        plan: The permutation of the heads, int `[*batch, heads]`.
 
     Returns:
         `pairs[*batch, plan[*batch, j], j]` for all `j`, `[*batch, heads, ...]`.
     """
-    lead = plan.ndim + 1
-    index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * (pairs.ndim - lead))
-    return jnp.take_along_axis(pairs, index, axis=plan.ndim - 1, mode="fill").squeeze(plan.ndim - 1)
+    source_axis = plan.ndim - 1
+    inner_rank = pairs.ndim - plan.ndim - 1
+    index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * inner_rank)
+    return jnp.take_along_axis(pairs, index, axis=source_axis, mode="fill").squeeze(source_axis)
 
 
 def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     """Takes the inner product of the moved source with the target.
 
     Args:
-        grams: of a group and of each nested one.
-        plans: of these, permutations.
+        grams: The inner products of a group's units, then of those of each group nested in it.
+        plans: The plans of these groups, permutations.
 
     Returns:
-        The sum over all weights that the groups were compared by.
+        The sum over all weights that the groups were compared by, float `[]`.
     """
-    own, *inside = grams
-    outer, *rest = plans
-    total = jnp.sum(_along(own.cross, outer))
-    for g, plan in zip(inside, rest, strict=True):
-        total = total + jnp.sum(_along(picked(jnp.moveaxis(g.cross, -3, -2), outer), plan))
+    # Under a permutation this is linear in the plan: Σ_j <source unit plan[j], target unit j>.
+    root_plan = plans[0]
+    total = None
+    for inside, plan in zip(grams, plans, strict=True):
+        cross = inside.cross
+        if total is not None:
+            # Nested units: of each head of the target, those of the head that goes there.
+            cross = picked(jnp.moveaxis(cross, -3, -2), root_plan)
+        # cross[..., plan[..., j], j] for all j.
+        matched = jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill")
+        term = jnp.sum(matched)
+        total = term if total is None else total + term
+    assert total is not None
     return total
-
-
-def _along(cross: Array, plan: Array) -> Array:
-    """Takes `ab[..., plan[..., j], j]` for all `j`."""
-    return jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill")

@@ -1,167 +1,215 @@
-"""How plans are found: one forward pass, or coordinate descent over all groups.
+"""Going over all group trees once: the loop that both methods share.
 
-`ForwardPass` is Algorithm 1 of Singh and Jaggi: groups in dataflow order, each matched by the
-weights (or activations) that produce it, with what came before already in place.
-`CoordinateDescent` is weight matching: it minimises the distance of the moved source to the target
-over all groups, one group at a time, which is a linear assignment, until nothing improves.
-
-A group and what is nested in it are matched at once (see `matching`). Everything here is traced:
-`align` checks the input and jits it.
+What differs between methods is a *sweep*: by what the units of a tree are compared, and which of
+the new plans are accepted. `visit_group_trees` compares, solves and accepts one tree after the
+other, in one of several sweeps.
 """
 
+import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 from ott.geometry import costs
 
-from otfusion_jax.alignment.costs import Gram, Masses, ground_cost
+from otfusion_jax.alignment.costs import Gram, ground_cost
+from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.alignment.solve_tree import solve_group_tree
-from otfusion_jax.solvers.base import Solution, TransportProblem
-from otfusion_jax.solvers.exact import Exact
-from otfusion_jax.symmetry.groups import Plans
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
+from otfusion_jax.solvers.base import Solution
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DescentState:
-    """Plans so far, the gap of each group's last solve, and what happened since the last reset."""
-
-    plans: Plans
-    gaps: dict[str, Array]
-    converged: Array
-    improved: Array
-
-    def take(self, found: dict[str, tuple[Array, Solution]], improved: Array) -> "DescentState":
-        """Returns the state after one more family has been solved, by its groups' names."""
-        solutions = [solution for _, solution in found.values()]
-        return DescentState(
-            self.plans | {name: plan for name, (plan, _) in found.items()},
-            self.gaps | {name: solution.gap for name, (_, solution) in found.items()},
-            functools.reduce(jnp.logical_and, (s.converged for s in solutions), self.converged),
-            self.improved | improved,
-        )
-
-
-def _same(state: DescentState) -> DescentState:
-    return state
-
-
-class Pass(NamedTuple):
-    """How all families are solved once.
+class AbstractSweep(abc.ABC):
+    """How each group tree is solved in one sweep over all of them.
 
     Attributes:
-        compare: compares the units of a family and of what is nested in it.
-        metric: the ground metric.
-        accept: takes what is better of the solutions into the state.
+        metric: The ground metric that units are compared by.
     """
 
-    compare: Callable[[GroupTree, DescentState], list[Gram]]
     metric: costs.CostFn
-    accept: Callable[[GroupTree, DescentState, list[Gram], list[Solution]], DescentState]
+
+    @abc.abstractmethod
+    def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
+        """Compares the units of a group tree.
+
+        Args:
+            tree: The group tree.
+            state: The state before it is solved.
+
+        Returns:
+            The inner products of the units of each group of the tree.
+        """
+
+    @abc.abstractmethod
+    def accept(
+        self,
+        tree: GroupTree,
+        state: DescentState,
+        grams: list[Gram],
+        solutions: list[Solution],
+    ) -> DescentState:
+        """Takes those of the new plans into the state that are to be kept.
+
+        Args:
+            tree: The group tree.
+            state: The state before it was solved.
+            grams: The inner products that it was solved for.
+            solutions: The solution for each of its groups.
+
+        Returns:
+            The state after.
+        """
 
 
 def visit_group_trees(
-    problem: AlignmentProblem, state: DescentState, passes: Sequence[Pass], which: int | Array = 0
+    problem: AlignmentProblem,
+    state: DescentState,
+    sweeps: Sequence[AbstractSweep],
+    which: int | Array = 0,
 ) -> DescentState:
-    """Solves one family after the other, in one of several ways.
+    """Solves one group tree after the other, in one of several sweeps.
 
-    Families of one shape share one solver in a loop, and so do all ways: it is by far the largest
-    piece of the program, and a ResNet18 would otherwise hold a dozen copies for XLA to compile.
+    Args:
+        problem: The alignment problem.
+        state: The state to start from.
+        sweeps: The sweeps that the program has to be able to make.
+        which: The position in `sweeps` of the one that is made, int32 `[]`.
+
+    Returns:
+        The state after every tree has been solved once.
     """
-    group_trees = problem.group_trees
+    # The ground cost of the sweep that is made. Given a single branch, `switch` just calls it.
+    branches = []
+    metrics = set()
+    for sweep in sweeps:
+        branches.append(functools.partial(ground_cost, sweep.metric))
+        metrics.add(type(sweep.metric))
+    if len(metrics) == 1:
+        branches = branches[:1]
+    cost_of = functools.partial(jax.lax.switch, which, branches)
+    visit = _Visit(problem, sweeps, which, cost_of, _sorted_by_shape(problem))
+    return jax.lax.fori_loop(0, len(problem.group_trees), visit.step, state)
 
-    def chosen(ways: Sequence[Callable[..., Any]], *args: Any) -> Any:
-        return ways[0](*args) if len(ways) == 1 else jax.lax.switch(which, ways, *args)
 
-    def compared(family: GroupTree, state: DescentState) -> tuple[list[Gram], list[Masses]]:
-        grams = chosen([functools.partial(each.compare, family) for each in passes], state)
-        return jax.tree.map(lambda x: x.astype(problem.dtype), (grams, problem.masses(family)))
+# --- trees that share a solver
 
-    def accepted(family: GroupTree, *args: Any) -> DescentState:
-        return chosen([functools.partial(each.accept, family) for each in passes], *args)
 
-    metrics = {type(each.metric) for each in passes}
-    ways = [functools.partial(ground_cost, each.metric) for each in passes]
-    cost = ways[0] if len(metrics) == 1 else functools.partial(chosen, ways)
+@dataclasses.dataclass(frozen=True)
+class _TreesOfOneShape:
+    """Group trees that are compared by arrays of one shape, so that one solver serves them all.
 
-    forms = [jax.eval_shape(functools.partial(compared, f), state) for f in group_trees]
-    shapes = [
-        (jax.tree_util.tree_structure(form), *(x.shape for x in jax.tree.leaves(form)))
-        for form in forms
-    ]
-    kinds = list(dict.fromkeys(shapes))
-    kind_of = jnp.array([kinds.index(shape) for shape in shapes])
+    Attributes:
+        trees: The trees, in dataflow order.
+        contains: For each tree of the problem whether it is one of these.
+        earlier: For each tree of the problem how many of these come before it.
+    """
 
-    def step(i: int | Array, state: DescentState) -> DescentState:
-        for number, kind in enumerate(kinds):
-            mine = [f for f, shape in zip(group_trees, shapes, strict=True) if shape == kind]
-            rank = jnp.array([sum(s == kind for s in shapes[:j]) for j in range(len(shapes))])
-            index = jnp.minimum(rank[i], len(mine) - 1)
+    trees: list[GroupTree]
+    contains: list[bool]
+    earlier: list[int]
 
-            def run(
-                state: DescentState, mine: list[GroupTree] = mine, index: Array = index
-            ) -> DescentState:
-                compares = [functools.partial(compared, f) for f in mine]
-                grams, masses = jax.lax.switch(index, compares, state)
-                solutions = solve_group_tree(problem.solver, cost, grams, masses)
-                accepts = [functools.partial(accepted, f) for f in mine]
-                return jax.lax.switch(index, accepts, state, grams, solutions)
 
-            only = len(kinds) == 1
-            state = run(state) if only else jax.lax.cond(kind_of[i] == number, run, _same, state)
+def _sorted_by_shape(problem: AlignmentProblem) -> list[_TreesOfOneShape]:
+    """Sorts group trees by what the shapes of their inner products and masses depend on."""
+    source_masses, target_masses = problem.marginals
+    shapes = []
+    for tree in problem.group_trees:
+        shape = []
+        for group in tree.groups:
+            target_group = problem.target_groups[group.name]
+            sizes = group.batch, group.size, target_group.batch, target_group.size
+            has_masses = group.name in source_masses, group.name in target_masses
+            # Inside of another group, units of all its indices are compared with each other.
+            shape.append((sizes, group.outer is None, has_masses))
+        shapes.append(tuple(shape))
+    kinds = []
+    for shape in dict.fromkeys(shapes):
+        kind = _TreesOfOneShape([], [], [])
+        for tree, other_shape in zip(problem.group_trees, shapes, strict=True):
+            kind.earlier.append(len(kind.trees))
+            kind.contains.append(other_shape == shape)
+            if other_shape == shape:
+                kind.trees.append(tree)
+        kinds.append(kind)
+    return kinds
+
+
+# --- the loop
+
+
+# Compared by identity: JAX keeps the functions of a loop in caches, and arrays have no hash.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Visit:
+    """One sweep over all group trees, as the body of a loop.
+
+    Attributes:
+        problem: The alignment problem.
+        sweeps: The sweeps that the program has to be able to make.
+        which: The position of the one that is made.
+        cost_of: The ground cost of the sweep that is made.
+        kinds: The group trees by shape.
+    """
+
+    problem: AlignmentProblem
+    sweeps: Sequence[AbstractSweep]
+    which: int | Array
+    cost_of: CostOf
+    kinds: list[_TreesOfOneShape]
+
+    def step(self, number: int | Array, state: DescentState) -> DescentState:
+        """Solves the group tree of some number.
+
+        The solver is by far the largest piece of the program, and a ResNet18 would hold a dozen
+        copies for XLA to compile if each tree had its own. So there is one for each shape, and
+        which of the trees of that shape it is given is decided when the program runs.
+        """
+        for kind in self.kinds:
+            # For trees of another shape this may be past the end, though nothing is done for them.
+            earlier = jnp.array(kind.earlier)[number]
+            index = jnp.minimum(earlier, len(kind.trees) - 1)
+            solve = functools.partial(self.solve_one_of, kind.trees, index)
+            if len(self.kinds) == 1:
+                state = solve(state)
+            else:
+                contained = jnp.array(kind.contains)[number]
+                state = jax.lax.cond(contained, solve, _unchanged, state)
         return state
 
-    return jax.lax.fori_loop(0, len(group_trees), step, state)
+    def solve_one_of(
+        self, trees: Sequence[GroupTree], index: Array, state: DescentState
+    ) -> DescentState:
+        """Solves one of several group trees of one shape, by a single copy of the solver."""
+        # What belongs to a single tree, and is small, are branches before and after the solver.
+        compares = []
+        accepts = []
+        for tree in trees:
+            compares.append(functools.partial(self.compare, tree))
+            branches = []
+            for sweep in self.sweeps:
+                branches.append(functools.partial(sweep.accept, tree))
+            accepts.append(functools.partial(jax.lax.switch, self.which, branches))
+        grams, masses = jax.lax.switch(index, compares, state)
+        solutions = solve_group_tree(self.problem.solver, self.cost_of, grams, masses)
+        return jax.lax.switch(index, accepts, state, grams, solutions)
+
+    def compare(self, tree: GroupTree, state: DescentState) -> tuple[list[Gram], list[Masses]]:
+        """Returns the inner products and the masses of a tree, in one dtype for all trees."""
+        branches = []
+        for sweep in self.sweeps:
+            branches.append(functools.partial(sweep.compare, tree))
+        grams = jax.lax.switch(self.which, branches, state)
+        source_masses, target_masses = self.problem.marginals
+        masses = []
+        for group in tree.groups:
+            masses.append((source_masses.get(group.name), target_masses.get(group.name)))
+        # All branches of a `switch` must return the same dtypes.
+        convert = functools.partial(jax.lax.convert_element_type, new_dtype=self.problem.dtype)
+        return jax.tree.map(convert, (grams, masses))
 
 
-def initial_state(problem: AlignmentProblem) -> DescentState:
-    """Everything in place, in the form of plan that the solver returns."""
-    plans, gaps = problem.symmetry.identity(), {}
-    around = {group.outer for group in problem.symmetry.groups}
-    for group in problem.symmetry.groups:
-        n, m = group.size, problem.onto[group.name].size
-        solver = Exact() if group.name in around else problem.solver
-        form = jax.eval_shape(solver.solve, _form_of(problem, group.name, n, m))
-        gaps[group.name] = jnp.zeros(form.gap.shape, form.gap.dtype)
-        if not is_permutation(form.plan):
-            initial_plans = _monotone(n, m).astype(form.plan.dtype)
-            plans[group.name] = jnp.broadcast_to(initial_plans, (*group.batch, n, m))
-        heads = problem.onto[group.name].batch[-1:]
-        if group.outer and heads != group.batch[-1:]:  # a plan for every pair of heads
-            rank = len(group.batch)
-            initial_plans = plans[group.name]
-            shape = (*group.batch, *heads, *initial_plans.shape[rank:])
-            plans[group.name] = jnp.broadcast_to(jnp.expand_dims(initial_plans, rank), shape)
-    return DescentState(plans, gaps, jnp.array(True), jnp.array(False))
-
-
-def _form_of(problem: AlignmentProblem, name: str, n: int, m: int) -> TransportProblem:
-    """Returns shapes and dtypes of the problem that the solver of a group is called with."""
-
-    def form(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, problem.dtype)
-
-    source, target = problem.marginals
-    return TransportProblem(
-        form(n, m),
-        form(n) if name in source else None,
-        form(m) if name in target else None,
-        (form(n, n), form(m, m)) if problem.solver.quadratic else None,
-    )
-
-
-def _monotone(n: int, m: int) -> Array:
-    """The coupling of uniform masses that keeps the order: the identity where n is m."""
-    rows, columns = np.arange(n + 1) / n, np.arange(m + 1) / m
-    ends = np.minimum(rows[1:, None], columns[None, 1:])
-    starts = np.maximum(rows[:-1, None], columns[None, :-1])
-    return jnp.asarray(np.maximum(ends - starts, 0))
+def _unchanged(state: DescentState) -> DescentState:
+    return state

@@ -1,1 +1,1 @@
-"""Stacking, averaging and interpolating models of one structure."""
+"""Models of one structure combined leaf by leaf: stacked, averaged, interpolated."""

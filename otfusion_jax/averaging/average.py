@@ -1,5 +1,12 @@
-"""Averages of models: plain, and after alignment."""
+"""Weighted averages of models, leaf by leaf.
 
+Weights are checked and made one array for each leaf by `mixtures`. Then there are two ways to the
+average: `checked_average` takes a list of models, whose leaves may lie on several devices, and
+looks at values; `average_of` takes a stack of models and can be traced. In both, floating-point
+leaves are averaged, and all others are those of one model: integers and keys have no average.
+"""
+
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,19 +20,21 @@ from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
-Weights = Sequence[float] | Callable[[str], Sequence[float] | None] | None
-"""Of K models: K numbers that sum to 1; or from the key path of a parameter to such numbers, or to
-None where they are uniform, which is also what None means."""
+WeightsByPath = Callable[[str], Sequence[float] | None]
+Weights = Sequence[float] | WeightsByPath | None
+"""The weights of K models: K numbers that sum to 1, or None where all count alike; or a function
+from the key path of a parameter to either of these."""
 
 
 def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     """Averages parameters as they are: the vanilla baseline.
 
     Args:
-        models: K pytrees of the same structure and shapes.
-        weights: K weights, summing to 1; uniform if None. A function of the key path says them
-            parameter by parameter: `lambda path: (0.0, 1.0) if path.startswith("head") else None`
-            keeps the head of the second of two models.
+        models: The models, K pytrees of the same structure and shapes.
+        weights: The K weights of the models, summing to 1; uniform if None. A function of the key
+            path says them parameter by parameter:
+            `lambda path: (0.0, 1.0) if path.startswith("head") else None` keeps the head of the
+            second of two models.
 
     Returns:
         The weighted average, computed in float32 or wider and rounded once. Random keys and single
@@ -34,10 +43,10 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
         unless one has all of the weight there. Inside `jax.jit` that can't be looked at.
 
     Raises:
-        ValueError: for no models, weights that do not fit, trees that differ, or integers that
-            can't be averaged, listing every offender by key path.
-        TypeError: for what is no list of models, and for shapes in place of arrays.
-        FloatingPointError: for an average that is out of range.
+        ValueError: For no models, weights that do not fit, leaves that are no arrays, trees that
+            differ, or integers that can't be averaged, listing every offender by key path.
+        TypeError: For what is no list of models, and for shapes in place of arrays.
+        FloatingPointError: For an average that is out of range.
     """
     require_alike(models)
     leaves = leaves_of(models[0])
@@ -51,41 +60,213 @@ def checked_average(
     shares: Sequence[Float[Array, " k"]],
     what: str,
 ) -> PyTree:
-    """Averages models of one structure, each leaf by weights of its own."""
+    """Averages models of one structure, each leaf by weights of its own.
+
+    Args:
+        leaves: The leaves of all models.
+        models: The models, K pytrees of one structure.
+        shares: The weights of the models, for each leaf.
+        what: What is being done, for the message about values that are not finite.
+
+    Returns:
+        The average.
+
+    Raises:
+        ValueError: For integers that can't be averaged, listing every offender by key path.
+        FloatingPointError: For an average that is out of range.
+    """
     columns = columns_of(models)
     check_integers(leaves, columns, shares)
+    # Leaf after leaf: they may lie on other devices, and widened they take twice the memory.
+    means = []
+    for column, weights in zip(columns, shares, strict=True):
+        means.append(_mean_of_column(column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
-    averaged = treedef.unflatten(map(_mean_of, columns, shares))
+    averaged = treedef.unflatten(means)
     require_finite(leaves, averaged, what)
     return averaged
+
+
+def average_of(
+    stacked: PyTree,
+    weights: Float[Array, " k"] | Sequence[Float[Array, " k"]],
+) -> PyTree:
+    """Averages a stack of models, without checks.
+
+    Args:
+        stacked: The models, one pytree with leaves `[K, ...]`.
+        weights: The weights of the models: one array for all leaves, or a list of one for each.
+
+    Returns:
+        The average. Integers, booleans and keys are those of the model that has all of the weight,
+        or of the last.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(stacked)
+    if isinstance(weights, jax.Array):
+        weights = [weights] * len(leaves)
+    means = []
+    for leaf, leaf_weights in zip(leaves, weights, strict=True):
+        means.append(_mean(leaf, leaf_weights))
+    return treedef.unflatten(means)
+
+
+@jax.jit
+def _mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
+    """Averages the values of one leaf in the models."""
+    return _mean(jnp.stack(column), weights)
+
+
+def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
+    """Averages one leaf `[K, ...]`."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        has_all = weights == 1
+        last = len(weights) - 1
+        chosen = jnp.where(has_all.any(), jnp.argmax(has_all), last)
+        return x[chosen]
+    wide = accumulation_dtype(x.dtype)
+    weights = weights.astype(wide)
+    x_wide = x.astype(wide)
+    # On accelerators, products are otherwise of fewer digits than what they are made of.
+    mean = jnp.tensordot(weights, x_wide, axes=1, precision="highest")
+    return mean.astype(x.dtype)
+
+
+def accumulation_dtype(dtype: np.dtype) -> np.dtype:
+    """Says in what precision to compute a mean of values, to be rounded once at the end.
+
+    Args:
+        dtype: The floating-point or complex dtype of the values.
+
+    Returns:
+        At least float32, so that half-precision models lose nothing to the weights.
+    """
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+
+
+# Weights
+
+
+def mixtures(
+    weights: Any,
+    count: int,
+    leaves: Sequence[Leaf],
+) -> list[Float[Array, " k"]]:
+    """Checks the weights of models, parameter by parameter.
+
+    Args:
+        weights: The weights in any form that `Weights` allows.
+        count: The number K of models.
+        leaves: The leaves of the models.
+
+    Returns:
+        The weights for each leaf, float `[K]`.
+
+    Raises:
+        ValueError: For weights that do not fit, naming the key path.
+        TypeError: For anything but a list of numbers, naming the key path.
+    """
+    if not callable(weights):
+        return [mixture(weights, count)] * len(leaves)
+    checked = []
+    for leaf in leaves:
+        try:
+            checked.append(mixture(weights(leaf.path), count))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{leaf.path}: {error}") from None
+    return checked
+
+
+def mixture(weights: Any, count: int) -> Float[Array, " k"]:
+    """Checks the weights of models.
+
+    Args:
+        weights: K weights, summing to 1; uniform if None.
+        count: The number K of models.
+
+    Returns:
+        The weights, float `[K]`.
+
+    Raises:
+        ValueError: For weights that do not fit.
+        TypeError: For anything but a list of numbers.
+    """
+    if weights is None:
+        return jnp.full(count, 1 / count, float)
+    _require_numbers(weights)
+    shape = np.shape(weights)
+    if shape != (count,):
+        raise ValueError(f"weights has shape {shape}, but there are {count} models")
+    if not _is_traced(weights):
+        total = np.sum(weights)
+        # Not the other way round: of NaN, no comparison is true.
+        if not abs(total - 1) < 1e-3:
+            raise ValueError(f"the weights sum to {total}; divide them by their sum")
+    return jnp.asarray(weights, float)
+
+
+def _require_numbers(weights: Any) -> None:
+    """Refuses weights of models that are no list of numbers. How many they are is not checked.
+
+    Args:
+        weights: The argument that was given.
+
+    Raises:
+        TypeError: If the weights are a string, a dict, a function or a single number, or if there
+            is anything but numbers among them.
+    """
+    remedy = "one number for each model, summing to 1, or None where all count alike"
+    if isinstance(weights, jax.Array | np.ndarray):
+        return
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        kind = type(weights).__name__
+        raise TypeError(f"weights is {weights!r:.80}, of type {kind}; give {remedy}")
+    for number, weight in enumerate(weights):
+        # A weight may be an array without axes, as in a function that is traced.
+        if not isinstance(weight, numbers.Real | jax.Array | np.ndarray):
+            kind = type(weight).__name__
+            raise TypeError(f"weight {number} is {weight!r:.80}, of type {kind}; give {remedy}")
+
+
+def _is_traced(weights: Sequence[float]) -> bool:
+    """Whether the weights, or any one in a list of them, have no values yet."""
+    if isinstance(weights, Tracer):
+        return True
+    return any(isinstance(weight, Tracer) for weight in weights)
+
+
+# Integers
 
 
 def columns_of(models: Sequence[PyTree]) -> list[tuple[Any, ...]]:
     """Sorts the leaves of models by leaf.
 
     Args:
-        models: K pytrees of one structure.
+        models: The models, K pytrees of one structure.
 
     Returns:
         For each leaf its values in the models.
     """
-    return list(zip(*map(jax.tree_util.tree_leaves, models), strict=True))
+    rows = [jax.tree_util.tree_leaves(model) for model in models]
+    return list(zip(*rows, strict=True))
 
 
 def check_integers(
-    leaves: Sequence[Leaf], columns: Sequence[Any], shares: Sequence[Float[Array, " k"]]
+    leaves: Sequence[Leaf],
+    columns: Sequence[Any],
+    shares: Sequence[Float[Array, " k"]],
 ) -> None:
     """Refuses integers that differ between models that are to be averaged.
 
     Args:
-        leaves: of all models.
-        columns: for each leaf its values in the models, K arrays or one array `[K, ...]`.
-        shares: the weights of the models, for each leaf.
+        leaves: The leaves of all models.
+        columns: For each leaf its values in the models, K arrays or one array `[K, ...]`.
+        shares: The weights of the models, for each leaf.
 
     Raises:
-        ValueError: listing every such leaf by key path.
+        ValueError: For arrays of integers or booleans that differ while no model has all of the
+            weight, listing every such leaf by key path.
     """
-    decided = [_has_all_weight(w) for w in shares]
+    decided = [_has_all_weight(weights) for weights in shares]
     remedy = (
         ", or say by weights whose to keep, as in lambda path: (0.0, 1.0) if path == 'mask' else "
         "None"
@@ -95,87 +276,7 @@ def check_integers(
 
 def _has_all_weight(weights: Array) -> bool:
     """Whether one of the models is known to have all of the weight."""
-    return not isinstance(weights, Tracer) and bool((np.asarray(weights) == 1).any())
-
-
-def mixture(weights: Sequence[float] | None, count: int) -> Float[Array, " k"]:
-    """Checks the weights of models.
-
-    Args:
-        weights: K weights, summing to 1; uniform if None.
-        count: K.
-
-    Returns:
-        The weights.
-
-    Raises:
-        ValueError: for weights that do not fit.
-    """
-    if weights is None:
-        return jnp.full(count, 1 / count, float)
-    if np.shape(weights) != (count,):
-        raise ValueError(f"weights has shape {np.shape(weights)}, but there are {count} models")
-    traced = any(isinstance(w, Tracer) for w in (weights, *weights))
-    if not traced and not abs(np.sum(weights) - 1) < 1e-3:
-        raise ValueError(f"the weights sum to {np.sum(weights)}; divide them by their sum")
-    return jnp.asarray(weights, float)
-
-
-def mixtures(weights: Weights, count: int, leaves: Sequence[Leaf]) -> list[Float[Array, " k"]]:
-    """Checks the weights of models, parameter by parameter.
-
-    Args:
-        weights: see `Weights`.
-        count: K.
-        leaves: of the models.
-
-    Returns:
-        The weights for each leaf.
-
-    Raises:
-        ValueError: for weights that do not fit, naming the key path.
-    """
-    if not callable(weights):
-        return [mixture(weights, count)] * len(leaves)
-    found = []
-    for leaf in leaves:
-        try:
-            found.append(mixture(weights(leaf.path), count))
-        except ValueError as error:
-            raise ValueError(f"{leaf.path}: {error}") from None
-    return found
-
-
-def average_of(
-    stacked: PyTree, weights: Float[Array, " k"] | Sequence[Float[Array, " k"]]
-) -> PyTree:
-    """Averages a stack of models, without checks.
-
-    Args:
-        stacked: leaves `[K, ...]`.
-        weights: of the models, alike for all leaves or a list of one for each.
-
-    Returns:
-        The average. Integers, booleans and keys are those of the model that has all of the weight,
-        or of the last.
-    """
-    leaves, treedef = jax.tree_util.tree_flatten(stacked)
-    each = [weights] * len(leaves) if isinstance(weights, jax.Array) else weights
-    return treedef.unflatten(map(_mean, leaves, each))
-
-
-def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
-    """Averages one leaf `[K, ...]`."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        alone = weights == 1
-        return x[jnp.where(alone.any(), jnp.argmax(alone), len(weights) - 1)]
-    # At least float32, so that half-precision models lose nothing to the weights.
-    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    w = weights.astype(wide)
-    return jnp.tensordot(w, x.astype(wide), axes=1, precision="highest").astype(x.dtype)
-
-
-# One leaf after the other: they may lie on other devices, and widened they take twice the memory.
-@jax.jit
-def _mean_of(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
-    return _mean(jnp.stack(column), weights)
+    if isinstance(weights, Tracer):
+        return False
+    has_all = np.asarray(weights) == 1
+    return bool(has_all.any())

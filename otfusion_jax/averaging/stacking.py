@@ -1,5 +1,11 @@
-"""Averages of models: plain, and after alignment."""
+"""Models side by side: checked to be of one structure, and stacked along a new leading axis.
 
+Everything that combines models leaf by leaf begins here. `require_alike` refuses models that do not
+fit each other, naming the model and every leaf by key path; `stack` puts a list of them into one
+pytree with leaves `[K, ...]`; `stacked_models` takes either, a list or such a stack.
+"""
+
+import collections
 from collections.abc import Sequence
 
 import jax
@@ -16,85 +22,110 @@ def stack(models: Sequence[PyTree]) -> PyTree:
     """Stacks models along a new leading axis.
 
     Args:
-        models: K pytrees of the same structure and shapes.
+        models: The models, K pytrees of the same structure and shapes.
 
     Returns:
         One pytree with leaves `[K, ...]`.
 
     Raises:
-        ValueError: for no models, values that are not finite, or trees that differ, listing every
-            offender by key path.
+        ValueError: For no models, leaves that are no arrays, values that are not finite, or trees
+            that differ, naming the model and listing every offender by key path.
+        TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_alike(models)
-    return _beside(models)
+    return _stack_leaves(models)
 
 
 def require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> None:
     """Checks that models can be combined leaf by leaf.
 
     Args:
-        models: K pytrees.
-        symmetry: what they have to fit; None means the tree of the first.
+        models: The models, K pytrees.
+        symmetry: The symmetry that they have to fit; None means the tree of the first.
 
     Raises:
-        ValueError: for no models, values that are known and not finite, or trees that differ,
-            listing every offender by key path.
+        ValueError: For no models, leaves that are no arrays, values that are known and not finite,
+            or trees that differ, naming the model and listing every offender by key path.
+        TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_models(models)
-    if symmetry is None:
-        treedef = jax.tree_util.tree_structure(models[0])
-        symmetry = Symmetry((), (), leaves_of(models[0]), treedef)
     for number, model in enumerate(models):
-        require_model(symmetry, model, f"model {number}")
+        name = f"model {number}"
+        # Of what is no array, nothing can be compared: it is told first, and of which model it is.
+        try:
+            leaves = leaves_of(model)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if symmetry is None:
+            # Without groups, a symmetry says nothing but which leaves there are.
+            treedef = jax.tree_util.tree_structure(model)
+            symmetry = Symmetry((), (), leaves, treedef)
+        require_model(symmetry, model, name)
 
 
-def _beside(models: Sequence[PyTree]) -> PyTree:
+def _stack_leaves(models: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
 # One program in place of one for each shape of a leaf. All leaves have to be on the same devices.
-_beside_at_once = jax.jit(_beside)
+_stack_at_once = jax.jit(_stack_leaves)
 
 
 def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tuple[PyTree, int]:
     """Checks models that are to be fused, and stacks them.
 
     Args:
-        symmetry: of the models.
-        models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
+        symmetry: The symmetry of the models.
+        models: The models, K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
 
     Returns:
         The stack, and K.
 
     Raises:
-        ValueError: for models that do not fit, and for fewer than two.
+        ValueError: For models that do not fit, and for fewer than two.
+        TypeError: For shapes in place of arrays.
     """
-    stacked = _stacked(symmetry, models)
-    count = jax.tree_util.tree_leaves(stacked)[0].shape[0]
+    # Parameters may be a list, too: the structure tells a stack from a list of models.
+    if jax.tree_util.tree_structure(models) == symmetry.treedef:
+        count = _stack_size(symmetry, models)
+        require_model(symmetry, models, "the stack of models", batch=(count,))
+        stacked = models
+    elif isinstance(models, list | tuple):
+        count = len(models)
+        require_alike(models, symmetry)
+        stacked = _stack_at_once(list(models))
+    else:
+        raise ValueError(
+            f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
+            "list of models, or one pytree with leaves [K, ...]"
+        )
     if count < 2:
         raise ValueError(f"{count} model given; fusing takes at least two")
     return stacked, count
 
 
-def _stacked(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> PyTree:
-    """Tells a list of models from a stack: parameters may themselves be a list."""
-    if jax.tree_util.tree_structure(models) == symmetry.treedef:
-        leaves = jax.tree_util.tree_leaves(models)
-        counts = {np.shape(x)[0] if np.ndim(x) else 0 for x in leaves}
-        ranks = {
-            np.ndim(x) - len(leaf.shape) for x, leaf in zip(leaves, symmetry.leaves, strict=True)
-        }
-        if ranks == {1} and len(counts) == 1:
-            require_model(symmetry, models, "the stack of models", batch=(counts.pop(),))
-            return models
+def _stack_size(symmetry: Symmetry, stacked: PyTree) -> int:
+    """Reads off how many models are stacked: the size of the axis that all leaves have in front.
+
+    Raises:
+        ValueError: If leaves have no axis of the models in front, or one of another size than most
+            of the leaves have. Every one is listed by key path.
+    """
+    sizes = []
+    for leaf, array in zip(symmetry.leaves, jax.tree_util.tree_leaves(stacked), strict=True):
+        has_leading_axis = np.ndim(array) == len(leaf.shape) + 1
+        sizes.append(np.shape(array)[0] if has_leading_axis else None)
+    # The size that most leaves have was meant. None if these are the leaves of a single model.
+    ((usual, _),) = collections.Counter(sizes).most_common(1)
+    wrong = []
+    for leaf, size in zip(symmetry.leaves, sizes, strict=True):
+        if size is None:
+            wrong.append(f"  {leaf.path}: no axis in front of shape {leaf.shape}")
+        elif size != usual:
+            wrong.append(f"  {leaf.path}: {size} models, where others have {usual}")
+    if wrong or usual is None:
         raise ValueError(
             "one model was given, or a stack whose leaves have no leading axis of one size; pass a "
-            "list of models, or leaves of shape [K, ...]"
+            "list of models, or leaves of shape [K, ...]:\n" + "\n".join(wrong)
         )
-    if not isinstance(models, list | tuple):
-        raise ValueError(
-            f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
-            "list of models, or one pytree with leaves [K, ...]"
-        )
-    require_alike(models, symmetry)
-    return _beside_at_once(list(models))
+    return usual

@@ -1,1 +1,5 @@
-"""What every other room uses: ranges of floating-point numbers, batching, checks of arguments."""
+"""What every other room uses: checks of arguments, ranges of numbers, batching.
+
+`arguments` refuses what a caller has mistaken, `finiteness` finds numbers that are not finite,
+`scaling` keeps squares in range, and `batching` says how many problems are worked on at once.
+"""

@@ -1,6 +1,7 @@
-"""What a caller may have mistaken: arguments, settings, and models that say nothing of each other.
+"""Checks of arguments and settings that more than one room makes.
 
-Each check raises, or warns, with what is wrong, where, and what to do instead.
+Each check raises with what is wrong, which argument it is, and what to pass instead. Checks that
+need to know a `Symmetry` are in `symmetry.checks`.
 """
 
 import math
@@ -12,33 +13,44 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+# What is shown of a wrong argument at most: it may be a whole model.
+_SHOWN_CHARACTERS = 80
+
+# --- arguments
+
 
 def require_kind(value: Any, kind: type, name: str, examples: str) -> None:
-    """Refuses what is no instance of a class.
+    """Refuses a value that is not an instance of a class.
 
     Args:
-        value: what was given.
-        kind: the class.
-        name: of the argument.
-        examples: what can be passed, in words.
+        value: The argument that was given.
+        kind: The class of which it must be an instance.
+        name: The name of the argument, for the message.
+        examples: What can be passed instead, in words, for the message.
 
     Raises:
-        TypeError: for anything else, the class itself and its subclasses included.
+        TypeError: If the value is no instance of the class. That includes the class itself, passed
+            without having been called.
     """
-    if not isinstance(value, kind):
-        found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"[:80]
-        raise TypeError(f"{name} is {found}; pass {examples}")
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type):
+        given = f"the class {value.__name__}"
+    else:
+        given = repr(value)[:_SHOWN_CHARACTERS]
+    raise TypeError(f"{name} is {given}; pass {examples}")
 
 
 def require_function(fn: Any, call: str) -> None:
-    """Refuses what can't be called.
+    """Refuses a value that cannot be called.
 
     Args:
-        fn: what was given.
-        call: how the function that it was given to is called.
+        fn: The argument that was given.
+        call: How the library's function is called, as in `"barrier(metric, a, b)"`, for the
+            message.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If the value cannot be called.
     """
     if not callable(fn):
         raise TypeError(f"a {type(fn).__name__} was given where a function is wanted: call {call}")
@@ -48,17 +60,18 @@ def require_arrays(tree: PyTree, name: str) -> None:
     """Refuses shapes in place of arrays.
 
     Args:
-        tree: parameters or inputs.
-        name: what to call them in the message.
+        tree: Parameters or inputs, a pytree.
+        name: What to call the tree in the message.
 
     Raises:
-        TypeError: for `jax.ShapeDtypeStruct`s, listing every one by key path.
+        TypeError: If there are leaves of type `jax.ShapeDtypeStruct`. Every one is listed by its
+            key path.
     """
-    shapes = [
-        f"  {jax.tree_util.keystr(path, simple=True, separator='/')}: a ShapeDtypeStruct"
-        for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
-        if isinstance(value, jax.ShapeDtypeStruct)
-    ]
+    shapes = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            key_path = jax.tree_util.keystr(path, simple=True, separator="/")
+            shapes.append(f"  {key_path}: a ShapeDtypeStruct")
     if shapes:
         raise TypeError(
             f"{name} has shapes in place of arrays; only trace_symmetry takes these, here values "
@@ -67,24 +80,52 @@ def require_arrays(tree: PyTree, name: str) -> None:
 
 
 def require_batches(batches: Any) -> None:
-    """Refuses what would be iterated over by its first axis, or by its keys.
+    """Refuses a single batch where an iterable of batches is wanted.
+
+    Without the check, an array would be iterated over by its first axis, and a dict by its keys.
 
     Args:
-        batches: what was given.
+        batches: The argument that was given.
 
     Raises:
-        TypeError: for a single array, a dict, or what can't be iterated over.
+        TypeError: If it is an array, a dict or a string, or cannot be iterated over.
     """
-    single = isinstance(batches, jax.Array | np.ndarray)
-    if single or isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        found = f"an array of shape {np.shape(batches)}" if single else type(batches).__name__
-        raise TypeError(
-            f"batches is {found}, which is not a list of batches; pass a list or a generator of "
-            "arrays, or of tuples of arrays, as in [x]"
-        )
+    if isinstance(batches, jax.Array | np.ndarray):
+        given = f"an array of shape {np.shape(batches)}"
+    elif isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        given = type(batches).__name__
+    else:
+        return
+    raise TypeError(
+        f"batches is {given}, which is not a list of batches; pass a list or a generator of "
+        "arrays, or of tuples of arrays, as in [x]"
+    )
 
 
-# Settings
+def checked_count(value: Any, name: str, remedy: str) -> int:
+    """Refuses what is not a whole number of at least 1.
+
+    Args:
+        value: The argument that was given.
+        name: The name of the argument, for the message.
+        remedy: What can be passed instead, in words, for the message.
+
+    Returns:
+        The number, as Python's `int`.
+
+    Raises:
+        TypeError: If the argument is no number.
+        ValueError: If the number is not whole, or is below 1.
+    """
+    # To Python a bool is a number; given as a count it is a mistake.
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; give {remedy}")
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} is {value}; give {remedy}")
+    return int(value)
+
+
+# --- settings
 
 
 def require_number(
@@ -98,45 +139,47 @@ def require_number(
     whole: bool = False,
     finite: bool = False,
 ) -> None:
-    """Refuses a setting that is no number, or out of range.
+    """Refuses a setting that is no number, or that is out of range.
 
     Args:
-        owner: a dataclass of settings.
-        name: of the field.
-        least: the smallest value that is allowed.
-        above: what the value must be above.
-        most: the largest value that is allowed.
-        below: what the value must be below.
-        whole: whether it must be an integer.
-        finite: whether infinity is out of range.
+        owner: The dataclass whose field the setting is.
+        name: The name of the field.
+        least: The smallest value that is allowed. Give this or `above`.
+        above: The value that the setting must be larger than.
+        most: The largest value that is allowed.
+        below: The value that the setting must be smaller than.
+        whole: Whether the setting must be an integer.
+        finite: Whether infinity is out of range.
 
     Raises:
-        TypeError: for anything but a Python or NumPy number.
-        ValueError: for a number that is out of range.
+        TypeError: If the setting is not a number of Python or NumPy.
+        ValueError: If the number is out of range.
     """
     value: Any = getattr(owner, name)
-    allowed = _interval(least, above, most, below)
+    interval = _interval_in_words(least, above, most, below)
+    wanted = f"{type(owner).__name__} needs {name} {interval}"
     kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool | np.bool_):
-        what = "a whole number" if whole else "a number"
-        raise TypeError(
-            f"{type(owner).__name__} needs {name} {allowed}, {what}, got {value!r}, of type "
-            f"{type(value).__name__}."
-        )
+    # To Python a bool is an integer; given as a number it is a mistake.
+    is_bool = isinstance(value, bool | np.bool_)
+    if is_bool or not isinstance(value, kind):
+        noun = "a whole number" if whole else "a number"
+        given = f"{value!r}, of type {type(value).__name__}"
+        raise TypeError(f"{wanted}, {noun}, got {given}.")
     number = float(value)
-    fits = (
+    in_range = (
         (least is None or number >= least)
         and (above is None or number > above)
         and (most is None or number <= most)
         and (below is None or number < below)
-        and not math.isnan(number)
-        and not (finite and math.isinf(number))
     )
-    if not fits:
-        raise ValueError(f"{type(owner).__name__} needs {name} {allowed}, got {value}.")
+    # Without any bound, NaN would pass.
+    is_forbidden = math.isnan(number) or (finite and math.isinf(number))
+    if is_forbidden or not in_range:
+        raise ValueError(f"{wanted}, got {value}.")
 
 
-def _interval(least: Any, above: Any, most: Any, below: Any) -> str:
+def _interval_in_words(least: Any, above: Any, most: Any, below: Any) -> str:
+    """Writes an interval as `> 0`, `>= 1` or `in (0, 1]`."""
     if most is None and below is None:
         return f"> {above}" if least is None else f">= {least}"
     left = f"({above}" if least is None else f"[{least}"
@@ -148,26 +191,27 @@ def require_flag(owner: Any, name: str) -> None:
     """Refuses a setting that is neither True nor False.
 
     Args:
-        owner: a dataclass of settings.
-        name: of the field.
+        owner: The dataclass whose field the setting is.
+        name: The name of the field.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If the setting is not a bool.
     """
     value = getattr(owner, name)
     if not isinstance(value, bool):
-        raise TypeError(f"{type(owner).__name__} needs {name} to be True or False, got {value!r}.")
+        wanted = f"{type(owner).__name__} needs {name} to be True or False"
+        raise TypeError(f"{wanted}, got {value!r}.")
 
 
 def require_epsilon(solver: Any) -> None:
     """Refuses an entropic solver without entropy.
 
     Args:
-        solver: with a field `epsilon`.
+        solver: The solver, with a field `epsilon`.
 
     Raises:
-        TypeError: if that is no number.
-        ValueError: if it is not above 0.
+        TypeError: If epsilon is not a number.
+        ValueError: If epsilon is not above 0, or not finite. The message names the exact solver.
     """
     try:
         require_number(solver, "epsilon", above=0, finite=True)

@@ -1,9 +1,4 @@
-"""Matching a group jointly with what is nested in it.
-
-Which head is which can't be told before the units inside of it are matched: the cost between two
-heads is that of their best match inside. So all pairs of heads are solved, then the heads, and each
-head keeps the match that it was chosen for.
-"""
+"""How many equal problems are worked on at once: all on an accelerator, one at a time on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,29 +7,32 @@ import jax
 
 
 def at_once(count: int) -> int:
-    """Says how many of some equal problems to work on under one `jax.vmap`.
+    """Returns how many of some equal problems to work on under one `jax.vmap`.
 
     Args:
-        count: of the problems.
+        count: The number of problems.
 
     Returns:
-        All, but on a CPU one: it gains nothing by doing the same thing to many, and each would wait
-        for the slowest.
+        The number that are worked on at once: all of them, or one on a CPU.
     """
+    # A CPU gains nothing by doing the same thing to many problems, and each of them would wait for
+    # the one that takes the most iterations.
     return 1 if jax.default_backend() == "cpu" else count
 
 
 def map_in_batches(fn: Callable[[Any], Any], stacked: Any, batch_size: int) -> Any:
-    """Applies a function to each of a stack of arguments, some of them under one `jax.vmap`.
+    """Applies a function to each of a stack of arguments, several of them under one `jax.vmap`.
 
     Args:
-        fn: from a pytree to a pytree.
-        stacked: its arguments, with leaves `[count, ...]`.
-        batch_size: how many to work on at once.
+        fn: A function from a pytree to a pytree.
+        stacked: The arguments, a pytree with leaves `[count, ...]`.
+        batch_size: The number of arguments to work on at once.
 
     Returns:
-        The results, stacked.
+        The results, a pytree with leaves `[count, ...]`.
     """
     # `jax.lax.map` cannot batch arrays without elements, which a leaf of the parameters may be.
-    empty = any(x.size == 0 for x in jax.tree.leaves(stacked))
-    return jax.lax.map(fn, stacked, batch_size=None if empty or batch_size == 1 else batch_size)
+    sizes = [leaf.size for leaf in jax.tree.leaves(stacked)]
+    if batch_size == 1 or 0 in sizes:
+        return jax.lax.map(fn, stacked)
+    return jax.lax.map(fn, stacked, batch_size=batch_size)

@@ -1,10 +1,13 @@
 """Scaling by powers of two: exact, and a way around squares that are too large or too small.
 
-On a CPU, XLA takes subnormal numbers for zero. Here they are read by their bits.
+Squared distances between weights of 1e-30 are zero in float32, those between weights of 1e30 are
+infinite. So numbers are multiplied by `2**-k`, with `k` their common exponent, computed with, and
+brought back to their range by the power of `2**k` that the result is of.
+
+On a CPU, XLA takes subnormal numbers for zero. `exponent` and `scaled` read them by their bits.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,66 +15,74 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
+Numbers = Inexact[Array, "..."]
+"""An array of any shape and precision, real or complex."""
+Exponent = Int[Array, ""]
+"""The exponent of a power of two, int32."""
 
-def exponent(x: Float[Array, "..."]) -> Int[Array, ""]:
-    """Says which power of two is just above all magnitudes.
+# --- exponents
+
+
+def exponent(x: Float[Array, "..."]) -> Exponent:
+    """Returns the exponent of the power of two that is just above all magnitudes.
 
     Args:
-        x: of any shape.
+        x: Real numbers, of any shape and precision.
 
     Returns:
         int32 `[]`, the least k with `|x| < 2**k` everywhere; 0 if there is nothing but zeros.
     """
-    x = _wide(lax.stop_gradient(x))
+    x = lax.stop_gradient(x)
+    if x.dtype != jnp.float64:
+        x = x.astype(jnp.float32)
     info = jnp.finfo(x.dtype)
-    top = jnp.max(_magnitude_bits(x), initial=0)
-    field = (top >> info.nmant).astype(jnp.int32)
-    length = (info.bits - lax.clz(top)).astype(jnp.int32)
+    # Magnitudes are in the order of their bits, read as integers.
+    largest_bits = jnp.max(_magnitude_bits(x), initial=0)
+    biased_exponent = (largest_bits >> info.nmant).astype(jnp.int32)
+    bit_length = (info.bits - lax.clz(largest_bits)).astype(jnp.int32)
+    of_normal = biased_exponent + info.minexp
     # A subnormal number has no leading digit of its own: its value is that of its bits.
-    k = jnp.where(field > 0, field + info.minexp, length + info.minexp - info.nmant)
-    return jnp.where(top > 0, k, 0)
+    of_subnormal = bit_length + info.minexp - info.nmant
+    k = jnp.where(biased_exponent > 0, of_normal, of_subnormal)
+    return jnp.where(largest_bits > 0, k, 0)
 
 
-def not_finite(x: Any) -> int:
-    """Counts the values of an array that are not finite. Not to be called with a tracer.
-
-    Args:
-        x: of any shape and a floating-point or complex dtype.
-
-    Returns:
-        Their number.
-    """
-    # Where NumPy can read the values as they lie, nothing has to be compiled for their shape.
-    here = not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())
-    if here and getattr(x, "is_fully_addressable", True):
-        return int(np.size(x) - np.count_nonzero(np.isfinite(np.asarray(x))))
-    with jax.ensure_compile_time_eval():  # it may be closed over by what is traced
-        return int(np.size(x) - jnp.isfinite(x).sum())
-
-
-def common_exponent(arrays: Iterable[Inexact[Array, "..."]]) -> Int[Array, ""]:
-    """Says which power of two is just above all magnitudes in some arrays.
+def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
+    """Returns the exponent of the power of two that is just above all magnitudes in some arrays.
 
     Args:
-        arrays: of any shapes, real or complex.
+        arrays: Arrays of any shapes and precisions, real or complex.
 
     Returns:
-        int32 `[]`, see `exponent`; 0 without any array.
+        int32 `[]`, as `exponent` returns it. Of complex numbers the real and the imaginary parts
+        count, each by itself. 0 if there are no arrays.
     """
-    parts = [p for x in arrays for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    largest = [jnp.max(jnp.abs(p), initial=0) for p in parts]
+    largest = []
+    for array in arrays:
+        parts = [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
+        for part in parts:
+            magnitudes = jnp.abs(part)
+            largest.append(jnp.max(magnitudes, initial=0))
     if not largest:
         return jnp.zeros((), jnp.int32)
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in largest) else jnp.float32
-    return exponent(jnp.stack([x.astype(dtype) for x in largest]))
+    # Narrower dtypes have no larger range than float32.
+    dtype = jnp.float32
+    for magnitude in largest:
+        if magnitude.dtype == jnp.float64:
+            dtype = jnp.float64
+    widened = [magnitude.astype(dtype) for magnitude in largest]
+    return exponent(jnp.stack(widened))
 
 
-def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]:
-    """Multiplies by a power of two.
+# --- multiplication
+
+
+def scaled(x: Numbers, k: Exponent) -> Numbers:
+    """Multiplies an array by a power of two.
 
     Args:
-        x: of any shape and precision.
-        k: the exponent.
+        x: Numbers of any shape and precision.
+        k: The exponent of the power.
 
     Returns:
         `x * 2**k`, rounded only where the result is subnormal.
@@ -79,108 +90,160 @@ def scaled(x: Inexact[Array, "..."], k: Int[Array, ""]) -> Inexact[Array, "..."]
     return all_scaled([x], k)[0]
 
 
-def all_scaled(
-    arrays: Sequence[Inexact[Array, "..."]], k: Int[Array, ""]
-) -> list[Inexact[Array, "..."]]:
+def all_scaled(arrays: Sequence[Numbers], k: Exponent) -> list[Numbers]:
     """Multiplies several arrays by one power of two, which is worked out once for all.
 
     Args:
-        arrays: each of any shape and precision.
-        k: the exponent.
+        arrays: Arrays of any shapes and precisions.
+        k: The exponent of the power.
 
     Returns:
-        Each as `scaled` returns it.
+        For each array `x * 2**k`, rounded only where the result is subnormal.
     """
     factors = {}
-    for dtype in dict.fromkeys(x.dtype for x in arrays):
-        lift = None
-        if dtype in (jnp.float32, jnp.float64):
-            info = jnp.finfo(dtype)
-            lift = _factors(k + info.minexp - info.nmant, dtype)
-        factors[dtype] = _factors(k, dtype), lift
-    return [_multiplied(x, *factors[x.dtype]) for x in arrays]
+    lifts = {}
+    products = []
+    for x in arrays:
+        dtype = x.dtype
+        if dtype not in factors:
+            factors[dtype] = _power_in_two_factors(k, dtype)
+            lifts[dtype] = _lift_of_subnormals(k, dtype)
+        product = _multiplied(x, factors[dtype], lifts[dtype])
+        products.append(product)
+    return products
 
 
-def restored(tree: PyTree, k: Int[Array, ""], degree: int = 1) -> PyTree:
+def restored(tree: PyTree, k: Exponent, degree: int = 1) -> PyTree:
     """Brings back to its range what was computed from numbers that had been scaled by `2**-k`.
 
-    A program of a third of the size of `all_scaled`: here it is left to the device whether
-    subnormal numbers are taken for zero.
+    The program is a third of the size of that of `all_scaled`: here it is left to the device
+    whether subnormal numbers are taken for zero.
 
     Args:
-        tree: arrays of any shape and precision.
-        k: the exponent.
-        degree: in which power of these numbers the arrays are, such as 2 for squares.
+        tree: A pytree of arrays of any shapes and precisions.
+        k: The exponent of the power.
+        degree: The power of the scaled numbers in which the arrays are, such as 2 for squares.
 
     Returns:
-        Each array times `2**(k * degree)`, a factor at a time, none of which is out of range.
+        Each array times `2**(k * degree)`.
     """
-    dtypes = dict.fromkeys(x.dtype for x in jax.tree_util.tree_leaves(tree))
-    factors = {dtype: _factors(k, dtype) for dtype in dtypes}
-
-    def multiplied(x: Array) -> Array:
-        for factor in degree * factors[x.dtype]:
-            x = x * factor
-        return x
-
-    return jax.tree.map(multiplied, tree)
-
-
-@jax.custom_jvp
-def _multiplied(x: Array, factors: tuple[Array, Array], lift: tuple[Array, Array] | None) -> Array:
-    """Multiplies by two factors; the integers that the bits of subnormal numbers are, by others."""
-    if lift is None:
-        return x * factors[0] * factors[1]
-    info = jnp.finfo(x.dtype)
-    bits = _magnitude_bits(x)
-    subnormal = bits >> info.nmant == 0
-    integers = bits.astype(x.dtype)
-    x = jnp.where(subnormal, jnp.where(jnp.signbit(x), -integers, integers), x)
-    for normal, lifted in zip(factors, lift, strict=True):
-        x = x * jnp.where(subnormal, lifted, normal)
-    return x
-
-
-@_multiplied.defjvp
-def _multiplied_jvp(primals, tangents):
-    _, factors, _ = primals
-    return _multiplied(*primals), tangents[0] * factors[0] * factors[1]
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    factors = {}
+    products = []
+    for x in leaves:
+        dtype = x.dtype
+        if dtype not in factors:
+            factors[dtype] = _power_in_two_factors(k, dtype)
+        # One factor at a time: each is in range, which their product need not be.
+        for _ in range(degree):
+            for factor in factors[dtype]:
+                x = x * factor
+        products.append(x)
+    return treedef.unflatten(products)
 
 
 def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Takes standard deviations, of values whose squares may be out of range.
+    """Takes standard deviations of values whose squares may be out of range.
 
     Args:
-        x: the values.
-        axis: along which.
+        x: The values, real, of any shape.
+        axis: The axis along which deviations are taken.
 
     Returns:
         The deviations, without that axis.
     """
     k = common_exponent([x])
-    return scaled(jnp.std(scaled(x, -k), axis=axis), k)
+    in_range = scaled(x, -k)
+    deviations = jnp.std(in_range, axis=axis)
+    return scaled(deviations, k)
 
 
-def _factors(k: Array, dtype: np.dtype) -> tuple[Array, Array]:
-    """Splits a power of two into two: of the widest ratio neither is out of range."""
+# --- the bits of numbers
+
+
+_Factors = tuple[Array, Array]
+"""Two numbers, the product of which is a power of two that need not be in range."""
+
+
+@jax.custom_jvp
+def _multiplied(x: Array, factors: _Factors, lift: _Factors | None) -> Array:
+    """Multiplies by two factors, and subnormal numbers by those of their lift in place of these.
+
+    Args:
+        x: The numbers.
+        factors: Two powers of two.
+        lift: What `_lift_of_subnormals` returns for the dtype of `x`.
+
+    Returns:
+        The products.
+    """
+    if lift is None:
+        return x * factors[0] * factors[1]
+    bits = _magnitude_bits(x)
+    exponent_bits = bits >> jnp.finfo(x.dtype).nmant
+    subnormal = exponent_bits == 0
+    integers = bits.astype(x.dtype)
+    signed = jnp.where(jnp.signbit(x), -integers, integers)
+    x = jnp.where(subnormal, signed, x)
+    for factor, lifted in zip(factors, lift, strict=True):
+        x = x * jnp.where(subnormal, lifted, factor)
+    return x
+
+
+@_multiplied.defjvp
+def _multiplied_jvp(primals, tangents):
+    # Multiplication is linear, which is lost on the way through the bits.
+    x, factors, lift = primals
+    tangent = tangents[0] * factors[0] * factors[1]
+    return _multiplied(x, factors, lift), tangent
+
+
+def _lift_of_subnormals(k: Array, dtype: np.dtype) -> _Factors | None:
+    """Returns what the bits of subnormal numbers, read as integers, are to be multiplied by.
+
+    A subnormal number is that integer times `2**(minexp - nmant)`, its last digit.
+
+    Args:
+        k: The exponent of the power of two that the numbers are multiplied by.
+        dtype: The dtype of the numbers.
+
+    Returns:
+        Two factors; None for narrower dtypes and for complex ones, which are multiplied as they
+        are.
+    """
+    if dtype not in (jnp.float32, jnp.float64):
+        return None
+    info = jnp.finfo(dtype)
+    exponent_of_last_digit = info.minexp - info.nmant
+    return _power_in_two_factors(k + exponent_of_last_digit, dtype)
+
+
+def _power_in_two_factors(k: Array, dtype: np.dtype) -> _Factors:
+    """Splits `2**k` in two: between the smallest and the largest number neither is out of range."""
     half = k >> 1
-    return _power(half, dtype), _power(k - half, dtype)
+    first = _power_of_two(half, dtype)
+    second = _power_of_two(k - half, dtype)
+    return first, second
 
 
-def _power(k: Array, dtype: np.dtype) -> Array:
-    wide = jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
+def _power_of_two(k: Array, dtype: np.dtype) -> Array:
+    """Makes `2**k` of its bits: exact, which an exponential need not be."""
+    is_double = dtype in (jnp.float64, jnp.complex128)
+    wide = jnp.float64 if is_double else jnp.float32
+    unsigned = jnp.uint64 if is_double else jnp.uint32
     info = jnp.finfo(wide)
-    k = lax.clamp(k.dtype.type(info.minexp), k, k.dtype.type(info.maxexp - 1))
-    kind = jnp.uint64 if wide == jnp.float64 else jnp.uint32
-    bits = (k + info.maxexp - 1).astype(kind) << info.nmant
-    return lax.bitcast_convert_type(bits, wide).astype(dtype)
+    # The exponents of the smallest and of the largest power that is a normal number.
+    integer = k.dtype.type
+    lowest = integer(info.minexp)
+    highest = integer(info.maxexp - 1)
+    k = lax.clamp(lowest, k, highest)
+    biased_exponent = (k + info.maxexp - 1).astype(unsigned)
+    bits = biased_exponent << info.nmant
+    power = lax.bitcast_convert_type(bits, wide)
+    return power.astype(dtype)
 
 
 def _magnitude_bits(x: Array) -> Array:
-    kind = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
-    bits = lax.bitcast_convert_type(x, kind)
+    unsigned = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
+    bits = lax.bitcast_convert_type(x, unsigned)
     return bits << 1 >> 1  # without the sign
-
-
-def _wide(x: Array) -> Array:
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

@@ -1,13 +1,18 @@
-"""What comes out: ensembles, and how loss or accuracy runs along the path between two models."""
+"""How a loss or an error runs along the straight line between two models.
+
+Where it rises on the way, the models lie in different basins, and their average is worse than both.
+Two models without a barrier are linearly mode connected (Frankle et al., Linear Mode Connectivity
+and the Lottery Ticket Hypothesis, ICML 2020): alignment is to make them so.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.interpolate import interpolate
@@ -20,10 +25,10 @@ class Barrier:
     """A metric along the straight line between two models.
 
     Attributes:
-        t: positions, float `[T]`.
-        values: the metric there, float `[T]`, or `[T, ...]` for several metrics at once.
-        height: float `[]` or `[...]`, how far the metric rises above the line between its ends, at
-            most; 0 means linear mode connectivity.
+        t: The positions on the line, float `[T]`, from 0 to 1.
+        values: The metric at each position, float `[T]`, or `[T, ...]` for several metrics at once.
+        height: How far the metric rises above the line between its values at the ends, at most,
+            float `[]`, or `[...]` for several metrics. 0 means linear mode connectivity.
     """
 
     t: Float[Array, " t"]
@@ -32,7 +37,7 @@ class Barrier:
 
 
 def barrier(
-    metric: Callable[[PyTree], Any],
+    metric: Callable[[PyTree], ArrayLike],
     a: PyTree,
     b: PyTree,
     t: Float[Array, " t"] | None = None,
@@ -42,34 +47,52 @@ def barrier(
     """Evaluates a metric along the straight line between two models, and its barrier.
 
     Args:
-        metric: maps parameters to a scalar where less is better: a loss, or an error rate. For an
-            accuracy, pass the error. An array of several such metrics does as well.
-        a: parameters at one end.
-        b: parameters at the other.
-        t: positions from 0 to 1, float `[T]`; 25 equal steps if None.
-        batch_size: how many models are evaluated at once under `jax.vmap`; all if None. Memory
+        metric: The metric, from parameters to a scalar where less is better: a loss, or an error
+            rate. For an accuracy, pass the error. An array of several such metrics does as well.
+        a: The parameters at one end.
+        b: The parameters at the other.
+        t: The positions, from 0 to 1, float `[T]`; 25 equal steps if None.
+        batch_size: How many models are evaluated at once under `jax.vmap`; all if None. Memory
             grows with it.
 
     Returns:
-        The values and the barrier's height. Frankle et al., Linear Mode Connectivity, ICML 2020.
+        The values and the barrier's height.
 
     Raises:
-        ValueError: as `interpolate`, for `t` that does not start at 0 and end at 1, and for an
-            empty batch.
-        TypeError: for a metric that is no function.
+        ValueError: For what `interpolate` refuses, for `t` that does not start at 0 and end at 1,
+            and for an empty batch.
+        TypeError: For a metric that is no function.
     """
     require_function(metric, "barrier(metric, a, b)")
     if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
         raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
-    t = jnp.linspace(0, 1, 25) if t is None else jnp.asarray(t, float)
-    ends = t.ndim == 1 and t.shape[0] >= 2
-    if not ends or (not isinstance(t, Tracer) and (np.asarray(t)[[0, -1]] != (0, 1)).any()):
+    if t is None:
+        t = jnp.linspace(0, 1, 25)
+    t = jnp.asarray(t, float)
+    _require_whole_line(t)
+    if batch_size is None:
+        batch_size = len(t)
+
+    def value_at(position: Array) -> Array:
+        value = metric(interpolate(a, b, position))
+        return jnp.asarray(value, float)
+
+    values = jax.lax.map(value_at, t, batch_size=batch_size)
+    # The height is measured from the chord, as the two ends need not be equally good.
+    metric_axes = [1] * (values.ndim - 1)
+    position = t.reshape(-1, *metric_axes)
+    first, last = values[:1], values[-1:]
+    chord = (1 - position) * first + position * last
+    height = jnp.max(values - chord, axis=0)
+    return Barrier(t, values, height)
+
+
+def _require_whole_line(t: Array) -> None:
+    """Refuses positions that do not go from one end to the other, as far as that can be known."""
+    # Where they are traced, nothing but their shape is known.
+    is_line = t.ndim == 1 and len(t) >= 2
+    if is_line and not isinstance(t, Tracer):
+        first, last = np.asarray(t)[[0, -1]]
+        is_line = first == 0 and last == 1
+    if not is_line:
         raise ValueError("t must be a vector that starts at 0 and ends at 1")
-    values = jax.lax.map(
-        lambda s: jnp.asarray(metric(interpolate(a, b, s)), float),
-        t,
-        batch_size=t.shape[0] if batch_size is None else batch_size,
-    )
-    s = t.reshape(-1, *[1] * (values.ndim - 1))
-    line = (1 - s) * values[:1] + s * values[-1:]
-    return Barrier(t, values, jnp.max(values - line, axis=0))

@@ -1,6 +1,12 @@
-"""Averages of models: plain, and after alignment."""
+"""Fusing networks that were trained apart: align all of them to one, then average.
+
+`fuse` checks its arguments and tells two cases apart. Models of one symmetry are stacked, and
+`_fuse` aligns and moves the whole stack in one jitted program. Models of several widths cannot be
+stacked: `_fuse_widths` moves them onto the reference one by one.
+"""
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.alignment.align import align
+from otfusion_jax.alignment.align import align, find_plans
+from otfusion_jax.alignment.checks import require_settings
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
-from otfusion_jax.alignment.leaf_weights import leaf_weights, weight_by_path
+from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.problem import AbstractMethod
 from otfusion_jax.averaging.average import (
     Weights,
@@ -22,7 +29,7 @@ from otfusion_jax.averaging.average import (
     mixtures,
 )
 from otfusion_jax.averaging.stacking import stacked_models
-from otfusion_jax.common.arguments import require_kind
+from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
@@ -52,74 +59,112 @@ def fuse(
 
     The defaults are the best one-shot method we have that needs no data. Alignment and transport
     of the stack run under `jax.vmap`; all of it is jitted. To match by activations, use
-    `align(..., features=...)`, `transport` and `average`. To leave groups as they are, fuse with
+    `align(..., grams=...)`, `transport` and `average`. To leave groups as they are, fuse with
     `symmetry.only(...)`.
 
     Args:
-        symmetry: of the models; one for each if their widths are not the same.
-        models: K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
-        weights: K weights, summing to 1; uniform if None. A function of the key path says them
-            parameter by parameter, see `average`.
-        reference: which model the others are moved onto. As all of them end in its order of units,
-            and with its widths, it matters for what the result can be averaged with later.
-        method: see `align`.
-        metric: see `align`.
-        solver: see `align`.
-        leaf_weight: see `align`.
-        batch_size: how many models are aligned at once under `jax.vmap`. None means all, but on a
-            CPU one after the other: it gains nothing there by doing the same thing to many models,
-            and each would wait for the slowest. Models of several widths are always aligned one by
-            one.
+        symmetry: The symmetry that the models were traced with; a list with one for each model if
+            their widths are not the same.
+        models: The K >= 2 models to be fused: a list of pytrees, or one pytree with leaves
+            `[K, ...]`. With a list of symmetries, a list of pytrees.
+        weights: The K weights of the models in the average, summing to 1; uniform if None. A
+            function from the key path of a parameter to K weights sets them parameter by
+            parameter, see `average`.
+        reference: The position of the model that the others are moved onto; a negative one counts
+            from the end. All models end in its order of units, and with its widths, so it matters
+            for what the result can be averaged with later.
+        method: The method that aligns the models, an instance, see `align`.
+        metric: The ground metric between units, see `align`.
+        solver: The solver that turns costs into plans, an instance, see `align`.
+        leaf_weight: A function from the key path of a parameter to how much it counts in the
+            alignment, see `align`.
+        batch_size: The number of models that are aligned at once under `jax.vmap`. None means all,
+            but on a CPU one after the other: it gains nothing there by doing the same thing to
+            many models, and each would wait for the slowest. Models of several widths are always
+            aligned one by one.
 
     Returns:
-        The fused parameters. Integers, booleans and keys as in `average`, with the reference for
-        the last model.
+        The fused parameters, a pytree of the reference's structure, shapes and dtypes. Integers,
+        booleans and keys are as in `average`, with the reference for the last model.
 
     Raises:
-        ValueError: as `align`, and for fewer than two models, weights that do not fit, integers
-            that can't be averaged, or an empty batch.
-        TypeError: as `align`.
-        FloatingPointError: as `align`.
+        ValueError: If models do not fit the symmetry or are not finite, listing every offender by
+            key path; if there are fewer than two; if the weights do not fit; if integers can't be
+            averaged; if `reference` is out of range or `batch_size` is below 1; and as `align`.
+        TypeError: If an argument is of another type: a class in place of an instance, a name in
+            place of a method or a metric, a float in place of a position; and as `align`.
+        FloatingPointError: If numbers on the way are out of range, as `align`.
 
     Warns:
-        SymmetryWarning: if the symmetry has no groups: the result is the plain average.
+        SymmetryWarning: If the symmetry has no groups: the result is the plain average.
     """
-    require_kind(method, AbstractMethod, "method", "CoordinateDescent() or ForwardPass()")
-    require_kind(solver, AbstractSolver, "solver", "Exact() or Sinkhorn()")
-    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
-    metric = costs.SqEuclidean() if metric is None else metric
-    for given in symmetry if isinstance(symmetry, list | tuple) else (symmetry,):
+    require_settings(method, metric, solver)
+    if metric is None:
+        metric = costs.SqEuclidean()
+    # To Python a bool is an integer; given as a position it is a mistake.
+    if isinstance(reference, bool) or not isinstance(reference, numbers.Integral):
+        kind = type(reference).__name__
+        raise TypeError(f"reference is {reference!r}, of type {kind}; give a model's position")
+    reference = int(reference)
+    if batch_size is not None:
+        batch_size = checked_count(batch_size, "batch_size", "1 or more, or None")
+    if leaf_weight is not None:
+        require_function(leaf_weight, "fuse(..., leaf_weight=lambda path: 1.0)")
+    several = isinstance(symmetry, list | tuple)
+    for given in symmetry if several else (symmetry,):
         require_symmetry(given, "fuse(symmetry, models), or with a list of symmetries")
+
+    # Models of several widths cannot be stacked, and take another path.
     if not isinstance(symmetry, Symmetry):
-        how = {"method": method, "metric": metric, "solver": solver, "leaf_weight": leaf_weight}
-        return _fuse_widths(tuple(symmetry), models, weights, reference, how)
+        return _fuse_widths(
+            symmetry,
+            models,
+            weights,
+            reference=reference,
+            method=method,
+            metric=metric,
+            solver=solver,
+            leaf_weight=leaf_weight,
+        )
     stacked, count = stacked_models(symmetry, models)
     order = _reference_last(reference, count)
     warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
-    found = mixtures(weights, count, symmetry.leaves)
-    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stacked), found)
-    counting = leaf_weights(symmetry, leaf_weight)
-    lanes = min(batch_size or at_once(count), count - 1)
-    static = (symmetry, method, solver, counting, lanes)
-    fused = _fuse(*static, stacked, order, found, metric)
+    shares = mixtures(weights, count, symmetry.leaves)
+    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stacked), shares)
+    # The function is evaluated here: numbers are hashable, so that a new lambda of the same
+    # weights does not compile the program again.
+    weight_of_leaf = leaf_weights(symmetry, leaf_weight)
+    # The reference is not aligned, so that there is one model less to work on.
+    batch_size = min(batch_size or at_once(count), count - 1)
+    fused = _fuse(
+        symmetry, method, solver, weight_of_leaf, batch_size, stacked, order, shares, metric
+    )
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
 
 
 def _reference_last(reference: int, count: int) -> np.ndarray:
-    """Puts the reference last, which is where `average_of` takes integers from."""
+    """Returns the positions of all models with that of the reference last.
+
+    An average takes its integers, booleans and keys from the last model, and these are to be those
+    of the reference.
+    """
     if not -count <= reference < count:
         raise ValueError(f"reference is {reference}, but there are {count} models")
-    return np.append(np.delete(np.arange(count), reference), reference % count)
+    others = np.delete(np.arange(count), reference)
+    return np.append(others, reference % count)
 
 
 def _fuse_widths(
-    symmetries: tuple[Symmetry, ...],
-    models: Sequence[PyTree],
-    weights: Weights,
+    symmetries: Sequence[Symmetry],
+    models: Any,
+    weights: Any,
+    *,
     reference: int,
-    how: dict[str, Any],
+    method: AbstractMethod,
+    metric: costs.CostFn,
+    solver: AbstractSolver,
+    leaf_weight: Callable[[str], float] | None,
 ) -> PyTree:
     """Fuses models of several widths, one after the other."""
     count = len(symmetries)
@@ -127,38 +172,77 @@ def _fuse_widths(
         raise ValueError(
             f"{count} symmetries were given; pass a list of as many models, at least two"
         )
+    # Checked here by their numbers: `align` would call them the source and the target.
+    for number, model in enumerate(models):
+        require_model(symmetries[number], model, f"model {number}")
     order = _reference_last(reference, count)
+    # Of the reference are the widths, the order of units and, in an average, the integers.
     onto, target = symmetries[order[-1]], models[order[-1]]
-    found = mixtures(weights, count, onto.leaves)
+    shares = mixtures(weights, count, onto.leaves)
     moved = []
-    for i in order[:-1]:
-        symmetry, model = symmetries[i], models[i]
-        require_model(symmetry, model, f"model {i}")
-        plans = align(symmetry, model, target, onto=onto, **how)
-        moved.append(transport(symmetry, plans, model, onto=onto))
-    return checked_average(onto.leaves, [*moved, target], [w[order] for w in found], "fusing")
+    for number in order[:-1]:
+        source_symmetry, source = symmetries[number], models[number]
+        alignment = align(
+            source_symmetry,
+            source,
+            target,
+            onto=onto,
+            method=method,
+            metric=metric,
+            solver=solver,
+            leaf_weight=leaf_weight,
+        )
+        moved.append(transport(source_symmetry, alignment, source, onto=onto))
+    ordered_shares = [leaf_shares[order] for leaf_shares in shares]
+    return checked_average(onto.leaves, [*moved, target], ordered_shares, "fusing")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(
+    jax.jit, static_argnames=("symmetry", "method", "solver", "weight_of_leaf", "batch_size")
+)
 def _fuse(
     symmetry: Symmetry,
     method: AbstractMethod,
     solver: AbstractSolver,
-    counting: tuple[float, ...] | None,
+    weight_of_leaf: tuple[float, ...] | None,
     batch_size: int,
     stacked: PyTree,
     order: Int[Array, " k"],
-    weights: list[Float[Array, " k"]],
+    shares: list[Float[Array, " k"]],
     metric: costs.CostFn,
 ) -> PyTree:
-    ordered = jax.tree.map(lambda x: x[order], stacked)
-    others, target = jax.tree.map(lambda x: x[:-1], ordered), jax.tree.map(lambda x: x[-1], ordered)
-    how: dict[str, Any] = {"method": method, "metric": metric, "solver": solver}
-    how["leaf_weight"] = weight_by_path(symmetry, counting)
+    """Aligns a stack of models to one of them, the last in `order`, and averages."""
+    # Loops in place of `jax.tree.map`: whoever steps through sees one leaf after the other.
+    source_leaves, target_leaves = [], []
+    for leaf in jax.tree_util.tree_leaves(stacked):
+        ordered = leaf[order]
+        source_leaves.append(ordered[:-1])
+        target_leaves.append(ordered[-1])
+    sources = symmetry.treedef.unflatten(source_leaves)
+    target = symmetry.treedef.unflatten(target_leaves)
 
-    def moved(source: PyTree) -> PyTree:
-        return transport(symmetry, align(symmetry, source, target, **how), source)
+    def moved_onto_target(source: PyTree) -> PyTree:
+        alignment = find_plans(
+            symmetry,
+            symmetry,
+            source,
+            target,
+            method=method,
+            metric=metric,
+            solver=solver,
+            weights=weight_of_leaf,
+        )
+        return transport(symmetry, alignment, source)
 
-    aligned = map_in_batches(moved, others, batch_size)
-    together = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), aligned, target)
-    return average_of(together, [w[order] for w in weights])
+    # A model at a time, or several under one `jax.vmap`: more at once take more memory.
+    moved = map_in_batches(moved_onto_target, sources, batch_size)
+    # The reference goes last, as in `order`: integers, booleans and keys are taken from there.
+    aligned_leaves = []
+    for moved_leaf, target_leaf in zip(
+        jax.tree_util.tree_leaves(moved), target_leaves, strict=True
+    ):
+        aligned_leaves.append(jnp.concatenate([moved_leaf, target_leaf[None]]))
+    ordered_shares = []
+    for leaf_shares in shares:
+        ordered_shares.append(leaf_shares[order])
+    return average_of(symmetry.treedef.unflatten(aligned_leaves), ordered_shares)

@@ -1,4 +1,9 @@
-"""What is done to a parameter of an average whose features are to match those of the models."""
+"""How a parameter of an average is corrected, once it is known what features it should produce.
+
+A repair (see `repair_pass`) comes to one product of features with a parameter after the other. It
+describes each by a `Product`, and a method, a subclass of `AbstractRepair`, answers with the
+corrected parameter and with what a bias that follows should add.
+"""
 
 import abc
 import dataclasses
@@ -12,50 +17,71 @@ from jaxtyping import Array, Float
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.common.scaling import deviation
 from otfusion_jax.symmetry.groups import Group, Member, Role
-from otfusion_jax.symmetry.partition import StridedIndex
+from otfusion_jax.symmetry.location import StridedIndex
 from otfusion_jax.symmetry.units import units_of, with_units
+from otfusion_jax.tracing.activations import samples_of
+from otfusion_jax.tracing.views import View
+
+
+class UnitStatistics(NamedTuple):
+    """What is known of the features of the units of a model.
+
+    Attributes:
+        mean: The mean of each unit over the samples, float `[*batch, units]`.
+        deviation: The standard deviation of each unit over the samples, float `[*batch, units]`.
+    """
+
+    mean: Array
+    deviation: Array
 
 
 class Part(NamedTuple):
     """Units that come out of a product.
 
     Attributes:
-        group: whose units they are.
-        units: brings features to `[*batch, samples, units]`.
-        statistics: of the units of each model, K means and deviations, float `[*batch, units]`
-            each; of models that plans merge or split, the means over those of their own units.
-        along: the axes of the parameter that they lie along.
+        group: The group of the units.
+        view: Where the units are in the features.
+        role: The role of the features, as units of the group.
+        statistics: The statistics of the units of each model, K of them. Where plans merge or split
+            the units of a model, they are means over the statistics of its own units.
+        members: The axes of the parameter that the units lie along.
     """
 
     group: Group
-    units: Callable[[Array], Array]
-    statistics: tuple[tuple[Array, Array], ...]
-    along: tuple[Member, ...]
+    view: View
+    role: Role
+    statistics: tuple[UnitStatistics, ...]
+    members: tuple[Member, ...]
+
+    def units(self, features: Array) -> Float[Array, "*batch samples units"]:
+        """Brings features of the product to `[*batch, samples, units]`."""
+        return samples_of(features, self.view, self.group)
 
 
 class Product(NamedTuple):
     """A product of features with a parameter, in all models and in their average.
 
     Attributes:
-        leaf: the parameter of the average.
-        compute: from such a parameter to the average's features, linear.
-        normal: the same, followed by its transpose.
-        found: the features of each model, K arrays of one shape, those of models of another width
-            moved along their plans.
-        weights: of the models, float `[K]`.
-        parts: the features that belong to groups; those of one part are of no other.
+        leaf: The parameter of the average, any shape.
+        compute: The product as a linear function, from a parameter of this shape to the average's
+            features.
+        normal: The same function, followed by its transpose: from such a parameter to another.
+        model_features: The features of each model, K arrays of one shape. Those of a model of other
+            widths have been moved along its plans.
+        weights: The weights of the models, float `[K]`.
+        parts: The features that belong to groups. No feature is in two parts.
     """
 
     leaf: Array
     compute: Callable[[Array], Array]
     normal: Callable[[Array], Array]
-    found: tuple[Array, ...]
+    model_features: tuple[Array, ...]
     weights: Float[Array, " k"]
     parts: tuple[Part, ...]
 
 
 Shifts = tuple[Float[Array, "*batch units"] | None, ...]
-"""What is to be added to the units of each part of a product by a bias, if there is one."""
+"""What a bias, if one follows, is to add to the units of each part of a product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +93,11 @@ class AbstractRepair(abc.ABC):
         """Corrects one parameter. Traced: called under `jax.jit`.
 
         Args:
-            product: where the parameter is used.
+            product: The product in which the parameter is used first.
 
         Returns:
-            The parameter, and for each part what is to be added to its units by a bias, or None.
+            The corrected parameter, and for each part of the product what a bias is to add to its
+            units, or None.
         """
 
 
@@ -87,20 +114,24 @@ class RestoreStatistics(AbstractRepair):
 
     def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
-        leaf, shifts = product.leaf, []
+        leaf = product.leaf
         features = product.compute(leaf)
+        shifts: list[Array | None] = []
         for part in product.parts:
-            ours = part.units(features)
-            means, deviations = (
-                jnp.tensordot(product.weights, jnp.stack(each), axes=1)
-                for each in zip(*part.statistics, strict=True)
-            )
-            spread = deviation(ours, axis=-2)
-            scale = jnp.where(spread > 0, deviations / jnp.where(spread > 0, spread, 1), 1)
-            for member in part.along:
-                leaf = along(jnp.multiply, leaf, member, part.group, scale)
-            shift = means - scale * jnp.mean(ours, axis=-2)
-            shifts.append(shift if part.along else None)
+            means, deviations = zip(*part.statistics, strict=True)
+            target_mean = jnp.tensordot(product.weights, jnp.stack(means), axes=1)
+            target_deviation = jnp.tensordot(product.weights, jnp.stack(deviations), axes=1)
+            units = part.units(features)
+            unit_deviation = deviation(units, axis=-2)
+            # A unit that never varies cannot be made to, whatever it is multiplied by.
+            varies = unit_deviation > 0
+            scale = jnp.where(varies, target_deviation / jnp.where(varies, unit_deviation, 1), 1)
+            for member in part.members:
+                leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
+            # scale * x + shift has the mean that is wanted.
+            shift = target_mean - scale * jnp.mean(units, axis=-2)
+            # Without an axis of the parameter the units have not been scaled.
+            shifts.append(shift if part.members else None)
         return leaf, tuple(shifts)
 
 
@@ -111,13 +142,15 @@ class LeastSquares(AbstractRepair):
     The parameter is the one that comes closest to the mean of the models' features from the
     features that the average itself has there, with a penalty on the distance from the average. The
     outputs of the network are products too: they come close to the models' mean. Solved by
-    conjugate gradients, so that neither shapes nor layouts matter. Layer by layer it is the
+    conjugate gradients, so that neither shapes nor partitions matter. Layer by layer it is the
     regression of Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models
     (RegMean), ICLR 2023, on the features of the merged model instead of those of each parent.
 
     Attributes:
-        ridge: the penalty, in units of the mean eigenvalue of the features' inner products.
-        steps: of conjugate gradients; to stop early is a penalty too.
+        ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
+            products.
+        steps: The number of steps of conjugate gradients, at least 1. To stop early is a penalty
+            too.
     """
 
     ridge: float = 0.01
@@ -129,57 +162,69 @@ class LeastSquares(AbstractRepair):
 
     def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
-        leaf, compute = product.leaf, product.compute
-        # The squared length of the features of random weights is the trace, on average.
+        leaf = product.leaf
+        # Hutchinson's estimate: of random z, |A z|² is the trace of AᵀA on average. Divided by |z|²
+        # it is the mean eigenvalue.
         random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-        penalty = self.ridge * _inner(compute(random)) / _inner(random)
+        trace = _squared_length(product.compute(random))
+        penalty = self.ridge * trace / _squared_length(random)
 
-        def normal(x: Array) -> Array:
-            return product.normal(x) + penalty * x
+        def penalised_normal(change: Array) -> Array:
+            return product.normal(change) + penalty * change
 
-        target = sum(w * y for w, y in zip(product.weights, product.found, strict=True))
-        short = (target - compute(leaf)).astype(product.found[0].dtype)
-        (missing,) = jax.linear_transpose(compute, leaf)(short)
-        change, _ = jax.scipy.sparse.linalg.cg(normal, missing, maxiter=self.steps)
+        # (AᵀA + penalty) change = Aᵀ (target - A leaf), with the change from the average unknown.
+        target = sum(w * y for w, y in zip(product.weights, product.model_features, strict=True))
+        missing = target - product.compute(leaf)
+        missing = missing.astype(product.model_features[0].dtype)
+        (right_side,) = jax.linear_transpose(product.compute, leaf)(missing)
+        change, _ = jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=self.steps)
         return leaf + change, (None,) * len(product.parts)
 
 
-def _inner(x: Array) -> Array:
+def _squared_length(x: Array) -> Array:
     return jnp.sum(x * x)
 
 
-def members_at(group: Group, leaf: int, role: Role, place: StridedIndex) -> tuple[Member, ...]:
-    """Returns the axes of a parameter that units at some place of features lie along.
+def members_at(group: Group, leaf: int, role: Role, index: StridedIndex) -> tuple[Member, ...]:
+    """Returns the axes of a parameter that units of features lie along.
 
     Args:
-        group: whose units.
-        leaf: position of the parameter.
-        role: of the units.
-        place: where they are in the features.
+        group: The group of the units.
+        leaf: The position of the parameter among the parts of the symmetry.
+        role: The role of the features, as units of the group.
+        index: Where the units are along their axis of the features.
 
     Returns:
-        The members at this place, or the only one, wherever it is.
+        The members of the parameter with the units at the same positions; or the only member of
+        that role, wherever the units are.
     """
-    mine = tuple(m for m in group.members if m.leaf == leaf and m.role == role)
-    same = tuple(m for m in mine if m.location.index == place)
-    return same or (mine if len(mine) == 1 else ())
+    in_leaf, same_index = [], []
+    for member in group.members:
+        if member.leaf == leaf and member.role == role:
+            in_leaf.append(member)
+            if member.location.index == index:
+                same_index.append(member)
+    if same_index:
+        return tuple(same_index)
+    # With several members elsewhere nobody knows which of them the units belong to.
+    return tuple(in_leaf) if len(in_leaf) == 1 else ()
 
 
-def along(
+def combine_units(
     operation: Callable[..., Array], leaf: Array, member: Member, group: Group, numbers: Array
 ) -> Array:
     """Combines a parameter with one number per unit.
 
     Args:
-        operation: of two arrays.
-        leaf: the parameter.
-        member: where the units are in it.
-        group: whose units.
-        numbers: `[*batch, units]`.
+        operation: The operation: a function of two arrays, as `jnp.add`.
+        leaf: The parameter.
+        member: Where the units are in it.
+        group: The group of the units.
+        numbers: One number for each unit, float `[*batch, units]`.
 
     Returns:
-        The parameter.
+        The parameter, with each unit combined with its number.
     """
     units = units_of(leaf, member.location, group)
-    changed = operation(units, numbers[..., None].astype(leaf.dtype))
-    return with_units(leaf, member.location, group, changed)
+    combined = operation(units, numbers[..., None].astype(leaf.dtype))
+    return with_units(leaf, member.location, group, combined)

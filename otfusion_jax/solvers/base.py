@@ -1,43 +1,22 @@
-"""From a cost matrix to a transport plan: what a solver is, and the exact one.
+"""What a solver is: the problem that it takes, the solution that it gives, the checks in between.
 
-A solver is a frozen, hashable dataclass, hence static under `jax.jit`; its `solve` is a pure
-function of arrays that `jax.jit` and `jax.vmap` accept. The answer is always a `Solution`: the
-plan, its value, and evidence of how good it is. The total mass is 1, so the value of a permutation
-is the *mean* of the costs that it picks.
+A solver is a frozen, hashable dataclass of settings, hence static under `jax.jit`. Its `solve` is a
+pure function from a `TransportProblem` to a `Solution` that `jax.jit` and `jax.vmap` accept. It
+refuses what cannot be solved, as far as that can be known, and leaves the rest to `compute`, which
+is all that a subclass implements. A `Solution` is the plan, its value, and evidence of how good it
+is. The total mass is 1, so the value of a permutation is the *mean* of the costs that it picks.
 """
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Solution:
-    """What a solver found.
-
-    Attributes:
-        plan: int32 `[n]`, a permutation (`plan[j]` is the row, the source unit, that lands at
-            column, target position, `j`), or float `[n, m]`, a transport plan of total mass 1 with
-            source units as rows.
-        value: float `[]`, `<P, C>` in the units of the cost; of a quadratic solver, its objective.
-        converged: bool `[]`, whether the solver reached its tolerance; False for invalid input.
-        gap: float `[]`, at least 0, in the units of `value`: up to rounding, the plan costs at most
-            this much more than an optimal transport plan with *its own* marginals, which are those
-            asked for as far as the solver keeps them. The difference to a feasible point of the
-            dual linear program. Carries no gradient.
-    """
-
-    plan: Array
-    value: Array
-    converged: Array
-    gap: Array
 
 
 @jax.tree_util.register_dataclass
@@ -46,13 +25,16 @@ class TransportProblem:
     """What a solver solves: how to move the mass of source units to target units at the least cost.
 
     Attributes:
-        cost: float `[n, m]`, finite: `cost[i, j]` is what it costs to match source unit `i` with
-            target unit `j`. float64 is solved in float64, everything narrower in float32.
-        a: masses of the source units, float `[n]`, at least 0 and summing to 1; None means uniform.
-        b: masses of the target units, float `[m]`, likewise.
-        intra: intra-domain costs, float `[n, n]` and `[m, m]`, finite: what it would cost to match
-            two units of the source, and two of the target. Quadratic solvers need them, and all
-            others ignore them.
+        cost: The ground cost, float `[n, m]`, finite: `cost[i, j]` is what it costs to match source
+            unit `i` with target unit `j`. float64 is solved in float64, everything narrower in
+            float32.
+        a: The masses of the source units, float `[n]`, at least 0 and summing to 1. None means
+            uniform masses.
+        b: The masses of the target units, float `[m]`, at least 0 and summing to 1. None means
+            uniform masses.
+        intra: The intra-domain costs of the source and of the target, a pair of floats `[n, n]` and
+            `[m, m]`, finite: what it would cost to match two units of the source, and two of the
+            target. Quadratic solvers need them, and all others ignore them.
     """
 
     cost: Float[Array, "n m"]
@@ -61,13 +43,52 @@ class TransportProblem:
     intra: tuple[Float[Array, "n n"], Float[Array, "m m"]] | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class AbstractSolver(abc.ABC):
-    """Turns a cost into a plan. Subclasses are frozen dataclasses of hashable settings.
+class Solution:
+    """What a solver found.
 
     Attributes:
-        quadratic: whether `solve` needs the intra-domain costs of the problem. It belongs to the
-            class and is no setting.
+        plan: The plan: int32 `[n]`, a permutation (`plan[j]` is the row, the source unit, that
+            lands at column, target position, `j`), or float `[n, m]`, a transport plan of total
+            mass 1 with source units as rows.
+        value: What the plan costs, float `[]`: `<P, C>` in the units of the cost; of a quadratic
+            solver, its objective.
+        converged: Whether the solver reached its tolerance, bool `[]`. False for invalid input.
+        gap: How much more the plan costs than an optimal one, at most and up to rounding, float
+            `[]`, at least 0, in the units of `value`. The optimal plan that is meant has the same
+            marginals as *this* plan, which are those asked for as far as the solver keeps them. The
+            gap is the difference to a feasible point of the dual linear program. It carries no
+            gradient.
+    """
+
+    plan: Array
+    value: Array
+    converged: Array
+    gap: Array
+
+
+@dataclass(frozen=True)
+class AbstractSolver(abc.ABC):
+    """Turns a transport problem into a plan.
+
+    To write a solver, make a frozen dataclass of hashable settings that implements `compute`. Here
+    is one that spreads the mass of each unit evenly over all others; no plan costs less than the
+    lowest cost, so the gap is an upper bound:
+
+        @dataclasses.dataclass(frozen=True)
+        class Even(otf.AbstractSolver):
+            def compute(self, problem):
+                plan = jnp.full_like(problem.cost, 1 / problem.cost.size)
+                value = jnp.mean(problem.cost)
+                gap = value - jnp.min(problem.cost)
+                return otf.Solution(plan, value, jnp.array(True), gap)
+
+        plans = otf.align(symmetry, a, b, solver=Even())
+
+    Attributes:
+        quadratic: Whether the solver needs the intra-domain costs of a problem. A property of the
+            class, no setting.
     """
 
     quadratic: ClassVar[bool] = False
@@ -80,12 +101,12 @@ class AbstractSolver(abc.ABC):
         """
         return False
 
-    @abc.abstractmethod
+    @final
     def solve(self, problem: TransportProblem) -> Solution:
         """Finds a plan of low cost.
 
         Args:
-            problem: the cost, the masses of the units where these are not uniform, and, for a
+            problem: The cost, the masses of the units where these are not uniform, and, for a
                 quadratic solver, the intra-domain costs.
 
         Returns:
@@ -93,48 +114,112 @@ class AbstractSolver(abc.ABC):
             False, `value` and `gap` are NaN, and the plan is unusable on purpose (see the class).
 
         Raises:
-            ValueError: for shapes or marginals that the solver cannot handle, for costs that are
-                known (not traced) and not finite, and for a quadratic solver without `intra`.
+            TypeError: For a bare cost in place of a problem, and for what is no array.
+            ValueError: For shapes that do not fit, for costs that are known (not traced) and not
+                finite, for masses that are known to be no distribution, and for a quadratic solver
+                without `intra`.
+            ImportError: For `Exact`, where it takes a linear program and POT is not installed.
+        """
+        check_problem(problem)
+        if self.quadratic:
+            check_intra(problem)
+        # ott and optax rely on implicit promotion, which their users may have switched off.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return self.compute(problem)
+
+    @abc.abstractmethod
+    def compute(self, problem: TransportProblem) -> Solution:
+        """Finds a plan for a problem that `solve` has checked. This is what a solver implements.
+
+        Args:
+            problem: A problem whose shapes fit. Its values may be traced, and are then unchecked.
+
+        Returns:
+            The solution, with arrays of the dtypes and shapes that `Solution` says, also for sides
+            without units.
         """
 
 
-def check_problem(problem: TransportProblem) -> None:
-    """Refuses a cost and masses that do not fit, as far as that can be known.
+def check_problem(problem: object) -> None:
+    """Refuses what is no problem, and a cost and masses that do not fit, as far as can be known.
 
     Args:
-        problem: a single problem, not a stack of them.
+        problem: What was given: a single problem, not a stack of them.
 
     Raises:
-        TypeError: for a bare cost in place of a problem.
-        ValueError: for another rank, for costs that are known not to be finite, for marginals of
-            another shape, and for those that are known to be no distribution.
+        TypeError: For a bare cost in place of a problem, and for what is no array.
+        ValueError: For a cost of another rank, for costs that are known not to be finite, for
+            masses of another shape, and for those that are known to be no distribution.
     """
     if not isinstance(problem, TransportProblem):
+        given = f"a {type(problem).__name__}"
+        if isinstance(problem, type):
+            given = f"the class {problem.__name__}"
         raise TypeError(
-            f"a {type(problem).__name__} was given where a problem is wanted: call "
+            f"{given} was given where a problem is wanted: call "
             "solver.solve(TransportProblem(cost)), with masses and intra-domain costs if need be"
         )
-    check_cost(problem.cost)
-    check_marginal("a", problem.a, problem.cost.shape[0])
-    check_marginal("b", problem.b, problem.cost.shape[1])
+    _require_array("the cost", problem.cost)
+    _check_cost(problem.cost)
+    n, m = problem.cost.shape
+    sides = [("a", problem.a, n), ("b", problem.b, m)]
+    for name, masses, size in sides:
+        if masses is not None:
+            _require_array(f"marginal {name}", masses)
+            _check_marginal(name, masses, size)
 
 
-def check_cost(cost: Array) -> None:
-    """Refuses what is no finite matrix, as far as that can be known.
+def check_intra(problem: TransportProblem) -> None:
+    """Refuses a problem without the intra-domain costs that a quadratic solver needs.
 
     Args:
-        cost: of one problem.
+        problem: A problem that `check_problem` has accepted.
 
     Raises:
-        ValueError: for another rank, and for costs that are known not to be finite.
+        TypeError: For what is no pair of arrays.
+        ValueError: For a problem without them, for shapes that do not fit, and for costs that are
+            known not to be finite.
     """
+    n, m = problem.cost.shape
+    if problem.intra is None:
+        raise ValueError(
+            "A quadratic solver compares what units of one model cost each other: it needs "
+            f"intra=(source, target), of shapes {(n, n)} and {(m, m)}."
+        )
+    is_sequence = isinstance(problem.intra, tuple | list)
+    if not is_sequence or len(problem.intra) != 2:
+        raise TypeError(
+            f"intra is a {type(problem.intra).__name__}; pass a pair (source, target) of matrices, "
+            f"of shapes {(n, n)} and {(m, m)}"
+        )
+    source, target = problem.intra
+    sides = [("source", source, n), ("target", target, m)]
+    for side, cost, size in sides:
+        _require_array(f"the intra-domain cost of the {side}", cost)
+        if cost.shape != (size, size):
+            raise ValueError(
+                f"The costs within the {side} have shape {cost.shape}, but there are {size} units."
+            )
+        _check_cost(cost)
+
+
+def _require_array(name: str, value: object) -> None:
+    """Refuses lists, numbers and whatever else has no shape, before one is asked for."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass an array, as in jnp.asarray(x)")
+
+
+def _check_cost(cost: Array) -> None:
+    """Refuses what is no matrix, and costs that are known not to be finite."""
     if cost.ndim != 2:
         raise ValueError(
             f"A cost is a matrix, got shape {cost.shape}. For a stack of them, jax.vmap the solver."
         )
+    # A traced cost has no values yet; those that are not finite show in the solution.
     if isinstance(cost, Tracer):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(cost, np.float64)))
+    values = np.asarray(cost, np.float64)
+    bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         i, j = bad[0].tolist()
         raise ValueError(
@@ -143,19 +228,8 @@ def check_cost(cost: Array) -> None:
         )
 
 
-def check_marginal(name: str, masses: Array | None, size: int) -> None:
-    """Refuses masses that do not fit, as far as that can be known.
-
-    Args:
-        name: for the message.
-        masses: of the units; None means uniform.
-        size: how many units there are.
-
-    Raises:
-        ValueError: for another shape, and for masses that are known to be no distribution.
-    """
-    if masses is None:
-        return
+def _check_marginal(name: str, masses: Array, size: int) -> None:
+    """Refuses masses of another shape, and those that are known to be no distribution."""
     if masses.shape != (size,):
         raise ValueError(
             f"Marginal {name} has shape {masses.shape}, but the cost has {size} units on that "
@@ -163,7 +237,8 @@ def check_marginal(name: str, masses: Array | None, size: int) -> None:
         )
     if isinstance(masses, Tracer):
         return
-    with jax.ensure_compile_time_eval():  # it may be closed over by what is traced
+    # Known masses may be closed over by a function that is traced: they are still to be looked at.
+    with jax.ensure_compile_time_eval():
         if not is_distribution(masses):
             raise ValueError(
                 f"Marginal {name} is no distribution: its sum is {jnp.sum(masses)}, its minimum "
@@ -175,19 +250,23 @@ def is_distribution(masses: Float[Array, "*batch n"]) -> Bool[Array, ""]:
     """Says whether masses are at least 0 and sum to 1.
 
     Args:
-        masses: of the units, or a batch of such.
+        masses: The masses of the units, with any batch axes in front.
 
     Returns:
-        bool `[]`, for all together; False for NaN.
+        One bool `[]` for all of the batch together; False where there is NaN.
     """
-    return jnp.all(masses >= 0) & jnp.all(jnp.abs(jnp.sum(masses, axis=-1) - 1) < 1e-3)
+    not_negative = jnp.all(masses >= 0)
+    totals = jnp.sum(masses, axis=-1)
+    # Sums of many masses, perhaps in half precision, are off by more than a rounding error.
+    sums_to_1 = jnp.all(jnp.abs(totals - 1) < 1e-3)
+    return not_negative & sums_to_1
 
 
-def working_dtype(x: Array):
+def working_dtype(x: Array) -> DTypeLike:
     """Says in what precision to solve for input of some precision.
 
     Args:
-        x: the input.
+        x: The input, of any dtype.
 
     Returns:
         float64 for float64, float32 for everything narrower.
@@ -195,17 +274,18 @@ def working_dtype(x: Array):
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-def nothing_to_match(cost: Array, plan: Array | None = None) -> Solution:
-    """Solves a problem with no units on a side.
+def empty_solution(cost: Array, plan: Array | None = None) -> Solution:
+    """Makes the solution of a problem with no units on a side.
 
     Args:
-        cost: `[n, m]`, empty.
-        plan: of another form than a transport plan `[n, m]`.
+        cost: The cost `[n, m]`, with n or m equal to 0.
+        plan: The plan, where it is of another form than a transport plan `[n, m]`.
 
     Returns:
-        The solution, of value 0.
+        The solution, of value and gap 0.
     """
     dtype = working_dtype(cost)
-    plan = jnp.zeros(cost.shape, dtype) if plan is None else plan
+    if plan is None:
+        plan = jnp.zeros(cost.shape, dtype)
     zero = jnp.zeros((), dtype)
-    return Solution(plan, zero, jnp.array(True), zero)
+    return Solution(plan=plan, value=zero, converged=jnp.array(True), gap=zero)

@@ -1,10 +1,4 @@
-"""From a cost matrix to a transport plan: what a solver is, and the exact one.
-
-A solver is a frozen, hashable dataclass, hence static under `jax.jit`; its `solve` is a pure
-function of arrays that `jax.jit` and `jax.vmap` accept. The answer is always a `Solution`: the
-plan, its value, and evidence of how good it is. The total mass is 1, so the value of a permutation
-is the *mean* of the costs that it picks.
-"""
+"""Plans without regularisation: by an assignment where there is one, by a linear program if not."""
 
 import functools
 from dataclasses import dataclass
@@ -12,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.common.scaling import exponent, restored, scaled
@@ -21,12 +15,11 @@ from otfusion_jax.solvers.base import (
     AbstractSolver,
     Solution,
     TransportProblem,
-    check_problem,
+    empty_solution,
     is_distribution,
-    nothing_to_match,
     working_dtype,
 )
-from otfusion_jax.solvers.network_simplex import network_simplex, require_pot
+from otfusion_jax.solvers.network_simplex import network_simplex
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,8 @@ class Exact(AbstractSolver):
     cost, its gradient being the plan, but not in the marginals.
 
     Attributes:
-        tolerance: `converged` means a gap of at most this times the range of the costs (plus their
-            rounding).
+        tolerance: The largest gap, as a share of the range of the costs (plus their rounding), with
+            which the solution counts as `converged`.
 
     References:
         Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016. Bonneel et
@@ -67,68 +60,77 @@ class Exact(AbstractSolver):
         """See `AbstractSolver.scale_free`."""
         return True
 
-    def solve(self, problem: TransportProblem) -> Solution:
-        """See `AbstractSolver.solve`.
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def compute(self, problem: TransportProblem) -> Solution:
+        """See `AbstractSolver.compute`."""
+        cost = problem.cost.astype(working_dtype(problem.cost))
+        n, m = cost.shape
+        uniform = problem.a is None and problem.b is None
+        permutation = uniform and n == m
+        if cost.size == 0:
+            if permutation:
+                return empty_solution(cost, jnp.zeros(0, jnp.int32))
+            return empty_solution(cost)
+        largest = jnp.max(jnp.abs(cost))
+        finite = jnp.isfinite(largest)
+        # In a range in which no sum or difference of costs overflows, and none is taken for zero.
+        k = exponent(cost)
+        constant = lax.stop_gradient(cost)
+        in_range = scaled(constant, -k)
+        # ott's solver may never return from NaN, so it gets a problem that takes it one step a row.
+        easy = 1 - jnp.eye(n, m, dtype=cost.dtype)
+        safe = jnp.where(finite, in_range, easy)
 
-        Raises:
-            ValueError: for a marginal of the wrong shape, for a cost that is known not to be
-                finite, and for a marginal that is known to be no distribution.
-            ImportError: where it takes the linear program and POT is not installed.
-        """
-        check_problem(problem)
-        weighted = problem.a is not None or problem.b is not None
-        if weighted or not _divides(*problem.cost.shape):
-            require_pot()
-        return _solve_exact(self, problem)
-
-
-def _divides(n: int, m: int) -> bool:
-    """Whether one size is a multiple of the other."""
-    return min(n, m) == 0 or max(n, m) % min(n, m) == 0
-
-
-@functools.partial(jax.jit, static_argnames=("solver",))
-def _solve_exact(
-    solver: Exact,
-    problem: TransportProblem,
-) -> Solution:
-    cost, a, b = problem.cost, problem.a, problem.b
-    n, m = cost.shape
-    cost = cost.astype(working_dtype(cost))
-    uniform = a is None and b is None
-    if cost.size == 0:
-        return nothing_to_match(cost, jnp.zeros(n, jnp.int32) if uniform and n == m else None)
-    finite = valid = jnp.isfinite(jnp.max(jnp.abs(cost)))
-    # In a range in which no sum or difference of costs overflows, and none is taken for zero.
-    k = exponent(cost)
-    # ott's solver may never return from NaN, so it gets a problem that takes it one step per row.
-    fixed = scaled(lax.stop_gradient(cost), -k)
-    safe = jnp.where(finite, fixed, 1 - jnp.eye(n, m, dtype=cost.dtype))
-
-    if uniform and n == m:
-        plan, gap = assign(safe)
-        # Divided first: the sum may be out of range where the mean is not.
-        value, unusable = jnp.sum(cost[plan, jnp.arange(n)] / n), n
-    else:
-        if uniform and _divides(n, m):
-            plan, gap = assign_copies(safe)
+        valid = finite
+        if permutation:
+            plan, gap = assign(safe)
+            # Divided first: the sum may be out of range where the mean is not.
+            matched = cost[plan, jnp.arange(n)]
+            value = jnp.sum(matched / n)
+            unusable = n
         else:
-            a, b = _masses(a, n, cost), _masses(b, m, cost)
-            valid = finite & is_distribution(a) & is_distribution(b)
-            a, b = (jnp.where(valid, x, 1 / len(x)) for x in (a, b))
-            plan, gap = network_simplex(safe, a, b)
-        value, unusable = jnp.sum(plan * cost), jnp.nan
-    rounding = 8 * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(safe))
-    tolerance = solver.tolerance * (jnp.max(safe) - jnp.min(safe)) + rounding
-    return Solution(
-        plan=jnp.where(valid, plan, unusable),
-        value=jnp.where(valid, value, jnp.nan),
-        converged=valid & (gap <= tolerance),
-        gap=jnp.where(valid, restored(gap, k), jnp.nan),
-    )
+            if uniform and max(n, m) % min(n, m) == 0:
+                plan, gap = assign_copies(safe)
+            else:
+                plan, gap, valid_masses = _linear_program(safe, problem.a, problem.b)
+                valid = finite & valid_masses
+            value = jnp.sum(plan * cost)
+            unusable = jnp.nan
+
+        # Of all costs, the largest is rounded by most.
+        largest = jnp.max(jnp.abs(safe))
+        rounding = 8 * jnp.finfo(cost.dtype).eps * largest
+        spread = jnp.max(safe) - jnp.min(safe)
+        tolerance = self.tolerance * spread + rounding
+        within_tolerance = gap <= tolerance
+        gap = restored(gap, k)
+        return Solution(
+            plan=jnp.where(valid, plan, unusable),
+            value=jnp.where(valid, value, jnp.nan),
+            converged=valid & within_tolerance,
+            gap=jnp.where(valid, gap, jnp.nan),
+        )
+
+
+def _linear_program(
+    cost: Float[Array, "n m"],
+    a: Float[Array, " n"] | None,
+    b: Float[Array, " m"] | None,
+) -> tuple[Float[Array, "n m"], Float[Array, ""], Bool[Array, ""]]:
+    """Returns the plan between given masses, its gap, and whether the masses are valid."""
+    n, m = cost.shape
+    a = _masses(a, n, cost)
+    b = _masses(b, m, cost)
+    valid = is_distribution(a) & is_distribution(b)
+    # POT raises on the host for masses that are no distribution, so it never gets any.
+    a = jnp.where(valid, a, 1 / n)
+    b = jnp.where(valid, b, 1 / m)
+    plan, gap = network_simplex(cost, a, b)
+    return plan, gap, valid
 
 
 def _masses(given: Array | None, size: int, cost: Array) -> Float[Array, " n"]:
+    """Returns masses without gradient in the precision of the solver, uniform ones for None."""
     if given is None:
         return jnp.full(size, 1 / size, cost.dtype)
     return lax.stop_gradient(given).astype(working_dtype(given))

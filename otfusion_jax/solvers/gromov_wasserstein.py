@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ott.geometry import geometry
 from ott.problems.quadratic import quadratic_problem
 from ott.solvers.linear import sinkhorn
@@ -15,17 +15,9 @@ from ott.solvers.quadratic import gromov_wasserstein
 
 from otfusion_jax.common.arguments import require_epsilon, require_flag, require_number
 from otfusion_jax.common.scaling import exponent, restored, scaled
-from otfusion_jax.solvers.assignment import slack
-from otfusion_jax.solvers.base import (
-    AbstractSolver,
-    Solution,
-    TransportProblem,
-    check_cost,
-    check_problem,
-    nothing_to_match,
-    working_dtype,
-)
-from otfusion_jax.solvers.sinkhorn import prepare, standardised
+from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem, empty_solution
+from otfusion_jax.solvers.duality import plan_gap
+from otfusion_jax.solvers.prepared import PreparedProblem, prepare, standardised
 
 
 @dataclass(frozen=True)
@@ -51,17 +43,17 @@ class GromovWasserstein(AbstractSolver):
     without entropy, measures the blur, and bounds no distance to a global minimum.
 
     Attributes:
-        alpha: the share of the quadratic term, in [0, 1]. With 1, the cost is not looked at.
-        epsilon: strength of the regularisation.
-        relative: whether both terms are made comparable first, so that neither scaling nor shifting
+        alpha: The share of the quadratic term, in [0, 1]. With 1, the cost is not looked at.
+        epsilon: The strength of the regularisation.
+        relative: Whether both terms are made comparable first, so that neither scaling nor shifting
             the cost, nor scaling or shifting both `intra` alike, changes the plan: C counts in its
             standard deviations, and so do A and B, in that of all their values. `epsilon` counts in
             these units; value and gap are again in those of the cost.
-        threshold: `converged` means that the objective changes by less than this, relatively, in
-            one linearisation, and that the column marginals are off by less than this in total in
-            each.
-        max_iterations: how many linearisations at most.
-        max_inner_iterations: how many Sinkhorn iterations at most in each.
+        threshold: The accuracy with which the solution counts as `converged`: the objective changes
+            by less than this, relatively, in one linearisation, and the column marginals are off by
+            less than this in total in each.
+        max_iterations: The largest number of linearisations.
+        max_inner_iterations: The largest number of Sinkhorn iterations in each.
 
     References:
         Peyré, Cuturi and Solomon, Gromov-Wasserstein averaging of kernel and distance matrices,
@@ -91,97 +83,113 @@ class GromovWasserstein(AbstractSolver):
         """See `AbstractSolver.scale_free`."""
         return self.relative
 
-    def solve(self, problem: TransportProblem) -> Solution:
-        """See `AbstractSolver.solve`.
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def compute(self, problem: TransportProblem) -> Solution:
+        """See `AbstractSolver.compute`."""
+        if problem.cost.size == 0:
+            return empty_solution(problem.cost)
+        assert problem.intra is not None, "checked by solve"
+        prepared = prepare(problem, self.relative)
+        dtype = prepared.cost.dtype
+        source, target, finite = _prepare_intra(*problem.intra, dtype, self.relative)
+        valid = prepared.valid & finite
+        linear = prepared.reduced / prepared.unit * (1 - self.alpha)
+        output = self._run(linear, source, target, prepared)
+        assert output.linear_state is not None  # only of an output that is made by hand
+        plan = lax.stop_gradient(output.matrix).astype(dtype)
+        plan = jnp.where(valid, plan, jnp.nan)
 
-        Raises:
-            ValueError: without `intra`, for shapes that do not fit, for costs that are known not
-                to be finite, and for a marginal that is known to be no distribution.
-        """
-        check_problem(problem)
-        _check_intra(problem)
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return _solve(self, problem)
-
-
-def _check_intra(problem: TransportProblem) -> None:
-    n, m = problem.cost.shape
-    if problem.intra is None:
-        raise ValueError(
-            "GromovWasserstein compares what units of one model cost each other: it needs "
-            f"intra=(source, target), of shapes {(n, n)} and {(m, m)}."
+        distortion = _distortion(source, target, plan)
+        # The value sees all of the cost; what has been solved is without its constant.
+        whole = scaled(prepared.cost, -prepared.k)
+        whole = whole / prepared.unit * (1 - self.alpha)
+        objective = whole + self.alpha * distortion
+        value = jnp.sum(plan * objective)
+        # The gradient of the objective at the plan is the cost of the linearisation.
+        gradient = linear + 2 * self.alpha * distortion
+        potentials = output.linear_state.g.astype(dtype)
+        gap = lax.stop_gradient(plan_gap(plan, gradient, potentials))
+        return Solution(
+            plan=plan,
+            value=restored(value * prepared.unit, prepared.k),
+            converged=valid & jnp.asarray(output.converged),
+            gap=restored(gap * prepared.unit, prepared.k),
         )
-    for side, x, size in zip(("source", "target"), problem.intra, (n, m), strict=True):
-        if x.shape != (size, size):
-            raise ValueError(
-                f"The costs within the {side} have shape {x.shape}, but there are {size} units."
-            )
-        check_cost(x)
 
-
-@functools.partial(jax.jit, static_argnames=("solver",))
-def _solve(
-    solver: GromovWasserstein,
-    problem: TransportProblem,
-) -> Solution:
-    cost, a, b, intra = problem.cost, problem.a, problem.b, problem.intra
-    assert intra is not None, "checked by the caller"
-    n, m = cost.shape
-    dtype = working_dtype(cost)
-    if cost.size == 0:
-        return nothing_to_match(cost)
-    prepared = prepare(cost, a, b, solver.relative)
-    both = jnp.concatenate([jnp.ravel(x).astype(dtype) for x in intra])
-    finite = jnp.isfinite(jnp.max(jnp.abs(both)))
-    valid = prepared.valid & finite
-    # The same constant on both sides cancels: without it there are more digits for the rest.
-    both = jnp.where(finite, both, 0)
-    both, spread = standardised(scaled(both, -exponent(both)) if solver.relative else both)
-    unit = prepared.scale if solver.relative else jnp.ones_like(spread)
-    both = both / spread if solver.relative else both
-    source, target = both[: n * n].reshape(n, n), both[n * n :].reshape(m, m)
-    # The value sees all of the cost, what is solved is without its constant.
-    costs = prepared.reduced, scaled(prepared.cost, -prepared.k)
-    linear, whole = (x / unit * (1 - solver.alpha) for x in costs)
-
-    # ott's linearisation leaves out the factor 2 of the quadratic term's gradient.
-    geom_source, geom_target = (
-        geometry.Geometry(cost_matrix=lax.stop_gradient((2 * solver.alpha) ** 0.5 * x))
-        for x in (source, target)
-    )
-    run = gromov_wasserstein.GromovWasserstein(
-        sinkhorn.Sinkhorn(threshold=solver.threshold, max_iterations=solver.max_inner_iterations),
-        epsilon=solver.epsilon,
-        threshold=solver.threshold,
-        max_iterations=solver.max_iterations,
-    )
-    output = run(
-        quadratic_problem.QuadraticProblem(
-            geom_source,
-            geom_target,
+    def _run(
+        self,
+        linear: Float[Array, "n m"],
+        source: Float[Array, "n n"],
+        target: Float[Array, "m m"],
+        prepared: PreparedProblem,
+    ) -> gromov_wasserstein.GWOutput:
+        """Runs ott's solver, through which no gradient is taken."""
+        # ott's linearisation leaves out the factor 2 of the quadratic term's gradient. As costs
+        # enter that term squared, each takes the root of it.
+        factor = (2 * self.alpha) ** 0.5
+        ott_problem = quadratic_problem.QuadraticProblem(
+            geometry.Geometry(cost_matrix=lax.stop_gradient(factor * source)),
+            geometry.Geometry(cost_matrix=lax.stop_gradient(factor * target)),
             geometry.Geometry(cost_matrix=lax.stop_gradient(linear)),
             a=lax.stop_gradient(prepared.a),
             b=lax.stop_gradient(prepared.b),
         )
-    )
+        inner = sinkhorn.Sinkhorn(
+            threshold=self.threshold, max_iterations=self.max_inner_iterations
+        )
+        run = gromov_wasserstein.GromovWasserstein(
+            inner,
+            epsilon=self.epsilon,
+            threshold=self.threshold,
+            max_iterations=self.max_iterations,
+        )
+        return run(ott_problem)
 
-    plan = jnp.where(valid, lax.stop_gradient(output.matrix).astype(dtype), jnp.nan)
-    distortion = _distortion(source, target, plan)
-    value = jnp.sum(plan * (whole + solver.alpha * distortion))
-    assert output.linear_state is not None  # only of an output that is made by hand
-    v = output.linear_state.g.astype(dtype)
-    gap = jnp.sum(plan * slack(linear + 2 * solver.alpha * distortion, v))
-    return Solution(
-        plan=plan,
-        value=restored(value * unit, prepared.k),
-        converged=jnp.logical_and(valid, jnp.asarray(output.converged)),
-        gap=restored(lax.stop_gradient(gap * unit), prepared.k),
-    )
+
+def _prepare_intra(
+    source: Float[Array, "n n"],
+    target: Float[Array, "m m"],
+    dtype: jnp.dtype,
+    relative: bool,
+) -> tuple[Float[Array, "n n"], Float[Array, "m m"], Bool[Array, ""]]:
+    """Makes intra-domain costs ready for ott, in one common unit and less one common constant.
+
+    Args:
+        source: The costs between units of the source.
+        target: The costs between units of the target.
+        dtype: The precision to solve in.
+        relative: Whether their unit does not matter: then it is the deviation of all their values.
+
+    Returns:
+        Both costs, 0 where any of them is not finite; and whether all of them are finite.
+    """
+    n, m = len(source), len(target)
+    source_values = jnp.ravel(source).astype(dtype)
+    target_values = jnp.ravel(target).astype(dtype)
+    both = jnp.concatenate([source_values, target_values])
+    largest = jnp.max(jnp.abs(both))
+    finite = jnp.isfinite(largest)
+    both = jnp.where(finite, both, 0)
+    if relative:
+        both = scaled(both, -exponent(both))
+    # The same constant on both sides cancels: without it there are more digits for the rest.
+    both, deviation = standardised(both)
+    if relative:
+        both = both / deviation
+    source_values = both[: n * n]
+    target_values = both[n * n :]
+    return source_values.reshape(n, n), target_values.reshape(m, m), finite
 
 
 def _distortion(
-    source: Float[Array, "n n"], target: Float[Array, "m m"], plan: Float[Array, "n m"]
+    source: Float[Array, "n n"],
+    target: Float[Array, "m m"],
+    plan: Float[Array, "n m"],
 ) -> Float[Array, "n m"]:
     """The sum over k, l of `(source[i, k] - target[j, l])^2 plan[k, l]`, by Peyré et al., eq. 5."""
-    squares = (source**2) @ jnp.sum(plan, axis=1), (target**2) @ jnp.sum(plan, axis=0)
-    return squares[0][:, None] + squares[1][None, :] - 2 * source @ plan @ target.T
+    rows = jnp.sum(plan, axis=1)
+    columns = jnp.sum(plan, axis=0)
+    source_squares = (source**2) @ rows
+    target_squares = (target**2) @ columns
+    products = 2 * source @ plan @ target.T
+    return source_squares[:, None] + target_squares[None, :] - products

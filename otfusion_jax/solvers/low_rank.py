@@ -1,4 +1,4 @@
-"""Plans of low rank, by ott."""
+"""Plans of low rank, by ott's mirror descent: units are matched by way of a few clusters."""
 
 import functools
 from dataclasses import dataclass
@@ -13,20 +13,12 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn, sinkhorn_lr
 
 from otfusion_jax.common.arguments import require_number
-from otfusion_jax.common.scaling import restored
-from otfusion_jax.solvers.assignment import slack
-from otfusion_jax.solvers.base import (
-    AbstractSolver,
-    Solution,
-    TransportProblem,
-    check_problem,
-    nothing_to_match,
-    working_dtype,
-)
-from otfusion_jax.solvers.sinkhorn import prepare
+from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem, empty_solution
+from otfusion_jax.solvers.prepared import prepare
 
 # The potentials that certify a plan of low rank: blurred by this many deviations of the cost.
-_CERTIFICATE_EPSILON, _CERTIFICATE_ITERATIONS = 0.02, 500
+_CERTIFICATE_EPSILON = 0.02
+_CERTIFICATE_ITERATIONS = 500
 
 
 @dataclass(frozen=True)
@@ -43,12 +35,13 @@ class LowRank(AbstractSolver):
     measures what the low rank costs.
 
     Attributes:
-        rank: how many clusters; no more than there are units on either side.
-        epsilon: strength of an entropic regularisation of the factors, in standard deviations of
-            the cost; 0 means none.
-        gamma: step size of the mirror descent.
-        threshold: `converged` means that the factors change by less than this in an iteration.
-        max_iterations: how many iterations at most.
+        rank: The number of clusters; no more are made than there are units on either side.
+        epsilon: The strength of an entropic regularisation of the factors, in standard deviations
+            of the cost; 0 means none.
+        gamma: The step size of the mirror descent.
+        threshold: The change of the factors in an iteration below which the solution counts as
+            `converged`.
+        max_iterations: The largest number of iterations.
 
     References:
         Scetbon, Cuturi and Peyré, Low-rank Sinkhorn factorization, ICML 2021, section 3.
@@ -72,68 +65,74 @@ class LowRank(AbstractSolver):
         """See `AbstractSolver.scale_free`."""
         return True
 
-    def solve(self, problem: TransportProblem) -> Solution:
-        """See `AbstractSolver.solve`.
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def compute(self, problem: TransportProblem) -> Solution:
+        """See `AbstractSolver.compute`."""
+        if problem.cost.size == 0:
+            return empty_solution(problem.cost)
+        n, m = problem.cost.shape
+        prepared = prepare(problem)
+        # ott keeps part of its state in the widest type that is switched on.
+        widest = jnp.zeros(()).dtype
+        cost = prepared.reduced / prepared.unit
+        cost = lax.stop_gradient(cost).astype(widest)
+        a = lax.stop_gradient(prepared.a).astype(widest)
+        b = lax.stop_gradient(prepared.b).astype(widest)
+        # The plan between masses that are no distribution is NaN anyhow: ott need not iterate on.
+        a = jnp.where(prepared.valid, a, 1 / n)
+        b = jnp.where(prepared.valid, b, 1 / m)
 
-        Raises:
-            ValueError: for a marginal of the wrong shape, for a cost that is known not to be
-                finite, and for a marginal that is known to be no distribution.
-        """
-        check_problem(problem)
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return _solve_low_rank(self, problem)
+        run = sinkhorn_lr.LRSinkhorn(
+            rank=min(self.rank, n, m),
+            gamma=self.gamma,
+            epsilon=self.epsilon,
+            threshold=self.threshold,
+            max_iterations=self.max_iterations,
+        )
+        geom = geometry.Geometry(cost_matrix=cost)
+        ott_problem = linear_problem.LinearProblem(geom, a, b)
+        output = run(ott_problem, init=_initial_factors(a, b, run.rank))
+        # ott's own flag wants changes to become smaller: of rank 1 there are none from the start.
+        # Iterations that were not run have an error of -1.
+        iterations = jnp.sum(output.errors != -1)
+        last_change = output.errors[iterations - 1]
 
+        converged = last_change < self.threshold
+        potentials = _certifying_potentials(cost, output.matrix)
 
-@functools.partial(jax.jit, static_argnames=("solver",))
-def _solve_low_rank(
-    solver: LowRank,
-    problem: TransportProblem,
-) -> Solution:
-    cost, a, b = problem.cost, problem.a, problem.b
-    n, m = cost.shape
-    dtype = working_dtype(cost)
-    if cost.size == 0:
-        return nothing_to_match(cost)
-    prepared = prepare(cost, a, b)
-    # ott keeps part of its state in the widest type that is switched on.
-    widest = jnp.zeros(()).dtype
-    relative, a, b = (
-        lax.stop_gradient(x).astype(widest)
-        for x in (prepared.reduced / prepared.scale, prepared.a, prepared.b)
-    )
-    a, b = (jnp.where(prepared.valid, x, 1 / len(x)) for x in (a, b))
-    run = sinkhorn_lr.LRSinkhorn(
-        rank=min(solver.rank, n, m),
-        gamma=solver.gamma,
-        epsilon=solver.epsilon,
-        threshold=solver.threshold,
-        max_iterations=solver.max_iterations,
-    )
-    geom = geometry.Geometry(cost_matrix=relative)
-    output = run(linear_problem.LinearProblem(geom, a, b), init=_start(a, b, run.rank))
-    # ott's own flag wants changes to become smaller: of rank 1 there are none from the start.
-    last_change = output.errors[jnp.sum(output.errors != -1) - 1]
-    plan = output.matrix.astype(dtype)
-    plan = jnp.where(prepared.valid, plan / jnp.sum(plan), jnp.nan)
-
-    certificate = sinkhorn.Sinkhorn(max_iterations=_CERTIFICATE_ITERATIONS)
-    sharp = geometry.Geometry(cost_matrix=relative, epsilon=_CERTIFICATE_EPSILON)
-    own = jnp.sum(output.matrix, axis=1), jnp.sum(output.matrix, axis=0)
-    v = certificate(linear_problem.LinearProblem(sharp, *own)).g.astype(dtype)
-    gap = jnp.sum(plan * slack(prepared.reduced, v * prepared.scale))
-    return Solution(
-        plan=plan,
-        value=jnp.sum(plan * prepared.cost),
-        converged=prepared.valid & (last_change < solver.threshold),
-        gap=restored(lax.stop_gradient(gap), prepared.k),
-    )
+        dtype = prepared.cost.dtype
+        plan = output.matrix.astype(dtype)
+        plan = plan / jnp.sum(plan)
+        potentials = potentials.astype(dtype) * prepared.unit
+        return prepared.solution(plan, potentials, converged)
 
 
-def _start(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
-    """A random start like ott's, the same whatever types and generator are switched on."""
+def _certifying_potentials(cost: Array, plan: Array) -> Array:
+    """Returns column potentials for the marginals of a plan, close to the optimal ones.
+
+    Mirror descent has none. These come from a Sinkhorn problem of *full* rank with little blur, so
+    that the gap says what the low rank costs.
+    """
+    geom = geometry.Geometry(cost_matrix=cost, epsilon=_CERTIFICATE_EPSILON)
+    rows = jnp.sum(plan, axis=1)
+    columns = jnp.sum(plan, axis=0)
+    ott_problem = linear_problem.LinearProblem(geom, rows, columns)
+    run = sinkhorn.Sinkhorn(max_iterations=_CERTIFICATE_ITERATIONS)
+    return run(ott_problem).g
+
+
+def _initial_factors(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
+    """Returns Q, R and g of a random start like ott's.
+
+    NumPy draws them: the start is the same whatever types and generator are switched on in JAX.
+    """
     rng = np.random.default_rng(0)
-    shares = (np.abs(rng.normal(size=(len(x), rank))) for x in (a, b))
-    shares_a, shares_b = (jnp.asarray(x / x.sum(1, keepdims=True), a.dtype) for x in shares)
+    shares_a = np.abs(rng.normal(size=(len(a), rank)))
+    shares_b = np.abs(rng.normal(size=(len(b), rank)))
     weights = 1 + rng.uniform(size=rank)
-    weights = jnp.asarray(weights / weights.sum(), a.dtype)
-    return a[:, None] * shares_a, b[:, None] * shares_b, weights
+    shares_a = shares_a / shares_a.sum(1, keepdims=True)
+    shares_b = shares_b / shares_b.sum(1, keepdims=True)
+    weights = weights / weights.sum()
+    q = a[:, None] * jnp.asarray(shares_a, a.dtype)
+    r = b[:, None] * jnp.asarray(shares_b, a.dtype)
+    return q, r, jnp.asarray(weights, a.dtype)

@@ -3,11 +3,10 @@
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from otfusion_jax.solvers.assignment import slack
+from otfusion_jax.solvers.duality import plan_gap
 
 # POT stops a thousand units short by default. Pivots are counted here, each takes microseconds.
 _MAX_PIVOTS = 100_000_000
@@ -17,7 +16,7 @@ def require_pot() -> None:
     """Imports POT, which is optional, before it is needed.
 
     Raises:
-        ImportError: if it is not there.
+        ImportError: If it is not installed.
     """
     try:
         with warnings.catch_warnings():
@@ -32,35 +31,55 @@ def require_pot() -> None:
 
 
 def network_simplex(
-    cost: Float[Array, "n m"], a: Float[Array, " n"], b: Float[Array, " m"]
+    cost: Float[Array, "n m"],
+    a: Float[Array, " n"],
+    b: Float[Array, " m"],
 ) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
     """Finds the transport plan of lowest cost.
 
     Args:
-        cost: finite.
-        a: masses of the rows, at least 0, with a sum of about 1.
-        b: masses of the columns, likewise. What is between the sums is rounding, and goes.
+        cost: The cost, finite.
+        a: The masses of the rows, at least 0, with a sum of about 1.
+        b: The masses of the columns, at least 0, with a sum of about 1. What is between the two
+            sums is rounding, and goes.
 
     Returns:
         The plan, of mass 1; and its duality gap, at least 0, in units of the cost.
+
+    Raises:
+        ImportError: If POT is not installed.
     """
-    shapes = jax.ShapeDtypeStruct(cost.shape, cost.dtype), jax.ShapeDtypeStruct(b.shape, cost.dtype)
-    plan, v = jax.pure_callback(_solve, shapes, cost, a, b, vmap_method="sequential")
-    return plan, jnp.sum(plan * slack(cost, v))
+    require_pot()
+    plan_form = jax.ShapeDtypeStruct(cost.shape, cost.dtype)
+    potentials_form = jax.ShapeDtypeStruct(b.shape, cost.dtype)
+    plan, v = jax.pure_callback(
+        _solve_on_host, (plan_form, potentials_form), cost, a, b, vmap_method="sequential"
+    )
+    return plan, plan_gap(plan, cost, v)
 
 
-def _solve(cost: Array, a: Array, b: Array) -> tuple[np.ndarray, np.ndarray]:
+def _solve_on_host(cost: Array, a: Array, b: Array) -> tuple[np.ndarray, np.ndarray]:
     """Returns the plan and column potentials, solved in float64 and rounded to the cost's type."""
     from ot.lp import emd
 
-    values, rows, columns = (np.asarray(x, np.float64) for x in (cost, a, b))
-    rows, columns = rows / np.sum(rows), columns / np.sum(columns)
+    rows = np.asarray(a, np.float64)
+    columns = np.asarray(b, np.float64)
+    # POT refuses masses with different sums.
+    rows = rows / np.sum(rows)
+    columns = columns / np.sum(columns)
+
+    # Whatever POT's tolerances are relative to, they suit costs between 0 and 1.
+    values = np.asarray(cost, np.float64)
     values = values - np.min(values)
     largest = np.max(values) or 1.0
     values = values / largest
-    plan, found = emd(rows, columns, values, numItermax=_MAX_PIVOTS, log=True)
+    plan, log = emd(rows, columns, values, numItermax=_MAX_PIVOTS, log=True)
+
     # A column without mass may have any potential, and must not restrict those of the rows.
     held = rows > 0
-    bound = np.min(values[held] - found["u"][held, None], axis=0)
-    v = largest * np.where(columns > 0, found["v"], bound)
+    u = log["u"][held]
+    remaining = values[held] - u[:, None]
+    bound = np.min(remaining, axis=0)
+    v = np.where(columns > 0, log["v"], bound)
+    v = largest * v
     return plan.astype(cost.dtype), v.astype(cost.dtype)

@@ -3,7 +3,6 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,9 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
 from otfusion_jax.common.arguments import require_epsilon, require_flag, require_number
-from otfusion_jax.common.scaling import exponent, restored, scaled
-from otfusion_jax.solvers.assignment import slack
-from otfusion_jax.solvers.base import (
-    AbstractSolver,
-    Solution,
-    TransportProblem,
-    check_problem,
-    is_distribution,
-    nothing_to_match,
-    working_dtype,
-)
+from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem, empty_solution
 from otfusion_jax.solvers.implicit_diff import IMPLICIT
+from otfusion_jax.solvers.prepared import prepare
 
 # ott looks whether it has converged after each so many iterations.
 _BETWEEN_CHECKS = 10
@@ -51,19 +41,20 @@ class Sinkhorn(AbstractSolver):
     convergence.
 
     Attributes:
-        epsilon: strength of the regularisation. The plan tends to an optimal one as it goes to 0,
-            at the price of iterations.
-        relative: whether `epsilon` counts in standard deviations of the cost, so that neither
+        epsilon: The strength of the regularisation. The plan tends to an optimal one as it goes to
+            0, at the price of iterations.
+        relative: Whether `epsilon` counts in standard deviations of the cost, so that neither
             scaling nor shifting the cost changes the plan. Gradients see this scale (those of ott's
             own `relative_epsilon` do not).
-        threshold: `converged` means that the column marginals are off by less than this in total;
-            of an unbalanced problem, both marginals, from what they should be given the potentials.
-        max_iterations: how many iterations at most.
-        epsilon_init: annealing starts from `epsilon` times this; 1 means none. To start far above
-            the range of the costs is to lose digits.
-        epsilon_decay: the factor of each iteration of annealing, in (0, 1).
-        tau_a: how strictly the masses of the source units are kept, in (0, 1]; 1 means exactly.
-        tau_b: the same for the target units.
+        threshold: The error below which the solution counts as `converged`: by how much the column
+            marginals are off in total; of an unbalanced problem, both marginals, from what they
+            should be given the potentials.
+        max_iterations: The largest number of iterations.
+        epsilon_init: Where annealing starts, as a multiple of `epsilon`; 1 means none. To start far
+            above the range of the costs is to lose digits.
+        epsilon_decay: The factor of each iteration of annealing, in (0, 1).
+        tau_a: How strictly the masses of the source units are kept, in (0, 1]; 1 means exactly.
+        tau_b: How strictly the masses of the target units are kept, in (0, 1]; 1 means exactly.
 
     References:
         Cuturi, Sinkhorn distances, NeurIPS 2013. Peyré and Cuturi, Computational Optimal Transport,
@@ -86,13 +77,14 @@ class Sinkhorn(AbstractSolver):
         require_flag(self, "relative")
         require_number(self, "threshold", above=0)
         require_number(self, "max_iterations", least=1, whole=True)
-        for name in ("tau_a", "tau_b"):
-            require_number(self, name, above=0, most=1)
+        require_number(self, "tau_a", above=0, most=1)
+        require_number(self, "tau_b", above=0, most=1)
         require_number(self, "epsilon_init", least=1, finite=True)
         require_number(self, "epsilon_decay", above=0, below=1)
-        if _annealed(self) >= self.max_iterations:
+        annealing = _annealing_iterations(self)
+        if annealing >= self.max_iterations:
             raise ValueError(
-                f"Annealing takes {_annealed(self)} iterations, and max_iterations is "
+                f"Annealing takes {annealing} iterations, and max_iterations is "
                 f"{self.max_iterations}. Start lower, decay faster, or allow more."
             )
 
@@ -101,83 +93,42 @@ class Sinkhorn(AbstractSolver):
         """See `AbstractSolver.scale_free`."""
         return self.relative
 
-    def solve(self, problem: TransportProblem) -> Solution:
-        """See `AbstractSolver.solve`.
-
-        Raises:
-            ValueError: for a marginal of the wrong shape, for a cost that is known not to be
-                finite, and for a marginal that is known to be no distribution.
-        """
-        check_problem(problem)
-        # ott's Sinkhorn relies on implicit promotion, which its users may have switched off.
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return _solve_sinkhorn(self, problem)
-
-
-class PreparedCost(NamedTuple):
-    """A linear problem made ready for ott.
-
-    Attributes:
-        cost: `[n, m]` as given, in the precision to solve in.
-        a: `[n]`, masses of the source units.
-        b: `[m]`, masses of the target units.
-        reduced: `[n, m]`, the cost less its minimum, in units of `2**k`; 0 if it is not finite.
-        scale: `[]`, the standard deviation of the cost, in the same units; 1 if that is 0.
-        k: int32 `[]`, which power of two is just above all costs; 0 if they are not to be scaled.
-        valid: bool `[]`, whether the cost is finite and the marginals are distributions.
-    """
-
-    cost: Array
-    a: Array
-    b: Array
-    reduced: Array
-    scale: Array
-    k: Array
-    valid: Array
-
-
-def prepare(cost: Array, a: Array | None, b: Array | None, relative: bool = True) -> PreparedCost:
-    """Makes a problem ready for ott.
-
-    Args:
-        cost: `[n, m]`, not empty.
-        a: masses of the source units; None means uniform.
-        b: masses of the target units, likewise.
-        relative: whether the unit of the cost does not matter, so that it can be scaled.
-
-    Returns:
-        The problem.
-    """
-    n, m = cost.shape
-    cost = cost.astype(working_dtype(cost))
-    a = jnp.full(n, 1 / n, cost.dtype) if a is None else a.astype(cost.dtype)
-    b = jnp.full(m, 1 / m, cost.dtype) if b is None else b.astype(cost.dtype)
-    finite = jnp.isfinite(jnp.max(jnp.abs(cost)))
-    k = exponent(cost) if relative else jnp.zeros((), jnp.int32)
-    reduced, scale = standardised(jnp.where(finite, scaled(cost, -k), 0))
-    return PreparedCost(
-        cost, a, b, reduced, scale, k, finite & is_distribution(a) & is_distribution(b)
-    )
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def compute(self, problem: TransportProblem) -> Solution:
+        """See `AbstractSolver.compute`."""
+        if problem.cost.size == 0:
+            return empty_solution(problem.cost)
+        prepared = prepare(problem, self.relative)
+        cost = prepared.reduced / prepared.unit
+        # Two loose marginals leave the mass free: then a constant in the cost scales the plan.
+        mass_is_free = self.tau_a < 1 and self.tau_b < 1
+        if mass_is_free:
+            cost = cost - _free_mass_shift(self, cost, prepared.a, prepared.b)
+        epsilon = epsilon_scheduler.Epsilon(
+            self.epsilon, init=self.epsilon_init, decay=self.epsilon_decay
+        )
+        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
+        ott_problem = linear_problem.LinearProblem(
+            geom, prepared.a, prepared.b, self.tau_a, self.tau_b
+        )
+        run = sinkhorn.Sinkhorn(
+            threshold=self.threshold,
+            inner_iterations=_BETWEEN_CHECKS,
+            min_iterations=_annealing_iterations(self),
+            max_iterations=self.max_iterations,
+            recenter_potentials=mass_is_free,
+            implicit_diff=IMPLICIT,
+        )
+        output = run(ott_problem)
+        plan = output.matrix
+        # Among plans of mass 1, the same plan is optimal (Séjourné et al. 2022).
+        if mass_is_free:
+            plan = plan / jnp.sum(plan)
+        potentials = output.g * prepared.unit
+        return prepared.solution(plan, potentials, jnp.asarray(output.converged))
 
 
-def standardised(x: Array) -> tuple[Array, Array]:
-    """Takes values less their minimum, and their standard deviation.
-
-    Args:
-        x: finite values.
-
-    Returns:
-        The values less their minimum, a constant without gradient; the deviation, 1 if that is 0.
-    """
-    reduced = x - lax.stop_gradient(jnp.min(x))
-    # The deviation does not depend on the division: it keeps squares in range.
-    largest = lax.stop_gradient(jnp.max(reduced))
-    largest = jnp.where(largest > 0, largest, 1)
-    variance = jnp.var(reduced / largest)
-    return reduced, largest * jnp.sqrt(jnp.where(variance > 0, variance, 1))
-
-
-def _annealed(solver: Sinkhorn) -> int:
+def _annealing_iterations(solver: Sinkhorn) -> int:
     """How many iterations must pass before ott may look whether it has converged.
 
     None without annealing. Otherwise one less than a multiple of those between its looks: ott takes
@@ -185,51 +136,19 @@ def _annealed(solver: Sinkhorn) -> int:
     """
     if solver.epsilon_init == 1:
         return 0
-    steps = math.ceil(math.log(solver.epsilon_init) / -math.log(solver.epsilon_decay))
-    return (steps // _BETWEEN_CHECKS + 1) * _BETWEEN_CHECKS - 1
+    # The first iteration with epsilon_init * epsilon_decay**steps <= 1.
+    log_decay = -math.log(solver.epsilon_decay)
+    steps = math.ceil(math.log(solver.epsilon_init) / log_decay)
+    looks = steps // _BETWEEN_CHECKS + 1
+    return looks * _BETWEEN_CHECKS - 1
 
 
-@functools.partial(jax.jit, static_argnames=("solver",))
-def _solve_sinkhorn(
+def _free_mass_shift(
     solver: Sinkhorn,
-    problem: TransportProblem,
-) -> Solution:
-    cost, a, b = problem.cost, problem.a, problem.b
-    if cost.size == 0:
-        return nothing_to_match(cost)
-    prepared = prepare(cost, a, b, solver.relative)
-    unit = prepared.scale if solver.relative else jnp.ones_like(prepared.scale)
-    relative = prepared.reduced / unit
-    tau_a, tau_b = solver.tau_a, solver.tau_b
-    loose = tau_a < 1 and tau_b < 1
-    if loose:
-        relative = relative - _free_mass_shift(solver, relative, prepared.a, prepared.b)
-    epsilon = epsilon_scheduler.Epsilon(
-        solver.epsilon, init=solver.epsilon_init, decay=solver.epsilon_decay
-    )
-    run = sinkhorn.Sinkhorn(
-        threshold=solver.threshold,
-        inner_iterations=_BETWEEN_CHECKS,
-        min_iterations=_annealed(solver),
-        max_iterations=solver.max_iterations,
-        recenter_potentials=loose,
-        implicit_diff=IMPLICIT,
-    )
-    geom = geometry.Geometry(cost_matrix=relative, epsilon=epsilon)
-    output = run(linear_problem.LinearProblem(geom, prepared.a, prepared.b, tau_a, tau_b))
-
-    plan = output.matrix / jnp.sum(output.matrix) if loose else output.matrix
-    plan = jnp.where(prepared.valid, plan, jnp.nan)
-    gap = jnp.sum(plan * slack(prepared.reduced, output.g * unit))
-    return Solution(
-        plan=plan,
-        value=jnp.sum(plan * prepared.cost),
-        converged=jnp.logical_and(prepared.valid, jnp.asarray(output.converged)),
-        gap=restored(lax.stop_gradient(gap), prepared.k),
-    )
-
-
-def _free_mass_shift(solver: Sinkhorn, cost: Array, a: Array, b: Array) -> Array:
+    cost: Array,
+    a: Array,
+    b: Array,
+) -> Array:
     """What to subtract from a cost so that with both marginals loose, the plan has mass 1 or more.
 
     ott's threshold is absolute: it would take a plan of next to no mass for converged. If V is the
@@ -237,6 +156,12 @@ def _free_mass_shift(solver: Sinkhorn, cost: Array, a: Array, b: Array) -> Array
     strength of all terms that are not linear, `epsilon + rho_a + rho_b`. Either penalty is at most
     that of the whole plan, `rho KL(P | a b^T)`. With these V has a closed form, an upper bound.
     """
-    strength = solver.epsilon * (1 + sum(t / (1 - t) for t in (solver.tau_a, solver.tau_b)))
-    weights = (a[:, None] * b[None, :]) ** (1 - solver.epsilon / strength)
-    return lax.stop_gradient(-strength * jax.nn.logsumexp(-cost / strength, b=weights))
+    # In units of epsilon.
+    rho_a = solver.tau_a / (1 - solver.tau_a)
+    rho_b = solver.tau_b / (1 - solver.tau_b)
+    strength = solver.epsilon * (1 + (rho_a + rho_b))
+    independent = a[:, None] * b[None, :]
+    weights = independent ** (1 - solver.epsilon / strength)
+    log_mass = jax.nn.logsumexp(-cost / strength, b=weights)
+    upper_bound = -strength * log_mass
+    return lax.stop_gradient(upper_bound)

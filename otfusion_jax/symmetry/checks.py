@@ -1,4 +1,4 @@
-"""What a caller may have mistaken: arguments, settings, and models that say nothing of each other.
+"""What a caller may have mistaken: arguments of other kinds, and models that do not go together.
 
 Each check raises, or warns, with what is wrong, where, and what to do instead.
 """
@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import require_arrays
-from otfusion_jax.common.scaling import not_finite
+from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -24,18 +24,19 @@ class SymmetryWarning(UserWarning):
     """A symmetry that is right, and perhaps not what was meant: no groups, parameters not used."""
 
 
-# Arguments
+# --- arguments
 
 
 def require_symmetry(symmetry: Any, call: str) -> None:
     """Refuses what is no symmetry.
 
     Args:
-        symmetry: what was given.
-        call: how the function is called, as in `"transport(symmetry, plans, params)"`.
+        symmetry: The argument that was given.
+        call: How the library's function is called, as in `"transport(symmetry, plans, params)"`,
+            for the message.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If the argument is anything else.
     """
     if not isinstance(symmetry, Symmetry):
         raise TypeError(
@@ -48,12 +49,13 @@ def require_models(models: Any) -> None:
     """Refuses what is no list of models.
 
     Args:
-        models: what was given.
+        models: The argument that was given.
 
     Raises:
-        TypeError: for one model, a stack of models, or a generator.
-        ValueError: for an empty list.
+        TypeError: If it is one model, a stack of models, or a generator.
+        ValueError: If it is an empty list.
     """
+    # Arrays, dicts and generators are no sequences.
     if not isinstance(models, Sequence) or isinstance(models, str):
         raise TypeError(
             f"models is a {type(models).__name__}; pass a list of pytrees, one for each model"
@@ -68,53 +70,57 @@ def require_model(
     """Refuses a model that does not fit a symmetry, and shapes in place of arrays.
 
     Args:
-        symmetry: of the model.
-        params: the model.
-        name: what to call it in the message.
-        batch: leading axes that every leaf has in front.
+        symmetry: The symmetry that the model should have.
+        params: The parameters of the model.
+        name: What to call the model in the message.
+        batch: The leading axes that every leaf has in front.
 
     Raises:
-        TypeError: for `jax.ShapeDtypeStruct`s, listing every one by key path.
-        ValueError: as `Symmetry.validate`.
+        TypeError: If there are `jax.ShapeDtypeStruct`s, listing every one by key path.
+        ValueError: As `Symmetry.validate` raises it.
     """
     require_arrays(params, name)
     symmetry.validate(params, name, batch)
 
 
-# Models
+# --- models
 
 
 def require_equal_integers(
     leaves: Sequence[Leaf], columns: Iterable[Any], decided: Sequence[bool], remedy: str
 ) -> None:
-    """Refuses models whose integers or booleans can't be averaged.
+    """Refuses models whose integers or booleans cannot be averaged.
 
     What is compared are arrays of more than one number: quantised weights, masks, tables. A single
     number is taken for a counter, and random keys differ in any case. Traced values pass.
 
     Args:
-        leaves: of all the models.
-        columns: for each leaf its values in the models, K arrays or one array `[K, ...]`.
-        decided: for each leaf, whether the caller has said whose to keep.
-        remedy: what can be done about it beside that, after a comma.
+        leaves: Path, shape and dtype of every leaf, the same for all models.
+        columns: For each leaf its values in the models, K arrays or one array `[K, ...]`.
+        decided: For each leaf whether the caller has said which model's to keep.
+        remedy: What else can be done about such a leaf, for the message; it continues a sentence.
 
     Raises:
-        ValueError: listing every such leaf by key path.
+        ValueError: If leaves differ, listing every one by key path.
     """
     wrong = []
-    for leaf, values, settled in zip(leaves, columns, decided, strict=True):
-        exempt = leaf.moves or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        if exempt or settled or math.prod(leaf.shape) <= 1:
+    for leaf, values, is_decided in zip(leaves, columns, decided, strict=True):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if leaf.moves or is_key or is_decided or math.prod(leaf.shape) <= 1:
             continue
-        if any(isinstance(x, Tracer) for x in (values, *values)):
+        # A stack that is traced is not iterated over: it would be sliced on the device.
+        if isinstance(values, Tracer) or _any_traced(values):
             continue
-        known = [np.asarray(x) for x in values]
-        differ = [i for i, x in enumerate(known) if not np.array_equal(x, known[-1])]
-        if differ:
-            wrong.append(
-                f"  {leaf.path}: {leaf.dtype} of shape {leaf.shape}, not the same in model "
-                f"{differ[0]} as in model {len(known) - 1}"
-            )
+        known = [np.asarray(value) for value in values]
+        # The last is the one whose values would be kept.
+        last = len(known) - 1
+        for number in range(last):
+            if not np.array_equal(known[number], known[last]):
+                wrong.append(
+                    f"  {leaf.path}: {leaf.dtype} of shape {leaf.shape}, not the same in model "
+                    f"{number} as in model {last}"
+                )
+                break
     if wrong:
         raise ValueError(
             "these leaves are integers or booleans that differ between the models, of which there "
@@ -127,18 +133,24 @@ def require_finite(leaves: Sequence[Leaf], params: PyTree, what: str) -> None:
     """Refuses a result that is known not to be finite.
 
     Args:
-        leaves: of the parameters.
-        params: what has been computed from finite models.
-        what: has been done.
+        leaves: Path, shape and dtype of every parameter.
+        params: Parameters that have been computed from finite models.
+        what: The name of what was computed, as in `"fusing"`, for the message.
 
     Raises:
-        FloatingPointError: listing every leaf that is not finite by key path.
+        FloatingPointError: If values are NaN or infinite, listing every such leaf by key path.
+            Traced values pass.
     """
-    wrong = [
-        f"  {leaf.path}"
-        for leaf, x in zip(leaves, jax.tree_util.tree_leaves(params), strict=True)
-        if leaf.moves and not isinstance(x, Tracer) and not_finite(x)
-    ]
+    paths = []
+    values = []
+    for leaf, value in zip(leaves, jax.tree_util.tree_leaves(params), strict=True):
+        if leaf.moves and not isinstance(value, Tracer):
+            paths.append(leaf.path)
+            values.append(value)
+    wrong = []
+    for path, count in zip(paths, not_finite_counts(values), strict=True):
+        if count:
+            wrong.append(f"  {path}")
     if wrong:
         raise FloatingPointError(
             f"{what} gave values that are not finite, of models that are: numbers on the way were "
@@ -147,63 +159,106 @@ def require_finite(leaves: Sequence[Leaf], params: PyTree, what: str) -> None:
         )
 
 
-# Symmetries
+# --- symmetries
 
 
 def warn_without_groups(symmetry: Symmetry, arrays: PyTree, result: str) -> None:
-    """Warns that there is nothing to align. Not inside of a trace, where nobody would see why.
+    """Warns that there is nothing to align.
 
     Args:
-        symmetry: of the models.
-        arrays: the models.
-        result: what comes of it.
+        symmetry: The symmetry of the models.
+        arrays: The models. Where they are traced there is no warning: nobody would see why.
+        result: What comes of it, for the message.
     """
-    if not symmetry.groups and not any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays)):
-        warnings.warn(
-            f"the symmetry has no groups, so that no unit can move: {result}. print(symmetry) says "
-            "what pins the parameters",
-            SymmetryWarning,
-            stacklevel=3,
-        )
+    if symmetry.groups or _any_traced(jax.tree.leaves(arrays)):
+        return
+    warnings.warn(
+        f"the symmetry has no groups, so that no unit can move: {result}. print(symmetry) says "
+        "what pins the parameters",
+        SymmetryWarning,
+        stacklevel=3,
+    )
+
+
+def _any_traced(arrays: Iterable[Any]) -> bool:
+    return any(isinstance(array, Tracer) for array in arrays)
 
 
 def warn_not_used(symmetry: Symmetry) -> None:
     """Warns of parameters that the function does not use, though units may lie along them.
 
     Args:
-        symmetry: as it was traced.
+        symmetry: The symmetry, as it was traced.
     """
     reasons: dict[str, set[str]] = {}
     for pin in symmetry.pinned:
         reasons.setdefault(pin.path, set()).add(pin.reason)
-    members = {member.path for group in symmetry.groups for member in group.members}
-    idle = {
-        path
-        for path, found in reasons.items()
-        if found <= {NOT_USED, UNREAD} and path not in members
-    }
-    sizes = {group.size for group in symmetry.groups if group.size > 1}
-    suspect = [
-        f"  {leaf.path}: shape {leaf.shape}"
-        for leaf in symmetry.leaves
-        if leaf.path in idle and any(n and n % size == 0 for n in leaf.shape for size in sizes)
-    ]
-    if suspect:
+    unused = _unused_leaves(symmetry, reasons)
+    if unused:
         warnings.warn(
             "the function does not use these parameters, so that they stay as they are when units "
             "move. If other functions use them (another head, training mode), trace all of them "
             "together, trace_symmetry([(fn, inputs), (other_fn, other_inputs)], params):\n"
-            + "\n".join(suspect),
+            + "\n".join(unused),
             SymmetryWarning,
             stacklevel=3,
         )
-    unmet = [path for path, found in reasons.items() if UNMET in found]
+    unmet = []
+    for path, path_reasons in reasons.items():
+        if UNMET in path_reasons:
+            unmet.append(f"  {path}")
     if unmet:
         warnings.warn(
             "these parameters are multiplied with constants alone (a first step from a state of "
             "zeros, an input that is absent), so that nothing tells which units they belong to: "
             "they stay, and so does what moves with them. Trace more steps, or give all inputs:\n"
-            + "\n".join(f"  {path}" for path in unmet),
+            + "\n".join(unmet),
             SymmetryWarning,
             stacklevel=3,
         )
+
+
+def _unused_leaves(symmetry: Symmetry, reasons: dict[str, set[str]]) -> list[str]:
+    """Returns a line for each leaf that nothing reads and that may have an axis of units.
+
+    Args:
+        symmetry: The symmetry, as it was traced.
+        reasons: By the key path of a leaf why its axes are pinned.
+
+    Returns:
+        The lines.
+    """
+    member_paths = set()
+    for group in symmetry.groups:
+        for member in group.members:
+            member_paths.add(member.path)
+    unused = []
+    for leaf in symmetry.leaves:
+        leaf_reasons = reasons.get(leaf.path)
+        # A leaf that moves along one axis need not be read along another.
+        if leaf_reasons is None or leaf.path in member_paths:
+            continue
+        is_unused = leaf_reasons <= {NOT_USED, UNREAD}
+        if is_unused and may_have_units(symmetry, leaf.shape):
+            unused.append(f"  {leaf.path}: shape {leaf.shape}")
+    return unused
+
+
+def may_have_units(symmetry: Symmetry, shape: tuple[int, ...]) -> bool:
+    """Says whether an array that was not traced may have the units of some group along an axis.
+
+    Args:
+        symmetry: The symmetry with the groups.
+        shape: The shape of the array.
+
+    Returns:
+        Whether an axis that is not empty has as many positions as a group has units, or a multiple.
+    """
+    for group in symmetry.groups:
+        # Any axis is a multiple of one unit, which says nothing.
+        if group.size <= 1:
+            continue
+        for length in shape:
+            if length > 0 and length % group.size == 0:
+                return True
+    return False

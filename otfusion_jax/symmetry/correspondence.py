@@ -1,162 +1,296 @@
-"""Architectures that differ in their widths alone: which group of one is which of the other."""
+"""Architectures that differ in their widths alone: which group of one is which of the other.
+
+Groups correspond if their members are the same axes of the same leaves in the same roles. Where
+they do, `match_groups` gives the target's groups the names of the source's, so that plans by these
+names lead from one network to the other. Where they do not, it says in what the networks differ.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 from otfusion_jax.symmetry.groups import Group, Member
 from otfusion_jax.symmetry.symmetry import Symmetry
 
+_Pair = tuple[Group, Group]
+"""A group of the source, and the group of the target that corresponds to it."""
 
+
+# Every call that takes a source and a target matches them anew: `align`, `transport`, `repair`.
 @functools.lru_cache(maxsize=256)
 def match_groups(source: Symmetry, target: Symmetry) -> Symmetry:
     """Matches the groups of two symmetries by structure.
 
     Args:
-        source: traced from one network.
-        target: traced from another, of the same parameters with other widths.
+        source: The symmetry that was traced from one network.
+        target: The symmetry that was traced from another, of the same parameters with other widths.
 
     Returns:
         The target's symmetry with the names of the source's groups, in the source's order.
 
     Raises:
-        ValueError: if the architectures differ in more than widths, naming what differs by group
+        ValueError: If the architectures differ in more than widths, naming what differs by group
             and key path.
     """
     if source == target:
         return target
-    if source.treedef != target.treedef or _paths(source) != _paths(target):
-        paths = [set(_paths(s)) for s in (source, target)]
-        wrong = [f"  {p}: only in the source" for p in sorted(paths[0] - paths[1])]
-        wrong += [f"  {p}: only in the target" for p in sorted(paths[1] - paths[0])]
-        _refuse(wrong or ["  the same leaves in containers of other types"])
-    theirs: dict[Any, list[Group]] = {}
-    for group in target.groups:
-        theirs.setdefault(_structure(group), []).append(group)
-    pairs, wrong = [], []
-    for group in source.groups:
-        alike = theirs.get(_structure(group), [])
-        same = [other for other in alike if other.name == group.name] or alike
-        if same:
-            alike.remove(same[0])
-            pairs.append((group, same[0]))
-        else:
-            wrong.append(f"  {group.name} ({group.size}): {_missing(group, target)}")
-    for group in (group for left in theirs.values() for group in left):
-        wrong.append(f"  {group.name} ({group.size}): a group of the target alone")
-    names = {other.name: group.name for group, other in pairs}
-    for group, other in pairs:
-        around = other.outer and names.get(other.outer)
-        if around != group.outer:
-            wrong.append(f"  {group.name}: in {group.outer} in the source, in {around} there")
-        elif group.batch[: _fixed(group)] != other.batch[: _fixed(other)]:
-            wrong.append(
-                f"  {group.name}: {group.batch} of them in the source, {other.batch} in the target,"
-                " along what can't be permuted"
-            )
-    crowds = crowded(source)
-    for group, other in pairs:
-        if group.size != other.size and group.name in crowds:
-            wrong.append(f"  {group.name}: {crowds[group.name]}")
-    _refuse(wrong)
-    found = dataclasses.replace(
-        target, groups=tuple(_renamed(mine, other, names) for mine, other in pairs)
-    )
-    for leaf, mine, other in zip(
-        source.parts, source.leaf_structures, found.leaf_structures, strict=True
-    ):
-        if mine.partition.form != other.partition.form:
-            wrong.append(f"  {leaf.path}: its axes are products and sums of other things")
-        elif mine.partition.between != other.partition.between:
-            wrong.append(
-                f"  {leaf.path}: shapes {mine.partition.shape} and {other.partition.shape} differ "
-                "along what can't be permuted"
-            )
-    _refuse(wrong)
-    return found
+    # What fails a step would be reported by the steps after it in other words, once more.
+    _refuse(_differences_of_leaves(source, target))
+    pairs, unmatched = _pair_groups(source, target)
+    source_names = {target_group.name: group.name for group, target_group in pairs}
+    differences = unmatched
+    differences += _differences_of_nesting(pairs, source_names)
+    differences += _widths_that_must_not_differ(source, pairs)
+    _refuse(differences)
+    groups = [_renamed(group, target_group, source_names) for group, target_group in pairs]
+    matched = dataclasses.replace(target, groups=tuple(groups))
+    _refuse(_differences_of_axes(source, matched))
+    return matched
 
 
-def _paths(symmetry: Symmetry) -> list[str]:
-    return [part.path for part in symmetry.parts]
-
-
-def _fixed(group: Group) -> int:
-    """Returns how many axes of the batch can't be permuted."""
-    return len(group.batch) - (group.outer is not None)
-
-
-def crowded(symmetry: Symmetry) -> dict[str, str]:
-    """Finds groups that can only be permuted: others are nested in them on two axes of a parameter.
-
-    Args:
-        symmetry: whose groups.
-
-    Returns:
-        For each the reason, in words.
-    """
-    found = {}
-    for leaf, (partition, unit_axes) in zip(symmetry.parts, symmetry.leaf_structures, strict=True):
-        for number, use in enumerate(unit_axes):
-            for other in unit_axes[:number]:
-                same = use.group.outer == other.group.outer and use.levels[-1:] == other.levels[-1:]
-                if use.group.outer and same and partition.together({use.dim, other.dim}):
-                    found[use.group.outer] = (
-                        f"{use.group.name} and {other.group.name}, nested in it, are both in "
-                        f"{leaf.path}, so that it can only be permuted"
-                    )
-    return found
-
-
-def names(matching: Symmetry, target: Symmetry) -> dict[str, str]:
+def target_names(matched: Symmetry, target: Symmetry) -> dict[str, str]:
     """Returns the names that a target's groups were traced with.
 
     Args:
-        matching: what `matched` made of the target.
-        target: the target.
+        matched: The symmetry that `match_groups` has made of the target.
+        target: The target.
 
     Returns:
         From the names of the source's groups to those of the target's.
     """
-    own = {frozenset(group.members): group.name for group in target.groups}
-    return {group.name: own[frozenset(group.members)] for group in matching.groups}
+    # `match_groups` changes names and order alone: a group is recognised by the set of its members.
+    name_of_members = {frozenset(group.members): group.name for group in target.groups}
+    names = {}
+    for group in matched.groups:
+        members = frozenset(group.members)
+        names[group.name] = name_of_members[members]
+    return names
 
 
-def _refuse(wrong: list[str]) -> None:
-    if wrong:
+def permutable_only(symmetry: Symmetry) -> dict[str, str]:
+    """Finds groups that can only be permuted: others are nested in them on two axes of a leaf.
+
+    When such a group moves along a soft plan, each of the two would have to be moved by a plan for
+    every pair of old and new index, and the leaf has the index once.
+
+    Args:
+        symmetry: The symmetry of the groups.
+
+    Returns:
+        From the name of each such group to the reason, in words.
+    """
+    reasons = {}
+    for leaf, structure in zip(symmetry.parts, symmetry.leaf_structures, strict=True):
+        partition, unit_axes = structure
+        for number, unit_axis in enumerate(unit_axes):
+            group = unit_axis.group
+            if group.outer is None:
+                continue
+            for other in unit_axes[:number]:
+                if other.group.outer != group.outer:
+                    continue
+                # Along another axis the leaf has the index of the group around once more.
+                if other.levels[-1] != unit_axis.levels[-1]:
+                    continue
+                if partition.together({unit_axis.dim, other.dim}):
+                    reasons[group.outer] = (
+                        f"{group.name} and {other.group.name}, nested in it, are both in "
+                        f"{leaf.path}, so that it can only be permuted"
+                    )
+    return reasons
+
+
+def _refuse(differences: list[str]) -> None:
+    if differences:
         raise ValueError(
             "the source and the target differ in more than the widths of their groups:\n"
-            + "\n".join(wrong)
+            + "\n".join(differences)
         )
 
 
-def _key(member: Member) -> tuple[Any, ...]:
-    place = member.location.index
-    return member.leaf, member.axis, member.role, place.start > 0, place.start, -place.after
+# --- leaves
 
 
-def _structure(group: Group) -> Any:
-    members = sorted((m.leaf, m.axis, m.role, len(m.location.batch)) for m in group.members)
-    return tuple(members), len(group.batch), group.outer is not None
+def _differences_of_leaves(source: Symmetry, target: Symmetry) -> list[str]:
+    """Returns a line for each part that only one of two networks has."""
+    source_paths = [part.path for part in source.parts]
+    target_paths = [part.path for part in target.parts]
+    if source.treedef == target.treedef and source_paths == target_paths:
+        return []
+    lines = []
+    for path in sorted(set(source_paths) - set(target_paths)):
+        lines.append(f"  {path}: only in the source")
+    for path in sorted(set(target_paths) - set(source_paths)):
+        lines.append(f"  {path}: only in the target")
+    return lines or ["  the same leaves in containers of other types"]
 
 
-def _missing(group: Group, target: Symmetry) -> str:
-    """Says what the target has where the source has a group."""
+def _differences_of_axes(source: Symmetry, matched: Symmetry) -> list[str]:
+    """Returns a line for each leaf whose axes are not the same products and sums of units."""
+    lines = []
+    for number, leaf in enumerate(source.parts):
+        partition = source.leaf_structures[number].partition
+        target_partition = matched.leaf_structures[number].partition
+        if partition.dims != target_partition.dims:
+            lines.append(f"  {leaf.path}: its axes are products and sums of other things")
+        elif partition.sizes_between != target_partition.sizes_between:
+            lines.append(
+                f"  {leaf.path}: shapes {partition.shape} and {target_partition.shape} differ "
+                "along what can't be permuted"
+            )
+    return lines
+
+
+# --- groups
+
+
+class _GroupStructure(NamedTuple):
+    """What groups that correspond have in common, whatever their widths.
+
+    Attributes:
+        members: Of each member the leaf, the axis, the role, and the number of axes of its batch,
+            sorted.
+        batch_rank: The number of axes of the batch.
+        is_nested: Whether the group is nested in another.
+    """
+
+    members: tuple[tuple[int, int, str, int], ...]
+    batch_rank: int
+    is_nested: bool
+
+
+def _structure_of(group: Group) -> _GroupStructure:
+    members = []
+    for member in group.members:
+        batch_rank = len(member.location.batch)
+        members.append((member.leaf, member.axis, member.role, batch_rank))
+    members.sort()
+    is_nested = group.outer is not None
+    return _GroupStructure(tuple(members), len(group.batch), is_nested)
+
+
+def _pair_groups(source: Symmetry, target: Symmetry) -> tuple[list[_Pair], list[str]]:
+    """Finds for each group of a source the group of a target that has its structure.
+
+    Args:
+        source: The source.
+        target: The target, of the same leaves.
+
+    Returns:
+        The pairs, in the source's order; and a line for each group that has no partner.
+    """
+    unmatched: dict[_GroupStructure, list[Group]] = {}
+    for group in target.groups:
+        unmatched.setdefault(_structure_of(group), []).append(group)
+    pairs = []
+    lines = []
+    for group in source.groups:
+        candidates = unmatched.get(_structure_of(group), [])
+        if not candidates:
+            problem = _in_place_of(group, target)
+            lines.append(f"  {group.name} ({group.size}): {problem}")
+            continue
+        # Several groups have one structure where they lie side by side along one axis, as gate and
+        # value in one kernel. Their names count them in dataflow order.
+        partner = _of_the_same_name(group, candidates)
+        candidates.remove(partner)
+        pairs.append((group, partner))
+    for groups in unmatched.values():
+        for group in groups:
+            lines.append(f"  {group.name} ({group.size}): a group of the target alone")
+    return pairs, lines
+
+
+def _of_the_same_name(group: Group, candidates: list[Group]) -> Group:
+    """Chooses among groups of one structure that of a group's name, otherwise the first."""
+    for candidate in candidates:
+        if candidate.name == group.name:
+            return candidate
+    return candidates[0]
+
+
+def _in_place_of(group: Group, target: Symmetry) -> str:
+    """Says what a target has where the source has a group."""
     member = group.members[0]
-    size = target.parts[member.leaf].shape[member.axis : member.axis + 1]
-    if size == (1,):
+    target_shape = target.parts[member.leaf].shape
+    if member.axis < len(target_shape) and target_shape[member.axis] == 1:
         return f"{member.path} has one unit in the target, which is no group; give it two or more"
-    path = (member.path, member.axis)
-    reasons = [p.reason for p in target.pinned if (p.path, p.axis) == path]
-    if reasons:
-        return f"in the target axis {member.axis} of {member.path} is {reasons[0]}"
+    for pin in target.pinned:
+        if pin.path == member.path and pin.axis == member.axis:
+            return f"in the target axis {member.axis} of {member.path} is {pin.reason}"
     return "the target has no group with the same members"
 
 
-def _renamed(group: Group, other: Group, names: dict[str, str]) -> Group:
-    """Returns a group with the name of another, and its members in the other's order."""
-    order = sorted(range(len(group.members)), key=lambda i: _key(group.members[i]))
-    members: list[Any] = [None] * len(order)
-    for i, member in zip(order, sorted(other.members, key=_key), strict=True):
-        members[i] = member
-    outer = None if other.outer is None else names[other.outer]
-    return dataclasses.replace(other, name=group.name, members=tuple(members), outer=outer)
+def _differences_of_nesting(pairs: list[_Pair], source_names: dict[str, str]) -> list[str]:
+    """Returns a line for each pair of groups that have other things around them.
+
+    Args:
+        pairs: The pairs of groups.
+        source_names: From the name of a target's group to that of its partner.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    for group, partner in pairs:
+        partner_outer = None if partner.outer is None else source_names.get(partner.outer)
+        if partner_outer != group.outer:
+            lines.append(
+                f"  {group.name}: in {group.outer} in the source, in {partner_outer} there"
+            )
+        elif _fixed_batch(group) != _fixed_batch(partner):
+            lines.append(
+                f"  {group.name}: {group.batch} of them in the source, {partner.batch} in the "
+                "target, along what can't be permuted"
+            )
+    return lines
+
+
+def _fixed_batch(group: Group) -> tuple[int, ...]:
+    """Returns the sizes of the axes of the batch that cannot be permuted: they are no widths."""
+    if group.outer is None:
+        return group.batch
+    return group.batch[:-1]
+
+
+def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[str]:
+    """Returns a line for each group of another width that can only be permuted."""
+    reasons = permutable_only(source)
+    lines = []
+    for group, partner in pairs:
+        reason = reasons.get(group.name)
+        if reason is not None and group.size != partner.size:
+            lines.append(f"  {group.name}: {reason}")
+    return lines
+
+
+def _renamed(group: Group, partner: Group, source_names: dict[str, str]) -> Group:
+    """Returns a target's group with the name of the source's, and its members in that order.
+
+    Args:
+        group: The group of the source.
+        partner: The group of the target.
+        source_names: From the name of a target's group to that of its partner.
+
+    Returns:
+        The group of the target.
+    """
+    # Members that correspond have the same rank in both networks.
+    source_members = sorted(group.members, key=_rank)
+    target_members = sorted(partner.members, key=_rank)
+    corresponding = dict(zip(source_members, target_members, strict=True))
+    members = [corresponding[member] for member in group.members]
+    outer = None
+    if partner.outer is not None:
+        outer = source_names[partner.outer]
+    return dataclasses.replace(partner, name=group.name, members=tuple(members), outer=outer)
+
+
+def _rank(member: Member) -> tuple[int, int, str, int, int]:
+    """Orders the members of a group in a way that does not depend on widths.
+
+    On one axis they come as they lie, and of two that start at the same position the one with more
+    inside each unit comes first.
+    """
+    index = member.location.index
+    return member.leaf, member.axis, member.role, index.start, -index.after

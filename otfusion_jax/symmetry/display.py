@@ -1,42 +1,47 @@
-"""A symmetry in words and pictures: what repeats itself is shown once."""
+"""A symmetry in words: the table of `print(symmetry)`, and the text of `symmetry.summary()`."""
 
 import collections
-import itertools
 import math
-import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from otfusion_jax.symmetry.folding import Row, aligned, fold, fold_rows
+from otfusion_jax.symmetry.groups import Group, Member
 
 if TYPE_CHECKING:
-    from otfusion_jax.symmetry.groups import Group, Member, Pin
     from otfusion_jax.symmetry.symmetry import Symmetry
 
-FOLDED_FROM = 3
-"""Fewer repetitions are written out."""
-
-Row = tuple[str, ...]
+# Of the leaves that one reason holds, the summary names so many.
+_LEAVES_NAMED = 2
 
 
 def table(symmetry: "Symmetry") -> str:
     """Lists the groups with their members, and what is pinned.
 
     Args:
-        symmetry: to be shown.
+        symmetry: The symmetry to be shown.
 
     Returns:
         The table of `print(symmetry)`.
     """
-    blocks = _folded([_block(group) for group in symmetry.groups])
+    blocks = [_block_of(group) for group in symmetry.groups]
     rows: list[Row] = [("group", "units", "role", "leaf", "axis")]
-    for (name, units), *members in blocks:
-        shown = [row for (row,) in _folded([(member,) for member in members])]
-        for i, (role, leaf, axis) in enumerate(shown):
-            rows.append((name, units, role, leaf, axis) if i == 0 else ("", "", role, leaf, axis))
-    lines = [_headline(symmetry), *_columns(rows)]
+    for header, *members in fold(blocks):
+        name, size = header
+        for member in fold_rows(members):
+            rows.append((name, size, *member))
+            # The name and the size of a group stand in its first row alone.
+            name = size = ""
+    lines = [headline(symmetry)]
+    lines.extend(aligned(rows))
     if symmetry.pinned:
-        pins = [((p.path, str(p.size), str(p.axis), p.reason),) for p in symmetry.pinned]
-        shown = [row for (row,) in _folded(pins)]
-        lines += ["", *_columns([("pinned", "size", "axis", "why"), *shown])]
+        pins: list[Row] = []
+        for pin in symmetry.pinned:
+            size, axis = str(pin.size), str(pin.axis)
+            pins.append((pin.path, size, axis, pin.reason))
+        rows = [("pinned", "size", "axis", "why")]
+        rows.extend(fold_rows(pins))
+        lines.append("")
+        lines.extend(aligned(rows))
     return "\n".join(lines)
 
 
@@ -44,197 +49,157 @@ def summary(symmetry: "Symmetry") -> str:
     """Says which share of the parameters can move, and what pins the rest.
 
     Args:
-        symmetry: to be shown.
+        symmetry: The symmetry to be shown.
 
     Returns:
-        See `Symmetry.summary`.
+        Text, see `Symmetry.summary`.
     """
-    sizes = [math.prod(part.shape) for part in symmetry.parts]
-    total = max(1, sum(sizes))
-    free: set[tuple[str, int]] = {(m.path, m.axis) for g in symmetry.groups for m in g.members}
-    moving = {path for path, _ in free}
-    counts = collections.Counter((_units(g), _kind(g)) for g in symmetry.groups)
+    counts: collections.Counter[Row] = collections.Counter()
+    for group in symmetry.groups:
+        kind = (units(group), _batch_in_words(group))
+        counts[kind] += 1
     rows: list[Row] = [("groups", "units", "")]
-    rows += [(str(count), units, kind) for (units, kind), count in counts.items()]
-    lines = [_headline(symmetry), "", *_columns(rows)]
-
-    held: dict[str, list[Pin]] = {}
-    for pin in symmetry.pinned:
-        reason = pin.reason if pin.source is None else f"{pin.reason}, at {pin.source}"
-        held.setdefault(reason, []).append(pin)
-    still = {part.path: n for part, n in zip(symmetry.parts, sizes, strict=True)}
-    found = []
-    for reason, pins in held.items():
-        paths = dict.fromkeys(pin.path for pin in pins)
-        whole = sum(still[path] for path in paths if path not in moving)
-        found.append((whole, len(pins), reason, paths))
-    found.sort(key=lambda row: (-row[0], -row[1]))
-    if found:
-        pinned: list[Row] = [("do not move", "axes", "in", "pinned because")]
-        for whole, count, reason, paths in found:
-            shown = [row for ((row,),) in _folded([((path,),) for path in paths])]
-            text = ", ".join(shown[:2]) + (", ..." if len(shown) > 2 else "")
-            pinned.append((f"{100 * whole / total:.1f} %", str(count), text, reason))
-        lines += ["", *_columns(pinned)]
+    for kind, count in counts.items():
+        rows.append((str(count), *kind))
+    lines = [headline(symmetry), ""]
+    lines.extend(aligned(rows))
+    reasons = _reasons_in_rows(symmetry)
+    if reasons:
+        rows = [("do not move", "axes", "in", "pinned because")]
+        rows.extend(reasons)
+        lines.append("")
+        lines.extend(aligned(rows))
     return "\n".join(lines)
 
 
-def draw(symmetry: "Symmetry", ax: Any = None) -> Any:
-    """Draws the groups as a matrix of leaves by groups; needs matplotlib.
-
-    A square is coloured where a leaf has an axis of the group: blue produces its units, orange
-    consumes them, green does both. Leaves without any are left blank.
+def headline(symmetry: "Symmetry") -> str:
+    """Says how many groups there are, and which share of the parameters they reach.
 
     Args:
-        symmetry: to be drawn.
-        ax: matplotlib axes to draw on; a new figure that fits if None.
+        symmetry: The symmetry to be shown.
 
     Returns:
-        The matplotlib axes.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
+        One line.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch, Rectangle
-
-    colours = {"produces": "tab:blue", "consumes": "tab:orange", "both": "tab:green"}
-    leaves = [part.path for part in symmetry.parts]
-    if ax is None:
-        width, height = 4 + 0.25 * len(symmetry.groups), 2 + 0.18 * len(leaves)
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
-    for column, group in enumerate(symmetry.groups):
-        roles: dict[int, set[str]] = {}
+    moving = set()
+    for group in symmetry.groups:
         for member in group.members:
-            roles.setdefault(member.leaf, set()).add(member.role)
-        for row, found in roles.items():
-            role = found.pop() if len(found) == 1 else "both"
-            place = (column - 0.5, row - 0.5)
-            ax.add_patch(Rectangle(place, 1, 1, color=colours[role], linewidth=0))
-    names = [f"{group.name} ({_units(group)})" for group in symmetry.groups]
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(leaves)), leaves, fontsize=7)
-    ax.set(xlim=(-0.5, max(1, len(names)) - 0.5), ylim=(len(leaves) - 0.5, -0.5))
-    ax.set_xlabel("group (units)")
-    ax.legend(
-        handles=[Patch(color=colour, label=role) for role, colour in colours.items()],
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=3,
-        frameon=False,
-    )
-    return ax
-
-
-def _headline(symmetry: "Symmetry") -> str:
-    moving = {m.leaf for g in symmetry.groups for m in g.members}
-    sizes = [math.prod(part.shape) for part in symmetry.parts]
-    total = sum(sizes)
-    share = 100 * sum(sizes[i] for i in moving) / total if total else 0.0
-    count = "1 group" if len(symmetry.groups) == 1 else f"{len(symmetry.groups)} groups"
+            moving.add(member.leaf)
+    total = movable = 0
+    for number, part in enumerate(symmetry.parts):
+        size = math.prod(part.shape)
+        total += size
+        if number in moving:
+            movable += size
+    share = 100 * movable / max(1, total)
+    group_count = len(symmetry.groups)
+    groups = "1 group" if group_count == 1 else f"{group_count} groups"
+    leaf_count = len(symmetry.leaves)
     return (
-        f"Symmetry: {count} over {len(symmetry.leaves)} leaves; {share:.1f} % of {total:,} "
+        f"Symmetry: {groups} over {leaf_count} leaves; {share:.1f} % of {total:,} "
         "parameters lie on an axis that can be permuted"
     )
 
 
-def _kind(group: "Group") -> str:
-    if group.outer is not None:
-        return "in each index of another group"
-    return "in each index of what can't be permuted" if group.batch else ""
+def units(group: Group) -> str:
+    """Writes the number of units of a group, with the sizes of its batch, as in `12 x 64`.
+
+    Args:
+        group: The group.
+
+    Returns:
+        The text.
+    """
+    sizes = (*group.batch, group.size)
+    return " x ".join(map(str, sizes))
 
 
-def _units(group: "Group") -> str:
-    return " x ".join(map(str, (*group.batch, group.size)))
+# --- groups and members
 
 
-def _block(group: "Group") -> tuple[Row, ...]:
-    members = ((m.role, m.path, _view(m, group.size)) for m in group.members)
-    return ((group.name, _units(group)), *members)
+def _block_of(group: Group) -> list[Row]:
+    """Returns the rows of a group: its name and size, and a row for each member."""
+    rows: list[Row] = [(group.name, units(group))]
+    for member in group.members:
+        axis = _axis_in_words(member, group.size)
+        rows.append((member.role, member.path, axis))
+    return rows
 
 
-def _view(member: "Member", size: int) -> str:
-    """Says which axis, and how to read it where the units are not all of it."""
-    place, text = member.location.index, str(member.axis)
-    end = max(place.positions(size).flat) + 1
-    if place.outer and place.outer[-1][1] != size * place.after:
-        inner = place.start % place.outer[-1][1]
-        text += f" [..., {inner}:{inner + size * place.after}]"
-    elif end - place.start < member.location.length:
-        text += f" [{place.start}:{end}]"
-    if member.before * member.after > 1:
-        text += f" as [{member.before}, {size}, {member.after}]"
+def _axis_in_words(member: Member, size: int) -> str:
+    """Says which axis a member is, and how to read it where the units are not all of it.
+
+    Args:
+        member: The member.
+        size: The number of units.
+
+    Returns:
+        The axis, then the segment of it, then its shape around the units, as in
+        `1 [0:768] as [1, 12, 64]`.
+    """
+    index = member.location.index
+    text = str(member.axis)
+    span = size * index.after
+    # Where nothing is outside the units, they are one segment of the axis, or all of it.
+    stride = index.outer[-1][1] if index.outer else span
+    if stride != span:
+        # The units are a segment of each repetition of something wider.
+        start = index.start % stride
+        text += f" [..., {start}:{start + span}]"
+    else:
+        stop = int(index.positions(size).max()) + 1
+        if stop - index.start < member.location.length:
+            text += f" [{index.start}:{stop}]"
+    before, after = index.before, index.after
+    if before * after > 1:
+        text += f" as [{before}, {size}, {after}]"
     return text
 
 
-# --- folding
+def _batch_in_words(group: Group) -> str:
+    """Says what a group's batch runs over; nothing without a batch."""
+    if group.outer is not None:
+        return "in each index of another group"
+    if group.batch:
+        return "in each index of what can't be permuted"
+    return ""
 
 
-_NAMES = re.compile(r"(?<=[A-Za-z_/.\[])\d+|^\d+")
-"""Numbers that are part of a name: those that count blocks or layers."""
+# --- pins
 
 
-def _folded(blocks: Sequence[Sequence[Row]]) -> list[list[Row]]:
-    """Writes blocks of rows that differ by the count of a layer alone as one.
+def _reasons_in_rows(symmetry: "Symmetry") -> list[Row]:
+    """Returns a row for each reason why parameters stay, the one that holds the most first."""
+    sizes = {part.path: math.prod(part.shape) for part in symmetry.parts}
+    total = max(1, sum(sizes.values()))
+    for group in symmetry.groups:
+        for member in group.members:
+            # What moves along one axis is not held by a pin on another.
+            sizes[member.path] = 0
+    paths_of: dict[str, list[str]] = {}
+    for pin in symmetry.pinned:
+        reason = pin.reason
+        if pin.source is not None:
+            reason = f"{reason}, at {pin.source}"
+        paths_of.setdefault(reason, []).append(pin.path)
 
-    Args:
-        blocks: each of some rows; the numbers in its names are what may differ.
-
-    Returns:
-        The blocks, in the order of the first of each. In place of a number that runs through
-        `a, a + 1, ..., b` stands `{a..b}`.
-    """
-    alike: dict[tuple[Row, ...], list[tuple[int, ...]]] = {}
-    for block in blocks:
-        template = tuple(tuple(_NAMES.sub("{}", cell) for cell in row) for row in block)
-        numbers = tuple(int(n) for row in block for cell in row for n in _NAMES.findall(cell))
-        alike.setdefault(template, []).append(numbers)
-    out = []
-    for template, vectors in alike.items():
-        for run in _runs(vectors):
-            texts = iter(
-                str(first) if first == last else f"{{{first}..{last}}}"
-                for first, last in zip(run[0], run[-1], strict=True)
-            )
-            out.append([tuple(_filled(cell, texts) for cell in row) for row in template])
-    return out
-
-
-def _filled(cell: str, texts: Iterable[str]) -> str:
-    pieces = cell.split("{}")
-    return "".join(
-        piece + text
-        for piece, text in itertools.zip_longest(
-            pieces, itertools.islice(texts, len(pieces) - 1), fillvalue=""
-        )
-    )
+    # By the parameters that are held, then by the axes; what is equal stays in the order of pins.
+    ranked: list[tuple[int, int, Row]] = []
+    for reason, paths in paths_of.items():
+        axis_count = len(paths)
+        paths = list(dict.fromkeys(paths))
+        held = sum([sizes[path] for path in paths])
+        share = f"{100 * held / total:.1f} %"
+        row = (share, str(axis_count), _leaves_in_words(paths), reason)
+        ranked.append((held, axis_count, row))
+    ranked.sort(key=lambda entry: entry[:2], reverse=True)
+    return [row for _, _, row in ranked]
 
 
-def _runs(vectors: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Cuts a set into runs in which the same numbers go up by one, the longest that there are."""
-    left = dict.fromkeys(vectors)
-    runs = []
-    while left:
-        first = next(iter(left))
-        steps = {tuple(b - a for a, b in zip(first, v, strict=True)) for v in left}
-        chains = [_chain(first, step, left) for step in sorted(steps) if set(step) in ({0, 1}, {1})]
-        longest = max(chains, key=len, default=[first])
-        runs.append(longest if len(longest) >= FOLDED_FROM else [first])
-        for vector in runs[-1]:
-            del left[vector]
-    return runs
-
-
-def _chain(
-    first: tuple[int, ...], step: tuple[int, ...], among: dict[tuple[int, ...], None]
-) -> list[tuple[int, ...]]:
-    chain = [first]
-    while (following := tuple(a + d for a, d in zip(chain[-1], step, strict=True))) in among:
-        chain.append(following)
-    return chain
-
-
-def _columns(rows: Iterable[Row]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+def _leaves_in_words(paths: list[str]) -> str:
+    """Names the first of some leaves."""
+    rows = fold_rows([(path,) for path in paths])
+    names = [name for (name,) in rows]
+    if len(names) > _LEAVES_NAMED:
+        names = [*names[:_LEAVES_NAMED], "..."]
+    return ", ".join(names)

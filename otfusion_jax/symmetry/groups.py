@@ -1,19 +1,9 @@
-"""What `trace_symmetry` finds: which parameter axes must be permuted together.
+"""What a symmetry is made of: groups with their members, pins, and the leaves of the parameters.
 
-A `Symmetry` is static: hashable, comparable, free of arrays. It can be a static argument of a
-jitted function, the key of a cache, or be printed and read. All that follows (costs, plans,
-transport, fusion) is a pure function of a symmetry and of pytrees.
-
-Terms. A *group* is a set of `size` interchangeable hidden units. Its *members* are the parameter
-axes that these units index. In a member the axis either *produces* the units (bias, scale, output
-axis of a kernel) or *consumes* them (contracted axis). An axis may be a product: when a
-convolution's output is flattened before a dense layer, the kernel's axis of size H·W·C holds the
-C units at stride 1, repeated H·W times. It may be a sum: a fused projection has queries, keys and
-values one after the other. Each member therefore says at which `Place` of its axis the units lie.
-
-Groups may be *nested*: a head's dimensions can be permuted in another way in each head, the hidden
-units of stacked layers in another way in each layer. Such a group has a `batch` of plans, one for
-each index of the axes around it.
+A `Group` is a set of interchangeable hidden units, a `Member` one parameter axis that they index,
+a `Pin` an axis that has to stay as it is. Trained parameters fall into leaves, and a leaf that the
+function picks apart by index (`qkv[0]`) falls into parts, by a `LeafSplit`. All of these are
+static: frozen, hashable, and without arrays.
 """
 
 import dataclasses
@@ -25,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.symmetry.partition import UnitLocation
+from otfusion_jax.symmetry.location import UnitLocation
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
@@ -43,13 +33,13 @@ a first step multiplies with zeros."""
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One parameter axis (or one part of it) that a group's units index.
+    """One parameter axis, or one part of it, that a group's units index.
 
     Attributes:
-        leaf: position of the parameter among the parts of the symmetry: the leaves of the pytree,
-            unless there are any cuts.
-        path: key path of the parameter, as in `"params/Dense_0/kernel"`, or of a part of it.
-        where: at which positions of the parameter the units are.
+        leaf: The position of the parameter among the parts of the symmetry. These are the leaves
+            of the pytree, unless some leaves are split.
+        path: The key path of the parameter, as in `"params/Dense_0/kernel"`, or of a part of it.
+        location: The positions of the parameter at which the units lie.
         role: `"produces"`, `"consumes"`, or `"both"` (a tied embedding).
     """
 
@@ -60,17 +50,17 @@ class Member:
 
     @property
     def axis(self) -> int:
-        """The axis of the parameter."""
+        """The axis of the parameter that the units lie along."""
         return self.location.axis
 
     @property
     def before(self) -> int:
-        """Product of the factors of the axis that are outside the units."""
+        """The product of the factors of the axis that are outside the units."""
         return self.location.index.before
 
     @property
     def after(self) -> int:
-        """Product of the factors of the axis that are inside the units."""
+        """The product of the factors of the axis that are inside the units."""
         return self.location.index.after
 
 
@@ -79,12 +69,14 @@ class Group:
     """Units that may be permuted at will, if all members are permuted together.
 
     Attributes:
-        name: the key path of the parameter that first produces the units.
-        size: number of units.
-        members: every parameter axis that the units index.
-        batch: sizes of the axes around the units, for each index of which there is another
-            permutation: a plan has shape `[*batch, size]`.
-        outer: name of the group that is the last axis of the batch, None if that can't be permuted.
+        name: The key path of the parameter that first produces the units, with a number behind it
+            (`#2`) where other groups are called so already.
+        size: The number of units.
+        members: Every parameter axis that the units index.
+        batch: The sizes of the axes around the units, for each index of which there is another
+            permutation. A plan has shape `[*batch, size]`.
+        outer: The name of the group whose units the last axis of the batch is. None if there is no
+            batch, or if its last axis cannot be permuted.
     """
 
     name: str
@@ -94,8 +86,16 @@ class Group:
     outer: str | None = None
 
     def having(self, role: Role) -> tuple[Member, ...]:
-        """Returns the members of the role given; one that has both roles counts in either."""
-        return tuple(m for m in self.members if m.role in (role, "both"))
+        """Returns the members of one role.
+
+        Args:
+            role: `"produces"` or `"consumes"`.
+
+        Returns:
+            The members with this role, and those with both.
+        """
+        roles = (role, "both")
+        return tuple([member for member in self.members if member.role in roles])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +103,12 @@ class Pin:
     """A parameter axis that has to stay as it is, and why.
 
     Attributes:
-        path: key path of the parameter.
-        axis: the axis.
-        size: its size.
-        reason: what holds it, in words.
-        source: the source line where it met what holds it, if that is not in the reason.
+        path: The key path of the parameter.
+        axis: The axis that stays.
+        size: The size of the axis, or of the factor of it that stays.
+        reason: What holds the axis, in words.
+        source: The source line where the axis met what holds it, if that is not in the reason. Two
+            pins that differ in this alone are equal.
     """
 
     path: str
@@ -119,9 +120,13 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Path, shape and dtype of one parameter. `dtype` is JAX's, extended ones included.
+    """What is known of one parameter without its values.
 
-    The path of parameters that are one array, and no tree, is `"params"`.
+    Attributes:
+        path: The key path of the parameter; `"params"` where all parameters are one array, and no
+            tree.
+        shape: The shape of the parameter.
+        dtype: The dtype that JAX gives it, which may be an extended one (a random key).
     """
 
     path: str
@@ -141,9 +146,9 @@ class LeafSplit:
     Axes of a part are numbered as those of the leaf.
 
     Attributes:
-        leaf: position of the parameter among the leaves of the pytree.
-        axis: along which the parts lie one after the other.
-        count: how many there are.
+        leaf: The position of the parameter among the leaves of the pytree.
+        axis: The axis along which the parts lie one after the other.
+        count: The number of parts.
     """
 
     leaf: int
@@ -151,51 +156,69 @@ class LeafSplit:
     count: int
 
     def parts(self, leaf: Leaf) -> Iterator[Leaf]:
-        """Yields path, shape and dtype of every part, the path in the manner of an index."""
-        size = leaf.shape[self.axis] // self.count
-        before, after = leaf.shape[: self.axis], leaf.shape[self.axis + 1 :]
+        """Yields path, shape and dtype of every part.
+
+        Args:
+            leaf: The leaf that is split.
+
+        Yields:
+            A part, with its index behind the leaf's path, as in `qkv[0]` or `kernel[:, 1]`.
+        """
+        shape = list(leaf.shape)
+        shape[self.axis] //= self.count
+        one_position_wide = shape[self.axis] == 1
+        earlier_axes = ":, " * self.axis
         for number in range(self.count):
-            # Of parts that are wider than one position the name does not depend on the width.
-            index = str(number) if size == 1 else f"{number} of {self.count}"
-            name = ", ".join([*[":"] * self.axis, index])
-            yield Leaf(f"{leaf.path}[{name}]", (*before, size, *after), leaf.dtype)
+            index = str(number)
+            if not one_position_wide:
+                # This does not depend on the width, so that networks of other widths have parts of
+                # the same names.
+                index = f"{number} of {self.count}"
+            path = f"{leaf.path}[{earlier_axes}{index}]"
+            yield Leaf(path, tuple(shape), leaf.dtype)
 
 
-def leaves_of(params: PyTree) -> tuple[Leaf, ...]:
+def leaves_of(params: PyTree, name: str = "the parameters") -> tuple[Leaf, ...]:
     """Reads path, shape and dtype of every leaf.
 
     Args:
-        params: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.
+        params: A pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.
+        name: What to call the pytree in the message.
 
     Returns:
         One `Leaf` per leaf, in the pytree's order.
 
     Raises:
-        ValueError: if leaves are not arrays; all of them are named.
+        ValueError: If some leaves are not arrays. All of them are listed by key path.
     """
-    leaves, strange = [], []
+    leaves = []
+    wrong = []
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        key_path = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        # `jax.typeof` takes arrays and numbers alone. To trace, shapes will do.
+        if isinstance(value, jax.ShapeDtypeStruct):
+            leaves.append(Leaf(key_path, tuple(value.shape), value.dtype))
+            continue
         try:
-            aval = jax.typeof(value) if not isinstance(value, jax.ShapeDtypeStruct) else value
-            leaves.append(Leaf(name, tuple(aval.shape), aval.dtype))
+            aval = jax.typeof(value)
         except TypeError:
-            strange.append(f"  {name}: {type(value).__name__}{_of_dtype(value)}")
-    if strange:
+            kind = type(value).__name__
+            wrong.append(f"  {key_path}: {kind}{_foreign_dtype(value)}")
+        else:
+            leaves.append(Leaf(key_path, tuple(aval.shape), aval.dtype))
+    if wrong:
         raise ValueError(
-            "these leaves of the parameters are not arrays; pass a pytree of arrays alone and "
-            "close over the rest (equinox.partition, nnx.split):\n" + "\n".join(strange)
+            f"these leaves of {name} are not arrays; pass a pytree of arrays alone and close over "
+            "the rest (equinox.partition, nnx.split):\n" + "\n".join(wrong)
         )
     return tuple(leaves)
 
 
-def _of_dtype(value: Any) -> str:
-    """Says which dtype makes an array one that JAX does not take."""
+def _foreign_dtype(value: Any) -> str:
+    """Says which dtype of a NumPy array it is that JAX does not take; nothing of other values."""
     dtype = getattr(value, "dtype", None)
     if not isinstance(dtype, np.dtype):
         return ""
-    if not dtype.isnative:
-        return (
-            f" of the other byte order, {dtype.str}; convert it, x.astype(x.dtype.newbyteorder())"
-        )
-    return f" of dtype {dtype}"
+    if dtype.isnative:
+        return f" of dtype {dtype}"
+    return f" of the other byte order, {dtype.str}; convert it, x.astype(x.dtype.newbyteorder())"

@@ -1,61 +1,82 @@
-"""What `trace_symmetry` finds: which parameter axes must be permuted together.
+"""Which groups index a leaf, and by which dimensions of its blocks.
 
-A `Symmetry` is static: hashable, comparable, free of arrays. It can be a static argument of a
-jitted function, the key of a cache, or be printed and read. All that follows (costs, plans,
-transport, fusion) is a pure function of a symmetry and of pytrees.
-
-Terms. A *group* is a set of `size` interchangeable hidden units. Its *members* are the parameter
-axes that these units index. In a member the axis either *produces* the units (bias, scale, output
-axis of a kernel) or *consumes* them (contracted axis). An axis may be a product: when a
-convolution's output is flattened before a dense layer, the kernel's axis of size H·W·C holds the
-C units at stride 1, repeated H·W times. It may be a sum: a fused projection has queries, keys and
-values one after the other. Each member therefore says at which `Place` of its axis the units lie.
-
-Groups may be *nested*: a head's dimensions can be permuted in another way in each head, the hidden
-units of stacked layers in another way in each layer. Such a group has a `batch` of plans, one for
-each index of the axes around it.
+A leaf is taken apart into blocks (see `partition`) once for all groups that have members in it, so
+that each of them is a dimension of the blocks, whichever of them move.
 """
 
 from typing import NamedTuple
 
+from otfusion_jax.symmetry.blocks import Block, BlockDim
 from otfusion_jax.symmetry.groups import Group, Member
-from otfusion_jax.symmetry.partition import BlockDim, BlockPartition, LocatedFactor, partition_of
+from otfusion_jax.symmetry.location import LocatedFactor
+from otfusion_jax.symmetry.partition import BlockPartition, partition_of
 
 
 class UnitAxis(NamedTuple):
-    """A member, and the dimensions of its leaf's cells that its units and its batch are."""
+    """A unit axis: one member of a group, and which dimensions of its leaf's blocks it is.
+
+    Attributes:
+        group: The group.
+        member: The member.
+        dim: The label of the dimension that the units are.
+        levels: The labels of the dimensions that the axes of the group's batch are, outermost
+            first. Of units that are nested in heads, the last is the label of the heads.
+    """
 
     group: Group
     member: Member
     dim: BlockDim
     levels: tuple[BlockDim, ...]
 
+    def is_in(self, block: Block) -> bool:
+        """Returns whether a block has the dimensions of the units and of their batch.
+
+        Args:
+            block: A block of the leaf.
+        """
+        for dim in (self.dim, *self.levels):
+            if dim not in block.dims:
+                return False
+        return True
+
 
 class LeafStructure(NamedTuple):
-    """How a leaf falls into cells, and which groups index it."""
+    """How a leaf falls into blocks, and which groups index it.
+
+    Attributes:
+        partition: How the leaf falls into blocks.
+        unit_axes: The members that lie in the leaf. Of groups that are nested in each other, the
+            outer one comes first.
+    """
 
     partition: BlockPartition
     unit_axes: tuple[UnitAxis, ...]
 
 
-def leaf_structure_of(shape: tuple[int, ...], pairs: list[tuple[Group, Member]]) -> LeafStructure:
-    """Works out how an array falls into cells.
+def leaf_structure_of(shape: tuple[int, ...], members: list[tuple[Group, Member]]) -> LeafStructure:
+    """Works out how an array falls into blocks.
 
     Args:
-        shape: of the array.
-        pairs: the groups that index it, and by what.
+        shape: The shape of the array.
+        members: The members that lie in it, each with its group.
 
     Returns:
-        Its layout, and which dimension each member is.
+        The structure, with the members in the order given.
     """
-    factors: dict[LocatedFactor, int] = {}
-    uses = []
-    for group, member in pairs:
+    # Units that several members share, as those of a group and of the batch nested in it, are one
+    # factor. The numbers count factors in the order in which they are met.
+    numbers: dict[LocatedFactor, int] = {}
+    unit_axes = []
+    for group, member in members:
         location = member.location
-        own = LocatedFactor(location.axis, location.index, group.size)
-        levels = tuple(
-            factors.setdefault(LocatedFactor(axis, place, size), len(factors))
-            for (axis, _, place), size in zip(location.batch, group.batch, strict=True)
-        )
-        uses.append(UnitAxis(group, member, factors.setdefault(own, len(factors)), levels))
-    return LeafStructure(partition_of(shape, tuple(factors)), tuple(uses))
+        levels = []
+        for (axis, _, index), size in zip(location.batch, group.batch, strict=True):
+            factor = LocatedFactor(axis, index, size)
+            level = numbers.setdefault(factor, len(numbers))
+            levels.append(level)
+        factor = LocatedFactor(location.axis, location.index, group.size)
+        dim = numbers.setdefault(factor, len(numbers))
+        unit_axis = UnitAxis(group, member, dim, tuple(levels))
+        unit_axes.append(unit_axis)
+    partition = partition_of(shape, tuple(numbers))
+    return LeafStructure(partition, tuple(unit_axes))

@@ -1,9 +1,9 @@
-"""Where units lie in an array, and taking arrays apart into their factors.
+"""Taking arrays apart into blocks with one dimension for each factor, and putting them together.
 
 An axis may be a product of factors (heads times the units of each) or a sum of segments (queries,
-keys and values one after the other). A `Layout` cuts an array where segments meet and splits what
-is left into factors. What remains is a few cells, dense arrays with one dimension for each factor;
-every operation on units acts on a dimension of these, and may change its size.
+keys and values one after the other). A `BlockPartition` cuts an array where segments meet, and
+splits what is left into factors. What remains is a few blocks, dense arrays with one dimension for
+each factor; every operation on units (see `blocks`) acts on a dimension of these.
 
 All index arithmetic is done with NumPy while tracing. For the device there remain reshapes, and
 gathers and concatenations where there are segments.
@@ -13,90 +13,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-
-@dataclasses.dataclass(frozen=True)
-class StridedIndex:
-    """Where units lie along an axis.
-
-    Unit `u` is at the positions `start + i·stride + ... + u·after + a`, with one `i < count` for
-    each pair in `outer`, and `a < after`.
-
-    Attributes:
-        start: position of the first unit.
-        outer: counts and strides of the factors outside the units, outermost first.
-        after: product of the factors inside the units.
-    """
-
-    start: int
-    outer: tuple[tuple[int, int], ...]
-    after: int
-
-    @property
-    def before(self) -> int:
-        """Product of the factors outside the units."""
-        return math.prod(count for count, _ in self.outer)
-
-    def positions(self, size: int) -> np.ndarray:
-        """Returns the positions of `size` units, int `[before, size, after]`."""
-        found = np.array([self.start])
-        for count, stride in self.outer:
-            found = (found[:, None] + stride * np.arange(count)).reshape(-1)
-        units = self.after * np.arange(size)[:, None] + np.arange(self.after)
-        return found[:, None, None] + units
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitLocation:
-    """Where units lie in an array.
-
-    Attributes:
-        axis: the axis of the array.
-        length: its size.
-        place: where the units are along it.
-        within: for each axis of the group's batch, which axis of the array it is, of which size,
-            and where along it.
-    """
-
-    axis: int
-    length: int
-    index: StridedIndex
-    batch: tuple[tuple[int, int, StridedIndex], ...] = ()
-
-
-class LocatedFactor(NamedTuple):
-    """A factor of an axis: `size` units at a place."""
-
-    axis: int
-    index: StridedIndex
-    size: int
-
-
-BlockDim = int | tuple[int, int]
-"""A dimension of a cell: the number of a factor, or (axis, number) of what lies between factors."""
-
-
-class Block(NamedTuple):
-    """A dense part of an array.
-
-    Attributes:
-        dims: what each dimension is.
-        array: the part.
-    """
-
-    dims: tuple[BlockDim, ...]
-    array: Array
-
-
-Blocks = dict[tuple[int, ...], Block]
-"""The cells of an array by the numbers of their blocks along each axis."""
+from otfusion_jax.symmetry.blocks import Block, BlockDim, Blocks
+from otfusion_jax.symmetry.location import LocatedFactor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,9 +29,10 @@ class AxisBlock:
     """A part of an axis along which the same factors are present: a product of them, row-major.
 
     Attributes:
-        dims: what each factor is, outermost first.
-        sizes: of the factors.
-        positions: ascending, on the axis.
+        dims: What each factor is, outermost first. Between any two of the factors that hold units,
+            and on both ends, is a factor of what lies between them, often of size 1.
+        sizes: The sizes of the factors.
+        positions: The positions on the axis, int, ascending.
     """
 
     dims: tuple[BlockDim, ...]
@@ -116,10 +42,11 @@ class AxisBlock:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockPartition:
-    """How an array falls into cells.
+    """How an array falls into blocks.
 
     Attributes:
-        axes: for each axis of the array its blocks, in the order of their first positions.
+        axes: For each axis of the array its axis blocks, in the order of their first positions. A
+            block of the array is where one of them along each axis meet.
     """
 
     axes: tuple[tuple[AxisBlock, ...], ...]
@@ -128,234 +55,284 @@ class BlockPartition:
         """Takes an array apart.
 
         Args:
-            array: of the shape that the layout was made for.
+            array: An array of the shape that the partition was made for.
 
         Returns:
-            Its cells.
+            Its blocks.
         """
+        # Axis by axis: parts that are later cut along another axis share the slice along this one.
         parts: dict[tuple[int, ...], Array] = {(): array}
-        for axis, blocks in enumerate(self.axes):
-            parts = {
-                (*key, number): _taken(part, block.positions, axis)
-                for key, part in parts.items()
-                for number, block in enumerate(blocks)
-            }
-        cells = {}
+        for axis, axis_blocks in enumerate(self.axes):
+            finer_parts = {}
+            for key, part in parts.items():
+                for number, axis_block in enumerate(axis_blocks):
+                    finer_parts[*key, number] = _take(part, axis_block.positions, axis)
+            parts = finer_parts
+        blocks = {}
         for key, part in parts.items():
-            chosen = [blocks[i] for blocks, i in zip(self.axes, key, strict=True)]
-            dims = tuple(dim for block in chosen for dim in block.dims)
-            shape = [size for block in chosen for size in block.sizes]
-            cells[key] = Block(dims, part.reshape(shape))
-        return cells
+            dims: list[BlockDim] = []
+            sizes: list[int] = []
+            for axis, number in enumerate(key):
+                axis_block = self.axes[axis][number]
+                dims.extend(axis_block.dims)
+                sizes.extend(axis_block.sizes)
+            blocks[key] = Block(tuple(dims), part.reshape(sizes))
+        return blocks
 
-    def join(self, cells: Blocks) -> Array:
+    def join(self, blocks: Blocks) -> Array:
         """Puts an array together.
 
         Args:
-            cells: that belong to this layout.
+            blocks: Blocks of the sizes that this partition has.
 
         Returns:
             The array.
         """
         parts = {}
-        for key, cell in cells.items():
-            shape = [len(blocks[i].positions) for blocks, i in zip(self.axes, key, strict=True)]
-            parts[key] = cell.array.reshape(shape)
+        for key, block in blocks.items():
+            shape = []
+            for axis, number in enumerate(key):
+                shape.append(len(self.axes[axis][number].positions))
+            parts[key] = block.array.reshape(shape)
+        # From the last axis to the first, so that those before it are still numbered by the keys.
         for axis in reversed(range(len(self.axes))):
-            blocks = self.axes[axis]
-            joined = {}
-            for key in dict.fromkeys(key[:axis] for key in parts):
-                row = [parts[*key, number] for number in range(len(blocks))]
-                whole = row[0] if len(row) == 1 else jnp.concatenate(row, axis)
-                order = np.argsort(np.concatenate([block.positions for block in blocks]))
-                joined[key] = _taken(whole, order, axis)
-            parts = joined
+            rows: dict[tuple[int, ...], list[Array]] = {}
+            for key, part in parts.items():
+                rows.setdefault(key[:-1], []).append(part)
+            parts = {}
+            for key, row in rows.items():
+                parts[key] = _concatenated(row, self.axes[axis], axis)
         return parts[()]
 
     def resized(self, sizes: Mapping[int, int]) -> "BlockPartition | None":
-        """Returns the layout with other numbers of units.
+        """Returns the partition with other numbers of units.
 
         Args:
-            sizes: the new size of each factor, by its number; others stay.
+            sizes: By the number of a factor its new size. The other factors stay as they are.
 
         Returns:
-            The layout; None where an axis that changes has segments in between each other, so that
-            where things come to lie can't be told.
+            The partition. None where an axis that changes has blocks that lie in between each
+            other, so that it cannot be told where things come to lie.
         """
         axes = []
-        for blocks in self.axes:
-            if not any(dim in sizes for block in blocks for dim in block.dims):
-                axes.append(blocks)
+        for axis_blocks in self.axes:
+            dims = set()
+            for axis_block in axis_blocks:
+                dims.update(axis_block.dims)
+            if dims.isdisjoint(sizes):
+                # Its blocks may lie in between each other: nothing about them changes.
+                axes.append(axis_blocks)
                 continue
-            spans = [block.positions[-1] + 1 - block.positions[0] for block in blocks]
-            if spans != [len(block.positions) for block in blocks]:
-                return None
-            changed, start = [], 0
-            for block in blocks:
-                new = tuple(
-                    sizes.get(dim, size) if isinstance(dim, int) else size
-                    for dim, size in zip(block.dims, block.sizes, strict=True)
-                )
-                length = math.prod(new)
-                changed.append(AxisBlock(block.dims, new, start + np.arange(length)))
-                start += length
-            axes.append(tuple(changed))
+            start = 0
+            resized_blocks = []
+            for axis_block in axis_blocks:
+                if not _is_contiguous(axis_block.positions):
+                    return None
+                resized_block = _with_sizes(axis_block, sizes, start)
+                resized_blocks.append(resized_block)
+                start += len(resized_block.positions)
+            axes.append(tuple(resized_blocks))
         return BlockPartition(tuple(axes))
 
     def together(self, dims: set[BlockDim]) -> bool:
-        """Says whether there is a cell that has all of some dimensions.
+        """Says whether some block of the array has all of some dimensions.
 
         Args:
-            dims: the dimensions.
+            dims: The dimensions.
 
         Returns:
-            Whether there is one.
+            Whether there is such a block.
         """
-        cells = itertools.product(*self.axes)
-        return any(dims <= {dim for block in cell for dim in block.dims} for cell in cells)
+        for axis_blocks in itertools.product(*self.axes):
+            block_dims = set()
+            for axis_block in axis_blocks:
+                block_dims.update(axis_block.dims)
+            if dims <= block_dims:
+                return True
+        return False
 
     @property
-    def form(self) -> tuple[tuple[tuple[BlockDim, ...], ...], ...]:
-        """What the blocks of each axis are products of: what layouts of other widths share."""
-        return tuple(tuple(block.dims for block in blocks) for blocks in self.axes)
+    def dims(self) -> list[list[tuple[BlockDim, ...]]]:
+        """The dimensions of each block of each axis, which networks of other widths share."""
+        dims = []
+        for axis_blocks in self.axes:
+            dims.append([axis_block.dims for axis_block in axis_blocks])
+        return dims
 
     @property
-    def between(self) -> dict[BlockDim, int]:
-        """Sizes of what is no factor, which layouts of other widths share too."""
-        return {
-            dim: size
-            for blocks in self.axes
-            for block in blocks
-            for dim, size in zip(block.dims, block.sizes, strict=True)
-            if not isinstance(dim, int)
-        }
+    def sizes_between(self) -> dict[BlockDim, int]:
+        """The sizes of what lies between factors, which networks of other widths share too."""
+        sizes = {}
+        for axis_blocks in self.axes:
+            for block in axis_blocks:
+                for dim, size in zip(block.dims, block.sizes, strict=True):
+                    if not isinstance(dim, int):
+                        sizes[dim] = size
+        return sizes
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return tuple(sum(len(block.positions) for block in blocks) for blocks in self.axes)
+        lengths = []
+        for axis_blocks in self.axes:
+            length = 0
+            for axis_block in axis_blocks:
+                length += len(axis_block.positions)
+            lengths.append(length)
+        return tuple(lengths)
 
 
-def _taken(array: Array, positions: np.ndarray, axis: int) -> Array:
-    """Takes positions along an axis, as cheaply as can be."""
+def _take(array: Array, positions: np.ndarray, axis: int) -> Array:
+    """Takes positions along an axis by what is cheapest: no operation, a slice, or a gather."""
     if not len(positions):
         return jax.lax.slice_in_dim(array, 0, 0, axis=axis)
-    if not np.array_equal(positions, positions[0] + np.arange(len(positions))):
+    start = int(positions[0])
+    stop = start + len(positions)
+    if not np.array_equal(positions, np.arange(start, stop)):
         return jnp.take(array, positions, axis=axis)
     if len(positions) == array.shape[axis]:
         return array
-    return jax.lax.slice_in_dim(array, int(positions[0]), int(positions[-1]) + 1, axis=axis)
+    return jax.lax.slice_in_dim(array, start, stop, axis=axis)
+
+
+def _concatenated(parts: Sequence[Array], axis_blocks: Sequence[AxisBlock], axis: int) -> Array:
+    """Puts parts of an array together along an axis, each position where it belongs.
+
+    Args:
+        parts: The part of the array in each block of the axis.
+        axis_blocks: The blocks of the axis, which may lie in between each other.
+        axis: The axis.
+
+    Returns:
+        The whole.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    whole = jnp.concatenate(parts, axis)
+    positions = np.concatenate([block.positions for block in axis_blocks])
+    return _take(whole, np.argsort(positions), axis)
+
+
+def _is_contiguous(positions: np.ndarray) -> bool:
+    span = positions[-1] + 1 - positions[0]
+    return span == len(positions)
+
+
+def _with_sizes(block: AxisBlock, sizes: Mapping[int, int], start: int) -> AxisBlock:
+    """Returns a contiguous block of an axis with other numbers of units, from a position on."""
+    new_sizes = []
+    for dim, size in zip(block.dims, block.sizes, strict=True):
+        if isinstance(dim, int):
+            size = sizes.get(dim, size)
+        new_sizes.append(size)
+    length = math.prod(new_sizes)
+    positions = np.arange(start, start + length)
+    return AxisBlock(block.dims, tuple(new_sizes), positions)
+
+
+# --- finding the partition
 
 
 @functools.lru_cache(maxsize=4096)
 def partition_of(shape: tuple[int, ...], factors: tuple[LocatedFactor, ...]) -> BlockPartition:
-    """Works out how an array falls into cells.
+    """Works out how an array falls into blocks.
 
     Args:
-        shape: of the array.
-        factors: of its axes; the number of each is its index.
+        shape: The shape of the array.
+        factors: The factors of its axes that hold units. The number of each is its index.
 
     Returns:
-        The layout.
+        The partition.
     """
     axes = []
     for axis, length in enumerate(shape):
-        mine = [(number, f) for number, f in enumerate(factors) if f.axis == axis]
-        axes.append(tuple(_blocks(axis, length, mine)))
+        numbers = [number for number, factor in enumerate(factors) if factor.axis == axis]
+        axis_blocks = _axis_blocks(axis, length, numbers, factors)
+        axes.append(tuple(axis_blocks))
     return BlockPartition(tuple(axes))
 
 
-def _blocks(
-    axis: int, length: int, factors: Sequence[tuple[int, LocatedFactor]]
+def _axis_blocks(
+    axis: int, length: int, numbers: Sequence[int], factors: Sequence[LocatedFactor]
 ) -> list[AxisBlock]:
-    labels = np.full((len(factors), length), -1)
-    for row, (_, factor) in zip(labels, factors, strict=True):
-        row[factor.index.positions(factor.size)] = np.arange(factor.size)[None, :, None]
-    patterns: dict[tuple[bool, ...], list[int]] = {}
-    for position, present in enumerate((labels >= 0).T.tolist()):
-        patterns.setdefault(tuple(present), []).append(position)
-    count = itertools.count()
+    """Cuts an axis where the set of factors that are present changes.
+
+    Args:
+        axis: The number of the axis.
+        length: Its size.
+        numbers: The numbers of the factors that lie along it.
+        factors: All factors of the array.
+
+    Returns:
+        The blocks of the axis, in the order of their first positions.
+    """
+    if not numbers or length == 0:
+        whole_axis = AxisBlock(((axis, 0),), (length,), np.arange(length))
+        return [whole_axis]
+    # Row by row the unit of one factor that each position belongs to, -1 where it has none.
+    unit_at = np.full((len(numbers), length), -1)
+    for row, number in enumerate(numbers):
+        factor = factors[number]
+        positions = factor.index.positions(factor.size)
+        units = np.arange(factor.size)
+        unit_at[row, positions] = units[None, :, None]
+
+    # Where the same factors are present there is one block, though its positions be scattered.
+    positions_by_rows: dict[tuple[bool, ...], list[int]] = {}
+    has_unit = unit_at >= 0
+    for position, present in enumerate(has_unit.T.tolist()):
+        positions_by_rows.setdefault(tuple(present), []).append(position)
+
     blocks = []
-    for present, location in patterns.items():
-        positions = np.array(location)
-        levels = []
-        for has, row, (number, factor) in zip(present, labels, factors, strict=True):
-            if has:
-                found = row[positions]
-                inner = int(np.argmax(found != found[0])) or len(found)
-                levels.append((inner, number, factor.size))
-        dims: list[BlockDim] = []
-        sizes: list[int] = []
-        left = len(positions)
-        for inner, number, size in sorted(levels, reverse=True):
-            dims += [(axis, next(count)), number]
-            sizes += [left // (size * inner), size]
-            left = inner
-        dims.append((axis, next(count)))
-        sizes.append(left)
-        blocks.append(AxisBlock(tuple(dims), tuple(sizes), positions))
-    return blocks or [AxisBlock(((axis, 0),), (length,), np.arange(length))]
+    # What lies between factors is numbered through all blocks of the axis.
+    gaps = zip(itertools.repeat(axis), itertools.count())
+    for present, block_positions in positions_by_rows.items():
+        positions = np.array(block_positions)
+        strides = []
+        for row, number in enumerate(numbers):
+            if present[row]:
+                stride = _stride(unit_at[row, positions])
+                strides.append((stride, number))
+        block = _axis_block(positions, strides, factors, gaps)
+        blocks.append(block)
+    return blocks
 
 
-# --- operations on a dimension
+def _stride(units: np.ndarray) -> int:
+    """Returns how many positions on end belong to the first of the units of a factor."""
+    others = units != units[0]
+    # `argmax` is 0 where there are no others: the factor has one unit in these positions.
+    return int(np.argmax(others)) or len(units)
 
 
-def permuted(cell: Block, dim: BlockDim, levels: Sequence[BlockDim], plan: Array) -> Block:
-    """Permutes the units along a dimension.
-
-    Args:
-        cell: that has this dimension.
-        dim: the dimension.
-        levels: for each axis of the plan's batch, the dimension that it is.
-        plan: integer `[*batch, size]`: position `j` receives unit `plan[j]`. An index out of range,
-            which is how a solver marks a problem that it could not solve, gives NaN.
-
-    Returns:
-        The cell with its units in another order.
-    """
-    axis = cell.dims.index(dim)
-    how = {"axis": axis, "mode": "fill", "fill_value": jnp.nan}
-    if not levels:
-        return cell._replace(array=jnp.take(cell.array, plan, **how))
-    at = [*map(cell.dims.index, levels), axis]
-    index = plan.transpose(np.argsort(at))
-    index = jnp.expand_dims(index, [i for i in range(cell.array.ndim) if i not in at])
-    return cell._replace(array=jnp.take_along_axis(cell.array, index, **how))
-
-
-def mixed(
-    cell: Block, dims: Sequence[BlockDim], levels: Sequence[BlockDim], weights: Array
-) -> Block:
-    """Replaces the units along a dimension by weighted sums of units, or along two at once.
+def _axis_block(
+    positions: np.ndarray,
+    strides: list[tuple[int, int]],
+    factors: Sequence[LocatedFactor],
+    gaps: Iterator[tuple[int, int]],
+) -> AxisBlock:
+    """Writes some positions of an axis as a product of factors and of what lies between them.
 
     Args:
-        cell: that has these dimensions.
-        dims: the units', after that of what is around them if it is replaced too.
-        levels: for each axis of the weights' batch, the dimension that it is.
-        weights: float `[*batch, old, new]`, or `[*batch, old, new, old, new]`.
+        positions: The positions, at all of which the same factors are present.
+        strides: For each of these factors its stride within the positions, and its number.
+        factors: All factors of the array.
+        gaps: The dimensions of what lies between factors, from the next on.
 
     Returns:
-        The cell with the new units.
+        The block.
     """
-    rank = cell.array.ndim
-    new = {cell.dims.index(dim): rank + i for i, dim in enumerate(dims)}
-    by = [*map(cell.dims.index, levels), *itertools.chain(*new.items())]
-    out = [new.get(i, i) for i in range(rank)]
-    names, highest = list(range(rank)), jax.lax.Precision.HIGHEST
-    product = jnp.einsum(cell.array, names, weights, by, out, precision=highest)
-    return cell._replace(array=product)
-
-
-def fronted(cell: Block, front: Sequence[BlockDim]) -> Array:
-    """Brings dimensions to the front.
-
-    Args:
-        cell: that has them.
-        front: the dimensions.
-
-    Returns:
-        `[*front, rest]`.
-    """
-    at = [*map(cell.dims.index, front)]
-    array = jnp.moveaxis(cell.array, at, range(len(at)))
-    return array.reshape(*array.shape[: len(at)], -1)
+    dims: list[BlockDim] = []
+    sizes: list[int] = []
+    # From outside to inside, as the strides fall. What is left of a stride, after the units and the
+    # strides inside them, is the size of what lies between.
+    outer_stride = len(positions)
+    for stride, number in sorted(strides, reverse=True):
+        size = factors[number].size
+        size_between = outer_stride // (size * stride)
+        dims += [next(gaps), number]
+        sizes += [size_between, size]
+        outer_stride = stride
+    dims.append(next(gaps))
+    sizes.append(outer_stride)
+    return AxisBlock(tuple(dims), tuple(sizes), positions)

@@ -1,11 +1,11 @@
-"""Pushing parameters along plans.
+"""What plans are, whether they fit a symmetry, and chains of permutations.
 
-A plan P of the units of a group, with marginals a = P 1 and b = Pᵀ 1, says how they move. A new
-unit j is the average of the old units that map to it, so an axis that *produces* units is
-multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
-so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
+A plan says where the units of a group go: a permutation is an integer `[n]`, where position `j`
+receives unit `plan[j]`; a transport plan is a float `[n, m]` of masses. What the parameters become
+along plans is in `transport`.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,8 +15,9 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from otfusion_jax.symmetry.checks import require_symmetry
-from otfusion_jax.symmetry.correspondence import crowded
+from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
+from otfusion_jax.symmetry.leaf_structure import LeafStructure
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -31,31 +32,31 @@ class HasPlans(Protocol):
 
 
 def plans_of(plans: Plans | HasPlans) -> Plans:
-    """Returns the plans of what has some.
+    """Returns the plans themselves, of what has some.
 
     Args:
-        plans: group name to plan, or the result of `align`.
+        plans: A dict from group name to plan, or the result of `align`.
 
     Returns:
-        Group name to plan.
+        The dict from group name to plan.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If it is anything else.
     """
-    found = plans if isinstance(plans, dict) else getattr(plans, "plans", None)
-    if not isinstance(found, dict):
+    by_name = plans if isinstance(plans, dict) else getattr(plans, "plans", None)
+    if not isinstance(by_name, dict):
         raise TypeError(
             f"plans is a {type(plans).__name__}; pass a dict of arrays by the names of groups, or "
             "what align returns"
         )
-    return found
+    return by_name
 
 
 def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
-    """Whether a plan is an index vector rather than a matrix of masses.
+    """Says whether a plan is an index vector rather than a matrix of masses.
 
     Args:
-        plan: the plan.
+        plan: The plan.
 
     Returns:
         True for integer dtypes.
@@ -63,134 +64,253 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(plan.dtype, jnp.integer)
 
 
+# --- chains of permutations
+
+
 def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans) -> Plans:
     """Chains permutations: to move along the result is to move along one and then the other.
 
     Args:
-        symmetry: of the network.
-        first: plans of all groups or of some, integer, or the result of `align`.
-        then: likewise.
+        symmetry: The symmetry of the network that the plans move.
+        first: Integer plans of all groups or of some, or the result of `align`.
+        then: The plans that come after, of the same kind.
 
     Returns:
-        Plans of all groups.
+        The plans of all groups.
 
     Raises:
-        ValueError: for plans that do not fit, or that are not permutations.
+        ValueError: If plans do not fit the symmetry, or are not permutations.
+        TypeError: If the arguments are in another order, or plans are no dict of arrays.
     """
-    a, b = (_permutations(symmetry, plans) for plans in (first, then))
-    out: Plans = {}
+    first = _permutations_of_all_groups(symmetry, first)
+    then = _permutations_of_all_groups(symmetry, then)
+    composed: Plans = {}
     for group in symmetry.groups:
-        mine = a[group.name]
-        if group.outer is not None:  # what is inside of an index has moved along with it
-            mine = jnp.take_along_axis(mine, b[group.outer][..., None], axis=-2)
-        out[group.name] = jnp.take_along_axis(mine, b[group.name], axis=-1)
-    return out
+        name, outer = group.name, group.outer
+        plan = first[name]
+        if outer is not None:
+            # What is inside of an index has moved along with it: the second plan finds it there.
+            outer_plan = then[outer][..., None]
+            plan = jnp.take_along_axis(plan, outer_plan, axis=-2)
+        composed[name] = jnp.take_along_axis(plan, then[name], axis=-1)
+    return composed
 
 
 def invert(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
     """Turns permutations around: to move along plans and then along the result is to stay.
 
     Args:
-        symmetry: of the network.
-        plans: of all groups or of some, integer, or the result of `align`.
+        symmetry: The symmetry of the network that the plans move.
+        plans: Integer plans of all groups or of some, or the result of `align`.
 
     Returns:
-        Plans of all groups.
+        The plans of all groups.
 
     Raises:
-        ValueError: for plans that do not fit, or that are not permutations.
+        ValueError: If plans do not fit the symmetry, or are not permutations.
+        TypeError: If the arguments are in another order, or plans are no dict of arrays.
     """
-    forth = _permutations(symmetry, plans)
-    back = {name: jnp.argsort(plan, axis=-1).astype(plan.dtype) for name, plan in forth.items()}
+    permutations = _permutations_of_all_groups(symmetry, plans)
+    inverse = {}
+    for name, plan in permutations.items():
+        order = jnp.argsort(plan, axis=-1)
+        inverse[name] = order.astype(plan.dtype)
     for group in symmetry.groups:
-        if group.outer is not None:
-            mine, around = back[group.name], back[group.outer]
-            back[group.name] = jnp.take_along_axis(mine, around[..., None], axis=-2)
-    return back
+        name, outer = group.name, group.outer
+        if outer is not None:
+            # The inverse at an index is for what has come back to it.
+            outer_inverse = inverse[outer][..., None]
+            inverse[name] = jnp.take_along_axis(inverse[name], outer_inverse, axis=-2)
+    return inverse
 
 
-def _permutations(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+def _permutations_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+    """Checks plans that are to be chained, and fills in the groups that they leave out."""
     require_symmetry(symmetry, "compose(symmetry, first, then) or invert(symmetry, plans)")
     plans = plans_of(plans)
     require_plans(symmetry, plans)
+    # What several units have been mixed into does not tell them apart again.
     soft = [name for name, plan in plans.items() if not is_permutation(plan)]
     if soft:
         raise ValueError(f"only permutations can be chained or turned around; soft: {soft}")
     return symmetry.identity() | plans
 
 
-def new_sizes(symmetry: Symmetry, plans: Plans, leaf: int) -> dict[Any, int]:
-    """Returns the sizes that plans give to the dimensions of a leaf, where they change."""
-    found = {}
-    for group, _, dim, _ in symmetry.leaf_structures[leaf].unit_axes:
-        if group.name in plans and plans[group.name].shape[-1] != group.size:
-            found[dim] = plans[group.name].shape[-1]
-    return found
+# --- whether plans fit
+
+
+def new_sizes(structure: LeafStructure, plans: Plans) -> dict[int, int]:
+    """Returns the sizes that plans give to the dimensions of a leaf, where they change.
+
+    Args:
+        structure: How the leaf falls into blocks, and which groups index it.
+        plans: Group name to plan; groups that are left out keep their size.
+
+    Returns:
+        By the number of a factor its new size.
+    """
+    sizes = {}
+    for unit_axis in structure.unit_axes:
+        group = unit_axis.group
+        if group.name not in plans:
+            continue
+        size = plans[group.name].shape[-1]
+        if size != group.size:
+            sizes[unit_axis.dim] = size
+    return sizes
 
 
 def require_plans(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None) -> None:
-    """Refuses plans that do not fit the groups; `plans` comes as the caller gave it."""
-    known = {g.name: g for g in symmetry.groups}
-    sizes = {} if onto is None else {g.name: g.size for g in onto.groups}
-    wrong = [f"  {name}: no such group" for name in plans if name not in known]
-    for name in plans:
-        if name in known and (problem := _problem(known[name], plans, sizes.get(name))):
-            wrong.append(f"  {name}: {problem}")
-    if not wrong and not all(map(is_permutation, plans.values())):
-        wrong = [
-            f"  {name}: {problem}"
-            for name, problem in crowded(symmetry).items()
-            if name in plans and not is_permutation(plans[name])
-        ]
-    if not wrong and onto is not None:
-        wrong = [
-            f"  {g.name}: no plan, but {g.size} units become {sizes[g.name]}"
-            for g in symmetry.groups
-            if g.name not in plans and g.size != sizes[g.name]
-        ]
-    if not wrong and onto is None:
-        wrong = [
-            f"  {symmetry.parts[i].path}: units that change in number alternate with other things "
-            "along an axis; say where they go by `onto`, the symmetry of the network they lead to"
-            for i, (layout, _) in enumerate(symmetry.leaf_structures)
-            if layout.resized(new_sizes(symmetry, plans, i)) is None
-        ]
-    if wrong:
-        groups = ", ".join(f"{g.name} ({g.size})" for g in symmetry.groups)
-        raise ValueError(
-            "these plans do not fit the symmetry:\n" + "\n".join(wrong) + f"\nIts groups: {groups}"
-        )
+    """Refuses plans that do not fit a symmetry.
+
+    Args:
+        symmetry: The symmetry of the network that the plans move.
+        plans: Group name to plan, as the caller gave them: anything may be in the place of an
+            array.
+        onto: The symmetry of the network that the plans lead to, with the source's group names.
+            None if it is not known, and its widths are those of the plans.
+
+    Raises:
+        ValueError: If a group is unknown, a shape is another, a plan is known to be neither a
+            permutation nor a coupling, or the plans do not say where all units go. Every such group
+            or leaf is listed.
+    """
+    problems = {}
+    has_soft_plan = False
+    for name, plan in plans.items():
+        if name not in symmetry:
+            problems[name] = "no such group"
+            continue
+        group = symmetry[name]
+        target_size = None if onto is None else onto[name].size
+        problem = _problem_of_plan(group, plan, plans, target_size)
+        if problem is not None:
+            problems[name] = problem
+        elif not is_permutation(plan):
+            has_soft_plan = True
+    # The following look at the shapes of plans, which are known to be right only now.
+    if not problems and has_soft_plan:
+        problems = _groups_that_soft_plans_cannot_move(symmetry, plans)
+    if not problems and onto is not None:
+        for group in symmetry.groups:
+            size = onto[group.name].size
+            if group.name not in plans and group.size != size:
+                problems[group.name] = f"no plan, but {group.size} units become {size}"
+    # Permutations change no width.
+    if not problems and onto is None and has_soft_plan:
+        problems = _leaves_without_known_shape(symmetry, plans)
+    if problems:
+        lines = ["these plans do not fit the symmetry:"]
+        for name, problem in problems.items():
+            lines.append(f"  {name}: {problem}")
+        sizes = [f"{group.name} ({group.size})" for group in symmetry.groups]
+        lines.append("Its groups: " + ", ".join(sizes))
+        raise ValueError("\n".join(lines))
 
 
-def _problem(group: Group, plans: Plans, size: int | None = None) -> str | None:
-    """Says what is wrong with a group's plan; values are looked at unless they are traced."""
-    plan: Any = plans[group.name]
+def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dict[str, str]:
+    """Returns for each group with a soft plan that can only be permuted the reason, in words."""
+    problems = {}
+    for name, reason in permutable_only(symmetry).items():
+        if name in plans and not is_permutation(plans[name]):
+            problems[name] = reason
+    return problems
+
+
+def _leaves_without_known_shape(symmetry: Symmetry, plans: Plans) -> dict[str, str]:
+    """Returns for each leaf whose new shape the plans do not tell the reason, in words."""
+    problems = {}
+    for part, structure in zip(symmetry.parts, symmetry.leaf_structures, strict=True):
+        sizes = new_sizes(structure, plans)
+        if structure.partition.resized(sizes) is None:
+            problems[part.path] = (
+                "units that change in number alternate with other things along an axis; say where "
+                "they go by `onto`, the symmetry of the network they lead to"
+            )
+    return problems
+
+
+def _problem_of_plan(
+    group: Group,
+    plan: Any,
+    plans: Mapping[str, Any],
+    target_size: int | None,
+) -> str | None:
+    """Says what is wrong with a group's plan; values are looked at unless they are traced.
+
+    Args:
+        group: The group.
+        plan: Its plan, or what was given in the place of one.
+        plans: The plans of all groups.
+        target_size: The number of units that the plan should lead to; None if any will do.
+
+    Returns:
+        The problem, in words; None if there is none.
+    """
     if not isinstance(plan, jax.Array | np.ndarray):
         return f"a {type(plan).__name__}, expected an array"
-    n, batch, note = group.size, group.batch, ""
-    around: Any = None if group.outer is None else plans.get(group.outer)
-    if isinstance(around, jax.Array | np.ndarray) and not is_permutation(around):
-        batch = (*batch, around.shape[-1])
+    batch, note = group.batch, ""
+    outer_plan = None
+    if group.outer is not None:
+        outer_plan = plans.get(group.outer)
+    is_array = isinstance(outer_plan, jax.Array | np.ndarray)
+    if is_array and not is_permutation(outer_plan):
+        # The units inside of an old index are matched anew with those of each new one.
+        batch = (*batch, outer_plan.shape[-1])
         note = f", one for every pair of what {group.outer} moves from and to"
-    shape = ", ".join(map(str, (*batch, n)))
-    alone = f"({n},)" if not batch else f"({shape})"
-    known = not isinstance(plan, Tracer)
     if is_permutation(plan):
-        if plan.shape != (*batch, n):
-            return f"shape {plan.shape}, expected {alone}{note}"
-        if size not in (None, n):
-            return f"a permutation, but {n} units become {size}"
-        if known and not np.all(np.sort(np.asarray(plan), axis=-1) == np.arange(n)):
-            unsolved = "; its cost was not finite" if np.any(np.asarray(plan) == n) else ""
-            return f"not a permutation of 0 to {n - 1}{unsolved}"
+        return _problem_of_permutation(group, plan, batch, note, target_size)
+    return _problem_of_coupling(group, plan, batch, note, target_size)
+
+
+def _problem_of_permutation(
+    group: Group,
+    plan: Any,
+    batch: tuple[int, ...],
+    note: str,
+    target_size: int | None,
+) -> str | None:
+    """Says what is wrong with an integer plan that should have shape `[*batch, n]`."""
+    n = group.size
+    expected = (*batch, n)
+    if plan.shape != expected:
+        return f"shape {plan.shape}, expected {expected}{note}"
+    if target_size not in (None, n):
+        return f"a permutation, but {n} units become {target_size}"
+    # Under a trace there are no values to look at: there an index out of range gives NaN.
+    if isinstance(plan, Tracer):
         return None
-    new = "m" if size is None else str(size)
-    if plan.shape[:-1] != (*batch, n) or size not in (None, plan.shape[-1]):
-        expected = f"expected ({shape}, {new}) for a transport plan or int {alone}{note}"
-        return f"shape {plan.shape}, {expected}"
-    if known and not np.all(np.isfinite(np.asarray(plan)) & (np.asarray(plan) >= 0)):
-        return "masses that are negative or not finite"
-    both = [m.path for m in group.members if m.role == "both"]
+    values = np.asarray(plan)
+    in_order = np.sort(values, axis=-1)
+    if np.all(in_order == np.arange(n)):
+        return None
+    # Solvers mark by an index out of range what they could not solve.
+    unsolved = "; its cost was not finite" if np.any(values == n) else ""
+    return f"not a permutation of 0 to {n - 1}{unsolved}"
+
+
+def _problem_of_coupling(
+    group: Group,
+    plan: Any,
+    batch: tuple[int, ...],
+    note: str,
+    target_size: int | None,
+) -> str | None:
+    """Says what is wrong with a plan of masses that should have shape `[*batch, n, m]`."""
+    rows = (*batch, group.size)
+    has_rows = plan.shape[:-1] == rows
+    has_columns = target_size is None or plan.shape[-1:] == (target_size,)
+    if not (has_rows and has_columns):
+        sizes = ", ".join(map(str, rows))
+        m = "m" if target_size is None else target_size
+        expected = f"({sizes}, {m}) for a transport plan or int {rows}"
+        return f"shape {plan.shape}, expected {expected}{note}"
+    if not isinstance(plan, Tracer):
+        values = np.asarray(plan)
+        is_mass = np.isfinite(values) & (values >= 0)
+        if not np.all(is_mass):
+            return "masses that are negative or not finite"
+    both = [member.path for member in group.members if member.role == "both"]
     if both:
         return (
             f"a soft plan, but {', '.join(both)} both produce and consume the units, which only a "

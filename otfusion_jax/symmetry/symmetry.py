@@ -9,7 +9,8 @@ axes that these units index. In a member the axis either *produces* the units (b
 axis of a kernel) or *consumes* them (contracted axis). An axis may be a product: when a
 convolution's output is flattened before a dense layer, the kernel's axis of size H·W·C holds the
 C units at stride 1, repeated H·W times. It may be a sum: a fused projection has queries, keys and
-values one after the other. Each member therefore says at which `Place` of its axis the units lie.
+values one after the other. Each member therefore has a `UnitLocation`: the positions of its axis
+at which the units lie.
 
 Groups may be *nested*: a head's dimensions can be permuted in another way in each head, the hidden
 units of stacked layers in another way in each layer. Such a group has a `batch` of plans, one for
@@ -18,32 +19,37 @@ each index of the axes around it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.common.scaling import not_finite
-from otfusion_jax.symmetry import display as describe
-from otfusion_jax.symmetry.groups import Group, Leaf, LeafSplit, Member, Pin, Plans, leaves_of
+from otfusion_jax.common.arguments import require_function, require_kind
+from otfusion_jax.symmetry import display
+from otfusion_jax.symmetry.groups import Group, Leaf, LeafSplit, Member, Pin, Plans
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, leaf_structure_of
+from otfusion_jax.symmetry.validation import require_fitting
 
 
-@dataclasses.dataclass(frozen=True)
-class Symmetry:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Symmetry(Mapping[str, Group]):
     """The permutation symmetry of a network: groups of parameter axes, in dataflow order.
 
+    It is a mapping from the names of groups to groups: `symmetry["Dense_0/kernel"]`, `len`, `in`,
+    and iteration over the names. Two symmetries are equal if all their attributes are.
+
     Attributes:
-        groups: what can be permuted, in the order in which the forward pass produces it.
-        pinned: what cannot, with reasons; factors of an axis that also has units are left out.
-        leaves: path, shape and dtype of every parameter.
-        treedef: structure of the parameters.
-        cuts: the leaves that the function picks apart by index (`qkv[0]`). Their parts are as
-            different as leaves are; members and pins are of parts.
+        groups: What can be permuted, in the order in which the forward pass produces it.
+        pinned: What cannot be permuted, with reasons. Factors of an axis that also has units are
+            left out.
+        leaves: Path, shape and dtype of every parameter.
+        treedef: The structure of the parameters.
+        leaf_splits: The leaves that the function picks apart by index (`qkv[0]`). Their parts are
+            as different as leaves are; members and pins are of parts.
     """
 
     groups: tuple[Group, ...]
@@ -52,182 +58,60 @@ class Symmetry:
     treedef: Any
     leaf_splits: tuple[LeafSplit, ...] = ()
 
+    # --- a static value, and a mapping
+
     def __getitem__(self, name: str) -> Group:
         """Returns the group of that name; `KeyError` lists the names there are."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(f"no group {name!r}; there are {[g.name for g in self.groups]}")
+        try:
+            return self._group_by_name[name]
+        except KeyError:
+            names = list(self._group_by_name)
+            raise KeyError(f"no group {name!r}; there are {names}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group_by_name)
+
+    def __len__(self) -> int:
+        return len(self.groups)
 
     @functools.cached_property
-    def parts(self) -> tuple[Leaf, ...]:
-        """Path, shape and dtype of every part: of the leaves, where they are not cut."""
-        found: list[Leaf] = []
-        leaf_splits = {cut.leaf: cut for cut in self.leaf_splits}
-        for number, leaf in enumerate(self.leaves):
-            found += leaf_splits[number].parts(leaf) if number in leaf_splits else [leaf]
-        return tuple(found)
+    def _group_by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @functools.cached_property
-    def leaf_of(self) -> tuple[int, ...]:
-        """For each part the position of its leaf."""
-        counts = {cut.leaf: cut.count for cut in self.leaf_splits}
-        return tuple(i for i in range(len(self.leaves)) for _ in range(counts.get(i, 1)))
+    def _hash(self) -> int:
+        # Every call of a jitted function hashes its static arguments, and a symmetry of a deep
+        # network has thousands of members.
+        fields = (self.groups, self.pinned, self.leaves, self.treedef, self.leaf_splits)
+        return hash(fields)
 
-    def split(self, params: PyTree) -> list[Any]:
-        """Takes parameters apart, without checks.
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle has the fields alone. What is cached beside them would be wrong in another
+        # process, where strings have other hashes.
+        state = {}
+        for field in dataclasses.fields(self):
+            state[field.name] = getattr(self, field.name)
+        return state
 
-        Args:
-            params: of the structure that was traced.
-
-        Returns:
-            One array for each of `parts`.
-        """
-        found: list[Any] = []
-        leaf_splits = {cut.leaf: cut for cut in self.leaf_splits}
-        for number, leaf in enumerate(jax.tree_util.tree_leaves(params)):
-            cut = leaf_splits.get(number)
-            found += [leaf] if cut is None else jnp.split(jnp.asarray(leaf), cut.count, cut.axis)
-        return found
-
-    def join(self, parts: Iterable[Any]) -> PyTree:
-        """Puts parameters together again, without checks.
-
-        Args:
-            parts: one array for each of `parts`.
-
-        Returns:
-            The parameters.
-        """
-        left = iter(parts)
-        leaves: list[Any] = []
-        leaf_splits = {cut.leaf: cut for cut in self.leaf_splits}
-        for number in range(len(self.leaves)):
-            cut = leaf_splits.get(number)
-            if cut is None:
-                leaves.append(next(left))
-            else:
-                leaves.append(jnp.concatenate([next(left) for _ in range(cut.count)], cut.axis))
-        return self.treedef.unflatten(leaves)
-
-    @functools.cached_property
-    def leaf_structures(self) -> tuple[LeafStructure, ...]:
-        """For each part how it falls into cells, and which groups index it by which dimension.
-
-        Groups around others come first: plans of nested groups are by the place that their
-        surroundings have been moved to.
-        """
-        found: list[list[tuple[Group, Member]]] = [[] for _ in self.parts]
-        for group in sorted(self.groups, key=lambda g: g.outer is not None):
-            for member in group.members:
-                found[member.leaf].append((group, member))
-        return tuple(
-            leaf_structure_of(part.shape, pairs)
-            for part, pairs in zip(self.parts, found, strict=True)
+    def __repr__(self) -> str:
+        """One line; `str` has the table."""
+        parameter_count = 0
+        for leaf in self.leaves:
+            parameter_count += math.prod(leaf.shape)
+        return (
+            f"<Symmetry: {len(self.groups)} groups, {len(self.leaves)} leaves, "
+            f"{parameter_count:,} parameters>"
         )
-
-    def only(self, keep: Callable[[str], bool]) -> "Symmetry":
-        """Leaves groups out: what is done with the result does not move them.
-
-        Args:
-            keep: from the name of a group, which is a key path, to whether it may move.
-
-        Returns:
-            The symmetry of the groups that are kept. The axes of the others are pinned.
-        """
-        kept = {g.name for g in self.groups if keep(g.name)}
-        groups = (
-            g if g.outer in kept else dataclasses.replace(g, outer=None)
-            for g in self.groups
-            if g.name in kept
-        )
-        pins = tuple(
-            Pin(m.path, m.axis, g.size, "left out by the caller")
-            for g in self.groups
-            if g.name not in kept
-            for m in g.members
-        )
-        return dataclasses.replace(self, groups=tuple(groups), pinned=self.pinned + pins)
-
-    def identity(self) -> Plans:
-        """Returns the plans that move nothing, int32 `[*batch, n]` each."""
-        units = {g.name: np.arange(g.size, dtype=np.int32) for g in self.groups}
-        # For each shape `jnp.asarray` would compile a program.
-        return {
-            g.name: jax.device_put(np.broadcast_to(units[g.name], (*g.batch, g.size)))
-            for g in self.groups
-        }
-
-    def random(self, key: Array) -> Plans:
-        """Draws a uniform permutation of every group.
-
-        Args:
-            key: a key of `jax.random`.
-
-        Returns:
-            Plans, int32 `[*batch, n]` each.
-
-        Raises:
-            TypeError: for a number in place of a key, and for a batch of keys.
-        """
-        _require_key(key)
-        return {
-            name: jax.random.permutation(
-                jax.random.fold_in(key, number), plan, axis=-1, independent=True
-            )
-            for number, (name, plan) in enumerate(self.identity().items())
-        }
-
-    def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:
-        """Checks that a pytree is one that this symmetry was traced for.
-
-        Values are looked at only where there are any: under `jax.jit` or `jax.vmap`, structure,
-        shapes and dtypes are checked and finiteness is not.
-
-        Args:
-            params: the pytree.
-            name: what to call it in the message.
-            batch: leading axes that every leaf has in front, as in a stack of models.
-
-        Raises:
-            ValueError: on another tree structure, other shapes or kinds of dtype, or
-                non-finite values, listing every offender by key path.
-        """
-        found = leaves_of(params)
-        mine = {leaf.path: leaf for leaf in self.leaves}
-        if jax.tree_util.tree_structure(params) != self.treedef:
-            theirs = {leaf.path for leaf in found}
-            wrong = [f"  {p}: missing" for p in mine if p not in theirs]
-            wrong += [f"  {p}: not expected" for p in sorted(theirs - mine.keys())]
-            wrong = wrong or ["  the same leaves in containers of other types"]
-            raise ValueError(
-                f"{name} has another tree than expected; all models must be of the architecture "
-                "and framework that was traced:\n" + "\n".join(wrong)
-            )
-        wrong = []
-        for leaf, here, value in zip(
-            self.leaves, found, jax.tree_util.tree_leaves(params), strict=True
-        ):
-            shape = (*batch, *leaf.shape)
-            if here.shape != shape:
-                wrong.append(f"  {leaf.path}: shape {here.shape}, expected {shape}")
-            elif here.moves != leaf.moves:
-                wrong.append(f"  {leaf.path}: dtype {here.dtype}, expected {leaf.dtype}")
-            elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
-                if bad := not_finite(value):
-                    wrong.append(f"  {leaf.path}: {bad} of {np.size(value)} values not finite")
-        if wrong:
-            raise ValueError(
-                f"{name} does not fit (made with the same sizes as the model that was traced? did "
-                "training diverge?):\n" + "\n".join(wrong)
-            )
 
     def __str__(self) -> str:
         """A table: per group its size and members, then what is pinned, and why.
 
         What repeats itself from block to block is shown once, as in `layer_{0..11}/kernel`.
         """
-        return describe.table(self)
+        return display.table(self)
 
     def summary(self) -> str:
         """Says which share of the parameters can move, and what pins the rest.
@@ -236,13 +120,180 @@ class Symmetry:
             Text: the groups by size, then for each reason the parameters that do not move because
             of it, the most first, with the source line where they met what does not move.
         """
-        return describe.summary(self)
+        return display.summary(self)
+
+    # --- leaves and their parts
+
+    @functools.cached_property
+    def parts(self) -> tuple[Leaf, ...]:
+        """Path, shape and dtype of every part: of the leaves, where they are not split."""
+        parts: list[Leaf] = []
+        for number, leaf in enumerate(self.leaves):
+            if number in self._split_of_leaf:
+                parts.extend(self._split_of_leaf[number].parts(leaf))
+            else:
+                parts.append(leaf)
+        return tuple(parts)
+
+    @functools.cached_property
+    def leaf_of(self) -> tuple[int, ...]:
+        """For each part the position of its leaf."""
+        positions: list[int] = []
+        for number in range(len(self.leaves)):
+            leaf_split = self._split_of_leaf.get(number)
+            count = 1 if leaf_split is None else leaf_split.count
+            positions.extend([number] * count)
+        return tuple(positions)
+
+    @functools.cached_property
+    def _split_of_leaf(self) -> dict[int, LeafSplit]:
+        return {leaf_split.leaf: leaf_split for leaf_split in self.leaf_splits}
+
+    @functools.cached_property
+    def leaf_structures(self) -> tuple[LeafStructure, ...]:
+        """For each part how it falls into blocks, and which groups index it by which dimension."""
+        members: list[list[tuple[Group, Member]]] = [[] for _ in self.parts]
+        # Groups around others come first: a nested group's plan at an index is for the units that
+        # have been moved there.
+        outermost_first = sorted(self.groups, key=lambda group: group.outer is not None)
+        for group in outermost_first:
+            for member in group.members:
+                members[member.leaf].append((group, member))
+        structures = []
+        for part, part_members in zip(self.parts, members, strict=True):
+            structures.append(leaf_structure_of(part.shape, part_members))
+        return tuple(structures)
+
+    def split(self, params: PyTree) -> list[Any]:
+        """Takes parameters apart, without checks.
+
+        Args:
+            params: A pytree of the structure that was traced.
+
+        Returns:
+            One array for each of `parts`.
+        """
+        arrays: list[Any] = []
+        for number, leaf in enumerate(jax.tree_util.tree_leaves(params)):
+            leaf_split = self._split_of_leaf.get(number)
+            if leaf_split is None:
+                arrays.append(leaf)
+            else:
+                array = jnp.asarray(leaf)
+                arrays.extend(jnp.split(array, leaf_split.count, leaf_split.axis))
+        return arrays
+
+    def join(self, parts: Iterable[Any]) -> PyTree:
+        """Puts parameters together again, without checks.
+
+        Args:
+            parts: One array for each of `parts`.
+
+        Returns:
+            A pytree of the structure that was traced.
+        """
+        remaining = iter(parts)
+        leaves: list[Any] = []
+        for number in range(len(self.leaves)):
+            leaf_split = self._split_of_leaf.get(number)
+            if leaf_split is None:
+                leaves.append(next(remaining))
+            else:
+                arrays = [next(remaining) for _ in range(leaf_split.count)]
+                leaves.append(jnp.concatenate(arrays, leaf_split.axis))
+        return self.treedef.unflatten(leaves)
+
+    # --- other symmetries and plans
+
+    def only(self, keep: Callable[[str], bool]) -> "Symmetry":
+        """Leaves groups out: what is done with the result does not move them.
+
+        Args:
+            keep: A function from the name of a group, which is a key path, to whether the group may
+                move.
+
+        Returns:
+            The symmetry of the groups that are kept. The axes of the others are pinned.
+
+        Raises:
+            TypeError: If `keep` is no function, but a list of names, for one.
+        """
+        require_function(keep, 'symmetry.only(lambda name: name in ("a", "b"))')
+        kept_names = {group.name for group in self.groups if keep(group.name)}
+        groups = []
+        pins = []
+        for group in self.groups:
+            if group.name not in kept_names:
+                for member in group.members:
+                    pin = Pin(member.path, member.axis, group.size, "left out by the caller")
+                    pins.append(pin)
+                continue
+            if group.outer not in kept_names:
+                # What stays around a group is an axis of its batch like any other.
+                group = dataclasses.replace(group, outer=None)
+            groups.append(group)
+        pinned = (*self.pinned, *pins)
+        return dataclasses.replace(self, groups=tuple(groups), pinned=pinned)
+
+    def identity(self) -> Plans:
+        """Returns the plans that move nothing, int32 `[*batch, n]` each."""
+        plans = {}
+        for group in self.groups:
+            shape = (*group.batch, group.size)
+            order = np.arange(group.size, dtype=np.int32)
+            # For each shape `jnp.broadcast_to` and `jnp.asarray` would compile a program.
+            plan = np.broadcast_to(order, shape)
+            plans[group.name] = jax.device_put(plan)
+        return plans
+
+    def random(self, key: Array) -> Plans:
+        """Draws a uniform permutation of every group.
+
+        Args:
+            key: A single key of `jax.random`.
+
+        Returns:
+            The plans, int32 `[*batch, n]` each.
+
+        Raises:
+            TypeError: If a number is given in place of a key, or a batch of keys.
+        """
+        _require_key(key)
+        plans = {}
+        for number, (name, identity) in enumerate(self.identity().items()):
+            # Groups of one size would be permuted alike by one key.
+            group_key = jax.random.fold_in(key, number)
+            plans[name] = jax.random.permutation(group_key, identity, axis=-1, independent=True)
+        return plans
+
+    def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:
+        """Checks that a pytree is one that this symmetry was traced for.
+
+        Values are looked at only where there are any: under `jax.jit` or `jax.vmap`, structure,
+        shapes and dtypes are checked and finiteness is not.
+
+        Args:
+            params: The pytree.
+            name: What to call the pytree in the message.
+            batch: The leading axes that every leaf has in front, as in a stack of models.
+
+        Raises:
+            ValueError: If the tree, a shape, or a kind of dtype is another, or if values are not
+                finite. Every offender is listed by its key path, with what is expected.
+            TypeError: If `batch` is no tuple.
+        """
+        require_kind(batch, tuple, "batch", "the sizes of the leading axes as a tuple, as (3,)")
+        require_fitting(self.leaves, self.treedef, params, name, batch)
 
 
 def _require_key(key: Any) -> None:
+    """Refuses what is not a single key of `jax.random`."""
     if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if is_typed and key.ndim == 0:
             return
-        if key.dtype == jnp.uint32 and key.ndim == 1:  # as jax.random.PRNGKey makes them
+        # `jax.random.PRNGKey` makes keys that are vectors of integers.
+        if key.dtype == jnp.uint32 and key.ndim == 1:
             return
-    raise TypeError(f"key is {f'{key!r}'[:80]}; pass a single key, as jax.random.key(0) is one")
+    given = repr(key)[:80]
+    raise TypeError(f"key is {given}; pass a single key, as jax.random.key(0) is one")

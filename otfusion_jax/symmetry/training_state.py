@@ -1,7 +1,11 @@
-"""What belongs to parameters moves like them: optimizer states, moving averages, train states."""
+"""What belongs to parameters moves like them: optimizer states, moving averages, train states.
+
+A state is a tree in which there are trees like that of the parameters, such as Adam's two moments.
+Each of these is moved by `transport`, and all else is passed on.
+"""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from otfusion_jax.symmetry.checks import SymmetryWarning
+from otfusion_jax.symmetry.checks import SymmetryWarning, may_have_units, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
-from otfusion_jax.symmetry.plans import HasPlans
+from otfusion_jax.symmetry.plans import HasPlans, plans_of
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 
@@ -30,24 +34,25 @@ def transport_state(
     step, moved. Along soft plans second moments are averaged like weights, which is a guess.
 
     Args:
-        symmetry: of the network.
-        plans: as for `transport`.
-        state: any pytree. The parts of it that have the structure and the shapes of the parameters
+        symmetry: The symmetry of the network.
+        plans: The plans, as for `transport`.
+        state: Any pytree. The parts of it that have the structure and the shapes of the parameters
             are moved, all else is passed on: counts, keys, schedules. Parameters that
             `optax.masked` leaves out of a state may be missing.
-        onto: as for `transport`.
+        onto: The symmetry of the network that the plans lead to, as for `transport`.
 
     Returns:
         A tree of the same structure.
 
     Raises:
-        ValueError: if there are moments, and no part has the structure of the parameters; if one
+        ValueError: If there are moments, and no part has the structure of the parameters; if one
             has their structure and other shapes, such as factored moments, listing every such leaf
             by key path; and as `transport` raises it.
+        TypeError: If the arguments are in another order, or plans are no dict of arrays.
 
     Warns:
-        SymmetryWarning: of arrays that are passed on though they have sizes of groups, such as the
-            row and column accumulators of `optax.sm3`.
+        SymmetryWarning: If arrays are passed on though they have sizes of groups, such as the row
+            and column accumulators of `optax.sm3`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -59,87 +64,128 @@ def transport_state(
         >>> state = optax.adam(1e-3).init(params)
         >>> moved = otf.transport_state(symmetry, plans, state)
     """
-    found, left = [], []
-    wrong: list[str] = []
-    sizes = {group.size for group in symmetry.groups if group.size > 1}
-
-    def is_alike(node: Any) -> bool:
-        return _structure(node) == symmetry.treedef
-
-    def moved(path: Any, node: Any) -> Any:
-        at = jax.tree_util.keystr(path, simple=True, separator="/")
-        parts = jax.tree_util.tree_leaves(node, is_leaf=_is_masked)
-        if is_alike(node):
-            unlike = list(_unlike(symmetry, parts, at))
-            if not unlike:
-                found.append(at)
-                return _moved(symmetry, plans, parts, onto)
-            if len(parts) > 1 and any(map(_is_of_floats, parts)):
-                wrong.extend(unlike)
-        # Passed on: a number for each parameter, or what is no part of the state's moments.
-        left.extend(
-            f"  {at}: shape {jnp.shape(part)}"
-            for part in parts
-            if _is_of_floats(part) and any(n % size == 0 for n in part.shape for size in sizes)
-        )
-        return node
-
-    result = jax.tree_util.tree_map_with_path(moved, state, is_leaf=is_alike)
-    if wrong:
+    call = "transport_state(symmetry, plans, state, onto=symmetry_of_the_target)"
+    require_symmetry(symmetry, call)
+    plans = plans_of(plans)
+    if onto is not None:
+        require_symmetry(onto, call)
+    # A node is the largest part of the state that has the structure of the parameters, or a leaf.
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(
+        state, is_leaf=lambda node: _structure_of(node) == symmetry.treedef
+    )
+    moved = []
+    of_other_shapes: list[str] = []
+    passed_on: list[tuple[str, Any]] = []
+    any_like_parameters = False
+    for path, node in nodes:
+        key_path = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaves = jax.tree_util.tree_leaves(node, is_leaf=_is_masked)
+        if _structure_of(node) == symmetry.treedef:
+            differences = _differences_of_shapes(symmetry, leaves, key_path)
+            if not differences:
+                any_like_parameters = True
+                moved.append(_moved_like_parameters(symmetry, plans, leaves, onto))
+                continue
+            # Where the parameters are one array, any array has their structure.
+            if len(leaves) > 1 and _has_moments(leaves):
+                of_other_shapes.extend(differences)
+        moved.append(node)
+        passed_on.extend((key_path, leaf) for leaf in leaves)
+    if of_other_shapes:
         raise ValueError(
             "these parts of the state have the structure of the parameters, but other shapes; what "
             "a factored or compressed moment would be after a move is not known. Start this state "
-            "anew from the moved parameters (`optimizer.init`):\n" + "\n".join(wrong)
+            "anew from the moved parameters (`optimizer.init`):\n" + "\n".join(of_other_shapes)
         )
-    if not found and any(map(_is_of_floats, jax.tree_util.tree_leaves(state))):
+    if not any_like_parameters and _has_moments(jax.tree_util.tree_leaves(state)):
         raise ValueError(
             "no part of this state has the structure of the parameters that were traced; pass the "
             "state that belongs to them, such as `optimizer.init(params)`"
         )
-    if left:
-        warnings.warn(
-            "these arrays of the state stay as they are, and have sizes of groups; if they belong "
-            "to units, start this state anew from the moved parameters (`optimizer.init`):\n"
-            + "\n".join(left),
-            SymmetryWarning,
-            stacklevel=2,
-        )
-    return result
+    _warn_of_arrays_with_units(symmetry, passed_on)
+    return treedef.unflatten(moved)
+
+
+# --- the parts of a state
+
+
+def _structure_of(node: Any) -> Any:
+    """Returns the structure of a part of a state, in which a masked parameter is a leaf."""
+    return jax.tree_util.tree_structure(node, is_leaf=_is_masked)
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _is_of_floats(part: Any) -> bool:
-    """Whether something is an array of several numbers that are no integers."""
-    is_array = hasattr(part, "dtype") and jnp.size(part) > 1
-    return is_array and jnp.issubdtype(part.dtype, jnp.inexact)
+def _is_moment(leaf: Any) -> bool:
+    """Whether a leaf is an array of several numbers that are no integers."""
+    # A single number is a count, a learning rate, or what optax puts in the place of a moment.
+    if not hasattr(leaf, "dtype") or jnp.size(leaf) <= 1:
+        return False
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _structure(node: Any) -> Any:
-    return jax.tree_util.tree_structure(node, is_leaf=_is_masked)
+def _has_moments(leaves: Sequence[Any]) -> bool:
+    return any(_is_moment(leaf) for leaf in leaves)
 
 
-def _unlike(symmetry: Symmetry, parts: list[Any], at: str) -> Iterator[str]:
-    """Yields a line for each part that has another shape than its parameter."""
-    for leaf, part in zip(symmetry.leaves, parts, strict=True):
-        if not _is_masked(part) and jnp.shape(part) != leaf.shape:
-            path = "/".join(name for name in (at, leaf.path) if name)
-            yield f"  {path}: shape {jnp.shape(part)}, of a parameter of shape {leaf.shape}"
+def _differences_of_shapes(symmetry: Symmetry, leaves: Sequence[Any], key_path: str) -> list[str]:
+    """Returns a line for each leaf that has another shape than its parameter.
+
+    Args:
+        symmetry: The symmetry of the network.
+        leaves: The leaves of a part of the state that has the structure of the parameters.
+        key_path: The key path of that part.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    for parameter, leaf in zip(symmetry.leaves, leaves, strict=True):
+        if _is_masked(leaf) or jnp.shape(leaf) == parameter.shape:
+            continue
+        path = f"{key_path}/{parameter.path}" if key_path else parameter.path
+        lines.append(
+            f"  {path}: shape {jnp.shape(leaf)}, of a parameter of shape {parameter.shape}"
+        )
+    return lines
 
 
-def _moved(
-    symmetry: Symmetry, plans: Plans | HasPlans, parts: list[Any], onto: Symmetry | None
+def _moved_like_parameters(
+    symmetry: Symmetry, plans: Plans, leaves: Sequence[Any], onto: Symmetry | None
 ) -> PyTree:
-    """Moves what is there; where a parameter is left out, zeros stand for it on the way."""
-    whole = [
-        jnp.zeros(leaf.shape, leaf.dtype) if _is_masked(part) else part
-        for leaf, part in zip(symmetry.leaves, parts, strict=True)
-    ]
-    moved = transport(symmetry, plans, symmetry.treedef.unflatten(whole), onto=onto)
-    found = [
-        part if _is_masked(part) else new
-        for part, new in zip(parts, jax.tree_util.tree_leaves(moved), strict=True)
-    ]
-    return symmetry.treedef.unflatten(found)
+    """Moves a part of a state whose leaves have the shapes of the parameters, or are masked."""
+    filled = []
+    for parameter, leaf in zip(symmetry.leaves, leaves, strict=True):
+        # `transport` takes whole trees. What moves in the place of a masked parameter is dropped.
+        if _is_masked(leaf):
+            leaf = jnp.zeros(parameter.shape, parameter.dtype)
+        filled.append(leaf)
+    moved = transport(symmetry, plans, symmetry.treedef.unflatten(filled), onto=onto)
+    moved_leaves = jax.tree_util.tree_leaves(moved)
+    for number, leaf in enumerate(leaves):
+        if _is_masked(leaf):
+            moved_leaves[number] = leaf
+    return symmetry.treedef.unflatten(moved_leaves)
+
+
+def _warn_of_arrays_with_units(symmetry: Symmetry, passed_on: Sequence[tuple[str, Any]]) -> None:
+    """Warns of arrays that are passed on though units may lie along them.
+
+    Args:
+        symmetry: The symmetry of the network.
+        passed_on: The leaves that are passed on, each with the key path of its part of the state.
+    """
+    lines = []
+    for key_path, leaf in passed_on:
+        if _is_moment(leaf) and may_have_units(symmetry, leaf.shape):
+            lines.append(f"  {key_path}: shape {jnp.shape(leaf)}")
+    if lines:
+        warnings.warn(
+            "these arrays of the state stay as they are, and have sizes of groups; if they belong "
+            "to units, start this state anew from the moved parameters (`optimizer.init`):\n"
+            + "\n".join(lines),
+            SymmetryWarning,
+            stacklevel=3,
+        )

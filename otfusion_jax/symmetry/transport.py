@@ -7,18 +7,18 @@ so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two 
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, permuted
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
-from otfusion_jax.symmetry.partition import Block, Blocks, mixed, permuted
 from otfusion_jax.symmetry.plans import HasPlans, is_permutation, new_sizes, plans_of, require_plans
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -36,157 +36,49 @@ def transport(
     pytree transform; also works inside `jax.jit`, under `jax.vmap` and `jax.grad`.
 
     Args:
-        symmetry: of the network.
-        plans: group name to plan, or the result of `align`. A permutation is integer `[n]`:
+        symmetry: The symmetry of the network.
+        plans: Group name to plan, or the result of `align`. A permutation is integer `[n]`:
             position `j` receives unit `plan[j]`. A transport plan is float `[n, m]`. Plans of a
-            nested group have its batch in front; they apply to what is at an index after the group
-            around has moved. If that moves along a transport plan `[h, g]`, there is one for every
-            pair: `[*batch, g, n]` or `[*batch, g, n, m]`, where h is the last of the batch. Groups
-            that are left out stay where they are.
-        params: the parameters; not changed.
-        onto: symmetry of the network that the plans lead to, if its widths are others. None takes
-            the widths from the plans.
+            nested group have its batch in front, as in `[heads, n]`. They apply after the heads
+            have moved: unit `j` of head `i` is then unit `plan[i, j]` of the head that has arrived
+            at `i`. If the plan of the heads is soft, `[h, g]`, a nested group has a plan for every
+            pair of an old and a new head: `[*batch, g, n]` or `[*batch, g, n, m]`, where the last
+            axis of the batch counts the old heads. Groups that are left out stay where they are.
+        params: The parameters of the network. They are not changed.
+        onto: The symmetry of the network that the plans lead to, if its widths are others. None
+            takes the widths from the plans.
 
     Returns:
         New parameters of the same structure. Integers, booleans and keys are passed on.
 
     Raises:
-        ValueError: for plans of unknown groups, of wrong shapes, or known not to be permutations or
-            couplings, for soft plans of axes with both roles, for parameters that do not fit, and
-            if the networks differ in more than widths.
-        TypeError: for arguments in another order, and shapes in place of arrays.
+        ValueError: If plans are of unknown groups, of wrong shapes, or known not to be permutations
+            or couplings; if plans of axes with both roles are soft; if the parameters do not fit;
+            and if the networks differ in more than widths.
+        TypeError: If the arguments are in another order, or shapes are in the place of arrays.
     """
-    for given in (symmetry, symmetry if onto is None else onto):
-        require_symmetry(given, "transport(symmetry, plans, params, onto=symmetry_of_the_target)")
+    call = "transport(symmetry, plans, params, onto=symmetry_of_the_target)"
+    require_symmetry(symmetry, call)
     plans = plans_of(plans)
+    if onto is not None:
+        require_symmetry(onto, call)
     require_model(symmetry, params)
-    onto = None if onto is None else match_groups(symmetry, onto)
+    if onto is not None:
+        onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     return _transport(symmetry, onto, plans, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("symmetry", "onto"))
 def _transport(symmetry: Symmetry, onto: Symmetry | None, plans: Plans, params: PyTree) -> PyTree:
-    parts = symmetry.split(params)
-    moved = (move(symmetry, plans, i, part, onto) for i, part in enumerate(parts))
-    return (onto or symmetry).join(moved)
+    moved = []
+    for number, part in enumerate(symmetry.split(params)):
+        moved.append(move(symmetry, plans, number, part, onto))
+    target = symmetry if onto is None else onto
+    return target.join(moved)
 
 
-def split_and_move(
-    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, frozen: Collection[Member] = ()
-) -> Blocks:
-    """Takes one parameter apart and moves its units along plans, without checks.
-
-    Args:
-        symmetry: of the network.
-        plans: group name to plan; groups that are left out stay.
-        leaf: position of the parameter in `symmetry.parts`.
-        array: the parameter.
-        frozen: members that stay where they are.
-
-    Returns:
-        The cells of the moved parameter.
-    """
-    return move_blocks(symmetry.leaf_structures[leaf], plans, array, frozen)
-
-
-def move_blocks(
-    uses: LeafStructure, plans: Plans, array: Array, frozen: Collection[Member] = ()
-) -> Blocks:
-    """Takes an array apart and moves its units along plans, without checks.
-
-    Args:
-        uses: how it falls into cells, and which groups index it.
-        plans: group name to plan; groups that are left out stay.
-        array: the array.
-        frozen: members that stay where they are.
-
-    Returns:
-        The cells of the moved array.
-    """
-    cells = uses.partition.split(array)
-    moving = [use for use in uses.unit_axes if use.group.name in plans and use.member not in frozen]
-    for use in moving:
-        cells = {key: _along(cell, use, moving, plans) for key, cell in cells.items()}
-    return cells
-
-
-def _along(cell: Block, use: UnitAxis, moving: list[UnitAxis], plans: Plans) -> Block:
-    """Moves the units of one member in a cell, if they are in it.
-
-    Args:
-        cell: the cell.
-        use: the member.
-        moving: all members that move, this one among them.
-        plans: of their groups.
-
-    Returns:
-        The cell. Units in heads that do not move one to one move together with the heads.
-    """
-    if not _within(use, cell):
-        return cell
-    plan, role = plans[use.group.name], use.member.role
-    around = [u for u in moving if u.group.name == use.group.outer and u.dim == use.levels[-1]]
-    if around and not is_permutation(plans[around[0].group.name]):
-        outer = _weights(plans[around[0].group.name], around[0].member.role)
-        inner = _weights(_as_coupling(plan), role)
-        weights = (outer[..., None, None] * inner).astype(cell.array.dtype)
-        return mixed(cell, use.levels[-1:] + (use.dim,), use.levels[:-1], weights)
-    if is_permutation(plan):
-        return permuted(cell, use.dim, use.levels, plan)
-    if any(
-        u.group.outer == use.group.name and u.levels[-1] == use.dim and _within(u, cell)
-        for u in moving
-    ):
-        return cell
-    return mixed(cell, (use.dim,), use.levels, _weights(plan, role).astype(cell.array.dtype))
-
-
-def _within(use: UnitAxis, cell: Block) -> bool:
-    return {use.dim, *use.levels} <= set(cell.dims)
-
-
-def _as_coupling(plan: Array) -> Array:
-    """Turns permutations into transport plans; others stay."""
-    if not is_permutation(plan):
-        return plan
-    n = plan.shape[-1]
-    return jax.nn.one_hot(plan, n, axis=-2) / n
-
-
-def _weights(plan: Array, role: Role) -> Array:
-    """Divides a plan by its marginals: those of the new units where these are produced."""
-    masses = jnp.sum(plan, axis=-2 if role == "produces" else -1, keepdims=True)
-    return plan / jnp.where(masses > 0, masses, 1)
-
-
-def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, around: Role) -> Array:
-    """Moves what is known of each unit, such as a mean, without checks.
-
-    Args:
-        group: whose units.
-        plans: group name to plan; groups that are left out stay.
-        numbers: float `[*batch, n]`.
-        role: of what is known, as the units of the group.
-        around: its role as what is in the group around, if there is one.
-
-    Returns:
-        `[*batch, m]`: of a new unit that is produced the mean over the old ones that map to it,
-        otherwise the sum of their shares.
-    """
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    if group.outer in plans:
-        outer = plans[group.outer]
-        if not is_permutation(outer):
-            inner = _weights(_as_coupling(plans[group.name]), role)
-            return product("...gn,...gh,...ghnm->...hm", numbers, _weights(outer, around), inner)
-        numbers = jnp.take_along_axis(numbers, outer[..., None], axis=-2)
-    if group.name not in plans:
-        return numbers
-    plan = plans[group.name]
-    if is_permutation(plan):
-        return jnp.take_along_axis(numbers, plan, axis=-1)
-    return product("...n,...nm->...m", numbers, _weights(plan, role))
+# --- one parameter, without checks
 
 
 def move(
@@ -195,21 +87,182 @@ def move(
     """Moves one parameter along plans, without checks.
 
     Args:
-        symmetry: of the network.
-        plans: group name to plan; groups that are left out stay.
-        leaf: position of the parameter in `symmetry.parts`.
-        array: the parameter.
-        onto: symmetry of the network that the plans lead to; None takes the widths from the plans.
+        symmetry: The symmetry of the network.
+        plans: Group name to plan; groups that are left out stay.
+        leaf: The position of the parameter in `symmetry.parts`.
+        array: The parameter.
+        onto: The symmetry of the network that the plans lead to, with the source's group names.
+            None takes the widths from the plans.
 
     Returns:
         The moved parameter.
     """
-    layout, uses = symmetry.leaf_structures[leaf]
-    if not any(use.group.name in plans for use in uses):
-        return array
-    if onto is None:
-        target = layout.resized(new_sizes(symmetry, plans, leaf))
-        assert target is not None, "checked by the caller"
+    structure = symmetry.leaf_structures[leaf]
+    for unit_axis in structure.unit_axes:
+        if unit_axis.group.name in plans:
+            break
     else:
+        # The parameter is passed on as it is, of whatever dtype.
+        return array
+    if onto is not None:
         target = onto.leaf_structures[leaf].partition
-    return target.join(split_and_move(symmetry, plans, leaf, array))
+    else:
+        sizes = new_sizes(structure, plans)
+        target = structure.partition.resized(sizes) if sizes else structure.partition
+        assert target is not None, "require_plans has refused plans that do not tell the shape"
+    return target.join(move_blocks(structure, plans, array))
+
+
+def split_and_move(
+    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, frozen: Collection[Member] = ()
+) -> Blocks:
+    """Takes one parameter apart and moves its units along plans, without checks.
+
+    Args:
+        symmetry: The symmetry of the network.
+        plans: Group name to plan; groups that are left out stay.
+        leaf: The position of the parameter in `symmetry.parts`.
+        array: The parameter.
+        frozen: The members that stay where they are, though their groups have plans.
+
+    Returns:
+        The blocks of the moved parameter.
+    """
+    return move_blocks(symmetry.leaf_structures[leaf], plans, array, frozen)
+
+
+def move_blocks(
+    structure: LeafStructure, plans: Plans, array: Array, frozen: Collection[Member] = ()
+) -> Blocks:
+    """Takes an array apart and moves its units along plans, without checks.
+
+    Args:
+        structure: How the array falls into blocks, and which groups index it.
+        plans: Group name to plan; groups that are left out stay.
+        array: The array.
+        frozen: The members that stay where they are, though their groups have plans.
+
+    Returns:
+        The blocks of the moved array.
+    """
+    blocks = structure.partition.split(array)
+    moving = []
+    for unit_axis in structure.unit_axes:
+        if unit_axis.group.name in plans and unit_axis.member not in frozen:
+            moving.append(unit_axis)
+    # Outer groups come first, as `LeafStructure` lists them: the plans of nested units are for the
+    # heads where they have arrived.
+    for unit_axis in moving:
+        for key, block in blocks.items():
+            if unit_axis.is_in(block):
+                blocks[key] = _moved_along(unit_axis, block, moving, plans)
+    return blocks
+
+
+def _moved_along(
+    unit_axis: UnitAxis, block: Block, moving: Sequence[UnitAxis], plans: Plans
+) -> Block:
+    """Moves the units of one member in a block.
+
+    Args:
+        unit_axis: The member, which is in the block.
+        block: The block.
+        moving: All members of the leaf that move, this one among them.
+        plans: Group name to plan.
+
+    Returns:
+        The block, with these units moved.
+    """
+    plan = plans[unit_axis.group.name]
+    role = unit_axis.member.role
+    outer_axis = None
+    if unit_axis.group.outer is not None:
+        outer_axis = _axis_of_outer_group(unit_axis, moving)
+    if outer_axis is not None and not is_permutation(plans[outer_axis.group.name]):
+        # Heads that do not move one to one take the units in them along, by a plan for each pair
+        # of an old and a new head: w[h, g, n, m] = w[h, g] · w[n, m] of that pair.
+        outer_weights = _weights(plans[outer_axis.group.name], outer_axis.member.role)
+        inner_weights = _weights(_as_coupling(plan), role)
+        weights = outer_weights[..., None, None] * inner_weights
+        *batch_dims, outer_dim = unit_axis.levels
+        dims = (outer_dim, unit_axis.dim)
+        return mixed(block, dims, batch_dims, weights.astype(block.array.dtype))
+    if is_permutation(plan):
+        return permuted(block, unit_axis.dim, unit_axis.levels, plan)
+    for nested in moving:
+        if nested.group.outer != unit_axis.group.name:
+            continue
+        if nested.levels[-1] == unit_axis.dim and nested.is_in(block):
+            # These heads move together with the units in them, when it is the turn of those.
+            return block
+    weights = _weights(plan, role).astype(block.array.dtype)
+    return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
+
+
+def _axis_of_outer_group(unit_axis: UnitAxis, moving: Sequence[UnitAxis]) -> UnitAxis | None:
+    """Returns the moving member of the group around that says in which index the units are."""
+    index_dim = unit_axis.levels[-1]
+    for other in moving:
+        if other.dim == index_dim and other.group.name == unit_axis.group.outer:
+            return other
+    return None
+
+
+def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_role: Role) -> Array:
+    """Moves what is known of each unit, such as a mean, without checks.
+
+    Args:
+        group: The group of the units.
+        plans: Group name to plan; groups that are left out stay.
+        numbers: What is known, float `[*batch, n]`.
+        role: The role in which it moves: `"produces"` for the features of the units themselves.
+        outer_role: The role in which it moves with the units of the group around, if there is one.
+
+    Returns:
+        Float `[*batch, m]`. For a new unit that is produced, the mean over the old ones that map to
+        it; otherwise the sum of their shares.
+    """
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if group.outer in plans:
+        outer_plan = plans[group.outer]
+        if not is_permutation(outer_plan):
+            outer_weights = _weights(outer_plan, outer_role)
+            weights = _weights(_as_coupling(plans[group.name]), role)
+            return product("...gn,...gh,...ghnm->...hm", numbers, outer_weights, weights)
+        # What is inside of an index goes along with it.
+        numbers = jnp.take_along_axis(numbers, outer_plan[..., None], axis=-2)
+    if group.name not in plans:
+        return numbers
+    plan = plans[group.name]
+    if is_permutation(plan):
+        return jnp.take_along_axis(numbers, plan, axis=-1)
+    return product("...n,...nm->...m", numbers, _weights(plan, role))
+
+
+# --- weights of plans
+
+
+def _as_coupling(plan: Array) -> Array:
+    """Turns a permutation into a transport plan; others stay."""
+    if not is_permutation(plan):
+        return plan
+    # P[i, j] = 1/n where unit i comes to position j.
+    n = plan.shape[-1]
+    return jax.nn.one_hot(plan, n, axis=-2) / n
+
+
+def _weights(plan: Array, role: Role) -> Array:
+    """Divides a transport plan by its marginals.
+
+    Args:
+        plan: Float `[..., n, m]`.
+        role: `"produces"` divides by the masses of the new units, P diag(1/b); other roles by those
+            of the old ones, diag(1/a) P.
+
+    Returns:
+        The weights, `[..., n, m]`. Units without mass have weight 0.
+    """
+    axis_of_sum = -2 if role == "produces" else -1
+    masses = jnp.sum(plan, axis=axis_of_sum, keepdims=True)
+    # Where there is no mass, this is 0 / 1 and not 0 / 0.
+    return plan / jnp.where(masses > 0, masses, 1)

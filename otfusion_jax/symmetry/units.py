@@ -1,87 +1,96 @@
 """Reading and writing the units of a group where they lie in an array.
 
-A member's `Where` says at which positions of one axis its units are; the axes of the group's batch
-may lie on the same axis or on others.
+A member's `UnitLocation` says at which positions of one axis its units are; the axes of the group's
+batch may lie on the same axis or on others. Here they come to the front, in an array `[*batch,
+size, rest]`, and go back.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from otfusion_jax.symmetry.blocks import BlockDim, Blocks, fronted
 from otfusion_jax.symmetry.groups import Group
-from otfusion_jax.symmetry.partition import (
-    BlockDim,
-    BlockPartition,
-    Blocks,
-    LocatedFactor,
-    UnitLocation,
-    fronted,
-    partition_of,
-)
-
-
-def _layout(
-    array: Array, location: UnitLocation, group: Group
-) -> tuple[BlockPartition, list[BlockDim]]:
-    """Returns the layout of an array, and the dimensions of the batch and of the units."""
-    factors = [
-        LocatedFactor(axis, place, size)
-        for (axis, _, place), size in zip(location.batch, group.batch, strict=True)
-    ]
-    factors.append(LocatedFactor(location.axis, location.index, group.size))
-    return partition_of(array.shape, tuple(factors)), list(range(len(factors)))
-
-
-def units_in(cells: Blocks, front: list[BlockDim]) -> Array:
-    """Reads units off cells: everything else is what they are vectors of.
-
-    Args:
-        cells: of an array.
-        front: the dimensions of the batch, and that of the units.
-
-    Returns:
-        `[*batch, size, rest]`, of the cells that have all these dimensions.
-    """
-    found = [fronted(cell, front) for cell in cells.values() if set(front) <= set(cell.dims)]
-    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
+from otfusion_jax.symmetry.location import LocatedFactor, UnitLocation
+from otfusion_jax.symmetry.partition import BlockPartition, partition_of
 
 
 def units_of(array: Array, location: UnitLocation, group: Group) -> Array:
-    """Brings the units to the front: everything else is what they are vectors of.
+    """Reads the units of a group off an array: everything else is what they are vectors of.
 
     Args:
-        array: a parameter, or features.
-        location: where the units lie in it.
-        group: whose units.
+        array: A parameter, or features.
+        location: The location of the units in the array.
+        group: The group.
 
     Returns:
-        `[*batch, size, rest]`.
+        The units, `[*batch, size, rest]`.
     """
-    layout, front = _layout(array, location, group)
-    return units_in(layout.split(array), front)
+    partition, front = _partition_by(array, location, group)
+    return units_in(partition.split(array), front)
+
+
+def units_in(blocks: Blocks, front: list[BlockDim]) -> Array:
+    """Reads the units of a group off blocks: everything else is what they are vectors of.
+
+    Args:
+        blocks: The blocks of an array.
+        front: The dimensions of the group's batch, and after them that of its units.
+
+    Returns:
+        The units, `[*batch, size, rest]`, of the blocks that have all these dimensions.
+    """
+    vectors = []
+    for block in blocks.values():
+        # Of a concatenation, some blocks have other units, or none.
+        if set(front).issubset(block.dims):
+            vectors.append(fronted(block, front))
+    if len(vectors) == 1:
+        return vectors[0]
+    return jnp.concatenate(vectors, axis=-1)
 
 
 def with_units(array: Array, location: UnitLocation, group: Group, units: Array) -> Array:
-    """Writes units back.
+    """Writes the units of a group into an array.
 
     Args:
-        array: what `units_of` read from.
-        location: where the units lie in it.
-        group: whose units.
-        units: `[*batch, size, rest]`.
+        array: The array that `units_of` has read from.
+        location: The location of the units in the array.
+        group: The group.
+        units: The new units, `[*batch, size, rest]`.
 
     Returns:
-        The array with these units, everything else as it was.
+        The array with these units, and everything else as it was.
     """
-    layout, front = _layout(array, location, group)
-    cells = layout.split(array)
+    partition, front = _partition_by(array, location, group)
+    blocks = partition.split(array)
     start = 0
-    for key, cell in cells.items():
-        if not set(front) <= set(cell.dims):
+    for key, block in blocks.items():
+        if not set(front).issubset(block.dims):
             continue
-        at = [*map(cell.dims.index, front)]
-        shape = jnp.moveaxis(cell.array, at, range(len(at))).shape
-        width = cell.array.size // units[..., 0].size
-        mine = units[..., start : start + width].reshape(shape)
-        cells[key] = cell._replace(array=jnp.moveaxis(mine, range(len(at)), at))
-        start += width
-    return layout.join(cells)
+        # This undoes `fronted`: the last axis has the other dimensions of one block after another.
+        axes = [block.dims.index(dim) for dim in front]
+        new_axes = range(len(axes))
+        shape = jnp.moveaxis(block.array, axes, new_axes).shape
+        width = block.array.size // units[..., 0].size
+        stop = start + width
+        vectors = units[..., start:stop].reshape(shape)
+        moved_back = jnp.moveaxis(vectors, new_axes, axes)
+        blocks[key] = block._replace(array=moved_back)
+        start = stop
+    return partition.join(blocks)
+
+
+def _partition_by(
+    array: Array, location: UnitLocation, group: Group
+) -> tuple[BlockPartition, list[BlockDim]]:
+    """Returns how an array falls into blocks by one group, and the dimensions of batch and units.
+
+    The dimensions are the numbers 0, 1, ... of the factors: first the batch, then the units.
+    """
+    factors = []
+    for (axis, _, index), size in zip(location.batch, group.batch, strict=True):
+        factors.append(LocatedFactor(axis, index, size))
+    factors.append(LocatedFactor(location.axis, location.index, group.size))
+    dims: list[BlockDim] = list(range(len(factors)))
+    partition = partition_of(array.shape, tuple(factors))
+    return partition, dims

@@ -1,11 +1,14 @@
-"""The same walk, evaluated: the activations of each group, read off the jaxpr.
+"""The activations of each group, read off the jaxpr that the symmetry was read from.
 
-No hooks and no surgery on the model: the traced function is run equation by equation on real
-inputs, and the arrays at the places where a group's units are produced or consumed are kept.
+No hooks and no surgery on the model: the traced function is evaluated equation by equation on real
+inputs, and the arrays at the sites where a group's features can be read are kept. `interpret` is
+this evaluation; what is done with an equation is up to a function that it is given, so that several
+models can run side by side.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,14 +23,27 @@ from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.units import units_of
-from otfusion_jax.tracing.context import Site
 from otfusion_jax.tracing.jaxprs import body, scan_operands
+from otfusion_jax.tracing.misuse import find_foreign_input, require_params_first
 from otfusion_jax.tracing.programs import Program, as_function
-from otfusion_jax.tracing.trace import Trace, View, trace
+from otfusion_jax.tracing.records import Site
+from otfusion_jax.tracing.trace import Trace, trace
+from otfusion_jax.tracing.views import View
 
 At = Literal["preactivation", "activation"]
-Step = Callable[[core.JaxprEqn, tuple[int, ...], list[Any]], list[Any]]
+"""Where features are read: before bias and nonlinearity, or after."""
+
+Path = tuple[int, ...]
+"""The indices of the calls and scans that a jaxpr lies in, outermost first; of an equation its
+index in the jaxpr last."""
+
+Step = Callable[[core.JaxprEqn, Path, list[Any]], list[Any]]
 """From an equation, its path and its operands to its results."""
+
+Enter = Callable[[Path, list[Any]], list[Any]]
+"""From the path and the operands of a call to what its body is evaluated on."""
+
+_CALL = "features(symmetry, fn, params, *inputs)"
 
 
 def features(
@@ -40,115 +56,159 @@ def features(
     """Evaluates a network and returns the activations of every group.
 
     Args:
-        symmetry: of this function.
-        fn: the function that was traced, `fn(params, *inputs)`, or the list of functions and
+        symmetry: The symmetry that was traced with this function.
+        fn: The function that was traced, `fn(params, *inputs)`, or the list of functions and
             inputs.
-        params: its parameters.
-        *inputs: a batch of inputs.
+        params: The parameters, arrays.
+        *inputs: A batch of inputs, arrays.
         at: `"preactivation"`: as a contraction puts them out, before bias and nonlinearity, as in
             Algorithm 1; `"activation"`: as the next contraction takes them up, after both.
 
     Returns:
         For each group `[samples, units]`, of nested groups `[*batch, samples, units]`. All other
-        axes (inputs, space, tokens) count as samples; a group with several such places (a residual
+        axes (inputs, space, tokens) count as samples; a group with several such sites (a residual
         stream) has the samples of all of them, in dataflow order. Groups that no input reaches have
         no samples, and neither have those that appear only in branches and in while loops.
 
     Raises:
-        ValueError: if `fn` and `inputs` give another symmetry, a batch is empty, or the parameters
+        ValueError: If `fn` and `inputs` give another symmetry, a batch is empty, or the parameters
             do not fit.
-        TypeError: for arguments in another order, and shapes in place of arrays.
+        TypeError: For arguments in another order or of a wrong kind, and shapes in place of arrays.
     """
     if at not in ("preactivation", "activation"):
-        raise ValueError(f"at is {at!r}; it must be 'produced' or 'consumed'")
-    require_symmetry(symmetry, "features(symmetry, fn, params, *inputs)")
-    fn, inputs = as_function(fn, inputs)
+        raise ValueError(f"at is {at!r}; it must be 'preactivation' or 'activation'")
+    require_symmetry(symmetry, _CALL)
+    function, inputs = as_function(fn, inputs)
+    require_params_first(symmetry, params, inputs, _CALL)
     require_model(symmetry, params)
     check_inputs(inputs)
-    return _features(symmetry, fn, at, params, inputs)
+    return _features(symmetry, function, at, params, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnames=("symmetry", "fn", "at"))
 def _features(
     symmetry: Symmetry, fn: Callable[..., Any], at: At, params: PyTree, inputs: tuple[PyTree, ...]
 ) -> dict[str, Array]:
+    """Evaluates the traced program; `features` has checked the arguments."""
     traced = retrace(symmetry, fn, params, inputs)
-    views = traced.produced if at == "preactivation" else traced.consumed
-    sites = {view.site for found in views.values() for view in found}
-    arrays: dict[Site, Array] = {}
-    wanted: dict[tuple[int, ...], list[Site]] = {}
-    for site in sites:
-        wanted.setdefault(site.path, []).append(site)
-
-    interpret(
-        traced.jaxpr,
-        [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)],
-        (),
-        _keeping(wanted, arrays),
-    )
-    return {
-        g.name: jnp.concatenate(
-            [samples_of(arrays[v.site], v, g) for v in views.get(g.name, ())]
-            or [jnp.zeros((*g.batch, 0, g.size))],
-            axis=-2,
-        )
-        for g in symmetry.groups
-    }
+    views = traced.preactivations if at == "preactivation" else traced.activations
+    recorder = _Recorder(_sites_by_path(views.values()), {})
+    arguments = [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)]
+    interpret(traced.jaxpr, arguments, (), recorder.step)
+    activations = {}
+    for group in symmetry.groups:
+        samples = []
+        for view in views.get(group.name, ()):
+            samples.append(samples_of(recorder.arrays[view.site], view, group))
+        if not samples:
+            # No input reaches the group.
+            samples.append(jnp.zeros((*group.batch, 0, group.size)))
+        activations[group.name] = jnp.concatenate(samples, axis=-2)
+    return activations
 
 
-def _keeping(wanted: dict[tuple[int, ...], list[Site]], arrays: dict[Site, Array]) -> Step:
-    """Returns a step of `interpret` that evaluates, and keeps what is wanted in `arrays`."""
+def _sites_by_path(views_of_groups: Iterable[Sequence[View]]) -> dict[Path, list[Site]]:
+    """Returns the sites of views by the path of their equation."""
+    sites: dict[Path, list[Site]] = {}
+    for views in views_of_groups:
+        for view in views:
+            sites.setdefault(view.site.path, []).append(view.site)
+    return sites
 
-    def step(eqn: core.JaxprEqn, path: tuple[int, ...], operands: list[Any]) -> list[Any]:
-        if eqn.primitive is P.scan_p and any(found[: len(path)] == path for found in wanted):
-            results, inside = _scanned(eqn, path, operands, wanted)
-            arrays.update(inside)
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder:
+    """Evaluates equations, and keeps the arrays at some sites.
+
+    Attributes:
+        wanted: The sites by the path of their equation.
+        arrays: The arrays that have been met at these sites; filled by `step`.
+    """
+
+    wanted: dict[Path, list[Site]]
+    arrays: dict[Site, Array]
+
+    def step(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
+        """Evaluates an equation: a `Step` of `interpret`."""
+        # A scan in which nothing is wanted is evaluated in one piece.
+        if eqn.primitive is P.scan_p and self._is_wanted_within(path):
+            results = self._scan(eqn, path, operands)
         else:
             bound = eqn.primitive.bind(*operands, **eqn.params)
             results = bound if eqn.primitive.multiple_results else [bound]
-        for site in wanted.get(path, ()):
-            arrays[site] = (operands if site.side == "in" else results)[site.position]
+        for site in self.wanted.get(path, ()):
+            values = operands if site.side == "in" else results
+            self.arrays[site] = values[site.position]
         return results
 
-    return step
+    def _is_wanted_within(self, path: Path) -> bool:
+        """Whether a site lies in the body of the scan at a path."""
+        return any(wanted_path[: len(path)] == path for wanted_path in self.wanted)
+
+    def _scan(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
+        """Evaluates a scan, and keeps arrays of each iteration, stacked along a new first axis."""
+        consts, init, xs = scan_operands(eqn, operands)
+
+        def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], Any]:
+            # What is traced inside of a loop must leave it as a result, so the body has a recorder
+            # of its own.
+            inside = _Recorder(self.wanted, {})
+            arguments = [*consts, *carry, *slices]
+            results = interpret(eqn.params["jaxpr"], arguments, path, inside.step)
+            return results[: len(init)], (results[len(init) :], inside.arrays)
+
+        carry, (results, stacked) = jax.lax.scan(
+            step,
+            init,
+            xs,
+            length=eqn.params["length"],
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
+        )
+        # The arrays of a scan within this one have its axis in front. This scan's comes before it,
+        # which is the order that `Site` promises.
+        self.arrays.update(stacked)
+        return [*carry, *results]
 
 
-def _scanned(
-    eqn: core.JaxprEqn,
-    path: tuple[int, ...],
-    operands: list[Any],
-    wanted: dict[tuple[int, ...], list[Site]],
-) -> tuple[list[Any], dict[Site, Array]]:
-    """Runs a scan and keeps what is wanted of each iteration, stacked along a new first axis."""
-    fixed, init, stacked = scan_operands(eqn, operands)
-    count = len(init)
-
-    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], tuple[list[Any], Any]]:
-        kept: dict[Site, Array] = {}
-        arguments = [*fixed, *carry, *slices]
-        results = interpret(eqn.params["jaxpr"], arguments, path, _keeping(wanted, kept))
-        return results[:count], (results[count:], kept)
-
-    how = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, (results, kept) = jax.lax.scan(body, init, stacked, **how)
-    return [*carry, *results], kept
-
-
-def check_inputs(inputs: tuple[PyTree, ...]) -> None:
-    """Refuses empty batches.
+def interpret(
+    jaxpr: core.ClosedJaxpr,
+    args: list[Any],
+    path: Path,
+    step: Step,
+    enter: Enter | None = None,
+) -> list[Any]:
+    """Evaluates a jaxpr and the bodies of its calls, equation by equation.
 
     Args:
-        inputs: the inputs of a function.
+        jaxpr: The jaxpr.
+        args: Its arguments, of any type that `step` understands.
+        path: The path of the jaxpr; `()` for the outermost.
+        step: What evaluates an equation. Constants come to it as they are in the jaxpr.
+        enter: What turns the operands of a call into the arguments of its body; None if they are
+            passed on as they are.
 
-    Raises:
-        ValueError: if an array among them is empty.
-        TypeError: for shapes in place of arrays.
+    Returns:
+        The results, of the type that `step` returns.
     """
-    require_arrays(inputs, "inputs")
-    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
-        if 0 in np.shape(value):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"input {name} is empty: shape {np.shape(value)}; pass some samples")
+    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        eqn_path = (*path, index)
+        operands = [read(atom) for atom in eqn.invars]
+        inner = body(eqn)
+        if inner is None:
+            results = step(eqn, eqn_path, operands)
+        else:
+            # Sites lie inside of calls, too. So a call is not bound, and its own `jit` is lost.
+            arguments = operands if enter is None else enter(eqn_path, operands)
+            results = interpret(inner, arguments, eqn_path, step, enter)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def retrace(
@@ -157,17 +217,18 @@ def retrace(
     """Traces a function whose symmetry is known, to get at its jaxpr.
 
     Args:
-        symmetry: of this function.
-        fn: the function.
-        params: its parameters.
-        inputs: its inputs.
+        symmetry: The symmetry that the function is supposed to have.
+        fn: The function.
+        params: Its parameters.
+        inputs: Its inputs.
 
     Returns:
         The trace.
 
     Raises:
-        ValueError: if the symmetry is not that of this function on these inputs.
+        ValueError: If this function on these inputs has another symmetry.
     """
+    # Whoever has this symmetry may have pinned on demand, too, which gives the same groups then.
     traced = trace(fn, params, *inputs, on_unsupported="pin")
     if traced.symmetry.groups != symmetry.groups:
         raise ValueError(
@@ -181,9 +242,9 @@ def samples_of(array: Array, view: View, group: Group) -> Float[Array, "*batch s
     """Brings the units to the last axis; everything else becomes samples.
 
     Args:
-        array: features at the site of the view.
-        view: where the units are among its axes.
-        group: whose units.
+        array: The features at the site of the view.
+        view: The positions of the units in the array.
+        group: The group of the units.
 
     Returns:
         The features by unit.
@@ -191,61 +252,46 @@ def samples_of(array: Array, view: View, group: Group) -> Float[Array, "*batch s
     return jnp.swapaxes(units_of(array, view.location, group), -1, -2)
 
 
-def interpret(
-    jaxpr: core.ClosedJaxpr,
-    args: list[Any],
-    path: tuple[int, ...],
-    step: Step,
-    enter: Callable[[tuple[int, ...], list[Any]], list[Any]] | None = None,
-) -> list[Any]:
-    """Goes through a jaxpr and the bodies of its calls, equation by equation.
+def check_inputs(inputs: tuple[PyTree, ...]) -> None:
+    """Refuses empty batches, and what is no array.
 
     Args:
-        jaxpr: what to run.
-        args: its arguments, of any type that `step` understands.
-        path: where the jaxpr lies: indices of the calls around it.
-        step: evaluates an equation. Constants come to it as they are in the jaxpr.
-        enter: from the path and the operands of a call to what its body is run on.
+        inputs: The inputs of a function.
 
-    Returns:
-        The results.
+    Raises:
+        ValueError: If an array among them is empty.
+        TypeError: If there are shapes, or anything else, in place of arrays.
     """
-    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-        here = (*path, index)
-        operands = [read(v) for v in eqn.invars]
-        inner = body(eqn)
-        if inner is not None:
-            operands = operands if enter is None else enter(here, operands)
-            results = interpret(inner, operands, here, step, enter)
-        else:
-            results = step(eqn, here, operands)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.jaxpr.outvars]
+    require_arrays(inputs, "inputs")
+    foreign = find_foreign_input(inputs)
+    if foreign is not None:
+        raise TypeError(foreign)
+    leaves_with_paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
+    for path, value in leaves_with_paths:
+        shape = np.shape(value)
+        if 0 in shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"input {name} is empty: shape {shape}; pass some samples")
 
 
 def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
     """Yields every batch as a tuple of inputs.
 
     Args:
-        batches: arrays, or tuples of arrays for functions of several inputs.
+        batches: Arrays, or tuples of arrays for functions of several inputs.
 
     Yields:
-        Tuples.
+        The inputs of a batch.
 
     Raises:
-        ValueError: if there are none.
-        TypeError: for a single array, and for a dict.
+        ValueError: If there are no batches.
+        TypeError: If a single array or a dict is given.
     """
     require_batches(batches)
-    empty = True
+    # A generator says that it is empty only when it has been gone through.
+    is_empty = True
     for batch in batches:
-        empty = False
+        is_empty = False
         yield batch if isinstance(batch, tuple) else (batch,)
-    if empty:
+    if is_empty:
         raise ValueError("no batches of inputs were given; features need at least one")

@@ -1,34 +1,46 @@
-"""Axes as expressions over atoms, and the union-find that ties them: what moves together.
+"""Axes as expressions: which units lie along an axis, and in which order.
 
-An *atom* is an index set that no primitive seen so far has taken apart. Every axis of every value
-is a row-major product of terms; an axis of size 1 is the empty product. A term is a factor, which
-is an occurrence of an atom, or a sum of segments one after the other, each of them an axis again.
-Three relations grow while a jaxpr is walked, and never shrink:
+The trace describes every axis of every value in a program by an expression. It is built of these:
 
-- **same atom**: two factors have to be permuted alike (`unify`);
-- **parts**: an atom is itself a product, because a reshape or a grouped convolution looked inside
-  it, or a sum, because a slice or a concatenation did;
-- **pinned**: an atom may not be permuted at all, with the first reason that was given.
+- An **axis variable** is a number that stands for an index set: 64 hidden units, or 8 heads. It is
+  an unknown of the analysis: by which permutation are these units reordered? All that carries one
+  variable is permuted alike.
+- A **factor** is one occurrence of an axis variable along an axis. Where a value is constant along
+  a factor, as zeros broadcast over the units are, the factor has no variable: any permutation
+  leaves it as it is, so it agrees with whatever it meets and ties nothing.
+- A **sum** is a sequence of **segments**, one after the other. Each segment is again an axis.
+- An **axis** is a row-major product of **terms**: factors and sums. The empty product is an axis of
+  size 1.
 
-A factor along which the value is constant has no atom at all. It is unchanged by any permutation,
-so it agrees with whatever it meets and ties nothing: zeros broadcast into two layers do not
-couple them.
+Two operations of the array make the two constructors of an expression. Merging axes makes a
+product:
+
+>>> heads, units = Factor(2, variable=0), Factor(3, variable=1)
+>>> merged: Axis = (heads, units)  # of x.reshape(batch, heads * units): element 3 * head + unit
+>>> size_of(merged)
+6
+
+Concatenating arrays makes a sum:
+
+>>> queries, keys = (Factor(4, variable=2),), (Factor(8, variable=3),)
+>>> [term.size for term in concatenated([queries, keys])]
+[12]
+
+They nest. A kernel whose last axis holds queries, keys and values of every head, the heads
+outermost, has the axis `(heads, Sum(queries, keys, values))`.
+
+Expressions are immutable. What becomes known of the variables while the program is interpreted,
+such as that two of them are the same, is kept elsewhere (see `axis_variables`), and an expression
+that was written down before is brought up to date when it is used.
 """
 
 import enum
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-MOST_SEGMENTS = 256
-"""An axis that falls into more segments is pinned."""
-MOST_CUTS = 32
-"""So is what is cut out of a segment cut out of another, and so on: shifting units by one, and
-adding them to themselves, would cut them for ever."""
-
 
 class Kind(enum.IntEnum):
-    """What a value depends on: nothing, parameters alone, or inputs as well."""
+    """What a value depends on: on nothing, on parameters alone, or on inputs as well."""
 
     CONSTANT = 0
     PARAMETER = 1
@@ -36,10 +48,16 @@ class Kind(enum.IntEnum):
 
 
 class Factor(NamedTuple):
-    """One occurrence of an atom in an axis.
+    """One occurrence of an axis variable in an axis.
 
-    `role` is a signed variable of the roles' union-find, 0 where there is none. Along what is
-    `filled`, constants lie beside what depends on inputs.
+    Attributes:
+        size: The number of elements of the variable's index set.
+        variable: The axis variable. None where the value is constant along the factor.
+        role: A signed role, which tells what is pushed forward along a transport plan from what is
+            pulled back (see `parity` and `roles`). 0 where there is none, as along inputs.
+        filled: Whether the factor is padding: a constant that was concatenated with values that
+            depend on inputs. On other inputs there may be units in its place, as there are when a
+            recurrent network starts from a state other than zeros.
     """
 
     size: int
@@ -49,7 +67,13 @@ class Factor(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Segments of an axis, one after the other."""
+    """Segments of an axis, one after the other.
+
+    Attributes:
+        size: The number of elements of all segments together.
+        segments: The axis of each segment, two or more of them. None is a sum itself, because a sum
+            of sums is written as one.
+    """
 
     size: int
     segments: tuple["Axis", ...]
@@ -59,57 +83,83 @@ Term = Factor | Sum
 Axis = tuple[Term, ...]
 
 
-class RoleConstraint(NamedTuple):
-    """A parameter's factor met a feature's: with `sign` +1 it produces it, with -1 consumes it."""
-
-    parameter: Factor
-    feature: Factor
-    sign: int
-
-
 class Disagreement(Exception):
     """Two readings of one axis have no common refinement.
 
+    A product `2 * 3` and a product `3 * 2` of the same six elements are an example: no units can be
+    named of which both are made.
+
     Attributes:
-        rest: what does not agree.
+        rest: The terms, of either reading, that do not agree. What stands before them does agree.
     """
 
-    def __init__(self, what: str, rest: "Axis") -> None:
+    def __init__(self, what: str, rest: Axis) -> None:
         super().__init__(what)
         self.rest = rest
 
 
 def size_of(axis: Axis) -> int:
     """Returns the number of elements of an axis."""
-    return math.prod(term.size for term in axis)
+    size = 1
+    for term in axis:
+        size *= term.size
+    return size
 
 
 def constant(size: int, filled: bool = False) -> Axis:
-    """Returns an axis along which a value does not vary; see `Factor` for `filled`."""
-    return (Factor(size, None, filled=filled),) if size != 1 else ()
+    """Returns an axis along which a value does not vary.
+
+    Args:
+        size: The number of elements.
+        filled: Whether it is padding; see `Factor`.
+
+    Returns:
+        An axis of a factor without a variable, or the empty product if the size is 1.
+    """
+    if size == 1:
+        return ()  # the empty product
+    return (Factor(size, None, filled=filled),)
 
 
 def is_constant(axis: Axis) -> bool:
-    """Whether nothing is known to vary along an axis."""
-    return all(isinstance(term, Factor) and term.variable is None for term in axis)
+    """Says whether nothing is known to vary along an axis."""
+    for term in axis:
+        if isinstance(term, Sum) or term.variable is not None:
+            return False
+    return True
 
 
 def concatenated(segments: Iterable[Axis]) -> Axis:
-    """Returns the axis of segments one after the other."""
+    """Returns the axis of segments one after the other.
+
+    Args:
+        segments: The axes. Those of size 0 are left out, and a segment that is a sum itself is
+            replaced by its own segments.
+
+    Returns:
+        An axis of one sum; the segment itself where there is only one.
+    """
     flat: list[Axis] = []
+    size = 0
     for segment in segments:
-        match segment:
-            case (Sum(_, inner),):
-                flat += inner
-            case _ if size_of(segment):
-                flat.append(segment)
-    if len(flat) <= 1:
-        return flat[0] if flat else constant(0)
-    return (Sum(sum(map(size_of, flat)), tuple(flat)),)
+        segment_size = size_of(segment)
+        if segment_size == 0:
+            continue
+        size += segment_size
+        # A sum of sums is one sum, or else equal orders of units would be different expressions.
+        if len(segment) == 1 and isinstance(segment[0], Sum):
+            flat += segment[0].segments
+        else:
+            flat.append(segment)
+    if not flat:
+        return constant(0)
+    if len(flat) == 1:
+        return flat[0]
+    return (Sum(size, tuple(flat)),)
 
 
 def factors_of(axis: Axis) -> Iterator[Factor]:
-    """Yields all factors of an axis, those in segments included."""
+    """Yields all factors of an axis in order, those within segments included."""
     for term in axis:
         if isinstance(term, Sum):
             for segment in term.segments:

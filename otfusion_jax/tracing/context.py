@@ -1,312 +1,404 @@
-"""The walk over a jaxpr: the registry of rules, what a rule sees, and the loop that applies them.
+"""The statements about axes that a rule can make.
 
-What each primitive does to the axes of its operands is said by one rule (see `rules`). The rule of
-a call or a branch walks its sub-jaxpr and has the same type as any other.
-
-The walk is sound, not complete: a wrong group silently destroys a model, a missing group only
-merges less. Whatever a rule cannot express is pinned, and a primitive without a rule is an error
-(or pins all that it touches, on demand).
+The pass over a jaxpr (see `interpreter`) makes one `RuleContext` for each equation and hands it to
+the rule of the primitive. What a rule states of axes goes on to the unifier (see `unification`).
+The rules of `rules` are written with the same methods that a user's rule has; docs/rules.md teaches
+them.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Sequence
 
 from jax.extend import core
 
-from otfusion_jax.tracing import jaxprs
 from otfusion_jax.tracing.axis import Axis, Disagreement, Kind, constant, is_constant
-from otfusion_jax.tracing.unification import Unifier
+from otfusion_jax.tracing.equation import EquationContext
+from otfusion_jax.tracing.records import Regrouping
+from otfusion_jax.tracing.values import TracedValue, Values, highest_kind, sizes_of
 
-if TYPE_CHECKING:
-    from otfusion_jax.tracing.interpreter import Interpreter
-
-_ROUNDS = 16
-"""So many more times than it carries axes the body of a loop is walked at most."""
-
-
-class TracedValue(NamedTuple):
-    """What the walk knows of one value: its axes, and what it depends on."""
-
-    axes: tuple[Axis, ...]
-    kind: Kind
-
-
-class Site(NamedTuple):
-    """A place where features can be read: an operand or a result of an equation.
-
-    `path` holds the equation's index in the jaxpr, preceded by those of the calls and scans around
-    it. Of each scan the array has an axis in front, outermost first: that of the iterations.
-    """
-
-    path: tuple[int, ...]
-    side: Literal["in", "out"]
-    position: int
-
-
-class Interaction(NamedTuple):
-    """Elements along some axes of a value meet those of others in an operation.
-
-    `over` has these axes, `together` those along which equal indices meet each other: along all
-    other axes it may be any index.
-    """
-
-    axes: tuple[Axis, ...]
-    over: frozenset[int]
-    together: frozenset[int]
-
-
-class Regrouping(NamedTuple):
-    """Some axes of a value are read as others, which may part what lay in one axis before."""
-
-    axes: tuple[Axis, ...]
-    over: frozenset[int]
-
-
-class Selection(NamedTuple):
-    """Of an axis some positions were kept, the others left out."""
-
-    whole: Axis
-    kept: tuple[Axis, ...]
-    singles: frozenset[int]  # atoms of single positions among those kept
+_SPARE_ROUNDS = 16
+"""A loop's body is interpreted at most this many times more than the loop carries axes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RuleContext:
-    """What a rule sees of its equation, and the operations on axes that it may use."""
+class RuleContext(EquationContext):
+    """What a rule sees of its equation, and the statements about axes that it can make.
 
-    eqn: core.JaxprEqn
-    path: tuple[int, ...] | None  # None where features can't be read: in a branch or a loop
-    interpreter: "Interpreter"
-    caller: "RuleContext | None"  # of the call that this equation lies in
-    used: tuple[bool, ...]  # which of the results anything depends on
+    A rule is a function of a context and of the list of `TracedValue`s of the equation's operands.
+    It returns the list of those of the results. Whatever it states must hold for all values that
+    the operands may have: if the units along an axis are permuted in all operands that it is tied
+    to, the results have to come out permuted alike. An axis for which that can't be said must be
+    pinned.
+    """
 
-    @property
-    def unifier(self) -> Unifier:
-        """The atoms of the trace."""
-        return self.interpreter.unifier
+    # --- axes of results
 
-    @property
-    def params(self) -> dict[str, Any]:
-        """The equation's parameters."""
-        return self.eqn.params
+    def fresh_constant(self, size: int) -> Axis:
+        """Returns a new axis along which the result is the same at every position.
 
-    def shape(self, position: int = 0) -> tuple[int, ...]:
-        """Returns the shape of a result."""
-        return shape_of(self.eqn.outvars[position])
+        It agrees with everything and ties nothing. The new axes of `broadcast_in_dim` are such.
 
-    def operand_shape(self, position: int) -> tuple[int, ...]:
-        """Returns the shape of an operand."""
-        return shape_of(self.eqn.invars[position])
-
-    def because(self, detail: str = "") -> str:
-        """Returns a reason that names the primitive and the source line."""
-        detail = f" {detail}" if detail else ""
-        return f"{self.eqn.primitive}{detail} at {self.source}"
-
-    @property
-    def source(self) -> str:
-        """The source line: the innermost frame outside of JAX itself."""
-        here = jaxprs.source(self.eqn)
-        if here is None:
-            # Inside its own jitted helpers JAX keeps no frame of the user's.
-            return self.caller.source if self.caller else "unknown source"
-        return here
-
-    def join(self, values: Sequence[TracedValue], skip: Sequence[int] = ()) -> TracedValue:
-        """Ties values elementwise; scalars and axes of size 1 meet anything.
-
-        Axes in `skip` are left empty.
+        Args:
+            size: The number of positions.
         """
-        kind = max((v.kind for v in values), default=Kind.CONSTANT)
+        return constant(size)
+
+    def constant_result(self, position: int = 0) -> TracedValue:
+        """Returns the value of a result that is the same at every position and for any operands.
+
+        An array of zeros is such, or what an operation makes that is never read.
+
+        Args:
+            position: The number of the result.
+        """
+        axes = map(self.fresh_constant, self.shape(position))
+        return TracedValue(tuple(axes), Kind.CONSTANT)
+
+    def fresh_pinned(self, size: int, reason: str) -> Axis:
+        """Returns a new axis whose positions may not be permuted.
+
+        That is right for every axis of a result that is not one of an operand: the positions that
+        `iota` counts, the windows of `reduce_window_sum`.
+
+        Args:
+            size: The number of positions.
+            reason: Why it is pinned, for the user to read; see `because`.
+        """
+        return self.unifier.pinned(size, reason)
+
+    def pass_on(self, axis: Axis, kind: Kind, result_kind: Kind) -> Axis:
+        """Passes an axis of an operand on to a result that may depend on more than this operand.
+
+        An axis of a parameter becomes one of features there, which the parameter then *produces*.
+        Call it for each axis that a result has from one operand alone while others take part, such
+        as the free axes of `dot_general`. `join` does it by itself.
+
+        Args:
+            axis: An axis of the operand.
+            kind: The kind of the operand.
+            result_kind: The kind of the result.
+
+        Returns:
+            The axis to give to the result.
+        """
+        return self.unifier.enter(axis, kind, result_kind)
+
+    # --- ties between axes
+
+    def join(self, values: Sequence[TracedValue], skip: Collection[int] = ()) -> TracedValue:
+        """States that values meet element by element: their units move together.
+
+        This is all that there is to say of `add`, `tanh` or `select_n`. Scalars and axes of size 1
+        meet anything, as they are broadcast.
+
+        Args:
+            values: The operands, of one rank but for scalars.
+            skip: The numbers of axes to leave out, such as the one that `concatenate` joins. The
+                result has empty axes there, to be replaced (`TracedValue.with_axis`).
+
+        Returns:
+            The result of the operation.
+        """
+        kind = highest_kind(values)
+        rank = max((len(value.axes) for value in values), default=0)
         axes: list[Axis] = []
-        for dim in range(max((len(v.axes) for v in values), default=0)):
-            met = [(v.axes[dim], v.kind) for v in values if v.axes and v.axes[dim]]
+        for dim in range(rank):
+            met: list[Axis] = []
+            kinds: list[Kind] = []
+            for value in values:
+                axis = value.axes[dim] if value.axes else ()
+                if axis:
+                    met.append(axis)
+                    kinds.append(value.kind)
             if dim in skip or not met:
                 axes.append(())
                 continue
-            tied = self.unifier.unify([a for a, _ in met], [k for _, k in met])
-            # What has no such axis may still depend on inputs, and so make features of the rest.
-            axes.append(self.unifier.enter(tied, max(k for _, k in met), kind))
+            tied = self.tie(met, kinds)
+            # An operand that is broadcast along this axis may still be what depends on inputs.
+            passed_on = self.pass_on(tied, max(kinds), kind)
+            axes.append(passed_on)
         return TracedValue(tuple(axes), kind)
 
-    def enter(self, axis: Axis, value: TracedValue, into: Kind) -> Axis:
-        """Carries an axis of an operand into a result that depends on more than the operand."""
-        return self.unifier.enter(axis, value.kind, into)
+    def tie(self, axes: Sequence[Axis], kinds: Sequence[Kind]) -> Axis:
+        """States that single axes meet index by index: their units move together.
 
-    def cut(self, axis: Axis, size: int, reason: str) -> Axis:
-        """Pins an axis of which a result holds some positions only, or in another order."""
-        if is_constant(axis):
-            return constant(size)
-        self.unifier.pin(axis, reason)
-        return self.unifier.pinned(size, reason)
-
-    def pieces(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
-        """Takes an axis apart into segments of the sizes given; pins it if its factors forbid."""
-        marks = list(itertools.accumulate(sizes))[:-1]
-        with contextlib.suppress(Disagreement):
-            if 0 not in sizes:
-                return self.unifier.cut(axis, marks)
-        return [self.cut(axis, size, reason) for size in sizes]
-
-    def select(self, axis: Axis, *ranges: tuple[int, int], kept: Iterable[Axis]) -> None:
-        """Notes that ranges of an axis are selected: single positions are read thereby."""
-        found = (self.unifier.singles(axis, start, end) for start, end in ranges)
-        singles = frozenset(itertools.chain.from_iterable(found))
-        self.interpreter.selections.append(Selection(axis, tuple(kept), singles))
-
-    def repeat(
-        self, body: Callable[[list[TracedValue]], list[TracedValue]], carry: list[TracedValue]
-    ) -> tuple[list[TracedValue], list[TracedValue]]:
-        """Walks the body of a loop until what it carries is tied to what it hands on.
+        The batch axes of `dot_general` do, and those along which `gather` takes one index for each
+        row. Where the two can't be brought together (6 units as 2 by 3 and as 3 by 2), both are
+        pinned.
 
         Args:
-            body: from what is carried in to the body's results, what is carried out first.
-            carry: what the loop starts from.
+            axes: Axes of one size.
+            kinds: The kind of the value that each of them belongs to.
 
         Returns:
-            What is carried, and all results of the body's last walk.
+            The axis of the result. Where the result depends on more than these values, it is to be
+            passed on from the highest of their kinds; see `pass_on`.
         """
-        interpreter = self.interpreter
-        readings = interpreter.produced, interpreter.consumed, interpreter.seen
-        # Each walk ties one more axis at least; a body that takes axes apart anew in each is given
-        # up, and what it carries does not move.
-        left = _ROUNDS + sum(len(value.axes) for value in carry)
-        while True:
-            counts = [len(found) for found in readings]
-            results = body(carry)
-            joined = [self.join([x, y]) for x, y in zip(carry, results, strict=False)]
-            for value in joined:
-                interpreter.note(value)
-            before, carry = carry, joined
-            if all(map(self._alike, before, carry)):
-                return carry, results
-            left -= 1
-            if left < 0:
-                for axis in itertools.chain.from_iterable(value.axes for value in carry):
-                    self.unifier.pin(axis, self.because("carried through the loop in another form"))
-            for found, count in zip(readings, counts, strict=True):
-                del found[count:]
+        return self.unifier.unify(axes, kinds)
 
-    def _alike(self, a: TracedValue, b: TracedValue) -> bool:
-        """Whether two values have the same atoms, or none that move, and depend on the same."""
-        unifier = self.unifier
-        return a.kind is b.kind and all(
-            unifier.signature(x) == unifier.signature(y)
-            or (unifier.is_pinned(x) and unifier.is_pinned(y))
-            for x, y in zip(a.axes, b.axes, strict=True)
-        )
+    def tie_contracted(self, a: Axis, b: Axis, kinds: tuple[Kind, Kind]) -> None:
+        """States that two axes are summed over together, index by index.
 
-    def pin_all(self, values: Sequence[TracedValue], reason: str) -> list[TracedValue]:
-        """Pins every axis of the operands; the results are fresh pinned values."""
+        Their units move together in opposite roles: where one operand produces the units, the other
+        consumes them. `contract` calls this and records the rest. A rule calls it by itself where
+        the contracted axes are parts of axes, as `conv_general_dilated` in groups.
+
+        Args:
+            a: An axis of one operand.
+            b: An axis of the other, of the same size.
+            kinds: The kinds of the two operands.
+        """
+        self.unifier.contract(a, b, kinds)
+
+    def contract(
+        self,
+        values: Sequence[TracedValue],
+        over: Sequence[tuple[int, int]],
+        batch: Sequence[tuple[int, int]] = (),
+    ) -> list[Axis]:
+        """States that two operands are multiplied and summed over pairs of axes, as `dot_general`.
+
+        Args:
+            values: The two operands, the first two of the equation.
+            over: The pairs of axes that are summed over: one of the first operand, one of the
+                second.
+            batch: The pairs of axes that meet index by index and are kept.
+
+        Returns:
+            The tied batch axes. The free axes of the result are the rule's to pass on, by
+            `pass_on`.
+        """
+        x, y = values
+        kinds = x.kind, y.kind
+        # A penalty on parameters ties them alike whether it is written as a sum of products or as
+        # a contraction: it has no units that one produces and the other consumes.
+        is_penalty = max(kinds) is Kind.PARAMETER and not self.shape()
+        for i, j in over:
+            if is_penalty:
+                self.tie([x.axes[i], y.axes[j]], kinds)
+            else:
+                self.tie_contracted(x.axes[i], y.axes[j], kinds)
+        tied = []
+        for i, j in batch:
+            axis = self.tie([x.axes[i], y.axes[j]], kinds)
+            tied.append(axis)
+        for position, value in enumerate(values):
+            summed = [pair[position] for pair in over]
+            kept = [pair[position] for pair in batch]
+            self.note_contraction(value, summed, kept)
+            self.note_consumed(position, value, summed)
+        return tied
+
+    # --- pins
+
+    def pin(self, axis: Axis, reason: str) -> None:
+        """States that the positions of an axis may not be permuted, as the order of them matters.
+
+        `argmax` pins the axis that it searches, as it returns positions.
+
+        Args:
+            axis: An axis of an operand. Whatever it is tied to, now or later, is pinned with it.
+            reason: Why, for the user to read; see `because`. The first reason is kept.
+        """
+        self.unifier.pin(axis, reason)
+
+    def pin_all(self, values: Sequence[TracedValue], reason: str) -> Values:
+        """Pins every axis of the operands and of the results.
+
+        It is the whole rule of what nothing is known of, such as `ffi_call`. It is never wrong.
+
+        Args:
+            values: The operands.
+            reason: Why, for the user to read; see `because`.
+
+        Returns:
+            The results of the equation.
+        """
         for value in values:
             for axis in value.axes:
-                self.unifier.pin(axis, reason)
-        kind = max((v.kind for v in values), default=Kind.CONSTANT)
-        return [
-            TracedValue(tuple(self.unifier.pinned(n, reason) for n in shape_of(v)), kind)
-            for v in self.eqn.outvars
-        ]
+                self.pin(axis, reason)
+        kind = highest_kind(values)
+        results = []
+        for shape in self.shapes():
+            axes = [self.fresh_pinned(size, reason) for size in shape]
+            result = TracedValue(tuple(axes), kind)
+            results.append(result)
+        return results
+
+    def pick_positions(self, axis: Axis, size: int, reason: str) -> Axis:
+        """Pins an axis of which a result has only some positions, or has them in another order.
+
+        `gather` and a `slice` with strides do that. An axis along which the operand is constant
+        need not be pinned: it stays constant.
+
+        Args:
+            axis: An axis of an operand.
+            size: The number of positions in the result.
+            reason: Why, for the user to read; see `because`.
+
+        Returns:
+            The axis of the result.
+        """
+        if is_constant(axis):
+            return constant(size)
+        self.pin(axis, reason)
+        return self.fresh_pinned(size, reason)
+
+    # --- axes taken apart
+
+    def split_axis(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """Splits an axis into segments, one after the other, each of which moves by itself.
+
+        `split` and a `slice` without strides do that; the latter keeps one of the segments.
+
+        Args:
+            axis: An axis of an operand.
+            sizes: The sizes of the segments, of which the sum is that of the axis.
+            reason: Why the axis is pinned if it has no segments of these sizes, as one that is made
+                of 2 blocks of 3 has none of 2 and 4; see `because`.
+
+        Returns:
+            One axis for each segment.
+        """
+        ends = list(itertools.accumulate(sizes))
+        if 0 not in sizes:
+            with contextlib.suppress(Disagreement):
+                return self.unifier.split_segments(axis, ends[:-1])
+        segments = []
+        for size in sizes:
+            segment = self.pick_positions(axis, size, reason)
+            segments.append(segment)
+        return segments
+
+    def unflatten(self, axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """Reads one axis as several, in row-major order, each of which moves by itself.
+
+        `conv_general_dilated` reads channels as groups times channels of a group.
+
+        Args:
+            axis: An axis of an operand.
+            sizes: The sizes of the axes to read it as, of which the product is that of the axis.
+            reason: Why the axis is pinned if it can't be read so; see `because`.
+
+        Returns:
+            One axis for each size. `outer + inner` is the axis that they are read from.
+        """
+        return self.unifier.regroup([axis], sizes, reason)
+
+    def regroup(self, value: TracedValue, sizes: Sequence[int], reason: str) -> list[Axis]:
+        """Reads all elements of an operand, in row-major order, as axes of other sizes.
+
+        That is what `reshape` does.
+
+        Args:
+            value: The operand.
+            sizes: The sizes of the new axes.
+            reason: Why axes are pinned that can't be read so, as 2 by 3 can't be read as 3 by 2;
+                see `because`.
+
+        Returns:
+            The new axes.
+        """
+        # An axis of the same size that ends after as many elements is the same axis still.
+        ends = itertools.accumulate(sizes, operator.mul)
+        new_axes = set(zip(ends, sizes, strict=True))
+        changed = []
+        end = 1
+        for dim, size in enumerate(sizes_of(value)):
+            end *= size
+            if size > 1 and (end, size) not in new_axes:
+                changed.append(dim)
+        axes, over = self._inside_loops(value, changed)
+        self.interpreter.regroupings.append(Regrouping(axes, over))
+        return self.unifier.regroup(value.axes, sizes, reason)
+
+    # --- jaxprs within the equation
 
     def call(
         self,
         jaxpr: core.ClosedJaxpr,
-        args: list[TracedValue],
+        args: Values,
         *,
         once: bool = True,
         used: Sequence[bool] | None = None,
         iterations: Axis | None = None,
-    ) -> list[TracedValue]:
-        """Walks a sub-jaxpr on operands.
+    ) -> Values:
+        """Applies the rules of a jaxpr that the equation runs, as those of `jit` and `cond` do.
 
         Args:
-            jaxpr: what to walk.
-            args: its operands.
-            once: whether it runs just once, or once in each iteration of `iterations`, so that
+            jaxpr: The jaxpr that is run, with its constants.
+            args: What it is run on.
+            once: Whether it runs exactly once, or once in each iteration of `iterations`. Only then
                 features can be read in it.
-            used: which of its results anything depends on; all if None.
-            iterations: the axis that its operands are slices of; None if they are none.
+            used: One flag for each of its results, False where nothing depends on it; None if all
+                are used.
+            iterations: The axis that its operands are slices of, as those of `scan` are; None if
+                they are no slices.
+
+        Returns:
+            The results of the jaxpr.
         """
-        self.interpreter.calls += 1
-        consts = [self.interpreter.constant(c) for c in jaxpr.consts]
+        interpreter = self.interpreter
+        interpreter.calls += 1
+        consts = [interpreter.constant(array) for array in jaxpr.consts]
         path = self.path if once else None
-        outside = self.interpreter.loops
+        loops_outside = interpreter.loops
         if iterations is not None:
-            self.interpreter.loops = (*outside, iterations)
+            interpreter.loops = (*loops_outside, iterations)
         try:
-            return self.interpreter.run(jaxpr.jaxpr, consts, args, path, self, used)
+            return interpreter.run(jaxpr.jaxpr, consts, args, path, self, used)
         finally:
-            self.interpreter.loops = outside
+            interpreter.loops = loops_outside
 
-    def contracted(
-        self, value: TracedValue, over: Sequence[int], batch: Sequence[int] = ()
-    ) -> None:
-        """Notes that an operand is summed over axes, index by index along these and `batch`."""
-        self.meet(value, over, [*over, *batch])
-        self.mixed(value, over)
+    def repeat(self, body: Callable[[Values], Values], carry: Values) -> tuple[Values, Values]:
+        """Applies the rules of a loop's body until what it carries is tied to what it hands on.
 
-    def consumed(self, position: int, value: TracedValue, dims: Sequence[int]) -> None:
-        """Notes that a contraction takes up features along some axes of an operand."""
-        if value.kind is Kind.FEATURE and self.path is not None:
-            self.interpreter.consumed.append(self._reading("in", position, value, dims))
+        The rules of `scan` and `while` call it. One application is not enough: a body that swaps
+        what it carries ties more each time.
 
-    def mixed(self, value: TracedValue, dims: Collection[int]) -> None:
-        """Notes that what is at one index of some axes of an operand ends up at any other."""
-        rest = [dim for dim in range(len(value.axes)) if dim not in dims]
-        self.meet(value, rest, rest)
+        Args:
+            body: A function from what is carried into an iteration to the body's results, of which
+                the first are what is carried out.
+            carry: What the loop starts from.
 
-    def meet(self, value: TracedValue, over: Iterable[int], together: Iterable[int]) -> None:
-        """Notes a `Meeting`: axes are numbered as in the value, loops around it are together."""
-        loops = len(self.interpreter.loops)
-        dims = (frozenset(dim + loops for dim in found) for found in (over, together))
-        first, second = dims
-        axes = (*self.interpreter.loops, *value.axes)
-        self.interpreter.interactions.append(Interaction(axes, first, second | set(range(loops))))
+        Returns:
+            What is carried through the loop, and all results of the body's last application.
+        """
+        interpreter = self.interpreter
+        readings = interpreter.produced, interpreter.consumed, interpreter.seen
+        # Each round ties one more axis at least. A body that takes axes apart anew in every round
+        # would never come to an end: it is given up, and what it carries does not move.
+        rounds_left = _SPARE_ROUNDS + sum(len(value.axes) for value in carry)
+        while True:
+            counts = [len(found) for found in readings]
+            results = body(carry)
+            joined = []
+            for before, after in zip(carry, results, strict=False):
+                joined.append(self.join([before, after]))
+                interpreter.note(joined[-1])
+            previous, carry = carry, joined
+            if all(map(self._is_settled, previous, carry)):
+                return carry, results
+            rounds_left -= 1
+            if rounds_left < 0:
+                reason = self.because("carried through the loop in another form")
+                for value in carry:
+                    for axis in value.axes:
+                        self.pin(axis, reason)
+            # Features are to be found once, by the round that counts.
+            for found, count in zip(readings, counts, strict=True):
+                del found[count:]
 
-    def regroup(self, value: TracedValue, sizes: Sequence[int], reason: str) -> list[Axis]:
-        """Reads the same elements, in row-major order, as axes of other sizes; see `Space`."""
-        # An axis of one size at one place, counted in elements, is the same axis before and after.
-        same = set(zip(itertools.accumulate(sizes, operator.mul), sizes, strict=True))
-        before = sizes_of(value)
-        ends = itertools.accumulate(before, operator.mul)
-        loops = len(self.interpreter.loops)
-        changed = frozenset(
-            dim + loops
-            for dim, (end, size) in enumerate(zip(ends, before, strict=True))
-            if size > 1 and (end, size) not in same
-        )
-        self.interpreter.regroupings.append(
-            Regrouping((*self.interpreter.loops, *value.axes), changed)
-        )
-        return self.unifier.regroup(value.axes, sizes, reason)
-
-    def produced(self, value: TracedValue, dims: Sequence[int]) -> None:
-        """Notes that a contraction with a parameter puts out features along some axes."""
-        if value.kind is Kind.FEATURE and self.path is not None:
-            self.interpreter.produced.append(self._reading("out", 0, value, dims))
-
-    def _reading(
-        self, side: Literal["in", "out"], position: int, value: TracedValue, dims: Sequence[int]
-    ) -> "Reading":
-        assert self.path is not None
-        loops = self.interpreter.loops
-        along = frozenset(dim + len(loops) for dim in dims)
-        return Site(self.path, side, position), (*loops, *value.axes), along
-
-
-Reading = tuple[Site, tuple[Axis, ...], frozenset[int]]
-"""A site, the axes of the array there, and which of them are meant."""
-
-
-def shape_of(var: Any) -> tuple[int, ...]:
-    """Returns the shape of a variable or a literal of a jaxpr."""
-    return tuple(map(int, var.aval.shape))  # NumPy's integers get in by way of a split
-
-
-def sizes_of(value: TracedValue) -> tuple[int, ...]:
-    """Returns the sizes of the axes of a value."""
-    return tuple(math.prod(f.size for f in axis) for axis in value.axes)
+    def _is_settled(self, before: TracedValue, after: TracedValue) -> bool:
+        """Whether a round has changed neither what moves with a value nor what it depends on."""
+        if before.kind is not after.kind:
+            return False
+        unifier = self.unifier
+        for old, new in zip(before.axes, after.axes, strict=True):
+            pinned = unifier.is_pinned(old) and unifier.is_pinned(new)
+            if not pinned and unifier.signature(old) != unifier.signature(new):
+                return False
+        return True

@@ -1,207 +1,172 @@
-"""The walk over a jaxpr: the registry of rules, what a rule sees, and the loop that applies them.
+"""The pass over a jaxpr, which applies the rule of each equation in turn.
 
 What each primitive does to the axes of its operands is said by one rule (see `rules`). The rule of
-a call or a branch walks its sub-jaxpr and has the same type as any other.
+a call or a branch applies those of the jaxpr within, and has the same type as any other.
 
-The walk is sound, not complete: a wrong group silently destroys a model, a missing group only
+The pass is sound, not complete: a wrong group silently destroys a model, a missing group only
 merges less. Whatever a rule cannot express is pinned, and a primitive without a rule is an error
 (or pins all that it touches, on demand).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.extend import core
 
 from otfusion_jax.tracing import primitives
-from otfusion_jax.tracing.axis import Axis, Factor, Kind, concatenated, constant, factors_of
-from otfusion_jax.tracing.context import (
-    Interaction,
-    Reading,
-    Regrouping,
-    RuleContext,
-    Selection,
-    Site,
-    TracedValue,
-    shape_of,
-    sizes_of,
-)
+from otfusion_jax.tracing.axis import Axis, Kind, constant, factors_of
+from otfusion_jax.tracing.constants import constant_value
+from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.equation import EquationContext
+from otfusion_jax.tracing.jaxprs import live
+from otfusion_jax.tracing.records import Interaction, Path, Reading, Regrouping, Selection, Site
 from otfusion_jax.tracing.registry import Rule, UnsupportedPrimitiveError, rule_of, selects
 from otfusion_jax.tracing.unification import Unifier
+from otfusion_jax.tracing.values import Axes, TracedValue, Values, shape_of, sizes_of
 
 OnUnsupported = Literal["raise", "pin"]
-MOST_RUNS = 8
-"""A constant that varies more often along an axis, or at every other position, pins it, rather than
-taking it apart."""
+"""What to do about a primitive without a rule: raise an error, or pin all that it touches."""
 
 
 class Interpreter:
-    """One pass over a jaxpr and its sub-jaxprs."""
+    """One pass over a jaxpr and the jaxprs within it, and all that is learned on the way.
+
+    Attributes:
+        unifier: What is known of the axes: what is tied, what is pinned.
+        on_unsupported: What to do about a primitive without a rule.
+        loops: The iteration axes of the scans around the equation at hand, outermost first.
+        values: The axes of every value, those of the scans around it first. The keys of a
+            dictionary, as an ordered set.
+        features: The axes of all values that depend on inputs, as an ordered set.
+        read: The axes that an operation took up in whole, as an ordered set.
+        interactions: What met other indices within an operation.
+        regroupings: What was read as other axes.
+        selections: What was selected from an axis, while the rest was left out.
+        produced: Where contractions with parameters put out features, in dataflow order.
+        consumed: Where contractions take up features, in dataflow order.
+        seen: Where any value that depends on inputs can be read, in dataflow order.
+        calls: How many jaxprs within others have been entered.
+    """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
         self.unifier = Unifier()
         self.on_unsupported = on_unsupported
-        self.loops: tuple[Axis, ...] = ()  # of the scans around, outermost first
-        self.values: dict[tuple[Axis, ...], None] = {}  # the axes of every value
+        self.loops: Axes = ()
+        self.values: dict[Axes, None] = {}
+        self.features: dict[Axis, None] = {}
+        self.read: dict[Axis, None] = {}
         self.interactions: list[Interaction] = []
         self.regroupings: list[Regrouping] = []
-        self.read: dict[Axis, None] = {}  # what an operation took up, in whole
         self.selections: list[Selection] = []
-        self.features: dict[Axis, None] = {}  # the axes of all that depends on inputs
-        self.calls = 0  # how many sub-jaxprs have been walked
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
-        self.seen: list[Reading] = []  # every feature, in dataflow order
+        self.seen: list[Reading] = []
+        self.calls = 0
 
-    def constant(self, array: Any) -> TracedValue:
-        """Describes an array that the function closes over."""
-        aval = jax.typeof(array)
-        key = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
-        opaque = key or isinstance(array, Tracer)
-        axes = []
-        for dim, size in enumerate(aval.shape):
-            reason = f"a constant of shape {aval.shape} that varies along axis {dim}"
-            runs = () if opaque or size < 2 else _runs(np.asarray(array), dim)
-            # What a mask leaves out on these inputs it may let pass on others.
-            masks = len(runs) > 1 and _is_mask(np.asarray(array), dim)
-            if opaque or masks or len(runs) > max(1, min(MOST_RUNS, size // 2)):
-                axes.append(self.unifier.pinned(size, reason))
-            else:
-                axes.append(concatenated(constant(n) for n in runs) if size > 1 else constant(size))
-        return TracedValue(tuple(axes), Kind.CONSTANT)
+    # --- the pass
 
     def run(
         self,
         jaxpr: core.Jaxpr,
-        consts: list[TracedValue],
-        args: list[TracedValue],
-        path: tuple[int, ...] | None = (),
-        caller: RuleContext | None = None,
+        consts: Values,
+        args: Values,
+        path: Path | None = (),
+        caller: EquationContext | None = None,
         used: Sequence[bool] | None = None,
-    ) -> list[TracedValue]:
-        """Applies the rule of each equation in turn and returns the values of the outputs."""
+    ) -> Values:
+        """Applies the rule of each equation that matters, in turn.
+
+        Args:
+            jaxpr: What is interpreted.
+            consts: The values of its constants.
+            args: The values of its arguments.
+            path: The indices of the calls and scans that the jaxpr lies in, outermost first; None
+                where features can't be read.
+            caller: The context of the equation that the jaxpr lies in; None for the outermost.
+            used: One flag for each output, False where nothing depends on it; None if all are used.
+
+        Returns:
+            The values of the outputs.
+        """
         env: dict[core.Var, TracedValue] = {}
         env.update(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: Any) -> TracedValue:
-            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
-
-        for value in (*consts, *args):
+        for value in env.values():
             self.note(value)
         for index, eqn, flags in live(jaxpr, used):
-            here = None if path is None else (*path, index)
-            context = RuleContext(eqn, here, self, caller, flags)
-            operands = [read(v) for v in eqn.invars]
-            self.unifier.here = context
-            calls = self.calls
-            results = self._rule(context)(context, operands)
-            assert len(results) == len(eqn.outvars), eqn.primitive
-            # What a call reads, the equations within have read.
-            reads = not selects(eqn.primitive) and self.calls == calls
-            self._lost(context, operands, results, reads)
-            for position, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
-                assert sizes_of(value) == shape_of(var), (context.source, operands)
-                env[var] = value
+            eqn_path = None if path is None else (*path, index)
+            context = RuleContext(eqn, eqn_path, self, caller, flags)
+            operands = [self._read(env, atom) for atom in eqn.invars]
+            results = self._apply_rule(context, operands)
+            env.update(zip(eqn.outvars, results, strict=True))
+            for position, value in enumerate(results):
                 axes = self.note(value)
-                if value.kind is Kind.FEATURE and here is not None:
-                    self.seen.append(
-                        (Site(here, "out", position), axes, frozenset(range(len(axes))))
-                    )
-        return [
-            read(v) if isinstance(v, core.Literal) or v in env else self._dead(v)
-            for v in jaxpr.outvars
-        ]
+                if value.kind is Kind.FEATURE and eqn_path is not None:
+                    site = Site(eqn_path, "out", position)
+                    every_dim = frozenset(range(len(axes)))
+                    self.seen.append((site, axes, every_dim))
+        return [self._read(env, atom) for atom in jaxpr.outvars]
 
-    def _lost(
-        self,
-        context: RuleContext,
-        operands: list[TracedValue],
-        results: list[TracedValue],
-        reads: bool,
+    def _read(self, env: dict[core.Var, TracedValue], atom: Any) -> TracedValue:
+        """Returns the value of a variable or of a literal."""
+        if isinstance(atom, core.Literal):
+            return self.constant(atom.val)
+        if atom in env:
+            return env[atom]
+        # An output that nothing depends on, so that its equation was left out. It has to tie and
+        # pin nothing: what it meets, as the same output of another branch, may be used elsewhere.
+        return TracedValue(tuple(map(constant, shape_of(atom))), Kind.CONSTANT)
+
+    def _apply_rule(self, context: RuleContext, operands: Values) -> Values:
+        """Applies the rule of an equation and records what its results leave out."""
+        self.unifier.current_equation = context
+        calls_before = self.calls
+        rule = self._rule(context)
+        results = rule(context, operands)
+        _check_results(context, results)
+        # What a call reads, the equations within it have read already.
+        is_call = self.calls > calls_before
+        is_reading = not is_call and not selects(context.eqn.primitive)
+        self._note_lost_axes(context, operands, results, is_reading)
+        return results
+
+    def _note_lost_axes(
+        self, context: RuleContext, operands: Values, results: Values, is_reading: bool
     ) -> None:
-        """Notes what no result keeps: a new axis in its place may be tied to it again later on."""
-        kept = {
-            factor.variable
-            for value in results
-            for axis in value.axes
-            for factor in factors_of(self.unifier.expand(axis))
-        }
+        """Records the axes of operands that no result has, as those that a sum runs over.
+
+        Within the operation their indices meet. A new axis of the result may be tied to the lost
+        one later on (by a residual connection), and then nothing but this record tells that the
+        indices have been mixed.
+        """
+        kept: set[int | None] = {None}  # a factor without a variable does not vary
+        for value in results:
+            for axis in value.axes:
+                kept.update(self._variables_along(axis))
         for value in operands:
-            gone = {
-                dim
-                for dim, axis in enumerate(value.axes)
-                if any(self._left_out(f, kept) for f in factors_of(self.unifier.expand(axis)))
-            }
-            if reads:
-                self.read.update((value.axes[dim], None) for dim in gone)
-            if 0 < len(gone) < len(value.axes):
-                context.mixed(value, gone)
+            lost: set[int] = set()
+            for dim, axis in enumerate(value.axes):
+                if not self._variables_along(axis) <= kept:
+                    lost.add(dim)
+            if is_reading:
+                for dim in lost:
+                    self.read[value.axes[dim]] = None
+            if 0 < len(lost) < len(value.axes):
+                context.note_mixing(value, lost)
 
-    @staticmethod
-    def _left_out(factor: Factor, kept: Collection[int | None]) -> bool:
-        """Whether a factor along which a value varies is not among those kept."""
-        return factor.variable is not None and factor.variable not in kept
-
-    def note(self, value: TracedValue) -> tuple[Axis, ...]:
-        """Keeps the axes of a value, those of the loops around it first, and returns them."""
-        axes = (*self.loops, *value.axes)
-        self.values[axes] = None
-        if value.kind is Kind.FEATURE:
-            self.features.update(dict.fromkeys(value.axes))
-        return axes
-
-    def variables(self, axes: Iterable[Axis]) -> set[int]:
-        """Returns the finest atoms of axes, those of single positions included."""
-        return set().union(*map(self.unifier.variables, axes))
-
-    def picked(self) -> set[int]:
-        """Returns the atoms of single positions that were selected."""
-        return set().union(*(selection.singles for selection in self.selections))
-
-    def left_out(self) -> set[int]:
-        """Returns free atoms that were left out where others of their axis were selected.
-
-        Some operation may have taken up the whole axis before, such as a normalisation. They count
-        as left out unless they are summed over together with something else, or taken up without
-        those that were selected.
-        """
-        unifier = self.unifier
-        elsewhere = self.picked() | self.variables(unifier.strong)
-        readings = [unifier.variables(axis) for axis in self.read]
-        found: set[int] = set()
-        for selection in self.selections:
-            kept = self.variables(selection.kept) | selection.singles
-            rest = {
-                variable
-                for variable in unifier.variables(selection.whole)
-                if unifier.is_free(variable)
-            }
-            for variable in rest - kept - elsewhere - found:
-                if not any(variable in reading and not reading & kept for reading in readings):
-                    found.add(variable)
-        return found
-
-    def _dead(self, var: core.Var) -> TracedValue:
-        """Stands for an output that nothing depends on, so that it ties and pins nothing.
-
-        What it meets, such as the same output of another branch, may well be used elsewhere.
-        """
-        return TracedValue(tuple(map(constant, shape_of(var))), Kind.CONSTANT)
+    def _variables_along(self, axis: Axis) -> set[int | None]:
+        """Returns the variables of an axis's factors; None for those along which it is constant."""
+        factors = factors_of(self.unifier.expand(axis))
+        return {factor.variable for factor in factors}
 
     def _rule(self, context: RuleContext) -> Rule:
+        """Returns the rule of an equation, or says that there is none."""
         primitive = context.eqn.primitive
         rule = rule_of(primitive)
         if rule is not None:
             return rule
         if self.on_unsupported == "pin":
-            return lambda context, values: context.pin_all(
-                values, context.because("(no rule, pinned on demand)")
-            )
+            return _pinned_on_demand
         if primitive in primitives.REFERENCES:
             raise UnsupportedPrimitiveError(
                 f"the primitive {str(primitive)!r} at {context.source} makes, reads or writes a "
@@ -218,45 +183,81 @@ class Interpreter:
             "with other primitives."
         )
 
+    # --- what is recorded of values
 
-def _runs(array: np.ndarray, dim: int) -> tuple[int, ...]:
-    """Returns the lengths of the stretches along which an array does not vary, bit by bit.
+    def constant(self, array: Any) -> TracedValue:
+        """Describes an array that the traced function closes over."""
+        return constant_value(self.unifier, array)
 
-    Values would not do: 0.0 and -0.0 are equal, and a division tells them apart.
-    """
-    rows = np.ascontiguousarray(np.moveaxis(array, dim, 0)).reshape(array.shape[dim], -1)
-    rows = rows.view(np.uint8)
-    changes = np.flatnonzero(np.any(rows[1:] != rows[:-1], axis=1)) + 1
-    edges = [0, *changes.tolist(), len(rows)]
-    return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))
+    def note(self, value: TracedValue) -> Axes:
+        """Records the axes of a value, and returns them, those of the loops around it first."""
+        axes = (*self.loops, *value.axes)
+        self.values[axes] = None
+        if value.kind is Kind.FEATURE:
+            self.features.update(dict.fromkeys(value.axes))
+        return axes
+
+    # --- what is asked when the pass is over
+
+    def variables(self, axes: Iterable[Axis]) -> set[int]:
+        """Returns the finest axis variables of axes, those of single positions included."""
+        return set().union(*map(self.unifier.variables_of, axes))
+
+    def picked(self) -> set[int]:
+        """Returns the axis variables of single positions that were selected."""
+        picked: set[int] = set()
+        for selection in self.selections:
+            picked |= selection.single_positions
+        return picked
+
+    def left_out(self) -> set[int]:
+        """Returns the free axis variables that were left out where others of their axis were kept.
+
+        Some operation may have taken up the whole axis before, such as a normalisation. They count
+        as left out all the same, unless they are summed over together with something else, or taken
+        up without those that were kept.
+        """
+        unifier = self.unifier
+        contracted = self.variables(unifier.contracted_with_others)
+        used_elsewhere = contracted | self.picked()
+        readings = [unifier.variables_of(axis) for axis in self.read]
+        left_out: set[int] = set()
+        for selection in self.selections:
+            kept = self.variables(selection.kept) | selection.single_positions
+            whole = unifier.variables_of(selection.whole)
+            for variable in whole - kept - used_elsewhere - left_out:
+                if unifier.is_free(variable) and not _is_read_alone(variable, kept, readings):
+                    left_out.add(variable)
+        return left_out
 
 
-def _is_mask(array: np.ndarray, dim: int) -> bool:
-    """Whether an array is all 0, or False, at some positions of an axis and not at others."""
-    passes = np.any(array != 0, axis=tuple(d for d in range(array.ndim) if d != dim))
-    return bool(passes.any() and not passes.all())
+def _is_read_alone(variable: int, kept: set[int], readings: Sequence[set[int]]) -> bool:
+    """Whether an operation took up an axis variable and none of those that were kept."""
+    for reading in readings:
+        if variable in reading and not reading & kept:
+            return True
+    return False
 
 
-def live(
-    jaxpr: core.Jaxpr, used: Sequence[bool] | None = None
-) -> Iterator[tuple[int, core.JaxprEqn, tuple[bool, ...]]]:
-    """Yields the equations that matter: what is never used constrains nothing.
+def _pinned_on_demand(context: RuleContext, values: Values) -> Values:
+    """The rule of a primitive that has none, where the user asked for its axes to be pinned."""
+    return context.pin_all(values, context.because("(no rule, pinned on demand)"))
 
-    Args:
-        jaxpr: the jaxpr.
-        used: which of its outputs are used; all if None.
 
-    Yields:
-        Index, equation, and which of its results are used, in order.
-    """
-    wanted = [True] * len(jaxpr.outvars) if used is None else used
-    pairs = zip(jaxpr.outvars, wanted, strict=True)
-    needed = {v for v, keep in pairs if keep and not isinstance(v, core.Literal)}
-    found = []
-    for index in range(len(jaxpr.eqns) - 1, -1, -1):
-        eqn = jaxpr.eqns[index]
-        flags = tuple(v in needed for v in eqn.outvars)
-        if eqn.effects or any(flags):
-            needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-            found.append((index, eqn, flags))
-    return reversed(found)
+def _check_results(context: RuleContext, results: Values) -> None:
+    """Checks that a rule returned values of the equation's number and shapes."""
+    eqn = context.eqn
+    if len(results) != len(eqn.outvars):
+        raise ValueError(
+            f"the rule of {str(eqn.primitive)!r} returned {len(results)} values for the "
+            f"{len(eqn.outvars)} results of the equation at {context.source}; it must return one "
+            "TracedValue for each"
+        )
+    for position, value in enumerate(results):
+        shape = context.shape(position)
+        if sizes_of(value) != shape:
+            raise ValueError(
+                f"the rule of {str(eqn.primitive)!r} returned axes of sizes {sizes_of(value)} for "
+                f"result {position} of shape {shape}, at {context.source}; it must return one axis "
+                "of the same size for each of the array's"
+            )

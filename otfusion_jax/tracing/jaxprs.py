@@ -1,13 +1,12 @@
-"""Every difference between the versions of JAX that we support, 0.7.2 to 0.12, in one place.
+"""What is asked of jaxprs and their equations, in one way for all supported versions of JAX.
 
-Versions differ in which primitives there are, in which of them JAX exports, and in the names of
-their parameters. Nothing here asks for the version: a primitive is found by its public name, by
-tracing what emits it, or where it is defined; a parameter is told by what it is.
+Versions differ in the names and forms of an equation's parameters. Nothing here asks for the
+version: a parameter is told by what it is. Which primitives a version has is in `primitives`.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +20,59 @@ def closed(jaxpr: Any) -> core.ClosedJaxpr:
     """Returns a jaxpr together with its constants.
 
     Args:
-        jaxpr: a `Jaxpr` without constants, or a `ClosedJaxpr`; from JAX 0.11 on these are one
+        jaxpr: A `Jaxpr` without constants, or a `ClosedJaxpr`. From JAX 0.11 on these are one
             class.
 
     Returns:
         The closed jaxpr.
     """
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr
+    return core.ClosedJaxpr(jaxpr, ())
+
+
+def live(
+    jaxpr: core.Jaxpr, used: Sequence[bool] | None = None
+) -> Iterator[tuple[int, core.JaxprEqn, tuple[bool, ...]]]:
+    """Yields the equations that matter: what is never used constrains nothing.
+
+    Args:
+        jaxpr: The jaxpr.
+        used: One flag for each of its outputs, False where nothing depends on it; None if all are
+            used.
+
+    Yields:
+        For each equation, in order: its index, the equation, and one flag for each of its results,
+        which says whether anything depends on it.
+    """
+    if used is None:
+        used = [True] * len(jaxpr.outvars)
+    needed: set[core.Var] = set()
+    for var, is_used in zip(jaxpr.outvars, used, strict=True):
+        if is_used:
+            needed |= _variables([var])
+    found = []
+    # Backwards: what an equation reads is needed only if what it makes is.
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        flags = tuple(var in needed for var in eqn.outvars)
+        # An equation with effects runs in any case, and what it reads matters.
+        if eqn.effects or any(flags):
+            needed |= _variables(eqn.invars)
+            found.append((index, eqn, flags))
+    return reversed(found)
+
+
+def _variables(atoms: Iterable[Any]) -> set[core.Var]:
+    """Returns the variables among the operands or outputs of a jaxpr, without the literals."""
+    return {atom for atom in atoms if not isinstance(atom, core.Literal)}
+
+
+# --- jaxprs within equations
+
+
+def is_jaxpr(parameter: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr, closed or not."""
+    return isinstance(parameter, core.Jaxpr | core.ClosedJaxpr)
 
 
 def body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
@@ -37,14 +82,15 @@ def body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     differentiated or batched is a function, or a jaxpr wrapped in one.
 
     Args:
-        eqn: an equation.
+        eqn: An equation of any primitive.
 
     Returns:
-        The body; None for other primitives.
+        The body of the call; None if the primitive is none of `primitives.CALLS`.
     """
     if eqn.primitive not in CALLS:
         return None
-    (jaxpr,) = (v for v in eqn.params.values() if isinstance(v, core.Jaxpr | core.ClosedJaxpr))
+    parameters = eqn.params.values()
+    (jaxpr,) = filter(is_jaxpr, parameters)
     return closed(jaxpr)
 
 
@@ -52,7 +98,7 @@ def expanded(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     """Traces the implementation of one of the primitives `HIGHER`.
 
     Args:
-        eqn: its equation.
+        eqn: An equation of such a primitive.
 
     Returns:
         What it does to its operands, in terms of other primitives.
@@ -61,19 +107,48 @@ def expanded(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 
     def implementation(*flat: Any) -> list[Any]:
         args = jax.tree_util.tree_unflatten(operation.in_tree, flat)
-        return jax.tree_util.tree_leaves(operation.expand(*args))
+        result = operation.expand(*args)
+        return jax.tree_util.tree_leaves(result)
 
     return jax.make_jaxpr(implementation)(*operands_of(eqn))
 
 
+def subjaxprs(jaxpr: core.Jaxpr) -> list[core.Jaxpr]:
+    """Returns the jaxprs that the equations of a jaxpr hold, not those within them in turn.
+
+    Args:
+        jaxpr: A jaxpr without its constants.
+
+    Returns:
+        The jaxprs, without theirs.
+    """
+    params = [eqn.params for eqn in jaxpr.eqns]
+    # Branches, for one, are a tuple of jaxprs.
+    leaves = jax.tree_util.tree_leaves(params)
+    return [closed(leaf).jaxpr for leaf in leaves if is_jaxpr(leaf)]
+
+
+# --- operands and parameters
+
+
 def operands_of(eqn: core.JaxprEqn) -> list[jax.ShapeDtypeStruct]:
-    """Returns shapes and dtypes of an equation's operands."""
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
-    return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+    """Returns the shapes and dtypes of an equation's operands."""
+    structs = []
+    for atom in eqn.invars:
+        aval: Any = atom.aval
+        struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+        structs.append(struct)
+    return structs
 
 
 class ScanOperands(NamedTuple):
-    """The operands of a scan: the same in each iteration, carried from one to the next, sliced."""
+    """The operands of a scan, by their part in the loop.
+
+    Attributes:
+        consts: Those that are the same in each iteration.
+        carry: Those that the loop starts from, and hands on from one iteration to the next.
+        xs: Those of which each iteration gets one slice.
+    """
 
     consts: list[Any]
     carry: list[Any]
@@ -84,18 +159,22 @@ def scan_operands(eqn: core.JaxprEqn, operands: Sequence[Any]) -> ScanOperands:
     """Sorts the operands of a scan.
 
     Args:
-        eqn: an equation of `scan`.
-        operands: one of anything for each of its operands.
+        eqn: An equation of `scan`.
+        operands: One object of any type for each of its operands.
 
     Returns:
-        The same, by their part in the loop.
+        The same objects, by their part in the loop.
     """
-    if "ft_in" in eqn.params:  # JAX 0.11: a tree of three, in place of two counts
-        consts, carry, _ = map(len, eqn.params["ft_in"].unpack())
+    params = eqn.params
+    if "ft_in" in params:  # JAX 0.11: a tree of three, in place of two counts
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
     else:
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    first, last = consts, consts + carry
-    return ScanOperands(list(operands[:first]), list(operands[first:last]), list(operands[last:]))
+        num_consts = params["num_consts"]
+        num_carry = params["num_carry"]
+    remaining = list(operands)
+    consts, remaining = remaining[:num_consts], remaining[num_consts:]
+    carry, xs = remaining[:num_carry], remaining[num_carry:]
+    return ScanOperands(consts, carry, xs)
 
 
 def top_k_axis(eqn: core.JaxprEqn) -> int:
@@ -103,19 +182,6 @@ def top_k_axis(eqn: core.JaxprEqn) -> int:
     ranked: Any = eqn.invars[0].aval
     rank = len(ranked.shape)
     return eqn.params.get("axis", rank - 1) % rank
-
-
-def subjaxprs(jaxpr: core.Jaxpr) -> list[core.Jaxpr]:
-    """Returns the jaxprs that the equations of a jaxpr hold, not those within them in turn.
-
-    Args:
-        jaxpr: a jaxpr without its constants.
-
-    Returns:
-        The jaxprs, without theirs.
-    """
-    leaves = jax.tree_util.tree_leaves([eqn.params for eqn in jaxpr.eqns])
-    return [closed(x).jaxpr for x in leaves if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
 
 
 # --- where an equation comes from
@@ -126,7 +192,7 @@ def at_source(eqn: core.JaxprEqn) -> Iterator[None]:
     """Lets equations that are traced inside of the context stand where another does.
 
     Args:
-        eqn: the other equation. JAX's own evaluation of a jaxpr does the same by the same means.
+        eqn: The other equation. JAX's own evaluation of a jaxpr does the same by the same means.
 
     Yields:
         Nothing.
@@ -139,15 +205,17 @@ def source(eqn: core.JaxprEqn) -> str | None:
     """Returns the source line of an equation: the innermost frame outside of JAX itself.
 
     Args:
-        eqn: the equation.
+        eqn: The equation.
 
     Returns:
         File, line and function; None if all of its frames are JAX's own.
     """
-    home = os.path.dirname(jax.__file__)
     traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(home):
+    if traceback is None:
+        return None
+    home_of_jax = os.path.dirname(jax.__file__)
+    for frame in traceback.frames:
+        if not frame.file_name.startswith(home_of_jax):
             file = frame.file_name.rpartition("site-packages/")[2]
             return f"{file}:{frame.line_num} ({frame.function_name})"
     return None

@@ -1,7 +1,7 @@
 """A pure function and its parameters from a module that holds its own.
 
-Linen and Haiku separate the two by themselves. Of NNX and Equinox nothing is imported unless the
-user has done so.
+Linen and Haiku separate the two by themselves; NNX and Equinox keep parameters inside of modules.
+Neither is a dependency of this library: nothing of them is imported unless the user has done so.
 """
 
 import sys
@@ -18,7 +18,7 @@ def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
     modules of one architecture give interchangeable functions.
 
     Args:
-        module: a `flax.nnx.Module` or `equinox.Module`.
+        module: A `flax.nnx.Module` or an `equinox.Module`. It stays as it is.
 
     Returns:
         `fn(params, *inputs)` and `params`. Of an NNX module these are its `nnx.State`, of an
@@ -26,7 +26,7 @@ def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
         a module again: `nnx.update(module, params)`, and `equinox.combine(params, module)`.
 
     Raises:
-        TypeError: for anything else, with what to do instead.
+        TypeError: If it is anything else. The message says what to do instead.
 
     Example:
         >>> from flax import nnx
@@ -38,13 +38,28 @@ def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
         (1, 2)
         >>> nnx.update(models[0], otf.average([a, b]))
     """
-    nnx, equinox = sys.modules.get("flax.nnx"), sys.modules.get("equinox")
+    # A module of a library can only be here if that library has been imported.
+    nnx = sys.modules.get("flax.nnx")
+    equinox = sys.modules.get("equinox")
     if nnx is not None and isinstance(module, nnx.Module):
         graph, state = nnx.split(module)
-        return lambda params, *inputs: nnx.merge(graph, params)(*inputs), state
+
+        def call_nnx(params: PyTree, *inputs: PyTree) -> PyTree:
+            return nnx.merge(graph, params)(*inputs)
+
+        return call_nnx, state
     if equinox is not None and isinstance(module, equinox.Module):
         params, static = equinox.partition(module, equinox.is_inexact_array)
-        return lambda params, *inputs: equinox.combine(params, static)(*inputs), params
+
+        def call_equinox(params: PyTree, *inputs: PyTree) -> PyTree:
+            return equinox.combine(params, static)(*inputs)
+
+        return call_equinox, params
+    if isinstance(module, type):
+        raise TypeError(
+            f"the class {module.__name__} was given as the module; pass an instance, which has "
+            "parameters"
+        )
     raise TypeError(
         f"a {type(module).__name__} is no module of NNX or Equinox. Of a Linen module take `apply` "
         "and its variables, of a Haiku network `haiku.without_apply_rng(haiku.transform(f)).apply` "

@@ -1,224 +1,239 @@
-"""Which groups are nested in others: heads and their dimensions, layers and their hidden units.
+"""Which groups are nested in others: a head's units in its head, hidden units in a stacked layer.
 
-An atom d is nested in an atom o if in every value where d occurs, o occurs too, and no operation
-makes an element of d under one index of o meet one under another. Then d may be permuted in another
-way for each index of o. Operations that pass an axis on keep its indices in place, elementwise ones
-bring equal indices together. What remains to be checked are the meetings that the walk has noted:
-contractions over d have to run along o index by index, and no operation that keeps d may take an
-index of o to another.
+Units that are nested may be permuted in another way for each index of what is around them: each
+head has a permutation of its own.
+
+A variable `units` is nested in a variable `heads` if both of these hold:
+
+- In every value where `units` occurs, `heads` occurs too: whichever element is looked at, it is
+  known of which head its unit is.
+- No operation makes a unit of one head meet a unit of another.
+
+Operations that pass an axis on keep its indices in place, and elementwise ones bring equal indices
+together. What remains to be checked is recorded by the rules (see `records`): contractions over
+`units` have to run along `heads` index by index, and no operation that keeps `units` may take an
+index of `heads` to another one.
+
+So the search begins with what accompanies a variable in all values, and goes on to leave out what
+an operation contradicts.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
-from otfusion_jax.symmetry.partition import StridedIndex, UnitLocation
-from otfusion_jax.tracing.axis import Axis, Factor, Sum, size_of
-from otfusion_jax.tracing.context import Interaction, Regrouping
-from otfusion_jax.tracing.unification import Unifier
+from otfusion_jax.tracing.axis import Axis
+from otfusion_jax.tracing.axis_variables import AxisVariables
+from otfusion_jax.tracing.occurrences import Occurrence, companion_locations, occurrences
+from otfusion_jax.tracing.records import Interaction, Regrouping
 
-
-class Occurrence(NamedTuple):
-    """A factor in an axis, where it lies, and the factors that it is multiplied with there."""
-
-    factor: Factor
-    place: StridedIndex
-    around: tuple[tuple[Factor, StridedIndex], ...]
-
-
-def occurrences(
-    axis: Axis,
-    start: int = 0,
-    outer: tuple[tuple[int, int], ...] = (),
-    after: int = 1,
-    around: tuple[tuple[Factor, StridedIndex], ...] = (),
-) -> Iterator[Occurrence]:
-    """Yields every factor of an expanded axis.
-
-    Args:
-        axis: the axis.
-        start: position of its first element.
-        outer: counts and strides of what it is repeated over.
-        after: how far its elements are apart.
-        around: the factors that all of it is multiplied with.
-    """
-    found: list[tuple[Factor, StridedIndex]] = []
-    sums: list[tuple[Sum, tuple[tuple[int, int], ...], int]] = []
-    for i, term in enumerate(axis):
-        stride = after * size_of(axis[i + 1 :])
-        if isinstance(term, Sum):
-            sums.append((term, outer, stride))
-        else:
-            found.append((term, StridedIndex(start, outer, stride)))
-        if outer and outer[-1][1] == term.size * stride:  # the two count as one
-            outer = (*outer[:-1], (outer[-1][0] * term.size, stride))
-        else:
-            outer = (*outer, (term.size, stride))
-    for i, (factor, place) in enumerate(found):
-        yield Occurrence(factor, place, (*around, *found[:i], *found[i + 1 :]))
-    for term, before, stride in sums:
-        for segment in term.segments:
-            yield from occurrences(segment, start, before, stride, (*around, *found))
-            start += size_of(segment) * stride
-        start -= term.size * stride
-
-
-def _partners(
-    axes: Sequence[Axis], dim: int, occurrence: Occurrence
-) -> dict[int, tuple[int, StridedIndex]]:
-    """Returns by which index of other atoms an occurrence is accompanied.
-
-    Args:
-        axes: expanded axes of a value.
-        dim: the axis of the occurrence.
-        occurrence: a factor of that axis.
-
-    Returns:
-        For each atom that occurs beside it exactly once, the axis and place of that.
-    """
-    found: dict[int, list[tuple[int, StridedIndex]]] = {}
-    for factor, place in occurrence.around:
-        if factor.variable is not None:
-            found.setdefault(factor.variable, []).append((dim, place))
-    own = set(found)
-    for other, axis in enumerate(axes):
-        if other != dim:
-            for factor, place, _ in (o for o in occurrences(axis) if o.factor in axis):
-                if factor.variable is not None and factor.variable not in own:
-                    found.setdefault(factor.variable, []).append((other, place))
-    own_atom = occurrence.factor.variable
-    return {
-        variable: places[0]
-        for variable, places in found.items()
-        if len(places) == 1 and variable != own_atom
-    }
-
-
-def _has_powers(axes: Sequence[Axis]) -> bool:
-    """Whether an atom occurs more than once in the product of some expanded axes."""
-    seen: set[int] = set()
-    for axis in axes:
-        mine: set[int] = set()
-        for factor, _, around in occurrences(axis):
-            if factor.variable is not None:
-                mine.add(factor.variable)
-                if any(other.variable == factor.variable for other, _ in around):
-                    return True
-        if mine & seen:
-            return True
-        seen |= mine
-    return False
+Candidates = dict[int, list[int]]
+"""For each free variable the variables that may be around it, in the order of their discovery."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Nesting:
-    """Of each free atom: the atoms that can't be permuted, and the one that can, around it."""
+    """What each free variable is nested in.
+
+    Attributes:
+        fixed: The variables around it that cannot be permuted, such as the layers of a stack, over
+            which a program iterates in order.
+        outer: The variable around it that can be permuted, such as the heads. Only variables that
+            are nested in such a one are keys.
+    """
 
     fixed: dict[int, tuple[int, ...]]
     outer: dict[int, int]
 
-    def around(self, variable: int) -> tuple[int, ...]:
-        """Returns the atoms that index the plans of an atom, outermost first."""
-        movable = (self.outer[variable],) if variable in self.outer else ()
-        return (*self.fixed[variable], *movable)
+    def batch_variables(self, variable: int) -> tuple[int, ...]:
+        """Returns the variables that index the plans of a variable, the movable one last."""
+        if variable in self.outer:
+            return (*self.fixed[variable], self.outer[variable])
+        return self.fixed[variable]
 
 
 def find_nesting(
-    unifier: Unifier,
-    variables: Sequence[int],
+    variables: AxisVariables,
+    free: Sequence[int],
     values: Iterable[tuple[Axis, ...]],
     interactions: Iterable[Interaction],
     regroupings: Iterable[Regrouping],
 ) -> Nesting:
     """Finds what is nested in what.
 
-    Of groups that can be permuted, one may be around another, not more: chains are cut short, which
-    leaves less freedom and is as sound.
-
     Args:
-        unifier: the axis variables.
-        variables: those of the groups, in dataflow order.
-        values: the axes of every value of the program, parameters included.
-        interactions: all that the walk has noted.
-        regroupings: likewise.
+        variables: All axis variables of the trace.
+        free: Those that may be permuted, in dataflow order: each becomes a group.
+        values: The axes of every value of the program, parameters included.
+        interactions: All interactions that the rules have recorded.
+        regroupings: All regroupings that the rules have recorded.
 
     Returns:
-        The nest.
+        The nesting. Of groups that can be permuted, one may be around another, not more: a longer
+        chain is cut off, which leaves less freedom and is as sound.
     """
-    candidates: dict[int, dict[int, None]] = {}
-    free = set(variables)
-
-    def restrict(variable: int, found: Iterable[int]) -> None:
-        known = candidates.setdefault(variable, dict.fromkeys(found))
-        for other in known.keys() - set(found):
-            del known[other]
-
-    for axes in dict.fromkeys(tuple(map(unifier.expand, axes)) for axes in values):
-        for dim, axis in enumerate(axes):
-            for occurrence in occurrences(axis):
-                if occurrence.factor.variable in free:
-                    restrict(occurrence.factor.variable, _partners(axes, dim, occurrence))
-    for axes, over, together in interactions:
-        axes = tuple(map(unifier.expand, axes))
-        for dim in over:
-            for occurrence in occurrences(axes[dim]):
-                variable = occurrence.factor.variable
-                if variable is not None and candidates.get(variable):
-                    partners = _partners(axes, dim, occurrence)
-                    restrict(variable, [o for o, (d, _) in partners.items() if d in together])
-
-    for axes, over in regroupings:
-        axes = tuple(map(unifier.expand, axes))
-        if not _has_powers([axes[dim] for dim in over]):
-            continue
-        # An atom that is multiplied with itself has two companions of a kind: which belongs to
-        # which can't be told from the axes that they come to lie in.
-        for dim in over:
-            for occurrence in occurrences(axes[dim]):
-                variable = occurrence.factor.variable
-                if variable is not None and candidates.get(variable):
-                    partners = _partners(axes, dim, occurrence)
-                    restrict(variable, [o for o, (d, _) in partners.items() if d not in over])
-
-    outer: dict[int, int] = {}
-    group_trees: dict[int, list[int]] = {}
-    for variable in variables:
-        beside = candidates.get(variable, ())
-        movable = [other for other in beside if other in free and other not in outer]
-        if movable and variable not in group_trees:
-            # The innermost: that which has the most around it.
-            root = max(movable, key=lambda other: len(candidates.get(other, ())))
-            outer[variable] = root
-            group_trees.setdefault(root, []).append(variable)
-    fixed: dict[int, tuple[int, ...]] = {}
-    for root in (variable for variable in variables if variable not in outer):
-        family = [root, *group_trees.get(root, ())]
-        shared = [
-            other
-            for other in candidates.get(root, ())
-            if other not in free and all(other in candidates.get(a, ()) for a in family)
-        ]
-        fixed.update(dict.fromkeys(family, tuple(shared)))
+    candidates = _candidates_from_values(variables, set(free), values)
+    _restrict_by_interactions(variables, candidates, interactions)
+    _restrict_by_regroupings(variables, candidates, regroupings)
+    outer = _choose_outer(free, candidates)
+    fixed = _find_shared_fixed(free, candidates, outer)
     return Nesting(fixed, outer)
 
 
-def locate(
-    axes: Sequence[Axis], dim: int, occurrence: Occurrence, around: Sequence[int]
-) -> UnitLocation | None:
-    """Describes where an occurrence lies in an array.
+# --- what may be around a variable
 
-    Args:
-        axes: expanded axes of the array.
-        dim: the axis of the occurrence.
-        occurrence: a factor of that axis.
-        around: the atoms that index its plans.
 
-    Returns:
-        Its place and those of `around`; None if these do not accompany it.
+def _candidates_from_values(
+    variables: AxisVariables, free: set[int], values: Iterable[tuple[Axis, ...]]
+) -> Candidates:
+    """Returns for each free variable what accompanies it in every value where it occurs."""
+    candidates: Candidates = {}
+    # Most values of a program have the axes of another one.
+    distinct = dict.fromkeys(_expand_all(variables, axes) for axes in values)
+    for axes in distinct:
+        for dim, axis in enumerate(axes):
+            for occurrence in occurrences(axis):
+                variable = occurrence.factor.variable
+                if variable not in free:
+                    continue
+                accompanying = companion_locations(axes, dim, occurrence)
+                if variable in candidates:
+                    _restrict(candidates, variable, accompanying)
+                else:
+                    candidates[variable] = list(accompanying)
+    return candidates
+
+
+def _restrict_by_interactions(
+    variables: AxisVariables, candidates: Candidates, interactions: Iterable[Interaction]
+) -> None:
+    """Leaves out candidates along which elements of different index meet."""
+    for interaction in interactions:
+        axes = _expand_all(variables, interaction.axes)
+        for variable, dim, occurrence in _occurrences_along(axes, interaction.over, candidates):
+            kept = []
+            for other, location in companion_locations(axes, dim, occurrence).items():
+                # Along all other axes a unit meets units of any index of the candidate.
+                if location.dim in interaction.together:
+                    kept.append(other)
+            _restrict(candidates, variable, kept)
+
+
+def _restrict_by_regroupings(
+    variables: AxisVariables, candidates: Candidates, regroupings: Iterable[Regrouping]
+) -> None:
+    """Leaves out candidates that a reshape may part from what is in them.
+
+    A variable that is multiplied with itself, as in a flattened square of heads by heads, has two
+    companions of a kind: which of them belongs to which can't be told from the axes that they come
+    to lie in. Other reshapes keep companions together.
     """
-    partners = _partners(axes, dim, occurrence)
-    if any(variable not in partners for variable in around):
-        return None
-    lengths = tuple(map(size_of, axes))
-    batch = ((d, lengths[d], place) for d, place in (partners[variable] for variable in around))
-    return UnitLocation(dim, lengths[dim], occurrence.place, tuple(batch))
+    for regrouping in regroupings:
+        axes = _expand_all(variables, regrouping.axes)
+        if not _is_any_squared([axes[dim] for dim in regrouping.over]):
+            continue
+        for variable, dim, occurrence in _occurrences_along(axes, regrouping.over, candidates):
+            kept = []
+            for other, location in companion_locations(axes, dim, occurrence).items():
+                if location.dim not in regrouping.over:
+                    kept.append(other)
+            _restrict(candidates, variable, kept)
+
+
+def _expand_all(variables: AxisVariables, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    return tuple(variables.expand(axis) for axis in axes)
+
+
+def _occurrences_along(
+    axes: Sequence[Axis], dims: Iterable[int], candidates: Candidates
+) -> Iterator[tuple[int, int, Occurrence]]:
+    """Yields variable, axis number and occurrence of what lies along axes and has candidates."""
+    for dim in dims:
+        for occurrence in occurrences(axes[dim]):
+            variable = occurrence.factor.variable
+            # What has no candidates left has none to lose.
+            if variable is not None and candidates.get(variable):
+                yield variable, dim, occurrence
+
+
+def _restrict(candidates: Candidates, variable: int, allowed: Iterable[int]) -> None:
+    """Leaves out the candidates of a variable that are not among those allowed."""
+    allowed_set = set(allowed)
+    before = candidates[variable]
+    candidates[variable] = [other for other in before if other in allowed_set]
+
+
+def _is_any_squared(axes: Sequence[Axis]) -> bool:
+    """Says whether a variable occurs more than once in the product of some expanded axes."""
+    in_axes_before: set[int] = set()
+    for axis in axes:
+        in_axis: set[int] = set()
+        for factor, _, companions in occurrences(axis):
+            if factor.variable is None:
+                continue
+            in_axis.add(factor.variable)
+            for companion, _ in companions:
+                if companion.variable == factor.variable:
+                    return True
+        if in_axis & in_axes_before:
+            return True
+        in_axes_before |= in_axis
+    return False
+
+
+# --- the choice among candidates
+
+
+def _choose_outer(free: Sequence[int], candidates: Candidates) -> dict[int, int]:
+    """Chooses for each free variable at most one free variable that it is nested in.
+
+    A variable that others are nested in is nested in none itself, so that a nested group's plans
+    have a single movable batch axis. Where there is a chain, its innermost pair is chosen.
+    """
+    outer: dict[int, int] = {}
+    free_set = set(free)
+    has_nested: set[int] = set()
+
+    def number_around(variable: int) -> int:
+        return len(candidates.get(variable, ()))
+
+    for variable in free:
+        if variable in has_nested:
+            continue
+        movable = []
+        for other in candidates.get(variable, ()):
+            if other in free_set and other not in outer:
+                movable.append(other)
+        if movable:
+            # The innermost of them is the one that has the most around itself.
+            innermost = max(movable, key=number_around)
+            outer[variable] = innermost
+            has_nested.add(innermost)
+    return outer
+
+
+def _find_shared_fixed(
+    free: Sequence[int], candidates: Candidates, outer: dict[int, int]
+) -> dict[int, tuple[int, ...]]:
+    """Returns for each free variable the pinned ones around it that its whole group tree shares.
+
+    A group and those nested in it are matched together, so that their plans need the same batch.
+    """
+    free_set = set(free)
+    # By the variable at the root of each tree.
+    trees: dict[int, list[int]] = {}
+    for variable in free:
+        if variable not in outer:
+            trees[variable] = [variable]
+    for variable, root in outer.items():
+        trees[root].append(variable)
+
+    fixed: dict[int, tuple[int, ...]] = {}
+    for root, tree in trees.items():
+        shared = []
+        for other in candidates.get(root, ()):
+            is_shared = all(other in candidates.get(member, ()) for member in tree)
+            if is_shared and other not in free_set:
+                shared.append(other)
+        for member in tree:
+            fixed[member] = tuple(shared)
+    return fixed

@@ -5,7 +5,7 @@ it was imported by someone else, so it is looked for then: first by where it is 
 wrote its implementation.
 
 Equinox, lineax, optimistix and diffrax implement their primitives by functions of JAX. What such a
-primitive does to axes is what its implementation does, so that is traced and walked.
+primitive does to axes is what its implementation does, so that is traced, and its rules applied.
 """
 
 import sys
@@ -15,11 +15,12 @@ import jax
 from jax.extend import core
 
 from otfusion_jax.tracing import jaxprs, primitives
-from otfusion_jax.tracing.axis import Kind, constant
-from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.registry import Rule, find_with, register_rule
 from otfusion_jax.tracing.rules import pinned
+from otfusion_jax.tracing.values import Values
 
+# Packages whose primitives are implemented by functions of JAX, which can be traced.
 IMPLEMENTED_IN_JAX = frozenset({"equinox", "lineax", "optimistix", "diffrax"})
 
 # Kernels and programs of another compiler: nothing is known of what is in them.
@@ -39,46 +40,56 @@ OPAQUE_MODULES = (
 )
 
 
-def implementation(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
-    """Its implementation is walked."""
-    primitive, params = ctx.eqn.primitive, ctx.params
-    jaxpr = jax.make_jaxpr(lambda *args: primitive.impl(*args, **params))
-    return _walked(ctx, values, jaxpr(*jaxprs.operands_of(ctx.eqn)))
+def implementation(ctx: RuleContext, values: Values) -> Values:
+    """The rules of its implementation are applied."""
+    primitive = ctx.eqn.primitive
+    params = ctx.params
+
+    def run(*args: Any) -> Any:
+        return primitive.impl(*args, **params)
+
+    jaxpr = jax.make_jaxpr(run)(*jaxprs.operands_of(ctx.eqn))
+    return _apply(ctx, jaxpr, values)
 
 
-def noinline(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
-    """The function that Equinox keeps out of the program is walked."""
-    home = sys.modules["equinox.internal._noinline"]
+def noinline(ctx: RuleContext, values: Values) -> Values:
+    """The rules of the function that Equinox keeps out of the program are applied."""
+    equinox_noinline = sys.modules["equinox.internal._noinline"]
     index = ctx.eqn.invars[0]
     if not isinstance(index, core.Literal):
         return ctx.pin_all(values, ctx.because("of a function that is chosen as it runs"))
     params = ctx.params
 
+    # As Equinox's own implementation does it: the operands and the static parameters hold a tree of
+    # the function's number, of the transforms to apply to it, and of its arguments.
     def run(*dynamic: Any) -> list[Any]:
-        flat = home._primitive._combine(dynamic, params["static"])
-        _, _, transforms, args = jax.tree_util.tree_unflatten(params["treedef"], flat)
-        fn = home._index_to_fn[int(index.val)]
+        flat = equinox_noinline._primitive._combine(dynamic, params["static"])
+        tree = jax.tree_util.tree_unflatten(params["treedef"], flat)
+        _, _, transforms, args = tree
+        number = int(index.val)
+        function = equinox_noinline._index_to_fn[number]
         for transform in transforms:
-            fn = transform(fn)
-        return params["flatten"](fn(args))
+            function = transform(function)
+        return params["flatten"](function(args))
 
-    return _walked(ctx, values, jax.make_jaxpr(run)(*jaxprs.operands_of(ctx.eqn)))
+    jaxpr = jax.make_jaxpr(run)(*jaxprs.operands_of(ctx.eqn))
+    return _apply(ctx, jaxpr, values)
 
 
-def _walked(
-    ctx: RuleContext, values: list[TracedValue], jaxpr: core.ClosedJaxpr
-) -> list[TracedValue]:
+def _apply(ctx: RuleContext, jaxpr: core.ClosedJaxpr, values: Values) -> Values:
+    """Applies the rules of a jaxpr that was traced for this equation."""
     # It is traced anew each time, so that no feature inside of it has a lasting place.
     return ctx.call(jaxpr, values, once=False, used=ctx.used)
 
 
 @register_rule(*primitives.PURE_CALLBACK)
-def pure_callback(ctx: RuleContext, values: list[TracedValue]) -> list[TracedValue]:
+def pure_callback(ctx: RuleContext, values: Values) -> Values:
     """All axes are pinned, as nothing is known of it. One that raises an error returns nothing."""
     if not _raises(ctx.params["callback"]):
         return pinned(ctx, values)
-    shapes = map(ctx.shape, range(len(ctx.eqn.outvars)))
-    return [TracedValue(tuple(map(constant, shape)), Kind.CONSTANT) for shape in shapes]
+    # What it returns is never used: it does not return.
+    positions = range(len(ctx.eqn.outvars))
+    return list(map(ctx.constant_result, positions))
 
 
 def _raises(callback: Any) -> bool:
@@ -91,22 +102,30 @@ def rule_of(primitive: core.Primitive) -> Rule | None:
     """Finds the rule of a primitive by where it is defined.
 
     Args:
-        primitive: one that is not registered.
+        primitive: A primitive that is not registered.
 
     Returns:
         Its rule; None if it is of no package known here.
     """
-    if _defines("equinox.internal._noinline", primitive):
+    if _is_defined_in("equinox.internal._noinline", primitive):
         return noinline
-    if any(_defines(module, primitive) for module in OPAQUE_MODULES):
-        return pinned
+    for module in OPAQUE_MODULES:
+        if _is_defined_in(module, primitive):
+            return pinned
     package = getattr(primitive.impl, "__module__", "").partition(".")[0]
-    return implementation if package in IMPLEMENTED_IN_JAX else None
+    if package in IMPLEMENTED_IN_JAX:
+        return implementation
+    return None
 
 
-def _defines(module: str, primitive: core.Primitive) -> bool:
-    found = vars(sys.modules[module]).values() if module in sys.modules else ()
-    return any(value is primitive for value in found)
+def _is_defined_in(module: str, primitive: core.Primitive) -> bool:
+    """Whether a module that has been imported holds a primitive under any name."""
+    if module not in sys.modules:
+        return False
+    for value in vars(sys.modules[module]).values():
+        if value is primitive:
+            return True
+    return False
 
 
 find_with(rule_of)

@@ -1,8 +1,9 @@
-"""Every difference between the versions of JAX that we support, 0.7.2 to 0.12, in one place.
+"""The primitives that differ between the supported versions of JAX, 0.7.2 to 0.12, in one place.
 
-Versions differ in which primitives there are, in which of them JAX exports, and in the names of
-their parameters. Nothing here asks for the version: a primitive is found by its public name, by
-tracing what emits it, or where it is defined; a parameter is told by what it is.
+Versions differ in which primitives there are, and in which of them JAX exports. Nothing here asks
+for the version: a primitive is found by its public name (`named`), by tracing what emits it
+(`traced`), or where it is defined (`internal`). Each list below holds those that there are in the
+installed version, and may be empty. Which rule they get is said in `rules`.
 """
 
 import importlib
@@ -25,63 +26,77 @@ def named(names: str) -> list[core.Primitive]:
     """Looks primitives up in JAX's public namespace.
 
     Args:
-        names: names without the suffix `_p`, separated by blanks.
+        names: Names without the suffix `_p`, separated by blanks.
 
     Returns:
-        Those that the installed version exports.
+        Those that the installed version exports, in the order of the names.
     """
-    found = (getattr(P, f"{name}_p", None) for name in names.split())
-    return [primitive for primitive in found if primitive is not None]
-
-
-def traced(name: str, fn: Callable[..., Any], *args: Any) -> list[core.Primitive]:
-    """Finds a primitive that JAX does not export, by tracing what emits it.
-
-    Args:
-        name: of the primitive.
-        fn: a function that emits it.
-        *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        The primitive. Empty in a version of JAX where the function emits others instead.
-    """
-    eqns = jax.make_jaxpr(fn)(*args).eqns
-    return [eqn.primitive for eqn in eqns if eqn.primitive.name == name][:1]
+    return _attributes(P, names)
 
 
 def internal(module: str, names: str) -> list[core.Primitive]:
     """Looks up primitives that JAX neither exports nor emits from an operation that is cheap here.
 
     Args:
-        module: where they are defined, inside of `jax._src`.
-        names: names without the suffix `_p`, separated by blanks.
+        module: The module inside of `jax._src` that defines them.
+        names: Names without the suffix `_p`, separated by blanks.
 
     Returns:
-        Those that there are: a module or a name may be missing in the installed version.
+        Those that there are, in the order of the names. A module or a name may be missing in the
+        installed version.
     """
     try:
         home = importlib.import_module(f"jax._src.{module}")
     except ImportError:
         return []
-    found = (getattr(home, f"{name}_p", None) for name in names.split())
-    return [primitive for primitive in found if primitive is not None]
+    return _attributes(home, names)
 
 
+def _attributes(module: Any, names: str) -> list[core.Primitive]:
+    """Returns those of some primitives that a module has."""
+    primitives = []
+    for name in names.split():
+        primitive = getattr(module, f"{name}_p", None)
+        if primitive is not None:
+            primitives.append(primitive)
+    return primitives
+
+
+def traced(name: str, fn: Callable[..., Any], *args: Any) -> list[core.Primitive]:
+    """Finds a primitive that JAX does not export, by tracing what emits it.
+
+    Args:
+        name: The name of the primitive.
+        fn: A function that emits it.
+        *args: The function's arguments, arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        The primitive. Empty in a version of JAX where the function emits others instead.
+    """
+    for eqn in jax.make_jaxpr(fn)(*args).eqns:
+        if eqn.primitive.name == name:
+            return [eqn.primitive]
+    return []
+
+
+# Shapes alone: what is traced below is never run.
 _X = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 _X3 = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
 _BITS = jax.ShapeDtypeStruct((2,), jnp.uint32)
 _SIZES = jax.ShapeDtypeStruct((1,), jnp.int32)
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
-# Unary and n-ary functions of single elements that not every version has or exports.
+
+# --- elementwise operations, and moves of whole arrays
+
 NAME = traced("name", lambda x: checkpoint_name(x, "x"), _X)
 NEW_ELEMENTWISE = [
     *NAME,
     *named("log2 one_minus_square polynomial"),
     *internal("lax.lax", "mulhi"),
 ]
+"""Functions of single elements that not every version has or exports."""
 
-# What returns its operands as they are: only where and how they are stored changes.
 BARRIER = traced("optimization_barrier", jax.lax.optimization_barrier, _X)
 CLONE = traced("random_clone", jax.random.clone, _KEY)
 RELOCATIONS = [
@@ -91,21 +106,32 @@ RELOCATIONS = [
     *internal("shard_alike", "shard_alike"),
     *internal("xla_metadata", "xla_metadata_value"),
 ]
+"""What returns its operands as they are: only where and how they are stored changes."""
+
+TIE = internal("lax.lax", "tie")
+
+EMPTY = internal("lax.lax", "empty empty2")
+"""What makes an array that is not filled yet."""
+
+
+# --- operations on shapes and positions
 
 BITCAST = traced("bitcast_convert_type", lambda x: x.view(jnp.uint32), _X)
 SPLIT = traced("split", lambda x: jax.lax.split(x, (1, 1)), _X)
 STACK = traced("stack", lambda x: jnp.stack([x, x]), _X)
 UNSTACK = traced("unstack", jnp.unstack, _X)
 TILE = traced("tile", lambda x: jnp.tile(x, (2, 2)), _X)
-TIE = internal("lax.lax", "tie")
 SCATTER_SUB = traced("scatter-sub", lambda x: x.at[0].subtract(1.0), _X)
 
-# Space that is not filled yet.
-EMPTY = internal("lax.lax", "empty empty2")
 
-# Numbers that are drawn, and keys as numbers or back.
-WRAP = traced("random_wrap", jax.random.wrap_key_data, _BITS)
-WRAP += traced("random_unwrap", jax.random.key_data, _KEY)
+# --- random numbers and linear algebra
+
+WRAP = [
+    *traced("random_wrap", jax.random.wrap_key_data, _BITS),
+    *traced("random_unwrap", jax.random.key_data, _KEY),
+]
+"""What makes keys of numbers, and numbers of keys."""
+
 NEW_RANDOM = [
     *internal("prng", "iota_2x32_shape"),
     *internal("random.prng", "iota_2x32_shape"),
@@ -113,20 +139,28 @@ NEW_RANDOM = [
     *internal("random.philox4x32", "philox4x32"),
     *internal("random.threefry4x32", "threefry4x32"),
 ]
+"""Generators of random numbers that not every version has."""
 
 NEW_MATRIX = internal("lax.linalg", "eigh_jacobi geqp3 geqrf ormqr symmetric_product")
+"""What decompositions are made of, on which not all versions agree."""
+
 PIVOTS = internal("lax.linalg", "lu_pivots_to_permutation")
-
-# What looks at values and returns nothing.
-OBSERVERS = traced("debug_print", lambda x: jax.debug.print("{}", x), _X)
-OBSERVERS += traced("debug_callback", lambda x: jax.debug.callback(lambda _: None, x), _X)
-OBSERVERS += internal("debugging", "inspect_sharding")
-OBSERVERS += internal("checkify", "check")
-OBSERVERS += internal("lax.lax", "dce_sink")
-
-# What JAX says no more of than that it is called.
-PURE_CALLBACK = traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
 CHOLESKY_UPDATE = internal("lax.linalg", "cholesky_update")
+
+
+# --- what JAX says little of
+
+OBSERVERS = [
+    *traced("debug_print", lambda x: jax.debug.print("{}", x), _X),
+    *traced("debug_callback", lambda x: jax.debug.callback(lambda _: None, x), _X),
+    *internal("debugging", "inspect_sharding"),
+    *internal("checkify", "check"),
+    *internal("lax.lax", "dce_sink"),
+]
+"""What looks at values and returns nothing."""
+
+PURE_CALLBACK = traced("pure_callback", lambda x: jax.pure_callback(lambda y: y, _X, x), _X)
+
 OPAQUE = [
     *traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X),
     *traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES),
@@ -137,6 +171,7 @@ OPAQUE = [
     *internal("lax.scaled_dot", "scaled_dot"),
     *CHOLESKY_UPDATE,
 ]
+"""What is known to be called and no more, or what a rule has yet to be written for."""
 
 REFERENCES = [
     *internal("core", "accum_grad_in_ref empty_ref free_ref freeze ref"),
@@ -149,7 +184,7 @@ REFERENCES = [
 
 # --- primitives that run a jaxpr
 
-CALLS = [
+_CALLS = [
     *named("jit remat call closed_call custom_jvp_call custom_vjp_call"),
     *traced("remat2", jax.checkpoint(jnp.sin), _X),
     *internal("lax.lax", "composite"),
@@ -160,8 +195,9 @@ CALLS = [
     *internal("custom_partitioning", "custom_partitioning"),
     *internal("xla_metadata", "xla_metadata_call"),
 ]
+# Versions differ in which of them are one and the same.
+CALLS = list(dict.fromkeys(_CALLS))
 """Primitives that run one jaxpr exactly once, on all of their operands."""
-CALLS = list(dict.fromkeys(CALLS))  # versions differ in which of them are one and the same
 
 HIGHER = internal("hijax", "call_hi_primitive")
 """Primitives whose implementation is a method of a parameter, in terms of other primitives."""

@@ -1,59 +1,82 @@
-"""The walk over a jaxpr: the registry of rules, what a rule sees, and the loop that applies them.
+"""The registry of rules: what is known of each primitive, and how more is declared.
 
-What each primitive does to the axes of its operands is said by one rule (see `rules`). The rule of
-a call or a branch walks its sub-jaxpr and has the same type as any other.
-
-The walk is sound, not complete: a wrong group silently destroys a model, a missing group only
-merges less. Whatever a rule cannot express is pinned, and a primitive without a rule is an error
-(or pins all that it touches, on demand).
+A rule says what one primitive does to the axes of its operands. The rule of a call or a branch
+applies the rules of the jaxpr within, and has the same type as any other. The rules that come with
+the library are in `rules`, those of other packages' primitives in `package_rules`.
 """
 
 from collections.abc import Callable
 
 from jax.extend import core
 
-from otfusion_jax.tracing.context import RuleContext, TracedValue
+from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.values import Values
+
+Rule = Callable[[RuleContext, Values], Values]
+"""From an equation's context and operands to its results."""
+
+Finder = Callable[[core.Primitive], Rule | None]
+"""From a primitive to its rule, or to None if the finder knows none."""
 
 
 class UnsupportedPrimitiveError(NotImplementedError):
-    """A primitive of the traced function has no rule."""
+    """A primitive of the traced function has no rule.
+
+    The message names the primitive, the source line that uses it, and the ways out: to pin what it
+    touches, to declare a rule (see `register_rule`), or to write the line with other primitives.
+    """
 
 
-Rule = Callable[["RuleContext", list[TracedValue]], list[TracedValue]]
 _registry: dict[core.Primitive, Rule] = {}
 _selecting: set[core.Primitive] = set()
-_finders: list[Callable[[core.Primitive], Rule | None]] = []
+_finders: list[Finder] = []
 
 
 def register_rule(*primitives: core.Primitive, reads: bool = True) -> Callable[[Rule], Rule]:
-    """Decorator: declares the rule of one or more primitives.
+    """Declares the rule of one or more primitives. To be used as a decorator.
+
+    Every later call of `trace_symmetry` applies the rule. It replaces the one that the primitive
+    had, be it one that comes with the library.
 
     Args:
-        *primitives: primitive objects (`jax.extend.core.primitives.add_p`).
-        reads: whether the results depend on all of the operands. False where parts of them are
-            selected: parts of a parameter that the program selects nowhere stay in place.
+        *primitives: Primitive objects, such as `jax.extend.core.primitives.add_p` or a
+            `jax.extend.core.Primitive` of your own.
+        reads: Whether the results depend on all of the operands. False for a primitive that selects
+            parts of them, as `slice` does: a part of a parameter that the program selects nowhere
+            stays in place.
 
     Returns:
-        The decorator. A rule takes the `RuleContext` of the equation and the `TracedValue`s of the
-        operands, and returns those of the results. It ties, splits and pins axes through the
-        context.
+        The decorator. It takes a function of the equation's `RuleContext` and of the list of the
+        operands' `TracedValue`s, which returns the list of the results' `TracedValue`s, and leaves
+        that function as it is.
+
+    Example:
+        >>> import otfusion_jax as otf
+        >>> from jax.extend import core
+        >>> swish_p = core.Primitive("swish")
+        >>> @otf.register_rule(swish_p)
+        ... def swish(ctx, values):
+        ...     return [ctx.join(values)]  # elementwise: operand and result move together
     """
 
     def add(rule: Rule) -> Rule:
         for primitive in primitives:
             _registry[primitive] = rule
-            if not reads:
+            if reads:
+                _selecting.discard(primitive)
+            else:
                 _selecting.add(primitive)
         return rule
 
     return add
 
 
-def find_with(finder: Callable[[core.Primitive], Rule | None]) -> None:
-    """Declares rules that are looked for when a primitive is met that has none.
+def find_with(finder: Finder) -> None:
+    """Declares where to look for the rule of a primitive that has none.
 
     Args:
-        finder: from the primitive to its rule, or None. What it finds is not kept.
+        finder: A function that is asked each time such a primitive is met. What it returns is not
+            kept, as the package that the primitive belongs to may be imported later on.
     """
     if finder not in _finders:
         _finders.append(finder)
@@ -78,10 +101,10 @@ def rule_of(primitive: core.Primitive) -> Rule | None:
 
 
 def selects(primitive: core.Primitive) -> bool:
-    """Whether a primitive takes parts of its operands, and leaves others unread."""
+    """Whether a primitive takes parts of its operands and leaves others unread."""
     return primitive in _selecting
 
 
 def registered() -> dict[core.Primitive, Rule]:
-    """Returns a copy of the registry: primitive to rule."""
+    """Returns a copy of the registry, which maps primitives to their rules."""
     return dict(_registry)

@@ -1,10 +1,4 @@
-"""Pushing parameters along plans.
-
-A plan P of the units of a group, with marginals a = P 1 and b = Pᵀ 1, says how they move. A new
-unit j is the average of the old units that map to it, so an axis that *produces* units is
-multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
-so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
-"""
+"""The certificate of a symmetry: units are moved, and the outputs have to stay what they were."""
 
 import jax
 import numpy as np
@@ -12,9 +6,13 @@ from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_arrays
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
+from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
-from otfusion_jax.tracing.programs import Program, entry_points
+from otfusion_jax.tracing.misuse import find_mistake, require_params_first
+from otfusion_jax.tracing.programs import EntryPoint, Program, entry_points
+
+_CALL = "check_symmetry(symmetry, fn, params, *inputs)"
 
 
 def check_symmetry(
@@ -29,12 +27,12 @@ def check_symmetry(
     Twice: by permutations that leave no unit in place, and by uniform ones.
 
     Args:
-        symmetry: to be certified.
-        fn: the function that was traced, or the list of functions and inputs.
-        params: concrete parameters; random ones tell more than freshly initialised ones, whose
+        symmetry: The symmetry to be certified.
+        fn: The function that was traced, or the list of functions and inputs.
+        params: The parameters, arrays. Random ones tell more than freshly initialised ones, whose
             biases are all 0.
-        *inputs: concrete inputs, best random ones.
-        key: a key of `jax.random`; `jax.random.key(0)` if None.
+        *inputs: The inputs, arrays, best random ones.
+        key: A key of `jax.random` for the permutations; `jax.random.key(0)` if None.
 
     Returns:
         The relative error: the largest change of any output over the largest output, of several
@@ -42,35 +40,64 @@ def check_symmetry(
         NaN among the outputs.
 
     Raises:
-        ValueError: for parameters that do not fit.
-        TypeError: for arguments in another order, shapes in place of arrays, and what is no key.
+        ValueError: If the parameters do not fit the symmetry.
+        TypeError: For arguments in another order or of a wrong kind, shapes in place of arrays, and
+            a key that is none.
     """
-    require_symmetry(symmetry, "check_symmetry(symmetry, fn, params, *inputs)")
+    require_symmetry(symmetry, _CALL)
     functions = entry_points(fn, inputs)
+    require_params_first(symmetry, params, inputs, _CALL)
     require_model(symmetry, params)
-    require_arrays([given for _, given in functions], "inputs")
-    key = jax.random.key(0) if key is None else key
-    drawn = symmetry.random(key)
-    cycles = {name: _cycle(np.asarray(order)) for name, order in drawn.items()}
-    moved = [transport(symmetry, plans, params) for plans in (cycles, drawn)]
+    require_arrays([inputs_of_fn for _, inputs_of_fn in functions], "inputs")
+    # A member that is left behind shows best if every unit moves. Such permutations are single
+    # cycles, so that uniform ones are tried as well.
+    uniform = symmetry.random(jax.random.key(0) if key is None else key)
+    moved_models = []
+    for plans in (_without_fixed_points(uniform), uniform):
+        moved_models.append(transport(symmetry, plans, params))
     errors = []
-    for function, given in functions:
-        before = function(params, *given)
-        errors += [_relative_change(before, function(model, *given)) for model in moved]
+    for entry_point in functions:
+        before = _evaluate(entry_point, params)
+        for moved in moved_models:
+            errors.append(_relative_change(before, _evaluate(entry_point, moved)))
     return float(np.max(errors))
 
 
-def _cycle(order: np.ndarray) -> Array:
+def _without_fixed_points(plans: Plans) -> Plans:
     """Makes permutations that leave no unit in place: all go round in turn, in the given order."""
-    following = (np.argsort(order, axis=-1) + 1) % order.shape[-1]
-    return jax.device_put(np.take_along_axis(order, following, axis=-1))
+    cycles = {}
+    for name, plan in plans.items():
+        order = np.asarray(plan)
+        next_in_turn = (np.argsort(order, axis=-1) + 1) % order.shape[-1]
+        cycle = np.take_along_axis(order, next_in_turn, axis=-1)
+        cycles[name] = jax.device_put(cycle)
+    return cycles
+
+
+def _evaluate(entry_point: EntryPoint, params: PyTree) -> PyTree:
+    """Evaluates a function, and says what was passed by mistake if that is why it fails."""
+    fn, inputs = entry_point
+    try:
+        return fn(params, *inputs)
+    except Exception as error:
+        mistake = find_mistake(fn, params, inputs)
+        if mistake is None:
+            raise
+        raise TypeError(mistake) from error
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:
-    """Compares outputs: the largest change over the largest output."""
-    flat = [
-        np.concatenate([np.ravel(x).astype(np.complex128) for x in jax.tree_util.tree_leaves(o)])
-        for o in (before, after)
-    ]
-    scale = np.max(np.abs(flat[0]), initial=np.finfo(np.float32).tiny)
-    return float(np.max(np.abs(flat[1] - flat[0]), initial=0.0) / scale)
+    """Compares outputs: the largest change of any number over the largest number."""
+    old, new = _as_vector(before), _as_vector(after)
+    # Outputs that are all 0 have to stay so.
+    scale = np.max(np.abs(old), initial=np.finfo(np.float32).tiny)
+    return float(np.max(np.abs(new - old), initial=0.0) / scale)
+
+
+def _as_vector(outputs: PyTree) -> np.ndarray:
+    """Returns all numbers of a pytree as one vector, complex `[numbers]`."""
+    leaves = []
+    for leaf in jax.tree_util.tree_leaves(outputs):
+        # One dtype that holds integers, booleans and complex numbers of any width.
+        leaves.append(np.ravel(leaf).astype(np.complex128))
+    return np.concatenate(leaves)

@@ -102,6 +102,11 @@ def test_where_a_pin_was_met_does_not_make_another_symmetry():
     assert hash(a) == hash(b)
 
 
+def test_what_is_no_symmetry_is_not_drawn():
+    with pytest.raises(TypeError, match=r"a list was given .* call draw\(symmetry, ax\)"):
+        otf.draw([symmetry_of(1)])  # pyright: ignore[reportArgumentType]
+
+
 def test_a_drawing_has_a_patch_for_each_leaf_of_each_group():
     plt = pytest.importorskip("matplotlib.pyplot")
     symmetry = symmetry_of(2)

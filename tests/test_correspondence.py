@@ -259,9 +259,9 @@ def test_heads_are_a_width_too():
     plans = {heads: jax.nn.one_hot(jnp.array([1, 0, 0, 1]), 2, axis=0) / 4}
     for group in two.groups:
         if group.outer == heads:
-            still = jnp.broadcast_to(jnp.arange(3), (2, 4, 3))
+            in_order = jnp.broadcast_to(jnp.arange(3), (2, 4, 3))
             key = jax.random.key(3)
-            plans[group.name] = jax.random.permutation(key, still, axis=-1, independent=True)
+            plans[group.name] = jax.random.permutation(key, in_order, axis=-1, independent=True)
     many = otf.transport(two, plans, params, onto=four)
     assert close(fn(many, X), fn(params, X))
 

@@ -1,6 +1,7 @@
 """Compares features with activations computed by hand, through JAX's control flow too."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_features_inside_of_other_functions(wrap):
         close(found[1][name], after[name])
 
 
-def test_a_residual_stream_is_read_at_every_place():
+def test_a_residual_stream_is_read_at_every_site():
     def fn(params, x):
         h = x @ params["embed"]
         h = h + jax.nn.relu(h @ params["up"]) @ params["down"]
@@ -107,12 +108,12 @@ def test_a_residual_stream_is_read_at_every_place():
     embedded = x @ params["embed"]
     hidden = embedded @ params["up"]
     written = jax.nn.relu(hidden) @ params["down"]
-    produced = otf.features(symmetry, fn, params, x)
-    close(produced["embed"], jnp.concatenate([embedded, written]))
-    close(produced["up"], hidden)
-    consumed = otf.features(symmetry, fn, params, x, at="activation")
-    close(consumed["embed"], jnp.concatenate([embedded, embedded + written]))
-    close(consumed["up"], jax.nn.relu(hidden))
+    preactivations = otf.features(symmetry, fn, params, x)
+    close(preactivations["embed"], jnp.concatenate([embedded, written]))
+    close(preactivations["up"], hidden)
+    activations = otf.features(symmetry, fn, params, x, at="activation")
+    close(activations["embed"], jnp.concatenate([embedded, embedded + written]))
+    close(activations["up"], jax.nn.relu(hidden))
 
 
 def test_channels_first_are_read_as_well():
@@ -137,6 +138,9 @@ def test_another_function_is_refused():
 
 def test_settings_and_values_that_do_not_fit_are_refused():
     symmetry, net, x = setting("mlp")
+    at: Any = "produced"
+    with pytest.raises((ValueError, TypeError), match="preactivation"):
+        otf.features(symmetry, ref.network, net, x, at=at)
     with pytest.raises(ValueError, match=r"input 0 is empty: shape \(0, 5\)"):
         otf.features(symmetry, ref.network, net, x[:0])
     with pytest.raises(ValueError, match="2/kernel: missing"):

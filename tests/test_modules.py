@@ -58,3 +58,8 @@ def test_equinox_modules_fuse_and_come_back():
 def test_anything_else_is_refused_with_what_to_do(module):
     with pytest.raises(TypeError, match="no module of NNX or Equinox. Of a Linen module take"):
         otf.functional(module)
+
+
+def test_a_class_in_place_of_a_module_is_refused():
+    with pytest.raises(TypeError, match="the class Net was given as the module; pass an instance"):
+        otf.functional(Net)

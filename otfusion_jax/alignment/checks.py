@@ -1,0 +1,217 @@
+"""Checks of what is passed to `align`, and of what comes out.
+
+Each check lists every offender by the name of its group, with what to do instead. Values are looked
+at only where they are known, not inside `jax.jit`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+from ott.geometry import costs
+
+from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.problem import AbstractMethod
+from otfusion_jax.common.arguments import require_kind
+from otfusion_jax.common.finiteness import not_finite, not_finite_counts
+from otfusion_jax.solvers.base import AbstractSolver, is_distribution
+from otfusion_jax.symmetry.groups import Group, Plans
+from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+
+def require_settings(method: Any, metric: Any, solver: Any) -> None:
+    """Refuses what is no method, metric or solver: a name, or a class that has not been called.
+
+    Args:
+        method: The argument `method`.
+        metric: The argument `metric`; None is the default.
+        solver: The argument `solver`.
+
+    Raises:
+        TypeError: If one of them is of another type. The message says what to pass.
+    """
+    require_kind(method, AbstractMethod, "method", "CoordinateDescent() or ForwardPass()")
+    if metric is not None:
+        # JAX takes cost functions, which are pytrees, and does not say what to pass in their place.
+        require_kind(
+            metric,
+            costs.CostFn,
+            "metric",
+            "an ott cost function such as ott.geometry.costs.SqEuclidean(), or None",
+        )
+    require_kind(solver, AbstractSolver, "solver", "Exact() or Sinkhorn()")
+
+
+def require_rectangular_plans(symmetry: Symmetry, onto: Symmetry) -> None:
+    """Refuses groups of other widths that have no plan `[n, m]`.
+
+    Args:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order.
+
+    Raises:
+        ValueError: If members of such a group have both roles.
+    """
+    wrong = []
+    for group, target_group in zip(symmetry.groups, onto.groups, strict=True):
+        # A permutation serves both roles; a rectangular plan has other weights in each.
+        if group.size == target_group.size:
+            continue
+        paths = [member.path for member in group.members if member.role == "both"]
+        if paths:
+            wrong.append(f"  {group.name}: {', '.join(paths)} both produce and consume the units")
+    if wrong:
+        raise ValueError(
+            "these groups need as many units in the target as in the source; give each of the two "
+            "uses (an embedding, the output layer) a leaf of its own:\n" + "\n".join(wrong)
+        )
+
+
+def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
+    """Refuses inner products that do not fit the groups.
+
+    Args:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order.
+        grams: The argument `grams` of `align`.
+
+    Raises:
+        TypeError: If it is no dict of `Gram`s.
+        ValueError: If groups are missing, shapes do not fit, or values are known not to be finite.
+    """
+    if grams is None:
+        return
+    # Activations have the same names, so that they are easily mistaken for these.
+    strange = []
+    if isinstance(grams, dict):
+        for name, given in grams.items():
+            if not isinstance(given, Gram):
+                strange.append(f"{name}: {type(given).__name__}")
+    else:
+        strange.append(type(grams).__name__)
+    if strange:
+        raise TypeError(
+            "grams are inner products by the names of groups, as feature_gram(symmetry, fn, "
+            "source, target, batches) returns them; activations, as features(...) returns them, do "
+            f"not do: got {', '.join(strange)}"
+        )
+    wrong = []
+    for group, target_group in zip(symmetry.groups, onto.groups, strict=True):
+        problem = _problem_of_gram(group, target_group, grams.get(group.name))
+        if problem:
+            wrong.append(f"  {group.name}: {problem}")
+    if wrong:
+        raise ValueError("these grams do not fit the symmetry's groups:\n" + "\n".join(wrong))
+
+
+def _problem_of_gram(group: Group, target_group: Group, given: Gram | None) -> str | None:
+    """Says what is wrong with the inner products of a group, if anything is."""
+    if given is None:
+        return "missing"
+    expected = (*group.batch, group.size, target_group.size)
+    if group.outer is not None:
+        # Every head of the source is compared with every head of the target.
+        expected = (*group.batch, group.size, target_group.batch[-1], target_group.size)
+    if given.cross.shape != expected:
+        return f"shape {given.cross.shape}, expected {expected}"
+    # Inside `jax.jit` there are no values to look at.
+    known = [x for x in jax.tree.leaves(given) if not isinstance(x, Tracer)]
+    if any(not_finite_counts(known)):
+        return "not finite, activations or their squares overflow"
+    return None
+
+
+def require_marginals(symmetry: Symmetry, onto: Symmetry, marginals: Any) -> None:
+    """Refuses masses that do not fit the groups.
+
+    Args:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, with the names of the source's groups.
+        marginals: The argument `marginals` of `align`.
+
+    Raises:
+        TypeError: If it is no pair of dicts.
+        ValueError: If there is no such group, if it is matched one to one, if shapes do not fit, or
+            if values are known not to be masses. Each is named with its group and its side.
+    """
+    # One dict alone would be taken apart into its keys.
+    is_pair = isinstance(marginals, tuple | list) and len(marginals) == 2
+    if not is_pair or not isinstance(marginals[0], dict) or not isinstance(marginals[1], dict):
+        raise TypeError(
+            "marginals are a pair of dicts, the masses of the source's units and of the target's: "
+            "(weight_importance(symmetry, source), weight_importance(symmetry, target)), or {} for "
+            "a side that is uniform"
+        )
+    wrong = []
+    for side, groups, masses in (
+        ("source", symmetry.groups, marginals[0]),
+        ("target", onto.groups, marginals[1]),
+    ):
+        if not masses:
+            continue
+        by_name = {group.name: group for group in groups}
+        outer_names = {group.outer for group in groups}
+        for name, given in masses.items():
+            if name not in by_name:
+                problem = "no such group"
+            elif name in outer_names:
+                problem = "groups are nested in it, so that it is matched one to one"
+            else:
+                problem = _problem_of_masses(by_name[name], given)
+            if problem:
+                wrong.append(f"  {name}, of the {side}: {problem}")
+    if wrong:
+        raise ValueError(
+            "these marginals do not fit the groups:\n"
+            + "\n".join(wrong)
+            + f"\nIts groups: {', '.join([group.name for group in symmetry.groups])}"
+        )
+
+
+def _problem_of_masses(group: Group, given: Any) -> str | None:
+    """Says what is wrong with the masses of a group's units, if anything is."""
+    expected = (*group.batch, group.size)
+    if jnp.shape(given) != expected:
+        return f"shape {jnp.shape(given)}, expected {expected}"
+    if isinstance(given, Tracer):
+        return None
+    # They may be closed over by what is being traced; they are looked at now all the same.
+    with jax.ensure_compile_time_eval():
+        if not is_distribution(jnp.asarray(given)):
+            return "masses are at least 0 and sum to 1; divide them by their sum"
+    return None
+
+
+def require_finite_plans(plans: Plans) -> None:
+    """Refuses plans of costs that were out of range.
+
+    Args:
+        plans: Group name to plan, as they were found for finite models.
+
+    Raises:
+        FloatingPointError: If plans are known to be unusable. The groups are listed.
+    """
+    wrong = []
+    for name, plan in plans.items():
+        if isinstance(plan, Tracer):
+            continue
+        if _is_unusable(plan):
+            wrong.append(f"  {name}")
+    if wrong:
+        raise FloatingPointError(
+            "the ground costs of these groups are not finite, though the models are: their squares "
+            "are out of range. Scale parameters or features, or compute in float64 "
+            "(jax_enable_x64):\n" + "\n".join(wrong)
+        )
+
+
+def _is_unusable(plan: Array) -> bool:
+    """Whether a plan is marked as one of a problem that its solver could not solve."""
+    # See `Exact`: an index out of range stands for NaN, which integers do not have.
+    if is_permutation(plan):
+        return bool(np.any(np.asarray(plan) >= plan.shape[-1]))
+    return bool(not_finite(plan))

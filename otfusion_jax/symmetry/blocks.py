@@ -1,0 +1,115 @@
+"""Dense blocks of an array, and what is done to the units along one of their dimensions.
+
+A `BlockPartition` takes an array apart into blocks with one dimension for each factor of each axis.
+Here units along a dimension are permuted, or mixed by weights, which may change how many there are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+BlockDim = int | tuple[int, int]
+"""A dimension of a block: the number of a factor, or (axis, number) of what lies between two."""
+
+
+class Block(NamedTuple):
+    """A dense part of an array.
+
+    Attributes:
+        dims: What each dimension of the part is.
+        array: The part.
+    """
+
+    dims: tuple[BlockDim, ...]
+    array: Array
+
+
+Blocks = dict[tuple[int, ...], Block]
+"""The blocks of an array, by the number of the axis block that each is in along every axis."""
+
+
+def permuted(
+    block: Block, dim: BlockDim, batch_dims: Sequence[BlockDim], permutation: Array
+) -> Block:
+    """Permutes the units along a dimension.
+
+    Args:
+        block: A block that has this dimension, and those of the batch.
+        dim: The dimension of the units.
+        batch_dims: For each axis of the permutation's batch, the dimension that it is.
+        permutation: Integer `[*batch, size]`: position `j` receives unit `permutation[j]`. An index
+            out of range, which is how a solver marks a problem that it could not solve, gives NaN.
+
+    Returns:
+        The block with its units in another order.
+    """
+    axis = block.dims.index(dim)
+    if not batch_dims:
+        array = jnp.take(block.array, permutation, axis, mode="fill", fill_value=jnp.nan)
+        return block._replace(array=array)
+    # `take_along_axis` wants the axes of the permutation in the order of the block's, and an axis
+    # of size 1 where the permutation has none.
+    axes = [block.dims.index(batch_dim) for batch_dim in batch_dims]
+    axes.append(axis)
+    indices = permutation.transpose(np.argsort(axes))
+    absent = [i for i in range(block.array.ndim) if i not in axes]
+    indices = jnp.expand_dims(indices, absent)
+    array = jnp.take_along_axis(block.array, indices, axis, mode="fill", fill_value=jnp.nan)
+    return block._replace(array=array)
+
+
+def mixed(
+    block: Block, dims: Sequence[BlockDim], batch_dims: Sequence[BlockDim], weights: Array
+) -> Block:
+    """Replaces the units along a dimension by weighted sums of units, or along two at once.
+
+    Args:
+        block: A block that has these dimensions, and those of the batch.
+        dims: The dimension of the units; in front of it that of the units around them, if those are
+            replaced too.
+        batch_dims: For each axis of the weights' batch, the dimension that it is.
+        weights: Float `[*batch, old, new]`, or `[*batch, old around, new around, old, new]`.
+
+    Returns:
+        The block with the new units.
+    """
+    # The axes of the block are named 0, 1, ... to `einsum`, and those of the new units from the
+    # rank on. An axis of the batch has the same name everywhere, an axis of old units is summed.
+    rank = block.array.ndim
+    array_names = list(range(rank))
+    output_names = list(range(rank))
+    weight_names = [block.dims.index(batch_dim) for batch_dim in batch_dims]
+    for number, dim in enumerate(dims):
+        old = block.dims.index(dim)
+        new = rank + number
+        weight_names += [old, new]
+        output_names[old] = new
+    product = jnp.einsum(
+        block.array,
+        array_names,
+        weights,
+        weight_names,
+        output_names,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return block._replace(array=product)
+
+
+def fronted(block: Block, front: Sequence[BlockDim]) -> Array:
+    """Brings some dimensions of a block to the front, and flattens the others.
+
+    Args:
+        block: A block that has these dimensions.
+        front: The dimensions, in the order in which they are wanted.
+
+    Returns:
+        The block as an array `[*front, rest]`.
+    """
+    axes = [block.dims.index(dim) for dim in front]
+    count = len(axes)
+    array = jnp.moveaxis(block.array, axes, range(count))
+    return array.reshape(*array.shape[:count], -1)

@@ -1,0 +1,67 @@
+"""A symmetry as a picture: a matrix of leaves by groups."""
+
+from typing import Any
+
+from otfusion_jax.symmetry.checks import require_symmetry
+from otfusion_jax.symmetry.display import units
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+_COLOURS = {"produces": "tab:blue", "consumes": "tab:orange", "both": "tab:green"}
+# Of a figure, in inches: what a leaf and a group take, and what is left for names and legend.
+_ROW_HEIGHT, _COLUMN_WIDTH = 0.18, 0.25
+_MARGIN_HEIGHT, _MARGIN_WIDTH = 2, 4
+_FONT_SIZE = 7
+
+
+def draw(symmetry: Symmetry, ax: Any = None) -> Any:
+    """Draws the groups as a matrix of leaves by groups; needs matplotlib.
+
+    A square is coloured where a leaf has an axis of the group: blue produces its units, orange
+    consumes them, green does both. Leaves without any are left blank.
+
+    Args:
+        symmetry: The symmetry to be drawn.
+        ax: The matplotlib axes to draw on. None makes a new figure, of a size that fits.
+
+    Returns:
+        The matplotlib axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If the symmetry is anything else.
+    """
+    require_symmetry(symmetry, "draw(symmetry, ax)")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch, Rectangle
+
+    leaf_names = [part.path for part in symmetry.parts]
+    row_count, column_count = len(leaf_names), len(symmetry.groups)
+    if ax is None:
+        width = _MARGIN_WIDTH + _COLUMN_WIDTH * column_count
+        height = _MARGIN_HEIGHT + _ROW_HEIGHT * row_count
+        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    group_names = []
+    for column, group in enumerate(symmetry.groups):
+        group_names.append(f"{group.name} ({units(group)})")
+        roles: dict[int, set[str]] = {}
+        for member in group.members:
+            roles.setdefault(member.leaf, set()).add(member.role)
+        for row, leaf_roles in roles.items():
+            role = leaf_roles.pop() if len(leaf_roles) == 1 else "both"
+            corner = (column - 0.5, row - 0.5)
+            square = Rectangle(corner, 1, 1, color=_COLOURS[role], linewidth=0)
+            ax.add_patch(square)
+    ax.set_xticks(range(column_count), group_names, rotation=90, fontsize=_FONT_SIZE)
+    ax.set_yticks(range(row_count), leaf_names, fontsize=_FONT_SIZE)
+    # Without groups there is one blank column. The first leaf is on top.
+    ax.set_xlim(-0.5, max(1, column_count) - 0.5)
+    ax.set_ylim(row_count - 0.5, -0.5)
+    ax.set_xlabel("group (units)")
+    ax.legend(
+        handles=[Patch(color=colour, label=role) for role, colour in _COLOURS.items()],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+    )
+    return ax

@@ -1,0 +1,160 @@
+"""Arguments that were passed by mistake, told by what the call would do without the mistake.
+
+A function that gets something else than it expects fails somewhere inside, in words that say
+nothing of the mistake. Params and inputs are any pytrees, so most mistakes can't be told from the
+arguments alone. They are looked for when the function has failed, and only then: no call that works
+is refused. A mistake counts as found if the function works once it is mended.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+
+class _MendedCall(NamedTuple):
+    """A call that may have been meant, and what to say if it works."""
+
+    fn: Callable[..., Any]
+    args: tuple[PyTree, ...]
+    advice: str
+
+
+def find_mistake(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> str | None:
+    """Looks for a mistake in a call `fn(params, *inputs)` that has failed.
+
+    Args:
+        fn: The function, which raised an exception.
+        params: The parameters that it was called with, arrays or `jax.ShapeDtypeStruct`s.
+        inputs: The inputs that it was called with, likewise.
+
+    Returns:
+        What is wrong and what to pass instead. None if the mistake is not one of those known, so
+        that the function's own exception says more.
+    """
+    foreign = find_foreign_input(inputs)
+    if foreign is not None:
+        return foreign
+    for call in _mended_calls(fn, params, inputs):
+        if _works(call):
+            return call.advice
+    return None
+
+
+def find_foreign_input(inputs: tuple[PyTree, ...]) -> str | None:
+    """Looks for an input that is no array.
+
+    Args:
+        inputs: The inputs, pytrees.
+
+    Returns:
+        Which leaf it is, and what to pass instead. None if all leaves are arrays, numbers or
+        `jax.ShapeDtypeStruct`s.
+    """
+    leaves_with_paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
+    for path, value in leaves_with_paths:
+        if not _is_array(value):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"input {name} is {_kind(value)}; pass pytrees of arrays, close over the rest"
+    return None
+
+
+def _mended_calls(
+    fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
+) -> Iterator[_MendedCall]:
+    """Yields the calls that may have been meant."""
+    apply = getattr(fn, "apply", None)
+    if callable(apply):
+        advice = f"the function is {_kind(fn)}, which holds the function to pass: its `apply`"
+        yield _MendedCall(apply, (params, *inputs), advice)
+
+    # Whichever input has taken the place of the parameters, the rest is in order.
+    for number, value in enumerate(inputs):
+        others = (*inputs[:number], *inputs[number + 1 :])
+        advice = (
+            f"params and input {number} are swapped, as the function works the other way round; "
+            "pass the parameters first, and then the inputs"
+        )
+        yield _MendedCall(fn, (value, params, *others), advice)
+
+    if len(inputs) == 1 and isinstance(inputs[0], list | tuple):
+        advice = (
+            f"the inputs were given as one {type(inputs[0]).__name__}; pass each of them as an "
+            "argument of its own, after the parameters: (..., params, x, y)"
+        )
+        yield _MendedCall(fn, (params, *inputs[0]), advice)
+
+    if inputs:
+        advice = (
+            "the function works on the inputs alone, because it holds its own parameters; pass a "
+            "function fn(params, *inputs). Of a module of NNX or Equinox, functional(module) makes "
+            "one, and its parameters"
+        )
+        yield _MendedCall(fn, inputs, advice)
+
+
+def _works(call: _MendedCall) -> bool:
+    """Whether a call can be traced."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Without computing anything, because the model may be large.
+            jax.eval_shape(call.fn, *call.args)
+    except Exception:  # whatever a function raises for what it does not take
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    """Says what a value is, a class or an instance of one."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether JAX takes a value for an array."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return True
+    try:
+        jax.typeof(value)
+    except TypeError:
+        return False
+    return True
+
+
+def require_params_first(
+    symmetry: Symmetry, params: PyTree, inputs: tuple[PyTree, ...], call: str
+) -> None:
+    """Refuses parameters that were passed as an input, where a symmetry says what they are.
+
+    Args:
+        symmetry: The symmetry that was traced.
+        params: What was passed as the parameters.
+        inputs: What was passed as the inputs.
+        call: How the function is called, as in `"features(symmetry, fn, params, *inputs)"`.
+
+    Raises:
+        TypeError: If an input has the tree and the shapes of the parameters, and `params` has not.
+    """
+    if _fits(symmetry, params):
+        return
+    for number, value in enumerate(inputs):
+        if _fits(symmetry, value):
+            raise TypeError(
+                f"the parameters were given as input {number}, and something else in their place: "
+                f"call {call}"
+            )
+
+
+def _fits(symmetry: Symmetry, tree: PyTree) -> bool:
+    """Whether a pytree has the structure and the shapes of the parameters of a symmetry."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    if treedef != symmetry.treedef:
+        return False
+    return [np.shape(leaf) for leaf in leaves] == [leaf.shape for leaf in symmetry.leaves]

@@ -1,0 +1,85 @@
+"""Rules of what runs a jaxpr: calls, branches and loops."""
+
+from otfusion_jax.tracing import jaxprs, primitives
+from otfusion_jax.tracing.axis import Kind
+from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.rules.families import P
+from otfusion_jax.tracing.values import TracedValue, Values
+
+
+@register_rule(*primitives.CALLS)
+def call(ctx: RuleContext, values: Values) -> Values:
+    """The rules of its body are applied; how it is differentiated does not matter here."""
+    jaxpr = jaxprs.body(ctx.eqn)
+    assert jaxpr is not None  # as the primitive is one of `CALLS`
+    return ctx.call(jaxpr, values, used=ctx.used)
+
+
+@register_rule(*primitives.HIGHER)
+def higher(ctx: RuleContext, values: Values) -> Values:
+    """The rules of its implementation are applied."""
+    # It is traced anew each time, so that no feature inside of it has a lasting place.
+    return ctx.call(jaxprs.expanded(ctx.eqn), values, once=False, used=ctx.used)
+
+
+@register_rule(P.cond_p)
+def cond(ctx: RuleContext, values: Values) -> Values:
+    """The rules of each branch are applied, and the branches' results tied."""
+    index, *operands = values
+    results_of_branches = []
+    for branch in ctx.params["branches"]:
+        results = ctx.call(branch, operands, once=False, used=ctx.used)
+        results_of_branches.append(results)
+    # The index may depend on inputs where no branch does: it makes features of the results.
+    choice = TracedValue((), index.kind)
+    joined = []
+    for alternatives in zip(*results_of_branches, strict=True):
+        result = ctx.join([*alternatives, choice])
+        joined.append(result)
+    return joined
+
+
+@register_rule(P.scan_p)
+def scan(ctx: RuleContext, values: Values) -> Values:
+    """Its body's rules are applied to slices; what is carried is tied, iterations are pinned."""
+    consts, init, stacked = jaxprs.scan_operands(ctx.eqn, values)
+    jaxpr = ctx.params["jaxpr"]
+    length = ctx.params["length"]
+    iterations = ctx.fresh_pinned(length, ctx.because("over its iterations"))
+    slices = []
+    for x in stacked:
+        first = x.axes[0]
+        ctx.tie([iterations, first], [Kind.CONSTANT, x.kind])
+        slices.append(x.without([0]))
+
+    def body(carry: Values) -> Values:
+        operands = consts + carry + slices
+        return ctx.call(jaxpr, operands, iterations=iterations)
+
+    carry, results = ctx.repeat(body, init)
+    collected = []
+    for y in results[len(carry) :]:
+        axes = (iterations, *y.axes)
+        collected.append(TracedValue(axes, y.kind))
+    return carry + collected
+
+
+@register_rule(P.while_p)
+def while_(ctx: RuleContext, values: Values) -> Values:
+    """The rules of its body are applied, and what is carried is tied to itself."""
+    params = ctx.params
+    body_start = params["cond_nconsts"]
+    init_start = body_start + params["body_nconsts"]
+    cond_consts = values[:body_start]
+    body_consts = values[body_start:init_start]
+
+    def body(carry: Values) -> Values:
+        (condition,) = ctx.call(params["cond_jaxpr"], cond_consts + carry, once=False)
+        results = ctx.call(params["body_jaxpr"], body_consts + carry, once=False)
+        # How often it runs may depend on inputs where nothing else does.
+        count = TracedValue((), condition.kind)
+        return [ctx.join([result, count]) for result in results]
+
+    carry, _ = ctx.repeat(body, values[init_start:])
+    return carry

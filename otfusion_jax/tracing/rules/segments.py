@@ -1,0 +1,207 @@
+"""Rules of operations that take axes apart into segments, or put them together of segments."""
+
+from collections.abc import Sequence
+
+from otfusion_jax.tracing import primitives
+from otfusion_jax.tracing.axis import Axis, Kind, concatenated, constant, is_constant, size_of
+from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.rules.families import P
+from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
+
+# --- from one axis to its segments
+
+
+@register_rule(P.slice_p, reads=False)
+def slice_(ctx: RuleContext, values: Values) -> Values:
+    """An axis that is cut falls into segments, one of which is kept; with strides it is pinned."""
+    (x,) = values
+    params = ctx.params
+    starts = params["start_indices"]
+    ends = params["limit_indices"]
+    strides = params["strides"] or (1,) * len(x.axes)
+    old_shape = ctx.operand_shape(0)
+    new_shape = ctx.shape()
+    axes = []
+    for dim, axis in enumerate(x.axes):
+        size = new_shape[dim]
+        if size != old_shape[dim]:
+            reason = ctx.because_along(dim)
+            if strides[dim] == 1:
+                start, end = int(starts[dim]), int(ends[dim])
+                axis = _segment(ctx, axis, start, end, reason)
+            else:
+                axis = ctx.pick_positions(axis, size, reason)
+        axes.append(axis)
+    return [TracedValue(tuple(axes), x.kind)]
+
+
+@register_rule(P.dynamic_slice_p)
+def dynamic_slice(ctx: RuleContext, values: Values) -> Values:
+    """Axes of which a part is taken are pinned, whole ones pass."""
+    x = values[0]
+    kind = highest_kind(values)
+    old_shape = ctx.operand_shape(0)
+    new_shape = ctx.shape()
+    axes = []
+    for dim, axis in enumerate(x.axes):
+        size = new_shape[dim]
+        if size != old_shape[dim]:
+            reason = ctx.because_along(dim)
+            axis = ctx.pick_positions(axis, size, reason)
+        passed_on = ctx.pass_on(axis, x.kind, kind)
+        axes.append(passed_on)
+    return [TracedValue(tuple(axes), kind)]
+
+
+@register_rule(*primitives.SPLIT, reads=False)
+def split(ctx: RuleContext, values: Values) -> Values:
+    """The axis that is split falls into segments, the others pass."""
+    (x,) = values
+    dim = ctx.params["axis"]
+    sizes = [shape[dim] for shape in ctx.shapes()]
+    segments = _split_into_results(ctx, x.axes[dim], dim, sizes)
+    return [x.with_axis(dim, segment) for segment in segments]
+
+
+@register_rule(*primitives.UNSTACK, reads=False)
+def unstack(ctx: RuleContext, values: Values) -> Values:
+    """The axis that is taken apart falls into single positions, the others pass."""
+    (x,) = values
+    dim = ctx.params["axis"]
+    count = ctx.operand_shape(0)[dim]
+    if count > 1:
+        _split_into_results(ctx, x.axes[dim], dim, [1] * count)
+    return [x.without([dim])] * count
+
+
+def _segment(ctx: RuleContext, axis: Axis, start: int, end: int, reason: str) -> Axis:
+    """Returns the segment of an axis between two positions."""
+    size = size_of(axis)
+    if (start, end) == (0, size):
+        return axis
+    if start >= end:
+        return ctx.pick_positions(axis, 0, reason)
+    sizes = [start, end - start, size - end]
+    nonempty = list(filter(None, sizes))
+    segments = ctx.split_axis(axis, nonempty, reason)
+    kept = segments[1] if start else segments[0]
+    ctx.note_selection(axis, (start, end), kept=[kept])
+    return kept
+
+
+def _split_into_results(ctx: RuleContext, axis: Axis, dim: int, sizes: Sequence[int]) -> list[Axis]:
+    """Splits an axis into segments, one for each result, and records which of them are used."""
+    reason = ctx.because_along(dim)
+    segments = ctx.split_axis(axis, sizes, reason)
+    kept: list[Axis] = []
+    ranges: list[tuple[int, int]] = []
+    start = 0
+    for segment, size, is_used in zip(segments, sizes, ctx.used, strict=True):
+        end = start + size
+        if is_used:
+            kept.append(segment)
+            ranges.append((start, end))
+        start = end
+    ctx.note_selection(axis, *ranges, kept=kept)
+    return segments
+
+
+# --- from segments to one axis
+
+
+@register_rule(P.pad_p, reads=False)
+def pad(ctx: RuleContext, values: Values) -> Values:
+    """Padding adds segments along which the value is constant; in between, it pins."""
+    x, filler = values
+    kind = max(x.kind, filler.kind)
+    axes = []
+    for dim, widths in enumerate(ctx.params["padding_config"]):
+        low, high, between = map(int, widths)
+        axis = ctx.pass_on(x.axes[dim], x.kind, kind)
+        if not (low or high or between):
+            axes.append(axis)
+            continue
+        reason = ctx.because_along(dim)
+        if between:
+            ctx.pin(axis, reason)
+            axis = ctx.fresh_pinned(ctx.shape()[dim], reason)
+        else:
+            # Padding of negative width cuts off.
+            start = max(0, -low)
+            end = size_of(axis) - max(0, -high)
+            kept = _segment(ctx, axis, start, end, reason)
+            axis = _padded(ctx, kept, low, high, reason)
+        axes.append(axis)
+    return [TracedValue(tuple(axes), kind)]
+
+
+def _padded(ctx: RuleContext, axis: Axis, low: int, high: int, reason: str) -> Axis:
+    """Returns an axis with padding on both sides, where the widths are positive."""
+    low, high = max(0, low), max(0, high)
+    # Beside what stays in place, as positions of an input do, the padding may be where more of the
+    # same is on other inputs: there it stays, too.
+    if not axis or _has_pinned(ctx, axis):
+        before = ctx.fresh_pinned(low, reason)
+        after = ctx.fresh_pinned(high, reason)
+    else:
+        before = ctx.fresh_constant(low)
+        after = ctx.fresh_constant(high)
+    return concatenated([before, axis, after])
+
+
+def _has_pinned(ctx: RuleContext, axis: Axis) -> bool:
+    """Whether any unit of an axis may not be permuted."""
+    variables = ctx.unifier.variables_of(axis)
+    return not all(map(ctx.unifier.is_free, variables))
+
+
+@register_rule(P.dynamic_update_slice_p)
+def dynamic_update_slice(ctx: RuleContext, values: Values) -> Values:
+    """Axes that are updated whole are tied, those updated in part are pinned."""
+    x, update = values[:2]
+    shape = ctx.operand_shape(0)
+    update_shape = ctx.operand_shape(1)
+    in_part = [dim for dim, size in enumerate(shape) if update_shape[dim] != size]
+    tied = ctx.join([x, update], skip=in_part)
+    kind = highest_kind(values)
+    axes: list[Axis] = []
+    for dim, axis in enumerate(tied.axes):
+        if dim in in_part:
+            reason = ctx.because_along(dim)
+            ctx.pin(x.axes[dim], reason)
+            ctx.pin(update.axes[dim], reason)
+            axis = ctx.fresh_pinned(shape[dim], reason)
+        else:
+            axis = ctx.pass_on(axis, tied.kind, kind)
+        axes.append(axis)
+    return [TracedValue(tuple(axes), kind)]
+
+
+@register_rule(P.concatenate_p)
+def concatenate(ctx: RuleContext, values: Values) -> Values:
+    """The concatenated axis is a sum of segments, the others are tied."""
+    dim = int(ctx.params["dimension"])
+    tied = ctx.join(values, skip=(dim,))
+    segments: list[Axis] = []
+    for value in values:
+        segment = ctx.pass_on(value.axes[dim], value.kind, tied.kind)
+        is_filling = value.kind < tied.kind and value.kind is Kind.CONSTANT
+        # Beside features, constants stand where features may be on other inputs, as the zeros do
+        # that a recurrent network starts from. A parameter that is contracted with them is in use.
+        if is_filling and is_constant(segment):
+            size = size_of(segment)
+            segment = constant(size, filled=True)
+        segments.append(segment)
+    return [tied.with_axis(dim, concatenated(segments))]
+
+
+@register_rule(*primitives.STACK)
+def stack(ctx: RuleContext, values: Values) -> Values:
+    """The new axis is pinned, the operands are tied along the others."""
+    dim = ctx.params["axis"]
+    tied = ctx.join(values)
+    new = ctx.fresh_pinned(len(values), ctx.because_along(dim))
+    axes = list(tied.axes)
+    axes.insert(dim, new)
+    return [TracedValue(tuple(axes), tied.kind)]

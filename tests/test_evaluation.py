@@ -1,0 +1,173 @@
+"""Checks ensembles and barriers against NumPy and against losses of known shape."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+import scipy.special
+from arrays import normal
+
+import otfusion_jax as otf
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+
+
+def softmax(logits):
+    return scipy.special.softmax(np.asarray(logits), axis=-1)
+
+
+# Ensembles
+
+
+def test_ensembles_average_probabilities_not_logits():
+    models = [ref.random_net(seed, "mlp") for seed in range(3)]
+    x = normal(*ref.INPUTS["mlp"], seed=9)
+    logits = [np.asarray(ref.network(model, x)) for model in models]
+    expected = np.mean(softmax(logits), axis=0)
+    of_mean_logits = softmax(np.mean(logits, axis=0))
+    assert np.max(np.abs(expected - of_mean_logits)) > 1e-3
+
+    probabilities = otf.ensemble(ref.network, models, x)
+    close(probabilities, expected)
+    close(probabilities.sum(1), 1)
+    jitted = jax.jit(lambda models: otf.ensemble(ref.network, models, x))
+    close(jitted(models), expected)
+
+
+def scale_and_add(params, x, y):
+    return x * params + y
+
+
+def test_ensembles_take_several_inputs():
+    x, y = jnp.array([[0.0, 1.0]]), jnp.array([[2.0, 0.0]])
+    probabilities = otf.ensemble(scale_and_add, [jnp.array(1.0), jnp.array(3.0)], x, y)
+    expected = softmax([[2.0, 1.0], [2.0, 3.0]]).mean(0)
+    close(probabilities[0], expected)
+
+
+def test_ensembles_of_models_that_differ_are_refused():
+    x = jnp.ones((1, 2))
+    with pytest.raises(ValueError, match="no models were given"):
+        otf.ensemble(scale_and_add, [], x, x)
+    with pytest.raises(ValueError, match=re.escape("shape (2,), expected (1,)")):
+        otf.ensemble(scale_and_add, [jnp.ones(1), jnp.ones(2)], x, x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_ensembles_in_half_precision_are_rounded_once(dtype):
+    a, b = normal(500, seed=0).astype(dtype), normal(500, seed=1).astype(dtype)
+    zeros = jnp.zeros((1, 1), dtype)
+    probabilities = otf.ensemble(lambda p, x: x + p[None], [a, b], zeros)
+    of_a = jax.nn.softmax(a.astype(jnp.float32))
+    of_b = jax.nn.softmax(b.astype(jnp.float32))
+    expected = ((of_a + of_b) / 2).astype(dtype)
+    np.testing.assert_array_equal(probabilities[0], expected)
+
+
+# Barriers
+
+A = {"x": jnp.array([1.0, -2.0]), "y": {"z": jnp.array([[4.0]])}}
+B = {"x": jnp.array([3.0, 2.0]), "y": {"z": jnp.array([[0.0]])}}
+
+
+def hill(params):
+    """On the line from A to B: 1 + 2 t + 12 t (1 - t)."""
+    t = (params["x"][0] - 1) / 2
+    return 1 + 2 * t + 12 * t * (1 - t)
+
+
+def valley(params):
+    return -hill(params)
+
+
+def test_the_height_is_measured_from_the_line_between_the_ends():
+    path = otf.barrier(hill, A, B)
+    t = np.linspace(0, 1, 25)
+    close(path.t, t)
+    close(path.values, 1 + 2 * t + 12 * t * (1 - t))
+    close(path.height, 3)
+    coarse = otf.barrier(hill, A, B, jnp.array([0.0, 0.25, 1.0]))
+    close(coarse.height, 12 * 0.25 * 0.75)
+
+
+def test_several_metrics_at_once():
+    path = otf.barrier(lambda params: jnp.stack([hill(params), valley(params)]), A, B)
+    alone = otf.barrier(hill, A, B)
+    close(path.values, jnp.stack([alone.values, -alone.values], axis=1))
+    close(path.height, jnp.stack([alone.height, jnp.zeros(())]))
+
+
+def test_a_valley_is_no_barrier():
+    close(otf.barrier(valley, A, B).height, 0)
+
+
+def test_identical_models_have_no_barrier():
+    path = otf.barrier(hill, A, A)
+    assert path.height == 0
+    close(path.values, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 25, 100])
+def test_batches_do_not_change_the_result(batch_size):
+    whole = otf.barrier(hill, A, B)
+    path = otf.barrier(hill, A, B, batch_size=batch_size)
+    close(path.values, whole.values)
+    close(path.height, whole.height)
+
+
+def test_at_most_a_batch_of_models_is_evaluated_at_once():
+    sizes = []
+
+    @jax.custom_batching.custom_vmap
+    def metric(x):
+        return x.sum()
+
+    @metric.def_vmap
+    def _(size, mapped, x):
+        sizes.append(size)
+        return x.sum(1), True
+
+    otf.barrier(lambda params: metric(params["x"]), A, B, batch_size=5)
+    assert set(sizes) == {5}
+    sizes.clear()
+    otf.barrier(lambda params: metric(params["x"]), A, B)
+    assert set(sizes) == {25}
+
+
+def test_metrics_may_be_error_rates_and_integers():
+    def errors(params):
+        return jnp.sum(params["x"] < 0)
+
+    path = otf.barrier(errors, A, B, jnp.array([0.0, 0.25, 1.0]))
+    close(path.values, [1, 1, 0])
+    close(path.height, 0.25)
+
+
+def test_barriers_under_jit_and_grad():
+    t = jnp.linspace(0, 1, 5)
+
+    def height(a):
+        return otf.barrier(hill, a, B, t).height
+
+    def height_with_step(step):
+        return float(height({**A, "x": A["x"].at[0].add(step)}))
+
+    np.testing.assert_allclose(jax.jit(height)(A), height(A), atol=1e-6)
+    gradient = jax.grad(height)(A)
+    slope = ref.central_difference(height_with_step, 1e-2)
+    np.testing.assert_allclose(gradient["x"][0], slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("t", [[0.0, 0.5], [0.5, 1.0], [1.0, 0.0], [0.0], [1.0], []])
+def test_positions_that_do_not_span_the_line_are_refused(t):
+    with pytest.raises(ValueError, match="t must be a vector that starts at 0 and ends at 1"):
+        otf.barrier(hill, A, B, jnp.asarray(t))
+
+
+def test_barriers_between_models_that_differ_are_refused():
+    with pytest.raises(ValueError, match="x: missing"):
+        otf.barrier(hill, A, {"y": B["y"]})

@@ -1,0 +1,148 @@
+"""Checks that arguments of a wrong kind are told what to pass, and that no call that works is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, normals
+from flax import linen as nn
+from flax import nnx
+
+import otfusion_jax as otf
+
+otf_any: Any = otf  # for calls that a type checker would refuse
+
+X, SHIFT = normal(4, 5), normal(4, 3, seed=1)
+PARAMS = normals({"in": (5, 8), "out": (8, 3)})
+
+
+def network(params, x, shift):
+    return jnp.tanh(x @ params["in"]) @ params["out"] + shift
+
+
+SYMMETRY = otf.trace_symmetry(network, PARAMS, X, SHIFT)
+
+FUNCTIONS: dict[str, Callable] = {
+    "trace_symmetry": otf_any.trace_symmetry,
+    "features": lambda fn, params, *inputs: otf_any.features(SYMMETRY, fn, params, *inputs),
+    "check_symmetry": lambda fn, params, *inputs: otf_any.check_symmetry(
+        SYMMETRY, fn, params, *inputs
+    ),
+}
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+
+
+class Recurrent:
+    """A class whose constructor takes what a function would."""
+
+    def __init__(self, params, x, shift):
+        self.state = params, x, shift
+
+
+# --- all three functions that call the user's
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_inputs_in_a_list_are_asked_for_one_by_one(call: Callable):
+    for several in ([X, SHIFT], (X, SHIFT)):
+        with pytest.raises(TypeError, match="given as one (list|tuple); pass each of them as an"):
+            call(network, PARAMS, several)
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_class_is_no_function(call: Callable):
+    with pytest.raises(TypeError, match=r"the function is the class Recurrent; pass a function fn"):
+        call(Recurrent, PARAMS, X, SHIFT)
+    with pytest.raises(TypeError, match="function of entry point 0 is the class Recurrent"):
+        call([(Recurrent, (X, SHIFT))], PARAMS)
+
+
+# In the tests, the annotations of `features` are checked before it is called.
+@pytest.mark.parametrize("name", ["trace_symmetry", "check_symmetry"])
+def test_entry_points_have_tuples_of_inputs(name: str):
+    call = FUNCTIONS[name]
+    with pytest.raises(TypeError, match="inputs of entry point 0 are a list; pass a tuple of"):
+        call([(network, [X, SHIFT])], PARAMS)
+    with pytest.raises(TypeError, match="entry point 0 is no pair .* but a function; pass fn"):
+        call((network, (X, SHIFT)), PARAMS)
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("value", ["x", np.ndarray, object()])
+def test_inputs_are_arrays(call: Callable, value: Any):
+    with pytest.raises(TypeError, match="input 1 is (a|the class) (str|ndarray|object); pass"):
+        call(network, PARAMS, X, value)
+
+
+@pytest.mark.parametrize("name", ["features", "check_symmetry"])
+@pytest.mark.parametrize("given", [(X, PARAMS, SHIFT), (X, SHIFT, PARAMS)])
+def test_parameters_come_before_inputs(name: str, given: tuple):
+    number = 0 if given[1] is PARAMS else 1
+    message = f"parameters were given as input {number}, .* call {name}.symmetry, fn, params, "
+    with pytest.raises(TypeError, match=message):
+        FUNCTIONS[name](network, *given)
+
+
+# --- what a trace finds out by itself
+
+
+@pytest.mark.parametrize("given", [(X, PARAMS, SHIFT), (X, SHIFT, PARAMS)])
+def test_swapped_parameters_are_told_by_calling_the_other_way_round(given: tuple):
+    number = 0 if given[1] is PARAMS else 1
+    with pytest.raises(TypeError, match=f"params and input {number} are swapped") as info:
+        otf.trace_symmetry(network, *given)
+    assert info.value.__cause__ is not None  # what the function itself has raised
+
+
+def test_modules_hold_the_function_to_pass():
+    module = Linen()
+    params = jax.eval_shape(module.init, jax.random.key(0), X)
+    with pytest.raises(TypeError, match="the function is a Linen, which holds .* its `apply`"):
+        otf.trace_symmetry(module, params, X)
+    assert [group.size for group in otf.trace_symmetry(module.apply, params, X).groups] == [8]
+
+
+def test_modules_that_hold_their_parameters_are_taken_apart_first():
+    module = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    _, params = otf.functional(module)
+    with pytest.raises(TypeError, match=r"holds its own parameters; .* functional\(module\)"):
+        otf.trace_symmetry(module, params, X)
+
+
+def test_pairs_of_init_and_apply_hold_the_function_to_pass():
+    class Pair:
+        def apply(self, params, x):
+            return x @ params["in"]
+
+    with pytest.raises(TypeError, match="a Pair was given as the function; .* its `apply`"):
+        otf_any.trace_symmetry(Pair(), PARAMS, X)
+
+
+# --- what is left alone
+
+
+def test_a_functions_own_mistakes_are_its_own():
+    def faulty(params, x, shift):
+        return x @ params["hidden"]
+
+    for call in FUNCTIONS.values():
+        with pytest.raises(KeyError, match="hidden"):
+            call(faulty, PARAMS, X, SHIFT)
+
+
+def test_inputs_may_be_lists_and_parameters_arrays():
+    def listed(kernel, inputs):
+        return jnp.tanh(inputs[0] @ kernel) + inputs[1]
+
+    kernel = PARAMS["in"][:, :3]
+    symmetry = otf.trace_symmetry(listed, kernel, [X, SHIFT])
+    assert otf.check_symmetry(symmetry, listed, kernel, [X, SHIFT]) == 0
+    assert otf.features(symmetry, listed, kernel, [X, SHIFT]) == {}
