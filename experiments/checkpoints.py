@@ -30,10 +30,10 @@ class Checkpoints:
         """Reads the newest checkpoint that is whole, and warns of those after it.
 
         Args:
-            like: A tree of the structure, shapes and dtypes of those saved.
+            like: A tree with the structure, shapes and dtypes of those saved.
 
         Returns:
-            Number and content of the checkpoint; 0 and `like` itself if there is none.
+            The number and the content of the checkpoint; 0 and `like` itself if there is none.
         """
         for number in reversed(self._numbers()):
             folder = self._folder / str(number)
@@ -52,29 +52,35 @@ class Checkpoints:
         """Writes a checkpoint, and deletes those that are not among the newest up to it.
 
         Args:
-            number: Of epochs, at least 1. A checkpoint of this number is replaced.
-            state: Arrays.
+            number: The number of epochs done, at least 1. A checkpoint of this number is replaced.
+            state: A tree of arrays.
         """
         unfinished = self._folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         with ocp.StandardCheckpointer() as orbax:
             orbax.save(unfinished / "state", state)
             orbax.wait_until_finished()
-        digests = {name: _digest(unfinished / name) for name in _files(unfinished)}
+        digests = {}
+        for name in _files(unfinished):
+            digests[name] = _digest(unfinished / name)
         (unfinished / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
         finished = self._folder / str(number)
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
         # Those of higher numbers are damaged, or else training would have gone on from them.
-        for old in [earlier for earlier in self._numbers() if earlier <= number][:-_KEPT]:
+        up_to_this = [earlier for earlier in self._numbers() if earlier <= number]
+        for old in up_to_this[:-_KEPT]:
             shutil.rmtree(self._folder / str(old))
 
     def _numbers(self) -> list[int]:
         """Numbers of all checkpoints, whole or not, ascending."""
         if not self._folder.exists():
             return []
-        names = [entry.name for entry in self._folder.iterdir() if entry.is_dir()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        numbers = []
+        for entry in self._folder.iterdir():
+            if entry.is_dir() and entry.name.isdecimal():  # `unfinished` is no number
+                numbers.append(int(entry.name))
+        return sorted(numbers)
 
 
 def _damage(folder: Path) -> str | None:
@@ -99,11 +105,14 @@ def _damage(folder: Path) -> str | None:
 
 def _files(folder: Path) -> list[str]:
     """Names of all files in a folder and the folders in it, in order."""
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
+    names = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            names.append(path.relative_to(folder).as_posix())
+    return sorted(names)
 
 
 def _digest(file: Path) -> str:
+    """Returns the SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

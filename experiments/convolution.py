@@ -17,35 +17,44 @@ def convolution(
     kernel: Float[Array, "rows columns channels features"],
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    **_: Any,
+    **others: Any,
 ) -> Float[Array, "batch rows_out columns_out features"]:
     """Convolves like `jax.lax.conv_general_dilated` in Flax's layout, without dilation or groups.
 
     Args:
         images: The images, NHWC.
         kernel: The kernel, HWIO.
-        window_strides: Strides along height and width.
-        padding: `"SAME"`, `"VALID"`, or pixels before and after along height and width.
+        window_strides: The strides along height and width.
+        padding: `"SAME"`, `"VALID"`, or the pixels before and after along height and width.
+        **others: What Flax passes besides: dilation and groups, of which there are none.
 
     Returns:
         The features, NHWC.
     """
-    window = kernel.shape[:2]
-    strides = tuple(window_strides)
+    del others
+    rows, columns, channels, features = kernel.shape
+    row_stride, column_stride = window_strides
     if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(images.shape[1:3], window, strides, padding)
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        (size - wide) // stride + 1
-        for size, wide, stride in zip(padded.shape[1:3], window, strides, strict=True)
-    )
+        pixels = images.shape[1:3]
+        padding = jax.lax.padtype_to_pads(
+            pixels, (rows, columns), (row_stride, column_stride), padding
+        )
+    none = (0, 0)
+    padded = jnp.pad(images, (none, *padding, none))
+    batch, height, width, _ = padded.shape
+    # From the first to the last position of the kernel's corner, in pixels.
+    row_span = (height - rows) // row_stride * row_stride
+    column_span = (width - columns) // column_stride * column_stride
 
-    def shifted(i: int, j: int) -> Array:
-        """The pixel that position (i, j) of the kernel meets, for each place in the result."""
-        last = (i + (rows - 1) * strides[0] + 1, j + (columns - 1) * strides[1] + 1)
-        start, limit = (0, i, j, 0), (padded.shape[0], *last, padded.shape[3])
-        return jax.lax.slice(padded, start, limit, (1, *strides, 1))
-
+    # For each position in the kernel, the pixels that it meets: one for each place in the result.
+    met = []
+    for i in range(rows):
+        for j in range(columns):
+            start = (0, i, j, 0)
+            limit = (batch, i + row_span + 1, j + column_span + 1, channels)
+            strides = (1, row_stride, column_stride, 1)
+            met.append(jax.lax.slice(padded, start, limit, strides))
     # Stacked, not concatenated: the channels remain an axis of their own for who traces this.
-    patches = jnp.stack([shifted(i, j) for i in range(window[0]) for j in range(window[1])], -2)
-    return jnp.tensordot(patches, kernel.reshape(-1, *kernel.shape[2:]), axes=2)
+    patches = jnp.stack(met, axis=-2)
+    flat_kernel = kernel.reshape(rows * columns, channels, features)
+    return jnp.tensordot(patches, flat_kernel, axes=2)

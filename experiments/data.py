@@ -1,4 +1,9 @@
-"""Datasets as NumPy arrays in memory, by name; the only module that knows where data comes from."""
+"""Datasets as NumPy arrays in memory, by name; the only module that knows where data comes from.
+
+`DATASETS`, at the end, names them all: a function, or an object that is called like one, reads
+each. Images come normalised, a text as windows of tokens in the same place, so that nothing after
+this module asks which it has.
+"""
 
 import dataclasses
 import hashlib
@@ -10,11 +15,12 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float32, Int32, Num
 
-# Characters of a window of a text, and how often one must occur to have a token of its own.
+# How many characters a window of a text has.
 _CONTEXT = 64
+# How often a character must occur to have a token of its own.
 _RARE = 20
-# Of a text, one window in so many is for testing: the last ones.
-_TEST_SHARE = 20
+# One window of a text in so many is for testing: the last ones.
+_TEST_EVERY = 20
 
 
 class DatasetUnavailable(ValueError):
@@ -25,16 +31,16 @@ class DatasetUnavailable(ValueError):
 class Dataset:
     """A labelled image dataset, normalised and ready for a model; or a text in the same place.
 
-    Of a text, the "images" are windows of tokens, int32 `[n, context]`, and the labels are the
+    The "images" of a text are windows of tokens, int32 `[n, context]`, and its labels are the
     tokens that follow each of them, of the same shape.
 
     Attributes:
-        name: The name it is registered under.
-        train_images: float32 `[train, height, width, channels]`, normalised.
-        train_labels: int32 `[train]`, in `range(classes)`.
-        test_images: float32 `[test, height, width, channels]`.
-        test_labels: int32 `[test]`.
-        classes: Number of classes, or of tokens.
+        name: The name that the dataset is registered under.
+        train_images: The normalised images to train on, float32 `[train, height, width, channels]`.
+        train_labels: Their classes, int32 `[train]`, each in `range(classes)`.
+        test_images: The images to evaluate on, float32 `[test, height, width, channels]`.
+        test_labels: Their classes, int32 `[test]`.
+        classes: The number of classes, or of different tokens.
     """
 
     name: str
@@ -45,13 +51,18 @@ class Dataset:
     classes: int
 
     def part(
-        self, train: slice | np.ndarray = slice(None), test: slice | np.ndarray = slice(None)
+        self,
+        train: slice | np.ndarray = slice(None),
+        test: slice | np.ndarray = slice(None),
     ) -> "Dataset":
         """Returns the dataset of some of the examples.
 
         Args:
-            train: Which of the training split, as NumPy takes them.
-            test: Which of the test split.
+            train: Which examples of the training split to keep, as NumPy indexes them.
+            test: Which examples of the test split to keep, likewise.
+
+        Returns:
+            A dataset of the same name.
         """
         return dataclasses.replace(
             self,
@@ -65,6 +76,7 @@ class Dataset:
         """Returns a hexadecimal digest of the training split: equal digests, equal data."""
         digest = hashlib.sha256()
         for array in (self.train_images, self.train_labels):
+            # Bytes alone do not tell arrays of different shapes or dtypes apart.
             digest.update(repr((array.shape, array.dtype.str)).encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -75,7 +87,8 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
 
     Args:
         name: A key of `DATASETS`.
-        data_dir: Where TFDS keeps its data; None for TFDS's own default. Bundled data ignores it.
+        data_dir: The folder where TFDS keeps its data; None for TFDS's own default. Data that comes
+            with a package is read from the package.
 
     Returns:
         The normalised dataset; the same name and files always give the same arrays in one order.
@@ -95,24 +108,32 @@ def stratified_split(
     """Splits examples so that every class has the same share in both parts, with no randomness.
 
     Args:
-        labels: Class of each example.
-        test_every: Of each class, every `test_every`-th example in order goes to the test part.
+        labels: The class of each example.
+        test_every: Every `test_every`-th example of each class, in order, goes to the test part.
 
     Returns:
-        Ascending indices of the training and of the test part.
+        The indices of the training part and those of the test part, both ascending.
     """
     test = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
-        test[np.flatnonzero(labels == label)[::test_every]] = True
-    return np.flatnonzero(~test).astype(np.int32), np.flatnonzero(test).astype(np.int32)
+        members = np.flatnonzero(labels == label)
+        test[members[::test_every]] = True
+    train_indices = np.flatnonzero(~test).astype(np.int32)
+    test_indices = np.flatnonzero(test).astype(np.int32)
+    return train_indices, test_indices
 
 
 def _normalise(
-    images: np.ndarray, scale: float, mean: tuple[float, ...], std: tuple[float, ...]
+    images: np.ndarray,
+    scale: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Float32[np.ndarray, "n height width channels"]:
     """Maps raw pixels to `(pixel / scale - mean) / std`, channel by channel."""
+    # All in float32: a float64 copy of CIFAR-10 would take more than a gigabyte.
     pixels = images.astype(np.float32) / np.float32(scale)
-    return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    centred = pixels - np.asarray(mean, np.float32)
+    return centred / np.asarray(std, np.float32)
 
 
 def _digits(name: str, data_dir: str | Path | None) -> Dataset:
@@ -126,36 +147,55 @@ def _digits(name: str, data_dir: str | Path | None) -> Dataset:
         ) from error
     raw = cast(Any, load_digits())
     labels = raw.target.astype(np.int32)
-    images = _normalise(raw.images[..., None], 16.0, mean=(0.3053,), std=(0.3760,))
+    pixels = raw.images[..., None]  # one channel
+    images = _normalise(pixels, 16.0, mean=(0.3053,), std=(0.3760,))
     train, test = stratified_split(labels, test_every=5)
-    return Dataset(name, images[train], labels[train], images[test], labels[test], classes=10)
+    return Dataset(
+        name,
+        train_images=images[train],
+        train_labels=labels[train],
+        test_images=images[test],
+        test_labels=labels[test],
+        classes=10,
+    )
 
 
 def characters(name: str, text: str, context: int = _CONTEXT, rare: int = _RARE) -> Dataset:
     """Cuts a text into windows of characters, with no randomness.
 
     Args:
-        name: Of the dataset.
-        text: Long enough for a few windows.
-        context: Characters of a window; the next window starts where one ends.
-        rare: Characters that occur less often in the training part share token 0.
+        name: The name of the dataset.
+        text: A text, long enough for a few windows.
+        context: The number of characters of a window; the next window starts where one ends.
+        rare: Characters that occur less often than this in the training part share token 0.
 
     Returns:
         The windows in the order of the text, the last twentieth of them for testing.
     """
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    windows = (len(codes) - 1) // context
-    train = windows - windows // _TEST_SHARE
-    found, counts = np.unique(codes[: train * context], return_counts=True)
-    known = found[counts >= rare]
-    place = np.searchsorted(known, codes)
-    is_known = np.append(known, 0)[place] == codes
-    tokens = np.where(is_known, place + 1, 0).astype(np.int32)
-    images, labels = (
-        tokens[shift : shift + windows * context].reshape(windows, context) for shift in (0, 1)
-    )
+    # Four bytes a character, so that NumPy sees the code points.
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    # The last label is the character after the last window: one character is kept for it.
+    windows = (len(code_points) - 1) // context
+    train = windows - windows // _TEST_EVERY
+    # What is known is read off the training part alone.
+    read = code_points[: train * context]
+    characters_seen, occurrences = np.unique(read, return_counts=True)
+    known = characters_seen[occurrences >= rare]
+    position = np.searchsorted(known, code_points)
+    # `searchsorted` gives len(known) for what is above all: a 0, which no text has, stands there.
+    is_known = np.append(known, 0)[position] == code_points
+    tokens = np.where(is_known, position + 1, 0).astype(np.int32)
+
+    end = windows * context
+    images = tokens[:end].reshape(windows, context)
+    labels = tokens[1 : end + 1].reshape(windows, context)
     return Dataset(
-        name, images[:train], labels[:train], images[train:], labels[train:], len(known) + 1
+        name,
+        train_images=images[:train],
+        train_labels=labels[:train],
+        test_images=images[train:],
+        test_labels=labels[train:],
+        classes=len(known) + 1,
     )
 
 
@@ -169,21 +209,28 @@ def _pydoc(name: str, data_dir: str | Path | None) -> Dataset:
             "The help texts are a part of Python's standard library that this installation lacks"
             " (the module pydoc_data.topics); some distributions package it apart."
         ) from error
-    # Topics quote each other at length: without this, a third of the test text is known by heart.
-    paragraphs = dict.fromkeys(
-        paragraph for topic in sorted(topics) for paragraph in topics[topic].split("\n\n")
-    )
+    # Topics quote each other at length. A dictionary keeps each paragraph once: otherwise a third
+    # of the test text would be known by heart.
+    paragraphs: dict[str, None] = {}
+    for topic in sorted(topics):
+        paragraphs.update(dict.fromkeys(topics[topic].split("\n\n")))
     return characters(name, "\n\n".join(paragraphs))
 
 
 @dataclasses.dataclass(frozen=True)
 class _FromTfds:
-    """Loader of an image classification dataset of TFDS, with the normalisation of its pixels."""
+    """Reads an image classification dataset of TFDS.
+
+    Attributes:
+        mean: The mean of each channel over the training split, of pixels between 0 and 1.
+        std: The standard deviation of each channel, likewise.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, name: str, data_dir: str | Path | None) -> Dataset:
+        """Reads both splits; see `load_dataset`."""
         builder = _prepared_builder(name, data_dir)
         train_images, train_labels = self._split(builder, "train")
         test_images, test_labels = self._split(builder, "test")
@@ -191,6 +238,7 @@ class _FromTfds:
         return Dataset(name, train_images, train_labels, test_images, test_labels, classes)
 
     def _split(self, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Reads the images and labels of one split, in the order of its files."""
         if _file_format(builder) == "array_record":
             source = builder.as_data_source(split=split)
             # One bulk read: iterating over the source takes three times as long.
@@ -202,8 +250,10 @@ class _FromTfds:
 
             # shuffle_files=False is the default, so the order is that of the files.
             whole: Any = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
-            images, labels = whole["image"], whole["label"]
-        return _normalise(images, 255.0, self.mean, self.std), labels.astype(np.int32)
+            images = whole["image"]
+            labels = whole["label"]
+        pixels = _normalise(images, 255.0, self.mean, self.std)
+        return pixels, labels.astype(np.int32)
 
 
 def _prepared_builder(name: str, data_dir: str | Path | None) -> Any:
@@ -258,6 +308,7 @@ def _ask_for(name: str, url: str) -> None:
 
 
 def _file_format(builder: Any) -> str:
+    """Returns how TFDS has stored a dataset, such as `array_record` or `tfrecord`."""
     return builder.info.file_format.value
 
 
@@ -266,6 +317,7 @@ def _tensorflow_installed() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
 
+# The one place that names the datasets. A new one needs a line here, and a recipe in recipes.py.
 DATASETS: dict[str, Callable[[str, str | Path | None], Dataset]] = {
     "cifar10": _FromTfds(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "digits": _digits,

@@ -1,9 +1,11 @@
 """Networks trained in PyTorch, as arrays in a file, as variables of a Flax module.
 
 Files are safetensors or npz: arrays by name and nothing else. A pickle runs what its author likes,
-so it is never opened.
+so it is never opened. Modules are paired in the order of their names, kernels are brought into
+Flax's layout, and everything that does not fit is listed in one error.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import otfusion_jax as otf
+from otfusion_jax.symmetry.groups import Leaf
 
 # Of each kind of module: PyTorch's parameters, and where Flax keeps them.
 _PARAMETERS = {
@@ -35,7 +38,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         path: A file of safetensors, or an npz.
 
     Returns:
-        Name to array.
+        The arrays of the file, by their names.
 
     Raises:
         ValueError: The file is neither, is missing or damaged, or holds pickled objects.
@@ -71,10 +74,11 @@ def import_pytorch(
     images of several channels is not: flatten these in one order in both.
 
     Args:
-        symmetry: Of the Flax module, traced on all its variables; says what is expected.
-        arrays: Name to array, such as `features.0.weight`.
-        names: PyTorch's module to Flax's, such as `{"head": "Dense_0"}`, for those that their
-            order does not pair rightly.
+        symmetry: The symmetry of the Flax module, traced on all its variables. It says which leaves
+            are expected, and their shapes.
+        arrays: The arrays by their names, such as `features.0.weight`.
+        names: Flax's module for a module of PyTorch, such as `{"head": "Dense_0"}`, for those that
+            their order does not pair rightly.
 
     Returns:
         The variables, in the dtypes of the module.
@@ -83,77 +87,137 @@ def import_pytorch(
         ValueError: Arrays are missing, left over, of other shapes or not finite; all are listed.
     """
     expected = {leaf.path: leaf for leaf in symmetry.leaves}
-    theirs = _modules((name for name in arrays if not name.endswith(_COUNTER)), ".")
-    mine = _modules((path.partition("/")[2] for path in expected), "/")
-    kinds = {module: _kind(np.ndim(arrays.get(f"{module}.weight", ()))) for module in theirs}
-    flax_kinds = {
-        module: _kind(len(expected[f"params/{module}/kernel"].shape) if "kernel" in found else 1)
-        for module, found in mine.items()
-    }
-    receivers = _pair(kinds, flax_kinds, names or {})
+    # Without the collection in front: `params/Conv_0/kernel` is of the module `Conv_0`.
+    flax_names = [path.partition("/")[2] for path in expected]
+    pytorch_modules = _modules(arrays, ".")
+    flax_modules = _modules(flax_names, "/")
 
-    filled: dict[str, np.ndarray] = {}
-    wrong = []
-    for module, parameters in theirs.items():
+    pytorch_kinds = {}
+    for module in pytorch_modules:
+        weight = arrays.get(f"{module}.weight")
+        pytorch_kinds[module] = _kind(0 if weight is None else weight.ndim)
+    flax_kinds = {}
+    for module, parameters in flax_modules.items():
+        rank = 1
+        if "kernel" in parameters:
+            kernel = expected[f"params/{module}/kernel"]
+            rank = len(kernel.shape)
+        flax_kinds[module] = _kind(rank)
+    receivers = _pair(pytorch_kinds, flax_kinds, names or {})
+
+    filling = _Filling(symmetry, expected)
+    for module, parameters in pytorch_modules.items():
+        kind = pytorch_kinds[module]
         for parameter in parameters:
             name = f"{module}.{parameter}"
-            place = _PARAMETERS[kinds[module]].get(parameter)
-            path = place.format(receivers[module]) if place and module in receivers else ""
-            if path not in expected:
-                wrong.append(f"  {name}: {kinds[module]}, nothing to receive it")
-                continue
-            array = np.asarray(arrays[name])
-            value, shape = _arranged(symmetry, path, array), expected[path].shape
-            if value is None or value.shape != shape:
-                wrong.append(f"  {name}: shape {array.shape} does not fit {path}, {shape} in Flax")
-            elif not np.isfinite(value).all():
-                wrong.append(f"  {name}: values that are not finite")
+            template = _PARAMETERS[kind].get(parameter)
+            if template is None or module not in receivers:
+                filling.refuse(f"{name}: {kind}, nothing to receive it")
             else:
-                value = value.astype(expected[path].dtype)
-            filled[path] = array if value is None else value
-    wrong += [f"  {path}: no array for it" for path in expected if path not in filled]
-    if wrong:
-        raise ValueError(
-            "These arrays do not fit the model (another architecture or width? biases or batch norm"
-            " on one side alone? modules in another order, which `names` can say?):\n"
-            + "\n".join(wrong)
-        )
-    return jax.tree.unflatten(symmetry.treedef, [filled[path] for path in expected])
+                path = template.format(receivers[module])
+                filling.fill(path, name, kind, arrays[name])
+    return filling.tree()
+
+
+@dataclasses.dataclass
+class _Filling:
+    """Variables of a Flax module that are being filled, and what was wrong with arrays so far."""
+
+    symmetry: otf.Symmetry
+    expected: Mapping[str, Leaf]
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        """Notes what is wrong with one array: all are to be reported at once."""
+        self.wrong.append(f"  {reason}")
+
+    def fill(self, path: str, name: str, kind: str, array: np.ndarray) -> None:
+        """Puts an array into the leaf of a path, or notes why it does not fit."""
+        if path not in self.expected:
+            self.refuse(f"{name}: {kind}, nothing to receive it")
+            return
+        array = np.asarray(array)
+        # A leaf for which there was an array is not missing, even where the array was refused.
+        self.values[path] = array
+        shape = self.expected[path].shape
+        value = _arranged(self.symmetry, path, array)
+        if value is None or value.shape != shape:
+            self.refuse(f"{name}: shape {array.shape} does not fit {path}, {shape} in Flax")
+        elif not np.isfinite(value).all():
+            self.refuse(f"{name}: values that are not finite")
+        else:
+            self.values[path] = value.astype(self.expected[path].dtype)
+
+    def tree(self) -> PyTree:
+        """Returns the variables, if all of them are there and nothing was wrong."""
+        for path in self.expected:
+            if path not in self.values:
+                self.refuse(f"{path}: no array for it")
+        if self.wrong:
+            raise ValueError(
+                "These arrays do not fit the model (another architecture or width? biases or batch"
+                " norm on one side alone? modules in another order, which `names` can say?):\n"
+                + "\n".join(self.wrong)
+            )
+        leaves = [self.values[path] for path in self.expected]
+        return jax.tree.unflatten(self.symmetry.treedef, leaves)
 
 
 def _modules(names: Iterable[str], separator: str) -> dict[str, list[str]]:
     """Groups parameters by module, modules in natural order: `layer10` comes after `layer2`."""
-    found: dict[str, list[str]] = {}
+    parameters: dict[str, set[str]] = {}
     for name in names:
-        module, _, parameter = name.rpartition(separator)
-        found.setdefault(module, []).append(parameter)
+        if not name.endswith(_COUNTER):
+            module, _, parameter = name.rpartition(separator)
+            parameters.setdefault(module, set()).add(parameter)
+    ordered = {}
+    for module in sorted(parameters, key=_natural_order):
+        ordered[module] = sorted(parameters[module])
+    return ordered
 
-    def key(module: str) -> list[tuple[int, str]]:
-        return [
-            (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", module)
-        ]
 
-    return {module: sorted(set(found[module])) for module in sorted(found, key=key)}
+def _natural_order(module: str) -> list[tuple[int, str]]:
+    """Returns a key to sort modules by, in which numbers are compared as numbers."""
+    key = []
+    for part in re.split(r"(\d+)", module):
+        # Numbers come after words; a pair of each never compares an int with a string.
+        if part.isdigit():
+            key.append((int(part), ""))
+        else:
+            key.append((-1, part))
+    return key
 
 
 def _kind(rank: int) -> str:
     """Tells a module's kind by the rank of its weight."""
-    return {4: "convolution", 2: "dense layer"}.get(rank, "batch norm")
+    kinds = {4: "convolution", 2: "dense layer"}
+    return kinds.get(rank, "batch norm")
 
 
 def _pair(
-    theirs: Mapping[str, str], mine: Mapping[str, str], names: Mapping[str, str]
+    pytorch_kinds: Mapping[str, str],
+    flax_kinds: Mapping[str, str],
+    names: Mapping[str, str],
 ) -> dict[str, str]:
     """Pairs modules with those of their kind, in order, but for those named."""
-    strange = [f"{a!r}" for a in names if a not in theirs]
-    strange += [f"{b!r}" for b in names.values() if b not in mine]
-    if strange:
-        raise ValueError(f"`names` speaks of modules that are not there: {', '.join(strange)}.")
+    unknown = [module for module in names if module not in pytorch_kinds]
+    unknown += [module for module in names.values() if module not in flax_kinds]
+    if unknown:
+        listed = ", ".join(map(repr, unknown))
+        raise ValueError(f"`names` speaks of modules that are not there: {listed}.")
     receivers = dict(names)
     for kind in _PARAMETERS:
-        left = [a for a, found in theirs.items() if found == kind and a not in names]
-        free = [b for b, found in mine.items() if found == kind and b not in names.values()]
-        receivers.update(zip(left, free, strict=False))  # what is over will be reported
+        senders = []
+        for module, its_kind in pytorch_kinds.items():
+            if its_kind == kind and module not in names:
+                senders.append(module)
+        free = []
+        for module, its_kind in flax_kinds.items():
+            if its_kind == kind and module not in names.values():
+                free.append(module)
+        # Of a longer list, what is over will be reported.
+        receivers.update(zip(senders, free, strict=False))
     return receivers
 
 
@@ -162,14 +226,18 @@ def _arranged(symmetry: otf.Symmetry, path: str, array: np.ndarray) -> np.ndarra
     if not path.endswith("/kernel"):
         return array
     if array.ndim == 4:
+        # (out, in, height, width) to (height, width, in, out).
         return array.transpose(2, 3, 1, 0)
     if array.ndim != 2:
         return None
     for group in symmetry.groups:
         for member in group.members:
-            if (member.path, member.axis) == (path, 0) and member.before > 1:
+            follows_flattening = member.before > 1
+            if (member.path, member.axis) == (path, 0) and follows_flattening:
                 if array.shape[1] != group.size * member.before * member.after:
                     return None
-                split = array.reshape(len(array), group.size, member.before)
-                array = split.transpose(0, 2, 1).reshape(len(array), -1)
+                # PyTorch flattens (channels, pixels), Flax (pixels, channels).
+                by_channel = array.reshape(len(array), group.size, member.before)
+                by_pixel = by_channel.transpose(0, 2, 1)
+                array = by_pixel.reshape(len(array), -1)
     return array.T

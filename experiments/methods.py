@@ -1,239 +1,318 @@
-"""The methods that the studies compare: what moves model A, and what mends the average."""
+"""All methods that the studies compare, by name; no other module knows one by its name.
 
+A study speaks of the objects below, and their names appear on the command line, in records, in
+tables and in plots. There are four kinds:
+
+- a `Method` moves model A onto model B of the same architecture;
+- a `Correction` makes one model of A, moved, and B; a `Fusion` is a method with a correction;
+- a `WidthMethod` moves a model onto one of other widths;
+- a `JointMethod` makes one model of many at once.
+"""
+
+import dataclasses
+import enum
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol, TypeVar
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Num, PyTree
+from jaxtyping import PyTree
 from ott.geometry import costs
 
 import otfusion_jax as otf
-from experiments.models import BATCH_NORM_MOMENTUM, build_model
-from experiments.pairs import Network, Pair
-from experiments.train import augmented
+from experiments import alignments, corrections, crossings
+from experiments.corrections import Weights
+from experiments.crossings import Crossing
+from experiments.networks import counts
+from experiments.pairs import Pair
 from otfusion_jax.symmetry.groups import Plans
 
-# Images held in memory at once where features are read.
-_BATCH_SIZE = 250
-_STATISTICS = "batch_stats"
+EVENLY: Weights = (0.5, 0.5)
+"""The weights of two models that count alike."""
 
 
-def counts(path: str) -> bool:
-    """Whether a leaf counts in a cost: running statistics do not say what a unit does."""
-    return not path.startswith(_STATISTICS)
+class Needs(enum.Enum):
+    """What a method has to be given besides the weights of the models."""
+
+    NOTHING = "weights alone"
+    IMAGES = "images without labels"
 
 
-# --- alignment
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> Needs: ...
 
 
-def _moved(pair: Pair, symmetry: otf.Symmetry | None = None, **how: Any) -> PyTree:
-    symmetry = symmetry or pair.network.symmetry
-    plans = otf.align(symmetry, pair.a, pair.b, leaf_weight=counts, **how)
-    return otf.transport(symmetry, plans, pair.a)
+N = TypeVar("N", bound=_Named)
 
 
-def _with_outputs(pair: Pair, **how: Any) -> PyTree:
-    """As the original does by default: the output layer is transported too."""
-
-    def total(params: PyTree, images: Array) -> Array:
-        return jnp.sum(pair.network.apply(params, images), axis=-1)  # in no order, hence free
-
-    symmetry = otf.trace_symmetry(total, pair.network.shapes, pair.images[:2])
-    return _moved(pair, symmetry, **how)
-
-
-def gram(pair: Pair, samples: int, **how: Any) -> dict[str, otf.Gram]:
-    """Compares the units of both models by their activations.
+def by_name(*methods: N) -> dict[str, N]:
+    """Makes a registry of some methods.
 
     Args:
-        pair: The models.
-        samples: How many of the pair's images.
-        **how: As `otf.feature_gram` takes it.
+        *methods: The methods, in the order that tables show them in.
+
+    Returns:
+        The methods by their names.
     """
-    images = pair.images[:samples]
-    batches = [images[i : i + _BATCH_SIZE] for i in range(0, len(images), _BATCH_SIZE)]
-    return otf.feature_gram(
-        pair.network.symmetry, pair.network.apply, pair.a, pair.b, batches, **how
+    return {method.name: method for method in methods}
+
+
+def listed(methods: Mapping[str, _Named]) -> str:
+    """Lists some methods for a help text.
+
+    Args:
+        methods: The methods by their names.
+
+    Returns:
+        The names, each in quotes as a shell takes them, and what is needed besides weights.
+    """
+    names = []
+    for name, method in methods.items():
+        needed = "" if method.needs is Needs.NOTHING else f" ({method.needs.value})"
+        names.append(f"'{name}'{needed}")
+    return ", ".join(names)
+
+
+# --- corrections
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """A way to make one model of A, moved, and B.
+
+    Attributes:
+        name: The name of the correction.
+        needs: What it looks at besides the weights.
+        average: Makes the model, of the pair, A as it was moved, and the weights of the two.
+    """
+
+    name: str
+    needs: Needs
+    average: Callable[[Pair, PyTree, Weights], PyTree]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+AVERAGED = Correction("averaged", Needs.NOTHING, corrections.averaged)
+RESTORED = Correction("statistics restored", Needs.IMAGES, corrections.restored)
+LEAST_SQUARES = Correction("least squares", Needs.IMAGES, corrections.regressed)
+
+CORRECTIONS = by_name(AVERAGED, RESTORED, LEAST_SQUARES)
+
+
+# --- methods for two models of one architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to move model A onto model B.
+
+    Attributes:
+        name: The name of the method.
+        needs: What it looks at besides the weights.
+        move: Gives A as it enters the average.
+        corrections: What follows it in a table of all methods. Of many variants, repairs are few.
+    """
+
+    name: str
+    needs: Needs
+    move: Callable[[Pair], PyTree]
+    corrections: tuple[Correction, ...] = (AVERAGED, RESTORED, LEAST_SQUARES)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def short(self) -> str:
+        """The name without what stands in brackets."""
+        return self.name.partition(" (")[0]
+
+
+def _weights(
+    name: str, metric: costs.CostFn, unit_norm: bool, tabulated: tuple[Correction, ...]
+) -> Method:
+    """Algorithm 1 of the paper with weights, under some ground metric."""
+    algorithm = otf.ForwardPass(unit_norm=unit_norm)
+    return Method(
+        name,
+        Needs.NOTHING,
+        lambda pair: alignments.by_weights(pair, algorithm, metric),
+        tabulated,
     )
 
 
-def _by_activations(pair: Pair, samples: int) -> PyTree:
-    return _moved(
-        pair,
-        method=otf.ForwardPass(),
-        metric=costs.Euclidean(),
-        grams=gram(pair, samples),
+def _original(setting: str, metric: costs.CostFn, unit_norm: bool) -> Method:
+    """What the original's own code does with weights: it moves the outputs as well."""
+    algorithm = otf.ForwardPass(unit_norm=unit_norm)
+    return Method(
+        f"the original: {setting}",
+        Needs.NOTHING,
+        lambda pair: alignments.with_outputs(pair, algorithm, metric),
+        (AVERAGED,),
     )
 
 
-def _by_correlation(pair: Pair) -> PyTree:
-    """Activation matching as in Git Re-Basin and REPAIR: correlations after the nonlinearity."""
-    grams = gram(pair, len(pair.images), at="activation", center=True)
-    return _moved(pair, method=otf.ForwardPass(), metric=costs.Cosine(), grams=grams)
-
-
-def correlations(g: otf.Gram) -> otf.Gram:
-    """Divides inner products by the norms of both units; units that are 0 stay so.
-
-    Args:
-        g: Of any group.
-
-    Returns:
-        Inner products of units of norm 1.
-    """
-    return otf.Gram(
-        jnp.ones_like(g.source_sq_norms), jnp.ones_like(g.target_sq_norms), g.normalised().cross
+def _activations(name: str, samples: int, tabulated: tuple[Correction, ...]) -> Method:
+    """Algorithm 1 of the paper with the activations of some images."""
+    return Method(
+        name,
+        Needs.IMAGES,
+        lambda pair: alignments.by_activations(pair, samples),
+        tabulated,
     )
 
 
-def _descent_from_correlation(pair: Pair) -> PyTree:
-    found = gram(pair, len(pair.images), at="activation", center=True)
-    grams = {name: correlations(g) for name, g in found.items()}
-    return _moved(pair, method=otf.CoordinateDescent(starts=("forward",)), grams=grams)
+# What follows a method in a table: everything, or no least squares, which take longest.
+_ALL = tuple(CORRECTIONS.values())
+_FEW = (AVERAGED, RESTORED)
+
+# A as it is: its units are not moved at all.
+VANILLA = Method("vanilla average", Needs.NOTHING, lambda pair: pair.a)
+WEIGHTS = _weights("Algorithm 1, weights", costs.SqEuclidean(), False, _ALL)
+ACTIVATIONS = _activations("Algorithm 1, activations", 200, _ALL)
+# What `otf.fuse` does unless it is told otherwise.
+DESCENT = Method(
+    "coordinate descent (fuse)",
+    Needs.NOTHING,
+    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
+)
+# As in Git Re-Basin and REPAIR.
+MATCHING = Method("activation matching (correlation)", Needs.IMAGES, alignments.by_correlations)
+DESCENT_FROM_MATCHING = Method(
+    "coordinate descent from activation matching",
+    Needs.IMAGES,
+    alignments.by_descent_from_correlations,
+)
+
+# Those that every comparison shows.
+METHODS = by_name(VANILLA, WEIGHTS, ACTIVATIONS, DESCENT)
+VARIANTS = by_name(
+    *METHODS.values(),
+    _weights("Algorithm 1, weights, Euclidean", costs.Euclidean(), False, _FEW),
+    _weights("Algorithm 1, weights, unit norm, squared", costs.SqEuclidean(), True, _FEW),
+    _weights("Algorithm 1, weights, unit norm, Euclidean", costs.Euclidean(), True, _FEW),
+    _original("squared", costs.SqEuclidean(), unit_norm=False),
+    _original("Euclidean", costs.Euclidean(), unit_norm=False),
+    _original("unit norm, squared", costs.SqEuclidean(), unit_norm=True),
+    _original("unit norm, Euclidean", costs.Euclidean(), unit_norm=True),
+    _activations("Algorithm 1, activations of 100", 100, _FEW),
+    _activations("Algorithm 1, activations of 400", 400, _FEW),
+    MATCHING,
+    DESCENT_FROM_MATCHING,
+)
 
 
-def _algorithm_1(unit_norm: bool, metric: costs.CostFn) -> dict[str, Any]:
-    return {"method": otf.ForwardPass(unit_norm=unit_norm), "metric": metric}
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """A method with what makes one model of A, moved, and B.
 
-
-_WEIGHTS = {
-    "squared": _algorithm_1(False, costs.SqEuclidean()),
-    "Euclidean": _algorithm_1(False, costs.Euclidean()),
-    "unit norm, squared": _algorithm_1(True, costs.SqEuclidean()),
-    "unit norm, Euclidean": _algorithm_1(True, costs.Euclidean()),
-}
-
-# Each gives model A as it enters the average with model B.
-METHODS: Mapping[str, Callable[[Pair], PyTree]] = {
-    "vanilla average": lambda pair: pair.a,
-    "Algorithm 1, weights": lambda pair: _moved(pair, method=otf.ForwardPass()),
-    "Algorithm 1, activations": lambda pair: _by_activations(pair, 200),
-    "coordinate descent (fuse)": _moved,
-}
-# The original's own code, which moves the outputs as well.
-ORIGINAL: Mapping[str, Callable[[Pair], PyTree]] = {
-    f"the original: {name}": lambda pair, how=how: _with_outputs(pair, **how)
-    for name, how in _WEIGHTS.items()
-}
-VARIANTS: Mapping[str, Callable[[Pair], PyTree]] = {
-    **METHODS,
-    **{
-        f"Algorithm 1, weights, {name}": lambda pair, how=how: _moved(pair, **how)
-        for name, how in list(_WEIGHTS.items())[1:]  # the first is the default above
-    },
-    **ORIGINAL,
-    "Algorithm 1, activations of 100": lambda pair: _by_activations(pair, 100),
-    "Algorithm 1, activations of 400": lambda pair: _by_activations(pair, 400),
-    "activation matching (correlation)": _by_correlation,
-    "coordinate descent from activation matching": _descent_from_correlation,
-}
-
-
-# --- across widths
-
-
-def plans_across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> Plans:
-    """Aligns a model with one of other widths.
-
-    Args:
-        source: The architecture of A.
-        target: The architecture of B: that of A with other widths.
-        a: Variables of the model that is moved.
-        b: Variables of the model that it is moved onto.
-        **how: As `otf.align` takes it.
-
-    Returns:
-        Group name to plan.
+    Attributes:
+        method: What moves A.
+        correction: What makes one model.
+        weights: How much A and B count.
+        label: A name of its own; empty for one made of those of method and correction.
     """
-    found = otf.align(source.symmetry, a, b, onto=target.symmetry, leaf_weight=counts, **how)
-    return found.plans
+
+    method: Method
+    correction: Correction = AVERAGED
+    weights: Weights = EVENLY
+    label: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def needs(self) -> Needs:
+        """What the method or the correction looks at besides the weights."""
+        if Needs.IMAGES in (self.method.needs, self.correction.needs):
+            return Needs.IMAGES
+        return Needs.NOTHING
+
+    @property
+    def name(self) -> str:
+        """The name of the fusion, such as "coordinate descent, least squares"."""
+        if self.label:
+            return self.label
+        if self.correction is AVERAGED:
+            return self.method.short
+        return f"{self.method.short}, {self.correction.name}"
 
 
-def across(source: Network, target: Network, a: PyTree, b: PyTree, **how: Any) -> PyTree:
-    """Moves a model onto one of other widths; see `plans_across`.
+# --- methods for two models of other widths
 
-    Returns:
-        A in the shapes of B.
+
+@dataclasses.dataclass(frozen=True)
+class WidthMethod:
+    """A way to move a model onto one of other widths.
+
+    Attributes:
+        name: The name of the method.
+        plans: Finds the plans that A is moved along.
+        as_original: Whether A, once moved, is scaled as in the original's code.
+        narrows: Whether it can only make networks narrower.
+        needs: What it looks at besides the weights.
     """
-    plans = plans_across(source, target, a, b, **how)
-    return otf.transport(source.symmetry, plans, a, onto=target.symmetry)
+
+    name: str
+    plans: Callable[[Crossing], Plans]
+    as_original: bool = False
+    narrows: bool = False
+    needs: Needs = Needs.NOTHING
+
+    def __str__(self) -> str:
+        return self.name
 
 
-# --- what follows the average
+FORWARD_PASS_ACROSS = WidthMethod("Algorithm 1", crossings.by_forward_pass)
+DESCENT_ACROSS = WidthMethod("coordinate descent", crossings.by_descent)
+
+WIDTH_METHODS = by_name(
+    WidthMethod(
+        "Algorithm 1, scaled as in the original", crossings.by_forward_pass, as_original=True
+    ),
+    FORWARD_PASS_ACROSS,
+    WidthMethod(
+        "coordinate descent, scaled as in the original", crossings.by_descent, as_original=True
+    ),
+    DESCENT_ACROSS,
+    WidthMethod("truncated by l1 norm", crossings.truncated, narrows=True),
+    WidthMethod("truncated, then aligned", crossings.truncated_and_aligned, narrows=True),
+)
 
 
-def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]) -> PyTree:
-    """Gives batch norm the statistics that its inputs have on some images.
+# --- methods for many models
 
-    They are shown as in training. Whole images have other statistics than crops with a black
-    margin, which the layers behind are used to: with them a trained network loses 1 to 3 points.
 
-    Args:
-        network: The architecture; says whether images are cropped and flipped.
-        variables: Of the model.
-        images: A batch at a time passes in training mode; what is over is left out.
+@dataclasses.dataclass(frozen=True)
+class JointMethod:
+    """A way to make one model of a stack of models.
 
-    Returns:
-        The variables with the mean of the batches' statistics; without batch norm, unchanged.
+    Attributes:
+        name: The name of the method.
+        fuse: Makes one model of a stack, or their barycenter.
+        needs: What it looks at besides the weights.
     """
-    if _STATISTICS not in variables:
-        return variables
-    model = build_model(network.config, network.classes)
-    if network.augment:
-        black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
-        images = augmented(jax.random.key(0), images, black)
 
-    @jax.jit
-    def of_batch(batch: Array) -> PyTree:
-        _, changed = model.apply(variables, batch, train=True, mutable=[_STATISTICS])
-        return jax.tree.map(
-            lambda new, old: (new - BATCH_NORM_MOMENTUM * old) / (1 - BATCH_NORM_MOMENTUM),
-            changed[_STATISTICS],
-            variables[_STATISTICS],
-        )
-
-    size = min(_BATCH_SIZE, len(images))
-    found = [of_batch(images[i : i + size]) for i in range(0, len(images) - size + 1, size)]
-    return {**variables, _STATISTICS: otf.average(found)}
+    name: str
+    fuse: Callable[[otf.Symmetry, PyTree], PyTree | otf.Barycenter]
+    needs: Needs = Needs.NOTHING
 
 
-def _averaged(pair: Pair, moved: PyTree, weights: tuple[float, float]) -> PyTree:
-    return otf.average([moved, pair.b], weights)
+def _by_forward_pass(symmetry: otf.Symmetry, stack: PyTree) -> PyTree:
+    return otf.fuse(symmetry, stack, method=otf.ForwardPass(), leaf_weight=counts)
 
 
-def _repaired(
-    pair: Pair, moved: PyTree, weights: tuple[float, float], method: otf.AbstractRepair
-) -> PyTree:
-    models, network = [moved, pair.b], pair.network
-    fused = otf.repair(
-        network.symmetry, network.apply, models, pair.images, weights=weights, method=method
-    )
-    return reestimated(network, fused, pair.images)
+def _by_descent(symmetry: otf.Symmetry, stack: PyTree) -> PyTree:
+    return otf.fuse(symmetry, stack, leaf_weight=counts)
 
 
-def _restored(pair: Pair, moved: PyTree, weights: tuple[float, float]) -> PyTree:
-    if pair.network.config.use_norm:
-        return reestimated(pair.network, _averaged(pair, moved, weights), pair.images)
-    return _repaired(pair, moved, weights, otf.RestoreStatistics())
+def _at_the_barycenter(symmetry: otf.Symmetry, stack: PyTree) -> otf.Barycenter:
+    return otf.barycenter(symmetry, stack, leaf_weight=counts)
 
 
-def _regressed(pair: Pair, moved: PyTree, weights: tuple[float, float]) -> PyTree:
-    return _repaired(pair, moved, weights, otf.LeastSquares())
+FUSE = JointMethod("fuse", _by_descent)
+BARYCENTER = JointMethod("barycenter", _at_the_barycenter)
 
-
-# Each makes one model of model A as moved, model B and their weights.
-AVERAGES: Mapping[str, Callable[[Pair, PyTree, tuple[float, float]], PyTree]] = {
-    "averaged": _averaged,
-    "statistics restored": _restored,
-    "least squares": _regressed,
-}
-
-
-def mended(method: str) -> tuple[str, ...]:
-    """What follows a method of `VARIANTS` in a table of all: of many variants, repairs are few."""
-    if method in ORIGINAL:
-        return ("averaged",)
-    if method.startswith("Algorithm 1") and method not in METHODS:
-        return ("averaged", "statistics restored")
-    return tuple(AVERAGES)
+JOINT_METHODS = by_name(JointMethod("Algorithm 1", _by_forward_pass), FUSE, BARYCENTER)

@@ -1,6 +1,11 @@
-"""Flax Linen models by name; the library sees no more of them than `apply` and parameters."""
+"""Flax Linen models by name; the library sees no more of them than `apply` and parameters.
+
+`MODELS`, at the end, names them all. A `ModelConfig` says which one is wanted, how wide and with
+what, and `build_model` makes it.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -13,8 +18,9 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 from experiments.convolution import convolution
 from experiments.transformers import GPT, ViT
 
-# Of a running statistic, the share that a step keeps.
+# The share of a running statistic that a step keeps.
 BATCH_NORM_MOMENTUM = 0.9
+# The smallest multiple of the usual widths that leaves the narrowest layer, of 64 units, one.
 _NARROWEST = 1 / 64
 
 
@@ -23,10 +29,10 @@ class ModelConfig:
     """Which model to build.
 
     Attributes:
-        name: A key of `MODELS`.
+        name: The name of the model, a key of `MODELS`.
         use_bias: Whether its layers have biases; the models of the paper have none.
         use_norm: Whether batch norm follows its convolutions; not in the models of the paper.
-        width: Multiplies the units of every hidden layer.
+        width: A factor that multiplies the number of units of every hidden layer.
     """
 
     name: str
@@ -37,13 +43,14 @@ class ModelConfig:
     @property
     def label(self) -> str:
         """Name for folders and titles, such as `mlpnet` or `resnet18-norm-x0.25`."""
-        marks = [
-            self.name,
-            *(["bias"] if self.use_bias else []),
-            *(["norm"] if self.use_norm else []),
-            *([f"x{self.width:g}"] if self.width != 1 else []),
-        ]
-        return "-".join(marks)
+        label = self.name
+        if self.use_bias:
+            label += "-bias"
+        if self.use_norm:
+            label += "-norm"
+        if self.width != 1:
+            label += f"-x{self.width:g}"
+        return label
 
 
 class Model(Protocol):
@@ -69,17 +76,18 @@ class Model(Protocol):
         ...
 
 
+@functools.cache
 def build_model(config: ModelConfig, classes: int, dtype: str = "float32") -> Model:
     """Builds a model; its parameters are held apart from it.
 
     Args:
-        config: Which model.
-        classes: Number of logits.
-        dtype: Of the activations; parameters, statistics and logits stay float32.
+        config: Which model to build.
+        classes: The number of logits.
+        dtype: The dtype of the activations; parameters, statistics and logits stay float32.
 
     Returns:
-        A Flax module; equal arguments give equal and equally hashed ones, so that it can be static
-        under jit.
+        A Flax module. Equal arguments give the same one, so that its methods can be static under
+        jit: bound methods are equal only if they are of one object.
 
     Raises:
         ValueError: No model has this name, or a layer would have no units.
@@ -88,28 +96,38 @@ def build_model(config: ModelConfig, classes: int, dtype: str = "float32") -> Mo
         raise ValueError(f"There is no model {config.name!r}; choose one of {sorted(MODELS)}.")
     if config.width < _NARROWEST:
         raise ValueError(f"A width of {config.width} leaves no units; give {_NARROWEST} or more.")
-    return cast(Model, MODELS[config.name](config, classes, jnp.dtype(dtype)))
+    build = MODELS[config.name]
+    model = build(config, classes, jnp.dtype(dtype))
+    return cast(Model, model)
 
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """PyTorch's default initialisation of kernels and biases, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     The published recipes were tuned with it; Flax's default has three times its variance.
+
+    Args:
+        fan_in: The number of values that one unit takes in.
+
+    Returns:
+        An initializer as Flax takes it.
     """
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype, out_sharding=None: jax.random.uniform(
-        key, shape, dtype, -bound, bound, out_sharding=out_sharding
-    )
+
+    def draw(key: PRNGKeyArray, shape: Any, dtype: Any, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
+
+    return draw
 
 
 class MLP(nn.Module):
     """A fully connected ReLU network on flattened images.
 
     Attributes:
-        widths: Units of each hidden layer.
-        classes: Number of logits.
+        widths: The number of units of each hidden layer.
+        classes: The number of logits.
         use_bias: Whether the layers have biases.
-        dtype: Of the activations.
+        dtype: The dtype of the activations; logits are float32.
     """
 
     widths: tuple[int, ...]
@@ -121,7 +139,7 @@ class MLP(nn.Module):
     def __call__(
         self, images: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        del train
+        del train  # what it computes in training is no different
         x = images.reshape((images.shape[0], -1))
         for width in self.widths:
             x = nn.relu(self._dense(x, width))
@@ -136,14 +154,15 @@ class MLP(nn.Module):
 
 
 class _Convolutional(nn.Module):
-    """What VGG11 and ResNet18 are made of; `None` in the plan of a VGG stands for max pooling.
+    """What VGG11 and ResNet18 are made of.
 
     Attributes:
-        widths: Units of each layer (VGG), or of each stage (ResNet).
-        classes: Number of logits.
+        widths: The number of units of each layer (VGG), or of each stage (ResNet). `None` stands
+            for max pooling, in a VGG alone.
+        classes: The number of logits.
         use_bias: Whether the layers have biases.
         use_norm: Whether batch norm follows the convolutions.
-        dtype: Of the activations.
+        dtype: The dtype of the activations; logits are float32.
     """
 
     widths: tuple[int | None, ...]
@@ -153,20 +172,25 @@ class _Convolutional(nn.Module):
     dtype: Any
 
     def _conv(self, x: Array, width: int, size: int, stride: int, train: bool) -> Array:
+        """Convolves with a kernel of `size` by `size`, and normalises if batch norm is wanted."""
         init = uniform_fan_in(size * size * x.shape[-1])
-        x = nn.Conv(
+        margin = (size // 2, size // 2)
+        layer = nn.Conv(
             width,
             (size, size),
             strides=(stride, stride),
-            padding=[(size // 2, size // 2)] * 2,
+            padding=[margin, margin],
             use_bias=self.use_bias,
             kernel_init=init,
             bias_init=init,
             dtype=self.dtype,
+            # Flax's own is fast on accelerators, and far slower on a CPU; see convolution.py.
             conv_general_dilated=convolution if jax.default_backend() == "cpu" else None,
-        )(x)
+        )
+        x = layer(x)
         if self.use_norm:
-            x = nn.BatchNorm(not train, momentum=BATCH_NORM_MOMENTUM, dtype=self.dtype)(x)
+            norm = nn.BatchNorm(not train, momentum=BATCH_NORM_MOMENTUM, dtype=self.dtype)
+            x = norm(x)
         return x
 
     def _classify(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
@@ -188,15 +212,19 @@ class VGG(_Convolutional):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        smallest = 2 ** self.widths.count(None)
+        smallest = 2 ** self.widths.count(None)  # each pooling halves both sides
         if min(images.shape[1:3]) < smallest:
             raise ValueError(
                 f"Images of {images.shape[1:3]} pixels are too small: {smallest} needed."
             )
         x = images.astype(self.dtype)
         for width in self.widths:
-            x = _halved(x) if width is None else nn.relu(self._conv(x, width, 3, 1, train))
-        return self._classify(x.reshape((x.shape[0], -1)).astype(jnp.float32))
+            if width is None:
+                x = _halved(x)
+            else:
+                x = nn.relu(self._conv(x, width, 3, 1, train))
+        flat = x.reshape((x.shape[0], -1))
+        return self._classify(flat.astype(jnp.float32))
 
 
 class ResNet(_Convolutional):
@@ -206,27 +234,34 @@ class ResNet(_Convolutional):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
+        widths = cast(tuple[int, ...], self.widths)
         x = images.astype(self.dtype)
-        x = nn.relu(self._conv(x, cast(int, self.widths[0]), 3, 1, train))
-        for stage, width in enumerate(cast(tuple[int, ...], self.widths)):
+        x = nn.relu(self._conv(x, widths[0], 3, 1, train))
+        for stage, width in enumerate(widths):
             for block in range(2):
-                stride = 2 if stage and not block else 1
+                stride = 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(self._conv(x, width, 3, stride, train))
                 y = self._conv(y, width, 3, 1, train)
                 if x.shape != y.shape:
+                    # The shortcut needs a projection where resolution or width change.
                     x = self._conv(x, width, 1, stride, train)
                 x = nn.relu(x + y)
-        return self._classify(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+        pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return self._classify(pooled)
 
 
 def _halved(x: Float[Array, "batch height width channels"]) -> Array:
     """Max pooling of 2x2; XLA runs the gradient of this form far faster than a window's."""
-    batch, rows, columns, channels = x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
-    whole = x[:, : 2 * rows, : 2 * columns]
-    return whole.reshape(batch, rows, 2, columns, 2, channels).max(axis=(2, 4))
+    batch, height, width, channels = x.shape
+    rows = height // 2
+    columns = width // 2
+    whole = x[:, : 2 * rows, : 2 * columns]  # an odd last row or column is left out
+    windows = whole.reshape(batch, rows, 2, columns, 2, channels)
+    return windows.max(axis=(2, 4))
 
 
 def _scaled(width: int, config: ModelConfig) -> int:
+    """Returns the width that a layer of some width has in a model that is asked for."""
     return max(1, round(width * config.width))
 
 
@@ -241,20 +276,22 @@ def _without_batch_norm(config: ModelConfig) -> None:
 def _mlpnet(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     """MLPNet of Singh & Jaggi 2020, section 5: hidden layers of 400, 200 and 100 units."""
     _without_batch_norm(config)
-    widths = tuple(_scaled(width, config) for width in (400, 200, 100))
+    plan = (400, 200, 100)
+    widths = tuple(_scaled(width, config) for width in plan)
     return MLP(widths, classes, config.use_bias, dtype)
 
 
 def _vgg11(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     """VGG11 of Singh & Jaggi 2020: for images of 32x32, which it pools down to one pixel."""
     plan = (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None)
-    widths = tuple(width and _scaled(width, config) for width in plan)
+    widths = tuple(width and _scaled(width, config) for width in plan)  # None stays None
     return VGG(widths, classes, config.use_bias, config.use_norm, dtype)
 
 
 def _resnet18(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     """ResNet18 of Singh & Jaggi 2020, with a stem for small images."""
-    widths = tuple(_scaled(width, config) for width in (64, 128, 256, 512))
+    plan = (64, 128, 256, 512)
+    widths = tuple(_scaled(width, config) for width in plan)
     return ResNet(widths, classes, config.use_bias, config.use_norm, dtype)
 
 
@@ -270,6 +307,7 @@ def _vit(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     return ViT(2, 4, _scaled(16, config), classes, config.use_bias, dtype)
 
 
+# The one place that names the models. A new one needs a line here, and a recipe in recipes.py.
 MODELS: dict[str, Callable[[ModelConfig, int, Any], nn.Module]] = {
     "gpt": _gpt,
     "mlpnet": _mlpnet,

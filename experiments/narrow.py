@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 import otfusion_jax as otf
-from experiments.methods import counts
+from experiments.networks import counts
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.units import units_of
 
@@ -20,16 +20,25 @@ def narrowed(symmetry: otf.Symmetry, params: PyTree, onto: otf.Symmetry, order: 
     """Prunes a network to the widths of another, by the norm of units' incoming weights.
 
     Args:
-        symmetry: Of the network.
-        params: Of the network.
-        onto: Symmetry of the same network with fewer units.
-        order: 1 or 2, for the l1 or the l2 norm.
+        symmetry: The symmetry of the network.
+        params: The parameters of the network.
+        onto: The symmetry of the same network with fewer units.
+        order: The order of the norm, 1 or 2.
 
     Returns:
         The parameters of the narrower network.
     """
-    sizes = {group.name: group.size for group in onto.groups}
-    return keep(symmetry, params, strongest(symmetry, params, sizes, order), onto)
+    units = strongest(symmetry, params, sizes(onto), order)
+    return otf.transport(symmetry, selected(symmetry, units), params, onto=onto)
+
+
+def sizes(symmetry: otf.Symmetry) -> dict[str, int]:
+    """Returns the number of units of each group, by the group's name.
+
+    Args:
+        symmetry: The symmetry of a network.
+    """
+    return {group.name: group.size for group in symmetry.groups}
 
 
 def norms(
@@ -38,24 +47,26 @@ def norms(
     """Measures the incoming weights of every unit.
 
     Args:
-        symmetry: Of the network.
-        params: Of the network.
-        order: 1 or 2, for the l1 or the l2 norm.
+        symmetry: The symmetry of the network.
+        params: The parameters of the network.
+        order: The order of the norm, 1 or 2.
 
     Returns:
-        For each group the norms of its units over all kernels that produce them; of units that only
-        vectors belong to, over these.
+        For each group the norms of its units over all kernels that produce them. Where only vectors
+        produce the units, the norms are over these.
     """
     leaves = jax.tree.leaves(params)
-    found = {}
+    norms_by_group = {}
     for group in symmetry.groups:
-        producing = [m for m in group.having("produces") if counts(m.path)]
-        kernels = [m for m in producing if leaves[m.leaf].ndim > 1] or producing
-        units = jnp.concatenate(
-            [units_of(leaves[m.leaf], m.location, group) for m in kernels], axis=-1
-        )
-        found[group.name] = jnp.linalg.norm(units, order, axis=-1)
-    return found
+        producing = [member for member in group.having("produces") if counts(member.path)]
+        # Biases say nothing about what a unit takes in, but a lone vector is all that there is.
+        kernels = [member for member in producing if leaves[member.leaf].ndim > 1]
+        incoming = []
+        for member in kernels or producing:
+            incoming.append(units_of(leaves[member.leaf], member.location, group))
+        weights = jnp.concatenate(incoming, axis=-1)
+        norms_by_group[group.name] = jnp.linalg.norm(weights, order, axis=-1)
+    return norms_by_group
 
 
 def strongest(
@@ -64,55 +75,40 @@ def strongest(
     """Chooses the units with the largest incoming weights (Li et al. 2017).
 
     Args:
-        symmetry: Of the network.
-        params: Of the network.
-        sizes: Of each group, how many units to keep.
-        order: Of the norm.
+        symmetry: The symmetry of the network.
+        params: The parameters of the network.
+        sizes: The number of units to keep of each group.
+        order: The order of the norm, 1 or 2.
 
     Returns:
         For each group the units that stay, ascending.
     """
-    return {
-        name: jnp.sort(jnp.argsort(found, axis=-1, descending=True)[..., : sizes[name]], axis=-1)
-        for name, found in norms(symmetry, params, order).items()
-    }
-
-
-def keep(
-    symmetry: otf.Symmetry,
-    params: PyTree,
-    units: Mapping[str, Int[Array, "*batch m"]],
-    onto: otf.Symmetry,
-) -> PyTree:
-    """Leaves out all units but some, on every axis of every parameter that indexes them.
-
-    Args:
-        symmetry: Of the network.
-        params: Of the network.
-        units: Of each group, those that stay, in the order that they are to have.
-        onto: Symmetry of the same network with so many units.
-
-    Returns:
-        The parameters of the narrower network.
-    """
-    return otf.transport(symmetry, selected(symmetry, units), params, onto=onto)
+    units = {}
+    for name, strengths in norms(symmetry, params, order).items():
+        strongest_first = jnp.argsort(strengths, axis=-1, descending=True)
+        chosen = strongest_first[..., : sizes[name]]
+        # In their old order: a network that keeps all its units is left as it was.
+        units[name] = jnp.sort(chosen, axis=-1)
+    return units
 
 
 def selected(symmetry: otf.Symmetry, units: Mapping[str, Int[Array, "*batch m"]]) -> Plans:
     """Writes a choice of units as plans, in which each new unit has the mass of one old one.
 
     Args:
-        symmetry: Of the network.
-        units: Of each group, those that stay, in the order that they are to have.
+        symmetry: The symmetry of the network.
+        units: For each group the units that stay, in the order that they are to have.
 
     Returns:
-        Group name to plan: a permutation if all units stay.
+        The plan of each group, by its name: a permutation if all its units stay.
     """
     plans = {}
     for name, chosen in units.items():
         size = symmetry[name].size
-        whole = chosen.shape[-1] == size
-        plans[name] = chosen if whole else jax.nn.one_hot(chosen, size, axis=-2)
+        if chosen.shape[-1] == size:
+            plans[name] = chosen
+        else:
+            plans[name] = jax.nn.one_hot(chosen, size, axis=-2)
     return plans
 
 
@@ -120,20 +116,22 @@ def reordered(symmetry: otf.Symmetry, plans: Plans, order: Plans) -> Plans:
     """Follows plans by permutations.
 
     Args:
-        symmetry: Of the network that the plans start from.
-        plans: Of each group; where groups lie in one another, the one around is permuted.
-        order: Permutations of the units of the network that they lead to.
+        symmetry: The symmetry of the network that the plans start from.
+        plans: The plan of each group; where groups lie in one another, the one around is permuted.
+        order: Permutations of the units of the network that the plans lead to.
 
     Returns:
         Plans that do both at once.
     """
-    found = {}
+    both = {}
     for name, plan in plans.items():
-        outer, then = symmetry[name].outer, order[name]
+        outer = symmetry[name].outer
+        permutation = order[name]
         if outer is not None:
             # Plans of what is in a group have the order that this group has in the end.
-            at = order[outer]
-            plan = jnp.take(plan, at, axis=len(symmetry[name].batch) - 1)
-        soft = jnp.issubdtype(plan.dtype, jnp.floating)
-        found[name] = jnp.take_along_axis(plan, then[..., None, :] if soft else then, axis=-1)
-    return found
+            batch_axis = len(symmetry[name].batch) - 1
+            plan = jnp.take(plan, order[outer], axis=batch_axis)
+        is_matrix = jnp.issubdtype(plan.dtype, jnp.floating)
+        columns = permutation[..., None, :] if is_matrix else permutation
+        both[name] = jnp.take_along_axis(plan, columns, axis=-1)
+    return both

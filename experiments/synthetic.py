@@ -9,9 +9,13 @@ Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021).
 import numpy as np
 from jaxtyping import Float32
 
-_LEAVES = 45  # of an image; by then little is left of what lay below
-_RADII = (0.1, 0.9)  # of the smallest and the largest, in heights of the image
-_BLUR = (0.15, 0.7, 0.15)  # along each axis, as a lens would
+# How many leaves an image has; by then little is left of what lay below.
+_LEAVES = 45
+# The radii of the smallest and of the largest leaf, in heights of the image.
+_SMALLEST = 0.1
+_LARGEST = 0.9
+# The weights of three neighbours along each axis: a slight blur, as a lens would make.
+_BLUR = (0.15, 0.7, 0.15)
 
 
 def dead_leaves(
@@ -20,44 +24,88 @@ def dead_leaves(
     """Draws images, normalised to mean 0 and variance 1 in every channel.
 
     Args:
-        seed: Source of randomness; the same arguments give the same images.
-        count: How many images.
-        height: In pixels.
-        width: In pixels.
-        channels: Of colour, correlated as in photographs.
+        seed: The source of randomness; the same arguments give the same images.
+        count: How many images to draw.
+        height: The height of an image in pixels.
+        width: The width of an image in pixels.
+        channels: The number of colour channels, correlated as in photographs.
+
+    Returns:
+        The images.
     """
     random = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    smallest, largest = (height * radius for radius in _RADII)
-    images = _colours(random, count, channels) * np.ones((1, height, width, 1))
+    background = _colours(random, count, channels)
+    images = np.broadcast_to(background, (count, height, width, channels))
     for _ in range(_LEAVES):
-        # The number of leaves falls with the cube of the radius, which makes all scales alike.
-        inverse = random.uniform(largest**-2, smallest**-2, count)
-        radius, angle = inverse**-0.5, random.uniform(0, np.pi, count)
-        y, x = (
-            axis - random.uniform(-0.1, 1.1, (count, 1, 1)) * size
-            for axis, size in ((rows, height), (columns, width))
-        )
-        cosine, sine, radius = (v[:, None, None] for v in (np.cos(angle), np.sin(angle), radius))
-        longer = np.exp(0.4 * random.standard_normal((count, 1, 1)))
-        u, v = (x * cosine + y * sine) * longer, (y * cosine - x * sine) / longer
-        square = random.random((count, 1, 1)) < 0.3
-        inside = np.where(square, np.maximum(abs(u), abs(v)), np.hypot(u, v)) < radius
-        shade = 1 + 0.25 * random.uniform(-1, 1, (count, 1, 1)) * u / radius
-        leaf = _colours(random, count, channels) * shade[..., None]
-        images = np.where(inside[..., None], leaf, images)
-    for axis in (1, 2):
-        padding = [(int(dim == axis),) * 2 for dim in range(4)]
-        padded = np.pad(images, padding, mode="edge")
-        size = images.shape[axis]
-        shifted = [np.take(padded, range(i, i + size), axis) for i in range(len(_BLUR))]
-        images = np.tensordot(_BLUR, np.stack(shifted), axes=1)
+        inside, across, radius = _leaf(random, count, height, width)
+        # A leaf is a little brighter on one side.
+        slope = 0.25 * random.uniform(-1, 1, (count, 1, 1))
+        shade = 1 + slope * across / radius
+        colour = _colours(random, count, channels) * shade[..., None]
+        images = np.where(inside[..., None], colour, images)
+    images = _blurred(images)
     images = images + 0.02 * random.standard_normal(images.shape)
-    over = (0, 1, 2)
-    return ((images - images.mean(over)) / images.std(over)).astype(np.float32)
+    pixels = (0, 1, 2)
+    normalised = (images - images.mean(pixels)) / images.std(pixels)
+    return normalised.astype(np.float32)
+
+
+def _leaf(
+    random: np.random.Generator, count: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws one leaf for each image, somewhere on it or on its edge.
+
+    Returns:
+        Which pixels the leaf covers, how far each pixel is from its middle along its longer axis,
+        and its radius.
+    """
+    rows = np.arange(height, dtype=np.float32)[:, None]
+    columns = np.arange(width, dtype=np.float32)
+    smallest = height * _SMALLEST
+    largest = height * _LARGEST
+    # The number of leaves falls with the cube of the radius, which makes all scales alike.
+    inverse_square = random.uniform(largest**-2, smallest**-2, count)
+    radius = inverse_square**-0.5
+    angle = random.uniform(0, np.pi, count)
+    # One number for each image, beside the axes of its pixels.
+    radius = radius[:, None, None]
+    angle = angle[:, None, None]
+    each = (count, 1, 1)
+    middle_y = random.uniform(-0.1, 1.1, each) * height
+    middle_x = random.uniform(-0.1, 1.1, each) * width
+    y = rows - middle_y
+    x = columns - middle_x
+    # Turned by the angle, and stretched along one axis as much as it is squeezed along the other.
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    elongation = np.exp(0.4 * random.standard_normal(each))
+    u = (x * cosine + y * sine) * elongation
+    v = (y * cosine - x * sine) / elongation
+    is_square = random.random(each) < 0.3
+    in_square = np.maximum(abs(u), abs(v))
+    in_disc = np.hypot(u, v)
+    distance = np.where(is_square, in_square, in_disc)
+    inside = distance < radius
+    return inside, u, radius
+
+
+def _blurred(images: np.ndarray) -> np.ndarray:
+    """Blurs images along height and width; the pixels on an edge count as their neighbours."""
+    for axis in (1, 2):
+        size = images.shape[axis]
+        padding = [(0, 0)] * images.ndim
+        padding[axis] = (1, 1)
+        padded = np.pad(images, padding, mode="edge")
+        neighbours = []
+        for shift in range(len(_BLUR)):
+            pixels = range(shift, shift + size)
+            neighbours.append(np.take(padded, pixels, axis))
+        images = np.tensordot(_BLUR, np.stack(neighbours), axes=1)
+    return images
 
 
 def _colours(random: np.random.Generator, count: int, channels: int) -> np.ndarray:
-    """Greys of any brightness with a little colour, `[count, 1, 1, channels]`."""
+    """Draws greys of any brightness with a little colour, `[count, 1, 1, channels]`."""
     grey = random.beta(1.2, 1.2, (count, 1, 1, 1))
-    return np.clip(grey + 0.18 * random.standard_normal((count, 1, 1, channels)), 0, 1)
+    tint = 0.18 * random.standard_normal((count, 1, 1, channels))
+    return np.clip(grey + tint, 0, 1)

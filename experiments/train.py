@@ -1,4 +1,10 @@
-"""Training that can be killed at any point and, run again, ends with the very same parameters."""
+"""Training that can be killed at any point and, run again, ends with the very same parameters.
+
+Each epoch ends with a checkpoint, and what an epoch does depends on nothing but the checkpoint
+before it and the number of the epoch: the order of the examples and all noise are drawn by folding
+that number into a key. So a training that goes on from a checkpoint cannot differ from one that was
+never killed.
+"""
 
 import dataclasses
 import functools
@@ -21,9 +27,9 @@ from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset
 from experiments.models import Model, ModelConfig, build_model
 
-# Steps between two updates of the progress bar.
+# How many steps run on the device between two updates of the progress bar.
 _CHUNK_STEPS = 20
-# Pixels of margin that a crop is moved in.
+# The margin that a crop is moved in, in pixels.
 _MARGIN = 4
 
 
@@ -32,17 +38,18 @@ class TrainConfig:
     """How to train: SGD with momentum, or AdamW, on the cross-entropy.
 
     Attributes:
-        epochs: Passes over the training split, each in its own random order.
-        batch_size: Examples per step; those that do not fill a last batch are left out of an epoch.
-        learning_rate: Step size; of the one-cycle schedule the peak.
-        momentum: Decay of the gradient's running sum (AdamW: mean), in [0, 1).
-        weight_decay: Multiple of each parameter added to its gradient (AdamW: to its step).
+        epochs: The number of passes over the training split, each in its own random order.
+        batch_size: The number of examples per step; those that do not fill a last batch are left
+            out of an epoch.
+        learning_rate: The step size; with the one-cycle schedule, its peak.
+        momentum: The decay of the gradient's running sum (AdamW: mean), in [0, 1).
+        weight_decay: The multiple of each parameter added to its gradient (AdamW: to its step).
         one_cycle: Whether the step size rises from a 25th for 30 % of the steps, and then falls to
             almost nothing, each along a cosine (Smith and Topin 2019, as in PyTorch).
         drops: Pairs of an epoch and a factor that the step size is multiplied by from then on.
         augment: Whether images are cropped at random out of a black margin of 4 pixels, and
             flipped.
-        dtype: Of the activations, float32 or bfloat16.
+        dtype: The dtype of the activations, float32 or bfloat16.
         adam: Whether steps are those of AdamW (Loshchilov and Hutter 2019), not SGD.
     """
 
@@ -72,10 +79,10 @@ class Teacher:
     gradients shrink with the square of that.
 
     Attributes:
-        config: Which model.
-        variables: Of the model; it is run in inference mode.
-        temperature: That softens both.
-        share: Of the loss that is the teacher's, in [0, 1].
+        config: Which model the teacher is.
+        variables: The teacher's variables; it is run in inference mode.
+        temperature: The temperature that softens the answers of both.
+        share: The share of the loss that is the teacher's, in [0, 1].
     """
 
     config: ModelConfig
@@ -89,15 +96,27 @@ class Teacher:
         """Returns the divergence from the teacher, times the square of the temperature.
 
         Args:
-            logits: Of the student.
-            answers: Logits of the teacher.
+            logits: The logits of the student.
+            answers: The logits of the teacher.
+
+        Returns:
+            A loss for each example.
         """
-        mine, theirs = (jax.nn.log_softmax(x / self.temperature) for x in (logits, answers))
-        return self.temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=-1)
+        student = jax.nn.log_softmax(logits / self.temperature)
+        teacher = jax.nn.log_softmax(answers / self.temperature)
+        terms = jnp.exp(teacher) * (teacher - student)
+        divergence = jnp.sum(terms, axis=-1)
+        return self.temperature**2 * divergence
 
 
 class TrainState(NamedTuple):
-    """All that one epoch hands to the next, and so all that a checkpoint holds."""
+    """All that one epoch hands to the next, and so all that a checkpoint holds.
+
+    Attributes:
+        variables: The variables of the model.
+        opt_state: The state of the optimiser.
+        history: The mean loss and accuracy of each epoch that is done; 0 for the others.
+    """
 
     variables: PyTree
     opt_state: PyTree
@@ -110,9 +129,9 @@ class Trained:
 
     Attributes:
         params: The variables of the Flax module: parameters, and statistics if it has batch norm.
-        history: float32 `[epochs, 2]`: mean training loss and accuracy in percent of each epoch.
-        seconds: Time spent training in this call.
-        epochs_reused: Epochs that came from checkpoints of earlier calls.
+        history: The mean training loss and accuracy in percent of each epoch, `[epochs, 2]`.
+        seconds: The time spent training in this call.
+        epochs_reused: The number of epochs that came from checkpoints of earlier calls.
     """
 
     params: PyTree
@@ -143,13 +162,13 @@ def train(
     on, so that a changed configuration never meets the checkpoints of another.
 
     Args:
-        model_config: What to train.
+        model_config: Which model to train.
         config: How to train it.
         dataset: What to train it on; only the training split is used.
-        seed: Source of the initialisation and of the order of the examples.
-        folder: Where the checkpoints of all trainings of one run are kept.
+        seed: The source of the initialisation and of the order of the examples.
+        folder: The folder where the checkpoints of all trainings of one run are kept.
         start: Variables to go on from, as in fine-tuning; None draws them by the seed.
-        teacher: Whose answers to learn beside the labels; None for the labels alone.
+        teacher: The model whose answers to learn beside the labels; None for the labels alone.
 
     Returns:
         The trained model.
@@ -159,6 +178,69 @@ def train(
             has a temperature or share that makes no sense.
     """
     count = len(dataset.train_labels)
+    _check(config, count, teacher)
+    _, order_key = jax.random.split(jax.random.key(seed))
+    # The orders of examples fold in the epochs, all of them smaller numbers: no key is used twice.
+    noise_key = jax.random.fold_in(order_key, config.epochs)
+
+    variables = initial(model_config, dataset, seed) if start is None else start
+    optimizer = _optimizer(config, steps=count // config.batch_size)
+    opt_state = jax.jit(optimizer.init)(variables["params"])
+    state = TrainState(variables, opt_state, jnp.zeros((config.epochs, 2)))
+
+    origin = None if start is None else _digest(start)
+    parts = [model_config, config, seed, dataset.name, dataset.fingerprint(), origin]
+    if teacher:
+        answers = _digest(teacher.variables)
+        parts.append([teacher.config, answers, teacher.temperature, teacher.share])
+    label = f"{model_config.label}-seed-{seed}"
+    title = f"{dataset.name} {label}"
+    digest = fingerprint(*parts)
+    checkpoints = Checkpoints(folder / f"{label}-{digest}")
+    done, restored = checkpoints.newest(state)
+    # Orbax commits arrays to a device, for which JAX would compile everything once more.
+    state = jax.tree.map(_uncommitted, restored)
+
+    began = time.perf_counter()
+    if done == config.epochs:
+        # Results go to the standard output, and news of the work here.
+        print(f"{title}: reusing the training finished earlier", file=sys.stderr)
+    else:
+        task = _Task(
+            build_model(model_config, dataset.classes, config.dtype),
+            config,
+            jnp.asarray(dataset.train_images),
+            jnp.asarray(dataset.train_labels),
+            teacher,
+        )
+        with _Progress(title, config, count, done) as progress:
+            for epoch in range(done, config.epochs):
+                order = _epoch_order(order_key, epoch, count, config.batch_size)
+                noise = jax.random.fold_in(noise_key, epoch)
+                state = _run_epoch(task, state, epoch, order, noise, progress)
+                checkpoints.save(epoch + 1, state)
+    seconds = time.perf_counter() - began
+    return Trained(state.variables, np.asarray(state.history), seconds, epochs_reused=done)
+
+
+def initial(model_config: ModelConfig, dataset: Dataset, seed: int) -> PyTree:
+    """Draws the variables that `train` starts from.
+
+    Args:
+        model_config: Which model to draw.
+        dataset: The data that the model is for.
+        seed: The seed, as given to `train`.
+
+    Returns:
+        The variables of the Flax module.
+    """
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    model = build_model(model_config, dataset.classes)
+    return _draw(model, init_key, dataset.train_images[:1])
+
+
+def _check(config: TrainConfig, count: int, teacher: Teacher | None) -> None:
+    """Refuses what can't be trained."""
     if config.batch_size > count or config.epochs < 1:
         raise ValueError(
             f"Nothing to train with {config.epochs} epochs of batches of {config.batch_size} from"
@@ -169,57 +251,12 @@ def train(
             f"A teacher with temperature {teacher.temperature} and share {teacher.share}; give a"
             " temperature above 0 and a share of 0 to 1."
         )
-    model = build_model(model_config, dataset.classes, config.dtype)
-    _, order_key = jax.random.split(jax.random.key(seed))
-    noise_key = jax.random.fold_in(order_key, config.epochs)  # epochs have the smaller numbers
-    steps = count // config.batch_size
-    origin = None if start is None else _digest(start)
-    variables = initial(model_config, dataset, seed) if start is None else start
-    state = TrainState(
-        variables,
-        jax.jit(_optimizer(config, steps).init)(variables["params"]),
-        jnp.zeros((config.epochs, 2)),
-    )
-
-    label = f"{model_config.label}-seed-{seed}"
-    parts = [model_config, config, seed, dataset.name, dataset.fingerprint(), origin]
-    if teacher:
-        values = _digest(teacher.variables)
-        parts.append([teacher.config, values, teacher.temperature, teacher.share])
-    digest = fingerprint(*parts)
-    saved = Checkpoints(folder / f"{label}-{digest}")
-    done, restored = saved.newest(state)
-    # Orbax commits arrays to a device, for which JAX would compile everything once more.
-    state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), restored)
-    began = time.perf_counter()
-    if done < config.epochs:
-        images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-        with _Progress(f"{dataset.name} {label}", config, count, done) as progress:
-            for epoch in range(done, config.epochs):
-                order = _epoch_order(order_key, epoch, count, config.batch_size)
-                noise = jax.random.fold_in(noise_key, epoch)
-                state = _run_epoch(
-                    model, config, state, epoch, order, images, labels, noise, teacher, progress
-                )
-                saved.save(epoch + 1, state)
-    else:
-        print(f"{dataset.name} {label}: reusing the training finished earlier", file=sys.stderr)
-    return Trained(
-        state.variables, np.asarray(state.history), time.perf_counter() - began, epochs_reused=done
-    )
 
 
-def initial(model_config: ModelConfig, dataset: Dataset, seed: int) -> PyTree:
-    """Draws the variables that `train` starts from.
-
-    Args:
-        model_config: Which model.
-        dataset: What it is for.
-        seed: As given to `train`.
-    """
-    init_key, _ = jax.random.split(jax.random.key(seed))
-    model = build_model(model_config, dataset.classes)
-    return _draw(model, init_key, dataset.train_images[:1])
+def _uncommitted(leaf: Array) -> Array:
+    """Puts an array on the default device without committing it there."""
+    on_host = np.asarray(leaf)
+    return jax.device_put(on_host)
 
 
 def _digest(tree: PyTree) -> str:
@@ -227,13 +264,15 @@ def _digest(tree: PyTree) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
 def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """Builds the optimiser for epochs of some number of steps."""
+    # optax counts steps, and recipes epochs.
     if config.one_cycle:
         schedule = optax.cosine_onecycle_schedule(config.epochs * steps, config.learning_rate)
     else:
@@ -241,9 +280,9 @@ def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
         schedule = optax.piecewise_constant_schedule(config.learning_rate, drops)
     if config.adam:
         return optax.adamw(schedule, config.momentum, weight_decay=config.weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum)
-    )
+    # The decay is added to the gradient, before momentum, as in PyTorch.
+    decay = optax.add_decayed_weights(config.weight_decay)
+    return optax.chain(decay, optax.sgd(schedule, config.momentum))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -255,40 +294,90 @@ def _draw(model: Model, key: PRNGKeyArray, images: Num[Array, "1 ..."]) -> PyTre
 def _epoch_order(
     key: PRNGKeyArray, epoch: int, count: int, batch_size: int
 ) -> Int[Array, "steps batch"]:
-    """The examples of each step of an epoch, the same whether or not earlier epochs ran here."""
+    """Draws the examples of each step of an epoch, whether or not earlier epochs ran here."""
     order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
     steps = count // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("images", "labels", "teacher"),
+    meta_fields=("model", "config"),
+)
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is the same in all steps of a training.
+
+    Attributes:
+        model: The model that learns.
+        config: How it is trained.
+        images: All images of the training split.
+        labels: Their labels.
+        teacher: The model whose answers are learned too, if any.
+    """
+
+    model: Model
+    config: TrainConfig
+    images: Num[Array, "n ..."]
+    labels: Int[Array, "n ..."]
+    teacher: Teacher | None
+
+    def objective(
+        self, params: PyTree, rest: PyTree, chosen: Int[Array, " batch"], noise: PRNGKeyArray
+    ) -> tuple[Array, tuple[PyTree, Array]]:
+        """Computes the loss of one batch, and beside it the new statistics and how many are right.
+
+        Args:
+            params: The parameters, by which the loss is differentiated.
+            rest: The other variables, such as running statistics.
+            chosen: The indices of the examples of the batch.
+            noise: The source of the crops and flips.
+        """
+        batch = self.images[chosen]
+        labels = self.labels[chosen]
+        if self.config.augment:
+            black = jnp.min(self.images, axis=(0, 1, 2), keepdims=True)
+            batch = augmented(noise, batch, black)
+        variables = {**rest, "params": params}
+        logits, changed = self.model.apply(variables, batch, train=True, mutable=list(rest))
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if self.teacher:
+            share = self.teacher.share
+            classes = logits.shape[-1]
+            master = build_model(self.teacher.config, classes, self.config.dtype)
+            answers = master.apply(self.teacher.variables, batch)
+            divergence = self.teacher.loss(logits, answers).mean()
+            loss = share * divergence + (1 - share) * loss
+        is_correct = jnp.argmax(logits, axis=-1) == labels
+        correct = jnp.sum(is_correct, dtype=jnp.float32)
+        return loss, (changed, correct)
+
+
 def _run_epoch(
-    model: Model,
-    config: TrainConfig,
+    task: _Task,
     state: TrainState,
     epoch: int,
     order: Int[Array, "steps batch"],
-    images: Num[Array, "n ..."],
-    labels: Int[Array, "n ..."],
-    key: PRNGKeyArray,
-    teacher: Teacher | None,
+    noise: PRNGKeyArray,
     progress: "_Progress",
 ) -> TrainState:
     """Runs one epoch in chunks of steps and notes its mean loss and accuracy in the history."""
     steps, batch_size = order.shape
-    judged = batch_size * math.prod(labels.shape[1:])  # of a text, every token of a window
-    sums = jnp.zeros(2)
+    judged = batch_size * math.prod(task.labels.shape[1:])  # every token of a window of a text
     variables, opt_state, history = state
     # A chunk gives its buffers away, and the first ones may be the caller's.
-    variables = _copied(variables)
+    carry = (_copied(variables), opt_state, jnp.zeros(2))
     for low in range(0, steps, _CHUNK_STEPS):
         high = min(low + _CHUNK_STEPS, steps)
-        carry = (variables, opt_state, sums)
-        variables, opt_state, sums = _run_steps(
-            model, config, carry, order, low, high, images, labels, key, teacher
-        )
-        loss, correct = sums.tolist()
-        progress.advance(high - low, loss / high, 100 * correct / (high * judged))
-    means = sums / jnp.asarray([steps, steps * judged / 100], dtype=sums.dtype)
+        carry = _run_steps(task, carry, order, low, high, noise)
+        loss, correct = carry[2].tolist()
+        accuracy = 100 * correct / (high * judged)
+        progress.advance(high - low, loss / high, accuracy)
+    variables, opt_state, sums = carry
+    # The second becomes a percentage.
+    counts = jnp.asarray([steps, steps * judged / 100], dtype=sums.dtype)
+    means = sums / counts
     return TrainState(variables, opt_state, history.at[epoch].set(means))
 
 
@@ -297,47 +386,34 @@ def _copied(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="carry")
+# Variables, the optimiser's state, and the sums of the loss and of the number of correct ones.
+_Carry = tuple[PyTree, PyTree, Float[Array, " 2"]]
+
+
+@functools.partial(jax.jit, donate_argnames="carry")
 def _run_steps(
-    model: Model,
-    config: TrainConfig,
-    carry: tuple[PyTree, PyTree, Float[Array, " 2"]],
+    task: _Task,
+    carry: _Carry,
     order: Int[Array, "steps batch"],
     low: int,
     high: int,
-    images: Num[Array, "n ..."],
-    labels: Int[Array, "n ..."],
-    key: PRNGKeyArray,
-    teacher: Teacher | None,
-) -> tuple[PyTree, PyTree, Float[Array, " 2"]]:
+    noise: PRNGKeyArray,
+) -> _Carry:
     """Runs the steps `low` to `high` of an epoch; adds up the loss and the number of correct ones.
 
     The bounds are traced, so that a last, shorter chunk needs no compilation of its own.
     """
-    optimizer = _optimizer(config, len(order))
+    steps = len(order)
+    optimizer = _optimizer(task.config, steps)
+    graded = jax.value_and_grad(task.objective, has_aux=True)
 
-    def objective(params: PyTree, rest: PyTree, step: Int[Array, ""]) -> tuple[Array, Any]:
-        chosen = order[step]
-        batch = images[chosen]
-        if config.augment:
-            black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
-            batch = augmented(jax.random.fold_in(key, step), batch, black)
-        logits, changed = model.apply(
-            {**rest, "params": params}, batch, train=True, mutable=list(rest)
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
-        if teacher:
-            master = build_model(teacher.config, logits.shape[-1], config.dtype)
-            divergence = teacher.loss(logits, master.apply(teacher.variables, batch)).mean()
-            loss = teacher.share * divergence + (1 - teacher.share) * loss
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels[chosen], dtype=jnp.float32)
-        return loss, (changed, correct)
-
-    def one_step(step: Int[Array, ""], carry: tuple[PyTree, PyTree, Array]) -> Any:
+    def one_step(step: Int[Array, ""], carry: _Carry) -> _Carry:
         variables, opt_state, sums = carry
-        params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-        graded = jax.value_and_grad(objective, has_aux=True)
-        (loss, (changed, correct)), grads = graded(params, rest, step)
+        # Only parameters are learned; running statistics come out of the forward pass.
+        params = variables["params"]
+        rest = {name: tree for name, tree in variables.items() if name != "params"}
+        key = jax.random.fold_in(noise, step)
+        (loss, (changed, correct)), grads = graded(params, rest, order[step], key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         variables = {**changed, "params": optax.apply_updates(params, updates)}
         return variables, opt_state, sums + jnp.stack([loss, correct])
@@ -353,28 +429,35 @@ def augmented(
     """Crops each image out of a black margin, somewhere, and flips every other one.
 
     Args:
-        key: Source of both.
+        key: The source of both the crops and the flips.
         images: The images.
         black: The value of each channel in the margin.
+
+    Returns:
+        As many images, of the same size.
     """
     count, height, width, channels = images.shape
-    where, flips = jax.random.split(key)
-    corners = jax.random.randint(where, (count, 2), 0, 2 * _MARGIN + 1)
-    flipped = jax.random.bernoulli(flips, shape=(count, 1, 1, 1))
-    margins = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
-    padded = jnp.pad(images - black, margins) + black
+    corner_key, flip_key = jax.random.split(key)
+    places = 2 * _MARGIN + 1
+    corners = jax.random.randint(corner_key, (count, 2), 0, places)
+    is_flipped = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+    margin = (_MARGIN, _MARGIN)
+    # Padding puts zeros there, and zero is black only once black has been subtracted.
+    none = (0, 0)
+    padded = jnp.pad(images - black, (none, margin, margin, none)) + black
 
     def crop(image: Array, corner: Int[Array, " 2"]) -> Array:
         return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
 
     cropped = jax.vmap(crop)(padded, corners)
-    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
+    return jnp.where(is_flipped, cropped[:, :, ::-1], cropped)
 
 
 class _Progress:
     """A progress bar where a person watches, one line before and one after where nobody does."""
 
     def __init__(self, title: str, config: TrainConfig, examples: int, epochs_done: int):
+        """Starts the bar at the epochs that are done already."""
         self._title = title
         self._epochs = config.epochs
         steps = examples // config.batch_size
@@ -387,7 +470,8 @@ class _Progress:
         )
         self._last = ""
         if self._bar.disable:
-            print(f"{title}: training, {epochs_done}/{self._epochs} epochs done", file=sys.stderr)
+            progress = f"{epochs_done}/{self._epochs} epochs done"
+            print(f"{title}: training, {progress}", file=sys.stderr)
 
     def advance(self, steps: int, loss: float, accuracy: float) -> None:
         """Moves on by some steps; loss and accuracy in percent are means over the epoch so far."""
@@ -399,6 +483,8 @@ class _Progress:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Closes the bar, also when training is interrupted."""
         self._bar.close()
         if self._bar.disable and error is None:
-            print(f"{self._title}: trained {self._epochs} epochs, {self._last}", file=sys.stderr)
+            work = f"trained {self._epochs} epochs"
+            print(f"{self._title}: {work}, {self._last}", file=sys.stderr)

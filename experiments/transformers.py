@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from experiments.convolution import convolution
 
-# Patches along either side of an image.
+# How many patches lie along either side of an image.
 _PATCHES = 4
-# Units of a hidden layer of a block, in multiples of the residual stream's.
+# The number of units of a block's hidden layer, in multiples of the residual stream's.
 _EXPANSION = 4
+# What is added to the tokens starts small, as in ViT and GPT-2.
 _SMALL = nn.initializers.normal(0.02)
 
 
@@ -20,12 +21,12 @@ class _Transformer(nn.Module):
     """What the vision transformer and the language model are made of.
 
     Attributes:
-        depth: Blocks of attention and a hidden layer.
-        heads: Of the attention.
-        head_units: Of each head; the residual stream has `heads * head_units`.
-        classes: Number of logits.
+        depth: The number of blocks, each of attention and a hidden layer.
+        heads: The number of heads of the attention.
+        head_units: The number of units of each head; the residual stream has `heads * head_units`.
+        classes: The number of logits.
         use_bias: Whether the layers, norms among them, have biases.
-        dtype: Of the activations; logits are float32.
+        dtype: The dtype of the activations; logits are float32.
     """
 
     depth: int
@@ -37,6 +38,7 @@ class _Transformer(nn.Module):
 
     @property
     def _width(self) -> int:
+        """The number of units of the residual stream."""
         return self.heads * self.head_units
 
     def _added(self, name: str, count: int) -> Float[Array, "count width"]:
@@ -54,8 +56,8 @@ class _Transformer(nn.Module):
                 self.heads, qkv_features=self._width, use_bias=self.use_bias, dtype=self.dtype
             )
             x = x + attention(self._norm(x), mask=mask)
-            hidden = nn.gelu(self._dense(self._norm(x), _EXPANSION * self._width))
-            x = x + self._dense(hidden, self._width)
+            hidden = self._dense(self._norm(x), _EXPANSION * self._width)
+            x = x + self._dense(nn.gelu(hidden), self._width)
         return self._norm(x)
 
     def _norm(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -75,7 +77,7 @@ class ViT(_Transformer):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        del train
+        del train  # what it computes in training is no different
         count, height, width, _ = images.shape
         if height % _PATCHES or width % _PATCHES:
             raise ValueError(
@@ -83,20 +85,23 @@ class ViT(_Transformer):
                 f" patches; both sides must be multiples of {_PATCHES}."
             )
         patch = (height // _PATCHES, width // _PATCHES)
-        x = nn.Conv(
+        embedding = nn.Conv(
             self._width,
             patch,
             strides=patch,
             padding="VALID",
             use_bias=self.use_bias,
             dtype=self.dtype,
+            # Flax's own is fast on accelerators, and far slower on a CPU; see convolution.py.
             conv_general_dilated=convolution if jax.default_backend() == "cpu" else None,
-        )(images)
-        x = x.reshape(count, _PATCHES * _PATCHES, self._width)
-        token = jnp.broadcast_to(self._added("class_token", 1), (count, 1, self._width))
-        x = jnp.concatenate([token, x], axis=1)
+        )
+        patches = embedding(images).reshape(count, _PATCHES * _PATCHES, self._width)
+        class_token = self._added("class_token", 1)
+        token = jnp.broadcast_to(class_token, (count, 1, self._width))
+        x = jnp.concatenate([token, patches], axis=1)
         x = x + self._added("positions", x.shape[1])[None]
-        return self._logits(self._blocks(x)[:, 0])
+        of_class_token = self._blocks(x)[:, 0]
+        return self._logits(of_class_token)
 
 
 class GPT(_Transformer):
@@ -109,8 +114,10 @@ class GPT(_Transformer):
     def __call__(
         self, tokens: Int[Array, "batch context"], train: bool = False
     ) -> Float[Array, "batch context classes"]:
-        del train
+        del train  # what it computes in training is no different
         context = tokens.shape[1]
-        x = nn.Embed(self.classes, self._width, dtype=self.dtype)(tokens)
-        x = x + self._added("positions", context)[None]
-        return self._logits(self._blocks(x, jnp.tril(jnp.ones((context, context), bool))))
+        embedding = nn.Embed(self.classes, self._width, dtype=self.dtype)
+        x = embedding(tokens) + self._added("positions", context)[None]
+        # Row i is of token i, which sees itself and those before it.
+        mask = jnp.tril(jnp.ones((context, context), bool))
+        return self._logits(self._blocks(x, mask))

@@ -6,36 +6,68 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from arrays import normal, normals
 
 import otfusion_jax as otf
 from experiments import cli
+from experiments.alignments import correlations
+from experiments.crossings import as_original
 from experiments.data import Dataset, load_dataset
-from experiments.methods import (
-    AVERAGES,
-    VARIANTS,
-    correlations,
-    counts,
-    reestimated,
-)
+from experiments.divisions import divide
+from experiments.evaluate import ACCURACY, LOSS
+from experiments.joint import draws, inconsistency
+from experiments.methods import CORRECTIONS, VARIANTS
 from experiments.models import ModelConfig, build_model
 from experiments.narrow import narrowed, reordered, selected, strongest
-from experiments.pairs import network
-from experiments.studies.many import draws, inconsistency
-from experiments.studies.non_iid import divide
-from experiments.studies.widths import as_original
+from experiments.networks import counts, network, reestimated
+from experiments.report import where
 from experiments.synthetic import dead_leaves
 from experiments.train import augmented, initial
 
 
-def run(folder: Path, *words: str) -> dict:
+def run(folder: Path, *words: str) -> pd.DataFrame:
+    """Runs a command, checks what it leaves behind, and returns the records."""
     assert cli.main([*words, "--out", str(folder)]) == 0
     content = json.loads((folder / "results.json").read_text())
     assert content["command"].startswith(f"python -m experiments {words[0]}")
     assert (folder / "results.md").read_text().endswith(f"`{content['command']}`\n")
-    assert len(list(folder.glob("*.png"))) == 1
-    return content["results"]
+    assert [path.name for path in folder.glob("*.png")] == [f"{words[0]}.png"]
+    records = pd.read_csv(folder / "results.csv", keep_default_na=True)
+    assert set(records["study"]) == {words[0]}
+    return records
+
+
+def value(records: pd.DataFrame, **labels: object) -> float:
+    """The one value with some labels."""
+    return where(records, **labels)["value"].item()
+
+
+def values(records: pd.DataFrame, **labels: object) -> list[float]:
+    """All values with some labels, in the order of the records."""
+    return list(where(records, **labels)["value"])
+
+
+def names(records: pd.DataFrame, column: str) -> list:
+    """The different values of a column, in the order of the records."""
+    return list(records[column].dropna().drop_duplicates())
+
+
+def best(records: pd.DataFrame) -> pd.Series:
+    """The record with the highest value, the first of several."""
+    return records.sort_values("value", ascending=False, kind="stable").iloc[0]
+
+
+def row(folder: Path, *start: str) -> list[str]:
+    """The cells of the one row in the printed tables that starts with some cells."""
+    found = []
+    for line in (folder / "results.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if tuple(cells[: len(start)]) == start:
+            found.append(cells)
+    (cells,) = found
+    return cells
 
 
 # Of one size and trained for as long, so that what trains, aligns and repairs is compiled once.
@@ -50,25 +82,29 @@ def digits() -> Dataset:
 # --- one_shot
 
 
-def test_methods_are_evaluated_and_mended(tmp_path: Path):
-    names = [
+def test_methods_are_evaluated_and_corrected(tmp_path: Path):
+    methods = [
         "vanilla average",
         "coordinate descent (fuse)",
         "the original: unit norm, Euclidean",
         "Algorithm 1, activations of 100",
         "activation matching (correlation)",
     ]
-    methods = run(tmp_path, "one_shot", *SMALL, "--path-points", "3", "--methods", *names)[
-        "methods"
-    ]
-    assert list(methods) == names
-    assert set(names) <= set(VARIANTS)
-    assert all(
-        method[kind] > 40 for method in methods.values() for kind in AVERAGES if kind in method
-    )
-    assert [name for name in names if "statistics restored" not in methods[name]] == names[2:3]
-    assert [name for name in names if "least squares" not in methods[name]] == names[2:4]
-    assert methods["coordinate descent (fuse)"]["averaged"] > methods["vanilla average"]["averaged"]
+    assert set(methods) <= set(VARIANTS)
+    words = ["--path-points", "3", "--methods", *methods]
+    records = run(tmp_path, "one_shot", *SMALL, *words)
+    found = where(records, metric=ACCURACY).dropna(subset="measure")
+    found = found[found["measure"].isin(CORRECTIONS)]
+    assert names(found, "method") == ["model A", "model B", "ensemble", *methods]
+    assert found["value"].min() > 40
+    fused = found[found["method"].isin(methods)].groupby("measure")["method"].agg(list)
+    assert fused["averaged"] == methods
+    assert fused["statistics restored"] == [*methods[:2], *methods[3:]]
+    assert fused["least squares"] == [*methods[:2], *methods[4:]]
+    # Paths are those of the usual methods alone.
+    assert names(where(records, measure="path"), "method") == methods[:2]
+    averaged = where(found, measure="averaged")
+    assert value(averaged, method=methods[1]) > value(averaged, method=methods[0])
 
 
 def test_models_come_from_files(tmp_path: Path):
@@ -83,8 +119,9 @@ def test_models_come_from_files(tmp_path: Path):
         np.savez(tmp_path / f"{name}.npz", **arrays)
     files = [str(tmp_path / f"{name}.npz") for name in "ab"]
     words = ["one_shot", *SMALL, "--path-points", "3", "--methods", "vanilla average"]
-    results = run(tmp_path / "run", *words, "--weights", *files)
-    assert all(value < 40 for value in results["individuals"])
+    records = where(run(tmp_path / "run", *words, "--weights", *files), metric=ACCURACY)
+    assert max(value(records, method=f"model {name}") for name in "AB") < 40
+    assert set(records["seeds"]) == {"a b"}
     assert not (tmp_path / "run" / "models").exists()
     words = ["one_shot", "--width", "0.5", "--weights", *files, "--out", str(tmp_path / "other")]
     assert cli.main(words) == 2
@@ -92,8 +129,9 @@ def test_models_come_from_files(tmp_path: Path):
 
 def test_methods_can_do_without_data(tmp_path: Path):
     words = ["--methods", "activation matching (correlation)", "--path-points", "3"]
-    results = run(tmp_path, "one_shot", *SMALL, "--synthetic", *words)
-    assert list(results["methods"]) == ["activation matching (correlation)"]
+    records = run(tmp_path, "one_shot", *SMALL, "--synthetic", *words)
+    fused = where(records, measure="least squares")
+    assert names(fused, "method") == ["activation matching (correlation)"]
 
 
 def test_dead_leaves_are_normalised_and_smooth():
@@ -120,14 +158,15 @@ def test_dead_leaves_are_normalised_and_smooth():
 def test_language_models_are_fused(tmp_path: Path):
     words = ["one_shot", "--dataset", "pydoc", "--model", "gpt", "--width", "0.25"]
     words += ["--epochs", "1", "--train-images", "256", "--test-images", "40", "--images", "20"]
-    results = run(tmp_path, *words, "--path-points", "3", "--methods", "vanilla average")
-    losses = results["losses"]
-    assert losses["ensemble"] < max(losses["individuals"])
-    found = losses["methods"]["vanilla average"]
-    assert all(0 < found[kind] < 2 * max(losses["individuals"]) for kind in AVERAGES)
-    assert results["methods"]["vanilla average"]["path loss"][1] == pytest.approx(
-        found["averaged"], abs=1e-3
-    )
+    records = run(tmp_path, *words, "--path-points", "3", "--methods", "vanilla average")
+    losses = where(records, metric=LOSS)
+    worse = max(value(losses, method=f"model {name}") for name in "AB")
+    assert value(losses, method="ensemble") < worse
+    vanilla = where(losses, method="vanilla average")
+    for correction in CORRECTIONS:
+        assert 0 < value(vanilla, measure=correction) < 2 * worse
+    middle = value(vanilla, measure="path", t=0.5)
+    assert middle == pytest.approx(value(vanilla, measure="averaged"), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -145,44 +184,45 @@ def test_what_a_text_is_not_fit_for(
 
 @pytest.mark.usefixtures("default_promotion")  # of optax's schedules
 def test_fine_tuning_chooses_by_validation(tmp_path: Path):
-    names = ["model A", "model B", "coordinate descent, least squares"]
+    starts = ["model A", "model B", "coordinate descent, least squares"]
     words = ["--seeds", "0", "1", "2", "0", *SMALL, "--fine-tune-epochs", "2"]
-    words += ["--factors", "1", "0.001", "--validation-images", "200", "--starts", *names]
-    results = run(tmp_path, "fine_tune", *words)
-    assert list(results["pairs"]) == ["0, 1", "2, 0"]
-    for pair in results["pairs"].values():
-        assert list(pair["starts"]) == names
-        for start in pair["starts"].values():
-            assert [found["schedule"] for found in start["runs"]] == [
+    words += ["--factors", "1", "0.001", "--validation-images", "200", "--starts", *starts]
+    records = run(tmp_path, "fine_tune", *words)
+    assert names(records, "pair") == ["0, 1", "2, 0"]
+    before = where(records, trained="before", metric=ACCURACY)
+    chosen: dict[str, list[str]] = {start: [] for start in starts}
+    after: dict[str, list[float]] = {start: [] for start in starts}
+    for pair in names(records, "pair"):
+        assert names(where(before, pair=pair), "start") == [*starts, "ensemble of the parents"]
+        for start in starts:
+            tuned = where(records, pair=pair, start=start, trained="after")
+            assert names(tuned, "schedule") == [
                 "one-cycle, 0.1",
                 "halved, 0.1",
                 "one-cycle, 0.0001",
                 "halved, 0.0001",
             ]
-            best = start["best"]["validation"]
-            assert best == max(found["validation"] for found in start["runs"])
+            schedule = best(where(tuned, metric="validation accuracy (%)"))["schedule"]
+            chosen[start].append(schedule)
+            after[start].append(value(tuned, metric=ACCURACY, schedule=schedule))
+            untrained = value(before, pair=pair, start=start)
             # Hardly trained at all, a model stays what it was.
-            assert start["runs"][-1]["test"] == pytest.approx(start["before"]["test"], abs=2)
-            assert start["best"]["test"] > start["before"]["test"] - 2
+            hardly = value(tuned, metric=ACCURACY, schedule="halved, 0.0001")
+            assert hardly == pytest.approx(untrained, abs=2)
+            assert after[start][-1] > untrained - 2
 
-    fused = [pair["starts"][names[-1]]["best"]["test"] for pair in results["pairs"].values()]
-    parents = [
-        max(pair["starts"][name]["best"]["test"] for name in names[:2])
-        for pair in results["pairs"].values()
-    ]
-    mean = results["mean"]["starts"][names[-1]]
-    assert mean["after"] == pytest.approx(np.mean(fused), abs=1e-3)
-    above = np.subtract(fused, parents)
-    assert mean["above the better parent"] == pytest.approx(above.mean(), abs=1e-3)
-    assert mean["deviation"] == pytest.approx(above.std(ddof=1), abs=1e-3)
-    # Of two step sizes either is the last one tried on its side.
-    rows = (tmp_path / "results.md").read_text().splitlines()
-    for name in names:
-        row = next(row for row in rows if row.startswith(f"| {name} "))
-        for pair in results["pairs"].values():
-            best = pair["starts"][name]["best"]
-            edge = {0.1: "largest", 0.0001: "smallest"}[best["step size"]]
-            assert f"{best['schedule']} ({edge} tried)" in row
+    above = np.subtract(after[starts[-1]], np.maximum(after["model A"], after["model B"]))
+    for start in starts:
+        cells = row(tmp_path, start)
+        assert float(cells[1]) == pytest.approx(np.mean(values(before, start=start)), abs=6e-3)
+        assert float(cells[2]) == pytest.approx(np.mean(after[start]), abs=6e-3)
+        # Of two step sizes either is the last one tried on its side.
+        for schedule in chosen[start]:
+            edge = {"0.1": "largest", "0.0001": "smallest"}[schedule.split(", ")[1]]
+            assert f"{schedule} ({edge} tried)" in cells[-1]
+    mean, deviation = row(tmp_path, starts[-1])[3].split(" ± ")
+    assert float(mean) == pytest.approx(above.mean(), abs=6e-3)
+    assert float(deviation) == pytest.approx(above.std(ddof=1), abs=6e-3)
 
 
 def test_fine_tuning_needs_pairs(capsys: pytest.CaptureFixture[str]):
@@ -225,38 +265,50 @@ def test_divisions_that_leave_nothing_are_refused(digits: Dataset):
 @pytest.mark.parametrize("split", ["label", "parity"])
 def test_models_of_other_data_are_fused(tmp_path: Path, split: str):
     words = ["--split", split, "--path-points", "5", "--validation-share", "0.2"]
-    results = run(tmp_path, "non_iid", *SMALL, *words)
-    a, b = results["individuals"]
+    records = run(tmp_path, "non_iid", *SMALL, *words)
+    a, b = (where(records, method=f"model {name}") for name in "AB")
     if split == "parity":
-        assert a["test of B"] == b["test of A"] == 0
-    for path in results["methods"].values():
+        assert value(a, metric="test of B") == value(b, metric="test of A") == 0
+    paths = where(records, metric=ACCURACY).dropna(subset="t")
+    ends = [value(model, metric=ACCURACY) for model in (a, b)]
+    for method in names(paths, "method"):
+        path = values(paths, method=method)
+        assert len(path) == 5
         # Any method leaves the ends of the path as they are.
-        assert path["test"][0] == pytest.approx(a["test"], abs=1.5)
-        assert path["test"][-1] == pytest.approx(b["test"], abs=1.5)
-    best = max(max(path["test"]) for path in results["methods"].values())
-    assert best > max(a["test"], b["test"])
+        assert path[0] == pytest.approx(ends[0], abs=1.5)
+        assert path[-1] == pytest.approx(ends[1], abs=1.5)
+        # The table shows the path where it is best by validation.
+        validation = where(records, method=method, metric="validation").dropna(subset="t")
+        t = best(validation)["t"]
+        cells = row(tmp_path, method)
+        assert cells[1:3] == [f"{t:.2f}", f"{value(paths, method=method, t=t):.2f}"]
+        assert cells[-1] == f"{max(path):.2f}"
+    assert paths["value"].max() > max(ends)
 
 
 # --- federated
 
 
 def test_clients_are_averaged_round_by_round(tmp_path: Path):
-    results = run(tmp_path, "federated", *SMALL, "--same-start")
-    a, b = results["shares"]
+    records = run(tmp_path, "federated", *SMALL, "--same-start")
+    a, b = values(records, metric="share of the data")
     assert a < b
     assert a + b == pytest.approx(1, abs=1e-3)
-    first = [found["clients"][0] for found in results["methods"].values()]
-    assert all(clients == first[0] for clients in first)  # nothing has been averaged yet
-    for found in results["methods"].values():
-        assert np.shape(found["clients"]) == (2, 2)
-        assert found["global"][1] > found["global"][0] - 5
-        assert max(found["global"]) < results["on all data"]
+    records = where(records, metric=ACCURACY)
+    everything = value(records, method="trained on all data")
+    servers = names(records, "method")[:-1]
+    assert len(servers) == 6
+    merged = {name: values(records, method=name, model="global model") for name in servers}
+    clients = {name: where(records, method=name, round=1) for name in servers}
+    for name in servers:
+        both = [value(clients[name], model=f"client {client}") for client in "AB"]
+        # Nothing has been averaged yet.
+        assert both == [value(clients[servers[0]], model=f"client {client}") for client in "AB"]
+        assert len(where(records, method=name)) == 2 * 3
+        assert merged[name][1] > merged[name][0] - 5
+        assert max(merged[name]) < everything
     # Of one start, models are aligned as they stand.
-    fused, vanilla = (
-        results["methods"][name]["global"]
-        for name in ("coordinate descent (fuse)", "vanilla average")
-    )
-    assert fused == vanilla
+    assert merged["coordinate descent"] == merged["vanilla average"]
 
 
 def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
@@ -269,18 +321,25 @@ def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
 
 def test_plans_are_softened_and_samples_drawn(tmp_path: Path):
     words = ["--epsilons", "10", "--iterations", "100", "--samples", "100", "--draws", "2"]
-    results = run(tmp_path, "ablate", *SMALL, *words)
-    for found in results["entropy"].values():
-        assert list(found) == ["exact", "10"]
-        assert found["exact"]["converged"]
+    records = run(tmp_path, "ablate", *SMALL, *words)
+    a, b = (value(records, plans=f"model {name}") for name in "AB")
+    entropy = where(records, draw=0).dropna(subset="epsilon")
+    for units in ("weights", "activations", "correlations"):
+        found = where(entropy, units=units)
+        assert names(found, "plans") == ["exact", "epsilon 10"]
+        assert where(found, plans="exact")["converged"].all()
         # Nothing is left of A once all its units are averaged.
-        assert found["exact"]["moved"] == pytest.approx(results["individuals"][0], abs=0.3)
-        assert found["10"]["moved"] < 40
-        assert found["10"]["average"] == pytest.approx(results["individuals"][1], abs=3)
-    for found in results["samples"].values():
-        assert list(found) == ["100"]
-        assert len(found["100"]) == 2
-        assert min(found["100"]) > 40
+        exact = value(found, plans="exact", measure="A moved")
+        assert exact == pytest.approx(a, abs=0.3)
+        assert value(found, plans="epsilon 10", measure="A moved") < 40
+        average = value(found, plans="epsilon 10", measure="averaged")
+        assert average == pytest.approx(b, abs=3)
+    samples = records[records["draw"] > 0]
+    assert names(samples, "units") == ["activations", "correlations"]
+    for units in names(samples, "units"):
+        drawn = values(samples, units=units, images=100)
+        assert len(drawn) == len(where(samples, units=units)) == 2
+        assert min(drawn) > 40
 
 
 @pytest.mark.parametrize("words", [["--samples", "1"], ["--draws", "0"]], ids=" ".join)
@@ -294,28 +353,40 @@ def test_there_is_something_to_draw(words: list[str], capsys: pytest.CaptureFixt
 
 def test_networks_of_other_widths_are_fused(tmp_path: Path):
     scaled = "coordinate descent, scaled as in the original"
-    names = [scaled, "coordinate descent", "truncated by l1 norm", "truncated, then aligned"]
-    words = [*SMALL, "--factors", "2", "--methods", *names]
+    methods = [scaled, "coordinate descent", "truncated by l1 norm", "truncated, then aligned"]
+    words = [*SMALL, "--factors", "2", "--methods", *methods]
     words += ["--grid", "0.3", "0.6", "--held-out", "0.1", "--images", "300"]
-    directions = run(tmp_path, "widths", *words)["directions"]
-    assert list(directions) == ["x2 onto x1", "x1 onto x2"]
-    narrowing, widening = (found["methods"] for found in directions.values())
-    assert list(narrowing) == names
-    assert list(widening) == names[:2]
+    records = run(tmp_path, "widths", *words)
+    narrowing, widening = where(records, source=2, target=1), where(records, source=1, target=2)
+    assert names(narrowing, "method") == methods
+    assert names(widening, "method") == methods[:2]
     # Units that are copied, and share what they put out, compute the same function.
-    alone = directions["x1 onto x2"]["source"]
-    assert widening["coordinate descent"]["moved"] == alone
-    assert widening["coordinate descent"]["least squares"]["moved"] == pytest.approx(alone, abs=1)
+    alone = value(records, measure="alone", source=1)
+    copied = where(widening, method="coordinate descent")
+    assert value(copied, measure="A moved") == alone
+    assert value(copied, measure="A moved, least squares") == pytest.approx(alone, abs=1)
     # Without biases the scaling of layers changes no prediction.
-    assert narrowing[scaled]["moved"] == narrowing["coordinate descent"]["moved"]
-    assert narrowing[scaled]["averages"] != narrowing["coordinate descent"]["averages"]
-    assert narrowing[scaled]["least squares"] is None
-    for values in (narrowing["coordinate descent"], narrowing["truncated, then aligned"]):
-        assert values["averages"]["0.5"] > 80
-        assert list(values["least squares"]) == ["moved", "0.5"]
-        assert values["least squares"]["moved"] > max(80, values["moved"])
-        assert values["best"]["t"] == max(values["held out"], key=values["held out"].get)
-    assert all(values["moved"] > 40 for values in narrowing.values())
+    as_they, descent = (where(narrowing, method=name) for name in methods[:2])
+    assert value(as_they, measure="A moved") == value(descent, measure="A moved")
+    averages = ["t = 0.5", "t = 0.67"]
+    assert [value(as_they, measure=t) for t in averages] != [
+        value(descent, measure=t) for t in averages
+    ]
+    assert not as_they["measure"].str.contains("least squares").any()
+    for method in ("coordinate descent", "truncated, then aligned"):
+        found = where(narrowing, method=method)
+        assert value(found, measure="t = 0.5") > 80
+        repaired = [name for name in names(found, "measure") if "least squares" in name]
+        assert repaired == ["A moved, least squares", "t = 0.5, least squares"]
+        moved = value(found, measure="A moved")
+        assert value(found, measure="A moved, least squares") > max(80, moved)
+        held_out = where(found, metric="held-out accuracy (%)")
+        assert list(held_out["t"]) == [0.3, 0.6]
+        t = best(held_out)["t"]
+        shown = f"{value(found, measure='best (t)', t=t):.2f} ({t:g})"
+        way = f"{value(records, measure='alone', source=2):.2f} / {alone:.2f}"
+        assert row(tmp_path, "x2 onto x1", way, method)[-1] == shown
+    assert where(narrowing, measure="A moved")["value"].min() > 40
 
 
 def test_the_network_that_is_moved_onto_comes_from_a_file(tmp_path: Path):
@@ -328,9 +399,9 @@ def test_the_network_that_is_moved_onto_comes_from_a_file(tmp_path: Path):
     np.savez(tmp_path / "b.npz", **arrays)
     words = [*SMALL, "--factors", "2", "--weights"]
     words += [str(tmp_path / "b.npz"), "--methods", "Algorithm 1", "--grid", "0.5"]
-    directions = run(tmp_path / "run", "widths", *words)["directions"]
-    assert directions["x2 onto x1"]["source"] > 80
-    assert directions["x2 onto x1"]["target"] < 40
+    alone = where(run(tmp_path / "run", "widths", *words), measure="alone")
+    assert value(alone, source=2) > 80
+    assert value(alone, source=1) < 40
 
 
 def test_a_choice_of_units_is_followed_by_permutations(digits: Dataset):
@@ -420,11 +491,17 @@ def test_channels_are_kept_through_a_flattening():
 
 
 def test_networks_are_pruned_and_fused(tmp_path: Path):
-    results = run(tmp_path, "prune", *SMALL, "--shares", "0.5", "--norms", "l2", "--t", "0.5")
-    (row,) = results["rows"]
-    assert (row["network"], row["share"], row["norm"]) == ("seed 0", 0.5, "l2")
-    assert all(40 < row[name] < 100 for name in ("pruned", "parent, moved"))
-    assert row["averages"]["0.5"] > 80
+    words = ["--shares", "0.5", "--norms", "l2", "--t", "0.5"]
+    records = run(tmp_path, "prune", *SMALL, *words)
+    whole, pruned = where(records, share=0), where(records, share=0.5)
+    assert set(records["model"]) == {"seed 0"}
+    assert set(pruned["norm"]) == {"l2"}
+    assert len(whole) == 1
+    assert names(pruned, "measure") == ["pruned", "parent, moved", "t = 0.5"]
+    assert pruned["value"].between(40, 100).all()
+    assert value(pruned, measure="t = 0.5") > 80
+    cells = [f"{value:.2f}" for value in pruned["value"]]
+    assert row(tmp_path, "seed 0", "50 %", "l2")[3:] == cells
 
 
 @pytest.mark.parametrize("words", [["--shares", "0", "0.5"], ["--t", "1"]], ids=" ".join)
@@ -440,14 +517,16 @@ def test_something_is_left_out_and_something_is_left(
 
 def test_students_are_distilled_from_several_starts(tmp_path: Path):
     words = ["--student", "0.5", "--distill-epochs", "1", "--orders", "1"]
-    results = run(tmp_path, "distill", *SMALL, *words)
-    starts = results["starts"]
-    assert len(starts) == 6
-    assert starts["drawn at random"]["before"] < 40
-    for start in starts.values():
-        assert len(start["labels"]) == len(start["teacher"]) == 1
-    fused = starts["teacher and narrow network, fused"]
-    assert fused["teacher"][0] > starts["drawn at random"]["teacher"][0]
+    records = run(tmp_path, "distill", *SMALL, *words)
+    starts = names(records, "start")
+    assert len(starts) == 6 + 1  # and the teacher
+    assert value(records, start="drawn at random", trained="before") < 40
+    for start in starts[:-1]:
+        trained = where(records, start=start, order=1)
+        assert list(trained["trained"]) == ["by labels alone", "by the teacher too"]
+    by_teacher = where(records, trained="by the teacher too")
+    fused = value(by_teacher, start="teacher and narrow network, fused")
+    assert fused > value(by_teacher, start="drawn at random")
 
 
 @pytest.mark.parametrize("words", [["--student", "1"], ["--orders", "0"]], ids=" ".join)
@@ -461,28 +540,43 @@ def test_a_student_is_narrower_and_trained(words: list[str], capsys: pytest.Capt
 
 def test_many_models_are_fused_at_once(tmp_path: Path):
     words = ["--seeds", "0", "1", "2", "--counts", "3", "2", "--draws", "2"]
-    results = run(tmp_path, "many", *SMALL, *words)
-    assert [row["models"] for row in results["counts"]] == [2, 3]
-    two, three = results["counts"]
-    assert [draw["seeds"] for draw in two["draws"]][0] == [0, 1]
-    for draw in two["draws"]:
-        chosen = [results["individuals"][seed] for seed in draw["seeds"]]
-        assert draw["individuals"] == pytest.approx(np.mean(chosen), abs=1e-3)
+    records = run(tmp_path, "many", *SMALL, *words)
+    accuracies = where(records, metric=ACCURACY)
+    assert names(accuracies, "models") == [1, 2, 3]
+    two = where(accuracies, models=2).pivot(index="draw", columns="method", values="value")
+    three = where(accuracies, models=3).pivot(index="draw", columns="method", values="value")
+    assert names(where(accuracies, models=2), "draw")[0] == "0 1"
+    assert len(two) == len(three) == 2
+    single = where(accuracies, models=1).set_index("draw")["value"]
+    for draw in names(where(accuracies, models=2), "draw"):
+        mean = single[draw.split()].mean()
+        assert two["individuals"][draw] == pytest.approx(mean, abs=1e-3)
+    costs = where(records, metric="(MiB)")
     for name in ("Algorithm 1", "fuse"):
-        assert three["mean"][name] > 30
-        assert three["cost"][name]["MiB"] > two["cost"][name]["MiB"] > 0
+        assert three[name].mean() > 30
+        small, large = (value(costs, models=count, method=name) for count in (2, 3))
+        assert large > small > 0
     # Means and deviations are those of the draws, and gains are within a draw.
-    fused = {name: [draw[name] for draw in three["draws"]] for name in ("fuse", "barycenter")}
-    gain = np.subtract(fused["barycenter"], fused["fuse"])
-    assert three["mean"]["fuse"] == pytest.approx(np.mean(fused["fuse"]), abs=1e-3)
-    assert three["mean"]["barycenter - fuse"] == pytest.approx(np.mean(gain), abs=1e-3)
-    assert three["standard deviation"]["barycenter - fuse"] == pytest.approx(
-        abs(gain[1] - gain[0]) / 2**0.5, abs=1e-3
-    )
-    assert three["draws that gain"]["barycenter - fuse"] == np.sum(gain > 0)
+    gains = np.asarray(three["barycenter"] - three["fuse"])
+    cells = row_of_models(tmp_path, 3)
+    assert cells["fuse"].split(" ± ")[0] == f"{three['fuse'].mean():.2f}"
+    mean, rest = cells["barycenter - fuse"].split(" ± ")
+    assert float(mean) == pytest.approx(gains.mean(), abs=6e-3)
+    deviation, wins = rest.split(" ", 1)
+    assert float(deviation) == pytest.approx(abs(gains[1] - gains[0]) / 2**0.5, abs=6e-3)
+    assert wins == f"({np.sum(gains > 0)} of 2)"
     # All three in another order: the barycenter does not mind.
-    assert np.ptp(fused["barycenter"]) < 1
-    assert 0 < results["inconsistent units (%)"] <= 100
+    assert np.ptp(three["barycenter"]) < 1
+    assert 0 < value(records, metric="inconsistent units (%)") <= 100
+
+
+def row_of_models(folder: Path, count: int) -> dict[str, str]:
+    """The row of the first table for some number of models, by the titles of the columns."""
+    lines = (folder / "results.md").read_text().splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("| models"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
+    cells = next(cells for cells in rows if cells[0] == str(count))
+    return dict(zip(rows[0], cells, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -533,15 +627,19 @@ def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset):
 
 def test_alignments_are_learned(tmp_path: Path):
     words = ["--path-points", "3", "--steps", "30", "--batch-size", "64"]
-    results = run(tmp_path, "learn", *SMALL, "--seeds", "0", "1", *words)
-    (pair,) = results["pairs"].values()
-    assert len(pair["history"]) == 30
-    methods = pair["methods"]
-    found = methods["learned"]
-    assert found["averaged loss"] < methods["coordinate descent (fuse)"]["averaged loss"]
-    assert found["path accuracy"][1] == pytest.approx(found["averaged"], abs=1e-3)
+    records = run(tmp_path, "learn", *SMALL, "--seeds", "0", "1", *words)
+    assert names(records, "pair") == ["0, 1"]
+    assert len(records.dropna(subset="step")) == 30
+    averaged = where(records, measure="averaged")
+    learned = where(records, method="learned")
+    descent = value(averaged, method="coordinate descent (fuse)", metric=LOSS)
+    assert value(learned, measure="averaged", metric=LOSS) < descent
+    path = where(learned, measure="path", metric=ACCURACY)
+    middle = value(averaged, method="learned", metric=ACCURACY)
+    assert value(path, t=0.5) == pytest.approx(middle, abs=1e-3)
     # A permuted model is the same model, but for rounding.
-    assert methods["learned"]["path accuracy"][0] == pytest.approx(pair["individuals"][0], abs=0.5)
+    a, _ = values(averaged, method="individuals", metric=ACCURACY)
+    assert value(path, t=0) == pytest.approx(a, abs=0.5)
 
 
 def test_there_is_something_to_learn_from(capsys: pytest.CaptureFixture[str]):

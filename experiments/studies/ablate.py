@@ -1,199 +1,188 @@
 """What Algorithm 1 owes to sharp plans, and to the number of samples."""
 
-import argparse
 import dataclasses
-import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
+import pandas as pd
 from jaxtyping import PyTree
 from ott.geometry import costs
 
 import otfusion_jax as otf
-from experiments import report
-from experiments.evaluate import tester
-from experiments.methods import AVERAGES, counts, gram, reestimated
-from experiments.pairs import Pair, network, pair_arguments, pair_of, parents, seen_images
-from experiments.runs import Request
+from experiments.alignments import activation_grams, preactivation_grams
+from experiments.evaluate import ACCURACY
+from experiments.methods import AVERAGED, EVENLY, VANILLA
+from experiments.networks import counts, reestimated
+from experiments.pairs import Pair, PairStudy
+from experiments.plots import Panel, plot_lines
+from experiments.report import mean_and_deviation, pivot, progress, table, where
+from experiments.runs import Run
 
-_Features = Callable[[Pair, int], dict[str, otf.Gram] | None]
-
-# What units are compared by: their features, if any, and the ground metric.
-_UNITS: dict[str, tuple[_Features, costs.CostFn]] = {
-    "weights": (lambda pair, samples: None, costs.SqEuclidean()),
-    "activations": (gram, costs.Euclidean()),
-    "correlations": (
-        lambda pair, samples: gram(pair, samples, at="activation", center=True),
-        costs.Cosine(),
-    ),
-}
-_BY_SAMPLES = ("activations", "correlations")
+Grams = dict[str, otf.Gram] | None
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of this study."""
-    pair_arguments(parser)
-    parser.add_argument(
-        "--epsilons",
-        nargs="+",
-        type=float,
-        default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-        help="strengths of the entropy, in standard deviations of the cost (default: 0.001 to 1)",
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=2000, help="of Sinkhorn at most (default: 2000)"
-    )
-    parser.add_argument(
-        "--samples",
-        nargs="+",
-        type=int,
-        default=(10, 20, 50, 100, 200, 500, 1000),
-        help="images that activations are compared on (default: 10 to 1000)",
-    )
-    parser.add_argument(
-        "--draws", type=int, default=5, help="of images, for each number (default: 5)"
-    )
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """What units are compared by: inner products of what they compute, if any, under a metric."""
+
+    name: str
+    grams: Callable[[Pair, int], Grams]
+    metric: costs.CostFn
 
 
-def run(request: Request) -> None:
-    """Fuses two models by Algorithm 1, with ever softer plans and with ever more samples.
+_WEIGHTS = _Units("weights", lambda pair, samples: None, costs.SqEuclidean())
+_ACTIVATIONS = _Units("activations", preactivation_grams, costs.Euclidean())
+_CORRELATIONS = _Units("correlations", activation_grams, costs.Cosine())
 
-    The softer its plans, the less is left of A, until the average does what B does. So A as it was
-    moved is tested as well.
 
-    Args:
-        request: The command.
+@dataclasses.dataclass(frozen=True)
+class Ablate(PairStudy):
+    """Entropy of the plans, and the number of samples, of Algorithm 1."""
 
-    Raises:
-        ValueError: There is nothing to draw.
-    """
-    options = request.options
-    if min(options["samples"]) < 2 or options["draws"] < 1:
-        raise ValueError(
-            f"--samples are {sorted(options['samples'])} and --draws {options['draws']}; give 2"
-            " samples or more, and at least 1 draw."
+    command: ClassVar[str] = "ablate"
+
+    seeds: tuple[int, int] = (0, 1)
+    """Seeds of the models."""
+    epsilons: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Strengths of the entropy, in standard deviations of the cost."""
+    iterations: int = 2000
+    """Iterations of Sinkhorn at most."""
+    samples: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
+    """Numbers of images that activations are compared on."""
+    draws: int = 5
+    """Draws of images, for each number."""
+
+    def check(self) -> None:
+        """Refuses to draw nothing, or single images, which have no deviation."""
+        super().check()
+        if min(self.samples) < 2 or self.draws < 1:
+            raise ValueError(
+                f"--samples are {sorted(self.samples)} and --draws {self.draws}; give 2 samples or"
+                " more, and at least 1 draw."
+            )
+
+    def measure(self, run: Run) -> None:
+        """Fuses two models with ever softer plans and with ever more samples.
+
+        The softer its plans, the less is left of A, until the average does what B does. So A as it
+        was moved is measured as well.
+        """
+        network = run.network
+        judge = run.judge()
+        pair = self.pair(run, run.models(), self.seeds)
+
+        def add(pair: Pair, model: PyTree, **labels) -> None:
+            model = reestimated(network, model, pair.images)
+            run.add(judge.accuracy(model), **labels)
+
+        # A model that no plans have made stands in the first column of the table.
+        alone = {"units": _WEIGHTS.name, "measure": AVERAGED.name, "converged": True, "draw": 0}
+        run.add(judge.accuracy(pair.a), plans="model A", **alone)
+        run.add(judge.accuracy(pair.b), plans="model B", **alone)
+        vanilla = AVERAGED.average(pair, pair.a, EVENLY)
+        add(pair, vanilla, plans=VANILLA.name, **alone)
+
+        # By their epsilon; exact plans are those without entropy.
+        solvers: dict[float, otf.AbstractSolver] = {0: otf.Exact()}
+        for epsilon in sorted(self.epsilons):
+            solvers[epsilon] = otf.Sinkhorn(epsilon, max_iterations=self.iterations)
+        with run.timed("entropy"):
+            for units in (_WEIGHTS, _ACTIVATIONS, _CORRELATIONS):
+                grams = units.grams(pair, self.images)
+                for epsilon, solver in progress(solvers.items(), f"solvers, {units.name}"):
+                    moved, converged = _moved(pair, solver, units, grams)
+                    plans = f"epsilon {epsilon:g}" if epsilon else "exact"
+                    labels = {"units": units.name, "plans": plans, "epsilon": epsilon, "draw": 0}
+                    average = AVERAGED.average(pair, moved, EVENLY)
+                    add(pair, average, measure=AVERAGED.name, converged=converged, **labels)
+                    add(pair, moved, measure="A moved", converged=True, **labels)
+
+        numbers = sorted(self.samples)
+        with run.timed("samples"):
+            for draw in progress(range(1, self.draws + 1), "draws"):
+                # The fewer images of a draw are the first of the many.
+                most = dataclasses.replace(self, images=numbers[-1])
+                few = most.pair(run, [pair.a, pair.b], self.seeds, draw=draw)
+                for units in (_ACTIVATIONS, _CORRELATIONS):
+                    for number in numbers:
+                        grams = units.grams(few, number)
+                        moved, _ = _moved(few, otf.Exact(), units, grams)
+                        average = AVERAGED.average(pair, moved, EVENLY)
+                        labels = {"plans": "exact", "images": number, "draw": draw}
+                        labels |= {"units": units.name, "measure": AVERAGED.name}
+                        add(pair, average, **labels)
+
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows accuracies by plans and by images."""
+        soft = where(records, draw=0)
+        marks = soft["converged"].map({True: "", False: " *"})
+        soft = soft.assign(
+            value=soft["value"].map("{:.2f}".format) + marks,
+            measure=soft["units"] + ", " + soft["measure"],
         )
-    folder = request.folder("ablate")
-    timings: dict[str, float] = {}
-    dataset = request.load()
-    architecture = network(request.model, dataset, request.train_config.augment)
-    models = parents(request, architecture, dataset, folder, timings)
-    pair = pair_of(request, architecture, dataset, models)
-    test = tester(dataset)
+        drawn = records[records["draw"] > 0].astype({"images": int})
+        samples = pivot(drawn, "images", "units", mean_and_deviation)
+        return [
+            table(pivot(soft, "plans", "measure", "first"), ACCURACY),
+            "*: not solved to the tolerance",
+            table(samples, "images"),
+        ]
 
-    def fused(pair: Pair, moved: PyTree) -> float:
-        average = AVERAGES["averaged"](pair, moved, (0.5, 0.5))
-        return test(architecture.apply, reestimated(architecture, average, pair.images))
-
-    began = time.perf_counter()
-    solvers: dict[str, otf.AbstractSolver] = {"exact": otf.Exact()}
-    for epsilon in sorted(options["epsilons"]):
-        solvers[f"{epsilon:g}"] = otf.Sinkhorn(epsilon, max_iterations=options["iterations"])
-    entropy: dict[str, Any] = {name: {} for name in _UNITS}
-    for name, (features, metric) in _UNITS.items():
-        found = features(pair, options["images"])
-        for label, solver in report.progress(solvers.items(), f"solvers, {name}"):
-            moved, converged = _moved(pair, solver, metric, found)
-            entropy[name][label] = {
-                "average": fused(pair, moved),
-                "moved": test(architecture.apply, reestimated(architecture, moved, pair.images)),
-                "converged": converged,
-            }
-    timings["entropy"] = time.perf_counter() - began
-
-    began = time.perf_counter()
-    numbers = sorted(options["samples"])
-    samples: dict[str, Any] = {name: {str(n): [] for n in numbers} for name in _BY_SAMPLES}
-    for draw in report.progress(range(1, options["draws"] + 1), "draws"):
-        seen = seen_images(request, dataset, numbers[-1], draw)
-        few = dataclasses.replace(pair, images=seen)
-        for name in _BY_SAMPLES:
-            features, metric = _UNITS[name]
-            for number in numbers:
-                moved, _ = _moved(pair, otf.Exact(), metric, features(few, number))
-                samples[name][str(number)].append(fused(pair, moved))
-    timings["samples"] = time.perf_counter() - began
-
-    results = {
-        "individuals": [test(architecture.apply, model) for model in models],
-        "vanilla average": fused(pair, pair.a),
-        "entropy": entropy,
-        "samples": samples,
-    }
-    _plot(request, folder, results)
-    report.write_results(folder, request, request.title, _tables(results), results, timings)
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots accuracy over the entropy, averaged and of A as moved, and over the images."""
+        soft = records[(records["epsilon"] > 0)]
+        exact = where(records, epsilon=0)
+        # The accuracy of exact plans is a level, shown as a curve to have a style of its own.
+        names = exact["units"] + ", exact"
+        exact = exact.assign(units=names).drop(columns="epsilon")
+        epsilons = pd.DataFrame({"epsilon": sorted(self.epsilons)})
+        exact = exact.merge(epsilons, how="cross")
+        averaged = where(pd.concat([soft, exact]), measure=AVERAGED.name)
+        levels = {}
+        for name in ("model A", "model B"):
+            levels[name] = where(records, plans=name)["value"].item()
+        drawn = records[records["draw"] > 0]
+        average = Panel(
+            f"{ACCURACY}, averaged",
+            averaged,
+            x="epsilon",
+            curve="units",
+            label="epsilon, in standard deviations of the cost",
+            levels=levels,
+            log=True,
+        )
+        a_moved = dataclasses.replace(
+            average,
+            quantity=f"{ACCURACY}, A moved",
+            records=where(soft, measure="A moved"),
+            levels={},
+        )
+        by_images = Panel(
+            f"{ACCURACY}, averaged, exact plans",
+            drawn,
+            x="images",
+            curve="units",
+            label="images that activations are compared on",
+            spread=True,
+            log=True,
+        )
+        plot_lines(path, self.title, [average, a_moved, by_images])
 
 
 def _moved(
-    pair: Pair,
-    solver: otf.AbstractSolver,
-    metric: costs.CostFn,
-    features: dict[str, otf.Gram] | None,
+    pair: Pair, solver: otf.AbstractSolver, units: _Units, grams: Grams
 ) -> tuple[PyTree, bool]:
     """Moves A by Algorithm 1; says whether each of the plans was solved to its tolerance."""
     symmetry = pair.network.symmetry
-    how: dict[str, Any] = {"metric": metric, "solver": solver, "grams": features}
-    plans = otf.align(symmetry, pair.a, pair.b, method=otf.ForwardPass(), leaf_weight=counts, **how)
+    plans = otf.align(
+        symmetry,
+        pair.a,
+        pair.b,
+        method=otf.ForwardPass(),
+        metric=units.metric,
+        solver=solver,
+        grams=grams,
+        leaf_weight=counts,
+    )
     return otf.transport(symmetry, plans, pair.a), bool(plans.converged)
-
-
-def _plot(request: Request, folder: Any, results: dict[str, Any]) -> None:
-    quantity = "test accuracy (%)"
-    epsilons = sorted(request.options["epsilons"])
-    labels = [f"{epsilon:g}" for epsilon in epsilons]
-    soft = {
-        kind: {
-            name: [found[label][kind] for label in labels]
-            for name, found in results["entropy"].items()
-        }
-        for kind in ("average", "moved")
-    }
-    exact = {
-        f"{name}, exact": [found["exact"]["average"]] * len(epsilons)
-        for name, found in results["entropy"].items()
-    }
-    numbers = sorted(request.options["samples"])
-    drawn = {
-        name: [found[str(number)] for number in numbers]
-        for name, found in results["samples"].items()
-    }
-    x = ("epsilon, in standard deviations of the cost", epsilons)
-    a, b = results["individuals"]
-    alone = {"model A": a, "model B": b}
-    panels = [
-        report.Panel(f"{quantity}, averaged", x, soft["average"] | exact, alone, log=True),
-        report.Panel(f"{quantity}, A moved", x, soft["moved"], log=True),
-        report.Panel(
-            f"{quantity}, averaged, exact plans",
-            ("images that activations are compared on", numbers),
-            {name: [float(np.mean(draws)) for draws in found] for name, found in drawn.items()},
-            spreads={
-                name: [report.deviation(draws) or 0.0 for draws in found]
-                for name, found in drawn.items()
-            },
-            log=True,
-        ),
-    ]
-    report.plot_panels(folder / "ablate.png", request.title, panels)
-
-
-def _tables(results: dict[str, Any]) -> str:
-    entropy, samples = results["entropy"], results["samples"]
-    a, b = results["individuals"]
-    alone = {"model A": a, "model B": b, "vanilla average": results["vanilla average"]}
-    rows = [[name, f"{value:.2f}", *[""] * (2 * len(entropy) - 1)] for name, value in alone.items()]
-    for label in next(iter(entropy.values())):
-        cells = []
-        for found in (solved[label] for solved in entropy.values()):
-            mark = "" if found["converged"] else " *"
-            cells += [f"{found['average']:.2f}{mark}", f"{found['moved']:.2f}"]
-        rows.append([label if label == "exact" else f"epsilon {label}", *cells])
-    drawn = [
-        [number, *(report.summary(found[number]) for found in samples.values())]
-        for number in next(iter(samples.values()))
-    ]
-    columns = [title for name in entropy for title in (f"{name}, averaged", "A moved")]
-    first = report.markdown_table(("accuracy (%), plans by", *columns), rows)
-    second = report.markdown_table(("accuracy (%), images", *samples), drawn)
-    return f"{first}\n\n*: not solved to the tolerance\n\n{second}"

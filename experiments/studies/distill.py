@@ -1,147 +1,125 @@
 """Knowledge distillation into a narrow network (Hinton et al. 2015), from several starts."""
 
-import argparse
 import dataclasses
-import time
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
+import pandas as pd
 
 import otfusion_jax as otf
-from experiments import report
-from experiments.evaluate import tester
-from experiments.methods import across, reestimated
+from experiments.crossings import Crossing
+from experiments.evaluate import ACCURACY
+from experiments.methods import DESCENT_ACROSS
 from experiments.narrow import narrowed
-from experiments.pairs import network, seen_images
-from experiments.runs import Request
-from experiments.train import Teacher, initial, train
+from experiments.networks import reestimated
+from experiments.pairs import seen_images
+from experiments.plots import bars, plot_bars
+from experiments.report import mean_and_deviation, pivot, table, where
+from experiments.runs import Run, Study
+from experiments.train import Teacher, initial
 
 # Between the seeds of the models and those of the orders of examples that students are trained in.
 _NEXT = 1000
+_TEACHER = "teacher"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of this study."""
-    parser.add_argument(
-        "--student",
-        type=float,
-        default=0.25,
-        help="width of the student, as a multiple of the teacher's (default: 0.25)",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=4.0, help="that softens the answers (default: 4)"
-    )
-    parser.add_argument(
-        "--teacher-share",
-        type=float,
-        default=0.9,
-        help="of the loss that is the teacher's, the rest being the labels' (default: 0.9)",
-    )
-    parser.add_argument("--distill-epochs", type=int, default=5, help="of every start (default: 5)")
-    parser.add_argument(
-        "--factor",
-        type=float,
-        default=0.3,
-        help="step size, as a multiple of the recipe's: a teacher's gradients are up to as many"
-        " times larger as its temperature says (default: 0.3)",
-    )
-    parser.add_argument(
-        "--orders", type=int, default=3, help="of examples, to train each start in (default: 3)"
-    )
-    parser.add_argument(
-        "--images", type=int, default=1000, help="training images that batch norm is estimated on"
-    )
+@dataclasses.dataclass(frozen=True)
+class Distill(Study):
+    """Train a narrow network by a wide one's answers, started from fused and other networks."""
 
+    command: ClassVar[str] = "distill"
 
-def run(request: Request) -> None:
-    """Trains a wide teacher, and narrow students from several starts by its answers.
+    seeds: tuple[int, int] = (0, 1)
+    """Seeds of the teacher and of the narrow network."""
+    student: float = 0.25
+    """Width of the student, as a multiple of the teacher's."""
+    temperature: float = 4.0
+    """Temperature that softens the answers."""
+    teacher_share: float = 0.9
+    """Share of the loss that is the teacher's, the rest being the labels'."""
+    distill_epochs: int = 5
+    """Epochs of training from every start."""
+    factor: float = 0.3
+    """Step size, as a multiple of the recipe's: the gradients of a teacher are up to as many times
+    larger as its temperature says."""
+    orders: int = 3
+    """Orders of examples to train each start in."""
+    images: int = 1000
+    """Training images that batch norm is estimated on."""
 
-    The first seed is the teacher's, the second that of the narrow network which the teacher is
-    fused into. Each student is also trained by the labels alone.
+    @property
+    def title(self) -> str:
+        """What the run is about, in words."""
+        return f"{super().title}: student of {self.student:g} the width"
 
-    Args:
-        request: The command.
+    def check(self) -> None:
+        """Refuses a student that is no narrower than the teacher, or is never trained."""
+        super().check()
+        if not 0 < self.student < 1:
+            raise ValueError(f"--student is {self.student}; give more than 0 and less than 1.")
+        if self.orders < 1:
+            raise ValueError(f"--orders is {self.orders}; give at least 1.")
 
-    Raises:
-        ValueError: The student is no narrower than the teacher, or is never trained.
-    """
-    options = request.options
-    if not 0 < options["student"] < 1:
-        raise ValueError(f"--student is {options['student']}; give more than 0 and less than 1.")
-    if options["orders"] < 1:
-        raise ValueError(f"--orders is {options['orders']}; give at least 1.")
-    folder = request.folder("distill")
-    timings: dict[str, float] = {}
-    dataset = request.load()
-    few = dataclasses.replace(request.model, width=options["student"] * request.model.width)
-    recipe = request.train_config
-    wide, narrow = (network(config, dataset, recipe.augment) for config in (request.model, few))
-    test = tester(dataset)
-    models = []
-    for name, config, seed in zip(
-        ("teacher", "narrow network"), (request.model, few), request.seeds, strict=True
-    ):
-        trained = train(config, recipe, dataset, seed, folder / "models")
-        timings[f"training, {name}"] = trained.seconds
-        models.append(trained.params)
-    wise, small = models
+    def measure(self, run: Run) -> None:
+        """Trains a wide teacher, and narrow students from several starts by its answers.
 
-    drawn = initial(few, dataset, request.seeds[1])
-    moved = across(wide, narrow, wise, small)
-    starts = {
-        "drawn at random": drawn,
-        "teacher, pruned by l1 norm": narrowed(wide.symmetry, wise, narrow.symmetry),
-        "teacher, moved onto the one at random": across(wide, narrow, wise, drawn),
-        "teacher, moved onto the narrow network": moved,
-        "narrow network": small,
-        "teacher and narrow network, fused": otf.average([moved, small]),
-    }
-    seen = seen_images(request, dataset, options["images"])
-    config = dataclasses.replace(
-        recipe,
-        epochs=options["distill_epochs"],
-        learning_rate=options["factor"] * recipe.learning_rate,
-    )
-    answers = Teacher(request.model, wise, options["temperature"], options["teacher_share"])
-    found: dict[str, Any] = {}
-    for name, start in starts.items():
-        began = time.perf_counter()
-        start = reestimated(narrow, start, seen)
-        found[name] = {"before": test(narrow.apply, start)}
-        for by, teacher in {"labels": None, "teacher": answers}.items():
-            after = []
-            for number in range(1, options["orders"] + 1):
-                seed = request.seeds[1] + _NEXT * number
-                where = folder / "students"
-                trained = train(few, config, dataset, seed, where, start, teacher)
-                after.append(test(narrow.apply, trained.params))
-            found[name][by] = after
-        timings[name] = time.perf_counter() - began
+        The second seed is that of the narrow network which the teacher is fused into. Each student
+        is also trained by the labels alone.
+        """
+        wide = run.network
+        narrow = run.network_of(self.student)
+        judge = run.judge(narrow)
+        teacher = run.train(self.seeds[0])
+        small = run.train(self.seeds[1], model=narrow.config)
+        drawn = initial(narrow.config, run.dataset, self.seeds[1])
 
-    results = {"teacher": test(wide.apply, wise), "starts": found}
-    report.plot_bars(
-        folder / "distill.png",
-        f"{request.title}: student of {options['student']:g} the width",
-        "test accuracy (%)",
-        {
-            name: (start["before"], np.mean(start["labels"]), np.mean(start["teacher"]))
-            for name, start in found.items()
-        },
-        ("before", "by labels alone", "by the teacher too"),
-        {"teacher": results["teacher"]},
-    )
-    report.write_results(folder, request, request.title, _table(results), results, timings)
-
-
-def _table(results: dict[str, Any]) -> str:
-    rows = [
-        (
-            name,
-            f"{start['before']:.2f}",
-            *(report.summary(start[by]) for by in ("labels", "teacher")),
+        onto_small = _moved(Crossing(wide, narrow, teacher, small))
+        starts = {
+            "drawn at random": drawn,
+            "teacher, pruned by l1 norm": narrowed(wide.symmetry, teacher, narrow.symmetry),
+            "teacher, moved onto the one at random": _moved(Crossing(wide, narrow, teacher, drawn)),
+            "teacher, moved onto the narrow network": onto_small,
+            "narrow network": small,
+            "teacher and narrow network, fused": otf.average([onto_small, small]),
+        }
+        recipe = self.train_config
+        recipe = dataclasses.replace(
+            recipe,
+            epochs=self.distill_epochs,
+            learning_rate=self.factor * recipe.learning_rate,
         )
-        for name, start in results["starts"].items()
-    ]
-    rows.append(("teacher", f"{results['teacher']:.2f}", "", ""))
-    header = ("student's start", "before (%)", "by labels alone", "by the teacher too")
-    return report.markdown_table(header, rows)
+        answers = Teacher(self.model_config, teacher, self.temperature, self.teacher_share)
+        images = seen_images(run.dataset, self.seeds, self.images)
+        for name, start in starts.items():
+            # What was moved, cut or averaged has no statistics that are its own.
+            start = reestimated(narrow, start, images)
+            run.add(judge.accuracy(start), start=name, trained="before", order=0)
+            for by, master in {"by labels alone": None, "by the teacher too": answers}.items():
+                for order in range(1, self.orders + 1):
+                    student = run.train(
+                        self.seeds[1] + _NEXT * order,
+                        model=narrow.config,
+                        config=recipe,
+                        start=start,
+                        teacher=master,
+                    )
+                    labels = {"start": name, "trained": by, "order": order}
+                    run.add(judge.accuracy(student), **labels)
+        of_teacher = run.judge(wide)
+        run.add(of_teacher.accuracy(teacher), start=_TEACHER, trained="before", order=0)
+
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows each start before and after training."""
+        return [table(pivot(records, "start", "trained", mean_and_deviation), ACCURACY)]
+
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots the same as bars."""
+        teacher = where(records, start=_TEACHER)["value"].item()
+        students = records[records["start"] != _TEACHER]
+        cells = bars(students, "start", "trained")
+        plot_bars(path, self.title, ACCURACY, cells, {_TEACHER: teacher})
+
+
+def _moved(crossing: Crossing):
+    """Moves the teacher onto a narrower network."""
+    return crossing.moved(DESCENT_ACROSS.plans(crossing))

@@ -1,296 +1,184 @@
 """Fusion of many models in one call: accuracy, time and memory against their number."""
 
-import argparse
+import dataclasses
 import functools
-import itertools
-import math
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
-from experiments import report
-from experiments.evaluate import accuracy
-from experiments.methods import counts, reestimated
-from experiments.pairs import Network, network, parents
-from experiments.runs import Request
+from experiments.evaluate import ACCURACY
+from experiments.joint import (
+    MEBIBYTES,
+    SECONDS,
+    Program,
+    compiled,
+    draws,
+    inconsistency,
+    into_the_universe,
+    regressed,
+)
+from experiments.methods import BARYCENTER, FUSE, JOINT_METHODS, LEAST_SQUARES, VANILLA
+from experiments.networks import Network, counts, reestimated
+from experiments.plots import Panel, plot_lines
+from experiments.report import mean, mean_and_deviation, pivot, progress, table, where
+from experiments.runs import Run, Study, rounded
 
-# From a stack of models to one, or to their barycenter; and from models to one.
-_Method = Callable[[PyTree], PyTree | otf.Barycenter]
-_Judge = Callable[[PyTree], Array]
-
-_METHODS: dict[str, Callable[[otf.Symmetry, PyTree], PyTree | otf.Barycenter]] = {
-    "Algorithm 1": lambda symmetry, stack: otf.fuse(
-        symmetry, stack, method=otf.ForwardPass(), leaf_weight=counts
-    ),
-    "fuse": lambda symmetry, stack: otf.fuse(symmetry, stack, leaf_weight=counts),
-    "barycenter": lambda symmetry, stack: otf.barycenter(symmetry, stack, leaf_weight=counts),
-}
-_REPAIRED = ("fuse, least squares", "barycenter, least squares")
-_ACCURACIES = ("individuals", "ensemble", "vanilla average", *_METHODS, *_REPAIRED)
+_REPAIRED = f", {LEAST_SQUARES}"
 # How much better the first is than the second.
 _GAINS = {
-    "barycenter - fuse": ("barycenter", "fuse"),
-    "the same, least squares": ("barycenter, least squares", "fuse, least squares"),
+    "barycenter - fuse": (BARYCENTER.name, FUSE.name),
+    "the same, least squares": (BARYCENTER.name + _REPAIRED, FUSE.name + _REPAIRED),
 }
-_RUNS = 3  # timed; the fastest counts
+_INDIVIDUALS = "individuals"
+_COSTS = {SECONDS: "seconds, compiled", MEBIBYTES: "memory (MiB)"}
+_INCONSISTENT = "inconsistent units (%)"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of this study."""
-    parser.add_argument(
-        "--counts", nargs="+", type=int, default=(2, 4, 6, 8), help="of models fused at once"
-    )
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=5,
-        help="choices of so many models, over which accuracies are averaged (default: 5)",
-    )
-    parser.add_argument(
-        "--images", type=int, default=1000, help="training images that repair an average"
-    )
+@dataclasses.dataclass(frozen=True)
+class Many(Study):
+    """Fuse 2, 4, 6 and 8 models at once: accuracy, time and memory."""
 
+    command: ClassVar[str] = "many"
 
-def run(request: Request) -> None:
-    """Trains models from as many seeds as given, and fuses 2, 4, 6 and 8 of them, whichever.
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    """Seeds of the models."""
+    counts: tuple[int, ...] = (2, 4, 6, 8)
+    """Numbers of models that are fused at once."""
+    draws: int = 5
+    """Choices of so many models, over which accuracies are averaged."""
+    images: int = 1000
+    """Training images that repair an average."""
 
-    Args:
-        request: The command.
+    def check(self) -> None:
+        """Refuses to fuse more models than there are, or fewer than two, or none."""
+        super().check()
+        numbers = sorted(self.counts)
+        if numbers[0] < 2 or numbers[-1] > len(self.seeds):
+            raise ValueError(
+                f"--counts are {numbers}, with {len(self.seeds)} seeds; give 2 models or more, and"
+                " as many --seeds."
+            )
+        if self.draws < 1:
+            raise ValueError(f"--draws is {self.draws}; give at least 1.")
 
-    Raises:
-        ValueError: There are not as many seeds as models asked for, or no draws.
-    """
-    numbers = sorted(request.options["counts"])
-    if numbers[0] < 2 or numbers[-1] > len(request.seeds):
-        raise ValueError(
-            f"--counts are {numbers}, with {len(request.seeds)} seeds; give 2 models or more, and"
-            " as many --seeds."
-        )
-    if request.options["draws"] < 1:
-        raise ValueError(f"--draws is {request.options['draws']}; give at least 1.")
-    folder = request.folder("many")
-    timings: dict[str, float] = {}
-    dataset = request.load()
-    architecture = network(request.model, dataset, request.train_config.augment)
-    models = parents(request, architecture, dataset, folder, timings)
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    seen = jnp.asarray(dataset.train_images[: request.options["images"]])
-    apply, symmetry = architecture.apply, architecture.symmetry
-    judged = jax.jit(lambda params: accuracy(lambda batch: apply(params, batch), images, labels))
-    together = jax.jit(
-        lambda models: accuracy(lambda x: otf.ensemble(apply, models, x), images, labels)
-    )
+    def measure(self, run: Run) -> None:
+        """Trains a model from each seed, and fuses some of them, whichever, at once."""
+        network = run.network
+        models = run.models()
+        images = jnp.asarray(run.dataset.train_images[: self.images])
+        judge = run.judge()
+        alone = []
+        for seed, model in zip(self.seeds, models, strict=True):
+            accuracy = judge.accuracy(model)
+            alone.append(rounded(accuracy[ACCURACY]))
+            run.add(accuracy, method=_INDIVIDUALS, models=1, draw=str(seed))
 
-    @functools.cache
-    def plans(source: int, target: int) -> dict[str, Array]:
-        return otf.align(symmetry, models[source], models[target], leaf_weight=counts).plans
+        # Draws share pairs, and `inconsistency` asks for all of them.
+        @functools.cache
+        def plans(source: int, target: int) -> dict[str, Array]:
+            found = otf.align(network.symmetry, models[source], models[target], leaf_weight=counts)
+            return found.plans
 
-    alone = [report.rounded(judged(model)) for model in models]
-    rows = []
-    for count in report.progress(numbers, "fusing"):
-        drawn = draws(len(models), count, request.options["draws"])
-        methods, costs = {}, {}
-        for name, method in _METHODS.items():
-            some = otf.stack([models[k] for k in drawn[0]])
-            methods[name], costs[name] = _compiled(functools.partial(method, symmetry), some)
-        found = [
-            {
-                "seeds": [request.seeds[k] for k in chosen],
-                "individuals": report.rounded(np.mean([alone[k] for k in chosen])),
-                "ensemble": report.rounded(together([models[k] for k in chosen])),
-                **_fused(architecture, models, chosen, methods, plans, seen, judged),
-            }
-            for chosen in drawn
+        for count in progress(sorted(self.counts), "fusing"):
+            chosen = draws(len(models), count, self.draws)
+            stack = otf.stack([models[k] for k in chosen[0]])
+            programs = {}
+            for method in JOINT_METHODS.values():
+                fuse = functools.partial(method.fuse, network.symmetry)
+                program = compiled(fuse, stack)
+                programs[method.name] = program
+                run.add(program.costs, method=method.name, models=count)
+            for some in chosen:
+                seeds = [str(self.seeds[k]) for k in some]
+                labels = {"models": count, "draw": " ".join(seeds)}
+                few = [models[k] for k in some]
+                individuals = np.mean([alone[k] for k in some])
+                run.add({ACCURACY: individuals}, method=_INDIVIDUALS, **labels)
+                ensemble = judge.ensemble(few)
+                run.add({ACCURACY: ensemble[ACCURACY]}, method="ensemble", **labels)
+                # As `fuse` does: all are moved onto the last, which stays.
+                last = some[-1]
+                onto_last = []
+                for k in some:
+                    moved = models[k]
+                    if k != last:
+                        moved = otf.transport(network.symmetry, plans(k, last), moved)
+                    onto_last.append(moved)
+                fused = _fused(network, few, onto_last, programs, images)
+                for name, model in fused.items():
+                    run.add(judge.accuracy(model), method=name, **labels)
+        share = inconsistency(network.symmetry, plans, len(models))
+        if share is not None:
+            run.add({_INCONSISTENT: share}, method=FUSE.name)
+
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows accuracies and what the barycenter gains, costs, and how consistent plans are."""
+        # Single models are there to be looked up; the table is of several.
+        records = records[records["models"] != 1]
+        shown = where(records, metric=ACCURACY).astype({"models": int})
+        accuracies = pivot(shown, "models", "method", mean_and_deviation)
+        draws_made = shown.groupby("models")["draw"].nunique()
+        accuracies.insert(0, "draws", draws_made.map(str))
+        by_draw = pivot(shown, ["models", "draw"], "method", "mean")
+        for name, (better, other) in _GAINS.items():
+            # Within a draw, so that what the draws have in common cancels.
+            gain = (by_draw[better] - by_draw[other]).groupby("models")
+            accuracies[name] = gain.agg(_gain)
+        costs = records[records["metric"].isin(_COSTS)].astype({"models": int})
+        titles = costs["method"] + " " + costs["metric"]
+        costs = costs.assign(cost=titles)
+        tables = [
+            table(accuracies, "models"),
+            table(pivot(costs, "models", "cost", mean()), "models"),
         ]
-        rows.append({"models": count, **_summary(found), "draws": found, "cost": costs})
-    share = inconsistency(symmetry, plans, len(models))
-    results = {"individuals": alone, "inconsistent units (%)": share, "counts": rows}
-    _plot(folder, request.title, numbers, rows)
-    report.write_results(folder, request, request.title, _table(rows, share), results, timings)
+        for share in where(records, metric=_INCONSISTENT)["value"]:
+            tables.append(
+                f"From a to b and on to c, {share:.1f} % of the units end elsewhere than from a to"
+                " c by pairwise alignment; through a reference or a barycenter none do."
+            )
+        return tables
 
-
-def draws(number: int, count: int, wanted: int) -> list[tuple[int, ...]]:
-    """Chooses some of the models, several times; the same for the same arguments.
-
-    Args:
-        number: How many models there are.
-        count: How many of them to choose.
-        wanted: How many choices; fewer are made where there are no more.
-
-    Returns:
-        First the first models in order, then choices at random. Any two differ in who is among
-        them or, as it is what the others are moved onto, in who comes last.
-    """
-    rng = np.random.default_rng(0)
-    found = {}
-    chosen = tuple(range(count))
-    while True:
-        found.setdefault((frozenset(chosen), chosen[-1]), chosen)
-        if len(found) == min(wanted, math.comb(number, count) * count):
-            return list(found.values())
-        chosen = tuple(rng.permutation(number)[:count].tolist())
-
-
-def inconsistency(
-    symmetry: otf.Symmetry, plans: Callable[[int, int], dict[str, Array]], number: int
-) -> float | None:
-    """Percentage of units that end elsewhere on a detour from a to b to c than from a to c.
-
-    Args:
-        symmetry: Of the models.
-        plans: Permutations from one model to another, by their positions.
-        number: How many models there are. All detours in their order count.
-
-    Returns:
-        The percentage; None with fewer than three models, as there is no detour.
-    """
-    shares = []
-    for a, b, c in itertools.combinations(range(number), 3):
-        detour, direct = otf.compose(symmetry, plans(a, b), plans(b, c)), plans(a, c)
-        other = [np.ravel(detour[name] != plan) for name, plan in direct.items()]
-        shares.append(np.mean(np.concatenate(other)))
-    return report.rounded(100 * np.mean(shares)) if shares else None
-
-
-def _compiled(method: _Method, stack: PyTree) -> tuple[_Method, dict[str, float]]:
-    """Makes one compiled program of a method, and says what fusing a stack of models takes."""
-    began = time.perf_counter()
-    program = jax.jit(method).lower(stack).compile()
-    compiled = time.perf_counter() - began
-    seconds = []
-    for _ in range(_RUNS):
-        began = time.perf_counter()
-        jax.block_until_ready(program(stack))
-        seconds.append(time.perf_counter() - began)
-    memory: Any = program.memory_analysis()
-    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return program, {
-        "compile seconds": round(compiled, 2),
-        "seconds": round(min(seconds), 4),
-        "MiB": round(held / 2**20, 1),
-    }
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots accuracies, seconds and memory over the number of models."""
+        records = records[records["models"] != 1]
+        panels = []
+        for metric, quantity in {ACCURACY: ACCURACY, **_COSTS}.items():
+            shown = where(records, metric=metric)
+            spread = metric == ACCURACY
+            panel = Panel(quantity, shown, "models", "method", "models fused", spread=spread)
+            panels.append(panel)
+        plot_lines(path, self.title, panels)
 
 
 def _fused(
-    architecture: Network,
+    network: Network,
     models: Sequence[PyTree],
-    chosen: tuple[int, ...],
-    methods: dict[str, _Method],
-    plans: Callable[[int, int], dict[str, Array]],
+    onto_last: list[PyTree],
+    programs: dict[str, Program],
     images: Array,
-    judged: _Judge,
-) -> dict[str, float]:
-    """Fuses the models chosen by every method, and says how good each of the results is."""
-    some = [models[k] for k in chosen]
-    stack = otf.stack(some)
-    found = {"vanilla average": report.rounded(judged(otf.average(some)))}
-    onto = [
-        otf.transport(architecture.symmetry, plans(k, chosen[-1]), models[k]) for k in chosen[:-1]
-    ]
-    moved = {"fuse": [*onto, some[-1]]}
-    for name, method in methods.items():
-        fused = method(stack)
-        if isinstance(fused, otf.Barycenter):
-            moved[name] = _into_the_universe(architecture, some, fused.plans)
-            fused = fused.params
-        found[name] = report.rounded(judged(reestimated(architecture, fused, images)))
+) -> dict[str, PyTree]:
+    """Fuses models by every method, and repairs what two of them make; by names."""
+    stack = otf.stack(list(models))
+    fused = {VANILLA.name: otf.average(list(models))}
+    moved = {FUSE.name: onto_last}
+    for name, program in programs.items():
+        model = program.run(stack)
+        if isinstance(model, otf.Barycenter):
+            moved[name] = into_the_universe(network, models, model.plans)
+            model = model.params
+        fused[name] = reestimated(network, model, images)
     for name, models_moved in moved.items():
-        found[f"{name}, least squares"] = report.rounded(
-            judged(_regressed(architecture, models_moved, images))
-        )
-    return found
+        fused[name + _REPAIRED] = regressed(network, models_moved, images)
+    return fused
 
 
-def _summary(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means and standard deviations over the draws, of accuracies and of what one gains."""
-    columns = {name: [draw[name] for draw in found] for name in _ACCURACIES}
-    for name, (better, other) in _GAINS.items():
-        columns[name] = list(np.subtract(columns[better], columns[other]))
-    return {
-        "mean": {name: report.rounded(np.mean(values)) for name, values in columns.items()},
-        "standard deviation": {name: report.deviation(of) for name, of in columns.items()},
-        "draws that gain": {
-            name: sum(bool(value > 0) for value in columns[name]) for name in _GAINS
-        },
-    }
-
-
-def _into_the_universe(
-    architecture: Network, models: list[PyTree], plans: dict[str, Array]
-) -> list[PyTree]:
-    return [
-        otf.transport(architecture.symmetry, {name: plan[k] for name, plan in plans.items()}, model)
-        for k, model in enumerate(models)
-    ]
-
-
-def _regressed(architecture: Network, moved: list[PyTree], images: Array) -> PyTree:
-    """Averages models that have been moved, repaired by least squares."""
-    fused = otf.repair(
-        architecture.symmetry, architecture.apply, moved, images, method=otf.LeastSquares()
-    )
-    return reestimated(architecture, fused, images)
-
-
-def _plot(folder: Any, title: str, numbers: list[int], rows: list[dict[str, Any]]) -> None:
-    x = ("models fused", numbers)
-
-    def each(what: str, names: Sequence[str]) -> dict[str, list[float]]:
-        return {name: [row[what][name] or 0.0 for row in rows] for name in names}
-
-    def cost(what: str) -> dict[str, list[float]]:
-        return {name: [row["cost"][name][what] for row in rows] for name in _METHODS}
-
-    spreads = each("standard deviation", _ACCURACIES)
-    panels = [
-        report.Panel("test accuracy (%)", x, each("mean", _ACCURACIES), spreads=spreads),
-        report.Panel("seconds, compiled", x, cost("seconds")),
-        report.Panel("memory (MiB)", x, cost("MiB")),
-    ]
-    report.plot_panels(folder / "many.png", title, panels)
-
-
-def _table(rows: list[dict[str, Any]], share: float | None) -> str:
-    def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
-        return report.with_deviation(row["mean"][name], row["standard deviation"][name], sign)
-
-    def gain(row: dict[str, Any], name: str) -> str:
-        return f"{cell(row, name, '+')} ({row['draws that gain'][name]} of {len(row['draws'])})"
-
-    accuracies = [
-        [
-            str(row["models"]),
-            str(len(row["draws"])),
-            *(cell(row, name) for name in _ACCURACIES),
-            *(gain(row, name) for name in _GAINS),
-        ]
-        for row in rows
-    ]
-    costs = [
-        [
-            str(row["models"]),
-            *(
-                text
-                for cost in row["cost"].values()
-                for text in (f"{cost['seconds']:.2f}", f"{cost['MiB']:.0f}")
-            ),
-        ]
-        for row in rows
-    ]
-    header = [f"{name}{what}" for name in _METHODS for what in (" (s)", " (MiB)")]
-    parts = [
-        report.markdown_table(("models", "draws", *_ACCURACIES, *_GAINS), accuracies),
-        report.markdown_table(("models", *header), costs),
-    ]
-    if share is not None:
-        parts.append(
-            f"From a to b and on to c, {share:.1f} % of the units end elsewhere than from a to c"
-            " by pairwise alignment; through a reference or a barycenter none do."
-        )
-    return "\n\n".join(parts)
+def _gain(gains: pd.Series) -> str:
+    """Shows a mean gain, its deviation, and how many of the draws gain."""
+    gained = sum(gains > 0)
+    return f"{mean_and_deviation(gains, '+')} ({gained} of {len(gains)})"

@@ -1,168 +1,93 @@
 """One-shot fusion of two models trained from different seeds (Singh & Jaggi 2020, section 5.1)."""
 
-import argparse
-import functools
-import time
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import pandas as pd
+import tyro
 
-import otfusion_jax as otf
-from experiments import report
-from experiments.data import Dataset
-from experiments.evaluate import ensemble_loss_and_error, loss_and_error
-from experiments.methods import AVERAGES, METHODS, VARIANTS, mended
-from experiments.pairs import Pair, network, pair_arguments, pair_of, parents
-from experiments.runs import Request
-
-# Whose paths are evaluated and drawn; of all variants a plot would show nothing.
-_PATHS = tuple(METHODS)
+from experiments.evaluate import ACCURACY, BARRIERS, LOSS, Judge
+from experiments.methods import AVERAGED, CORRECTIONS, EVENLY, METHODS, VARIANTS, Method, listed
+from experiments.pairs import PairStudy
+from experiments.plots import PATH_AXIS, Panel, plot_lines
+from experiments.report import mean, pivot, progress, table, where
+from experiments.runs import Run, choice
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of this study."""
-    pair_arguments(parser)
-    parser.add_argument(
-        "--variants",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="all variants of Algorithm 1, the original's own settings, activation matching",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=list(VARIANTS),
-        metavar="METHOD",
-        help=f"these alone, of {', '.join(map(repr, VARIANTS))}",
-    )
-    parser.add_argument(
-        "--path-points",
-        type=int,
-        default=21,
-        help="points evaluated from A to B, an odd number so that the midpoint is one",
-    )
-    parser.add_argument(
-        "--path-images", type=int, help="evaluate paths on so many of the test images only"
-    )
+@dataclasses.dataclass(frozen=True)
+class OneShot(PairStudy):
+    """Fuse two models trained from different seeds, with no retraining."""
 
+    command: ClassVar[str] = "one_shot"
 
-def run(request: Request) -> None:
-    """Fuses two models by every method; leaves a table, a JSON file and a plot.
+    seeds: tuple[int, int] = (0, 1)
+    """Seeds of the models."""
+    variants: bool = False
+    """Compare all variants of Algorithm 1, the original's own settings and activation matching."""
+    methods: Annotated[
+        tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...] | None,
+        tyro.conf.arg(
+            metavar="METHOD [METHOD ...]", help=f"Compare these alone, of {listed(VARIANTS)}."
+        ),
+    ] = None
+    path_points: int = 21
+    """Points evaluated from A to B, an odd number so that the midpoint is one."""
+    path_images: int | None = None
+    """Evaluate paths on so many of the test images only."""
 
-    Args:
-        request: The command.
-    """
-    folder = request.folder("one_shot")
-    timings: dict[str, float] = {}
-    start = time.perf_counter()
-    dataset = request.load()
-    timings["reading data"] = time.perf_counter() - start
-    architecture = network(request.model, dataset, request.train_config.augment)
-    models = parents(request, architecture, dataset, folder, timings)
-    pair = pair_of(request, architecture, dataset, models)
-    results = _compare(request, pair, dataset, timings)
+    def measure(self, run: Run) -> None:
+        """Measures both models, their ensemble, and what every method makes of them."""
+        judge = run.judge()
+        images = run.dataset.test_images[: self.path_images]
+        labels = run.dataset.test_labels[: self.path_images]
+        path_judge = Judge(run.network.apply, images, labels)
+        t = jnp.linspace(0, 1, self.path_points)
+        pair = self.pair(run, run.models(), self.seeds)
 
-    title = request.title
-    methods = results["methods"]
-    panels = {
-        quantity: {name: found[path] for name, found in methods.items() if path in found}
-        for quantity, path in {
-            "test accuracy (%)": "path accuracy",
-            "test loss (nats)": "path loss",
-        }.items()
-    }
-    levels = {"test accuracy (%)": {"ensemble": results["ensemble"]}}
-    x = (report.PATH_AXIS, results["t"])
-    report.plot_lines(folder / "paths.png", title, x, panels, levels)
-    tables = [
-        _table(("test accuracy (%)", *AVERAGES, "error barrier (points)"), results, 2),
-        _table(("test loss (nats)", *AVERAGES, "loss barrier (nats)"), results["losses"], 4),
-    ]
-    report.write_results(folder, request, title, "\n\n".join(tables), results, timings)
+        # A model that is no average stands in the first column of the table.
+        alone = {"t": None, "measure": AVERAGED.name}
+        run.add(judge.measures(pair.a), method="model A", **alone)
+        run.add(judge.measures(pair.b), method="model B", **alone)
+        ensemble = judge.ensemble([pair.a, pair.b])
+        run.add(ensemble, method="ensemble", **alone)
+        methods = VARIANTS if self.variants else METHODS
+        for method in progress(self.methods or methods.values(), "fusing"):
+            with run.timed(method.name):
+                moved = jax.block_until_ready(method.move(pair))
+            for correction in method.corrections:
+                with run.timed(f"{method}, {correction}"):
+                    fused = jax.block_until_ready(correction.average(pair, moved, EVENLY))
+                run.add(judge.measures(fused), method=method.name, measure=correction.name)
+            # The paths of all variants would take long, and a plot of them show nothing.
+            if method in METHODS.values():
+                path = path_judge.path(moved, pair.b, t)
+                for metric, height in path.heights.items():
+                    barrier = BARRIERS[metric]
+                    run.add({metric: height}, method=method.name, measure=barrier)
+                for position, values in path.points:
+                    run.add(values, method=method.name, measure="path", t=position)
 
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows accuracies and losses, and the barriers of both."""
+        single = records[records["t"].isna()]
+        tables = []
+        for metric, digits in {ACCURACY: 2, LOSS: 4}.items():
+            of_metric = where(single, metric=metric)
+            cells = pivot(of_metric, "method", "measure", mean(digits))
+            # All corrections have a column, also those that none of the methods asked for has.
+            columns = [*CORRECTIONS, BARRIERS[metric]]
+            tables.append(table(cells.reindex(columns=columns), metric))
+        return tables
 
-def _compare(
-    request: Request, pair: Pair, dataset: Dataset, timings: dict[str, float]
-) -> dict[str, Any]:
-    """Evaluates both models, their ensemble and every method on the test split.
-
-    Args:
-        request: The command.
-        pair: The models.
-        dataset: The data.
-        timings: Receives the seconds that each method took, compilation included.
-
-    Returns:
-        Accuracies in percent and barriers in percentage points, and losses in nats (of a text, per
-        character) in the same form, ready for JSON.
-    """
-    apply = pair.network.apply
-    images, labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    few = slice(request.options["path_images"])
-    t = jnp.linspace(0, 1, request.options["path_points"])
-
-    @jax.jit
-    def judged(params: PyTree, images: Array, labels: Array) -> Array:
-        return loss_and_error(lambda batch: apply(params, batch), images, labels)
-
-    @jax.jit
-    def barrier(a: PyTree, b: PyTree, images: Array, labels: Array) -> otf.Barrier:
-        return otf.barrier(lambda params: judged(params, images, labels), a, b, t, batch_size=1)
-
-    ensemble = jax.jit(functools.partial(ensemble_loss_and_error, apply))
-
-    def shown(found: Array) -> tuple[float, float]:
-        return report.rounded(100 - found[1]), report.rounded(found[0])
-
-    def tested(params: PyTree) -> tuple[float, float]:
-        return shown(judged(params, images, labels))
-
-    methods: dict[str, dict[str, Any]] = {}
-    losses: dict[str, dict[str, float]] = {}
-    some = VARIANTS if request.options["variants"] else METHODS
-    wanted = {name: VARIANTS[name] for name in request.options["methods"] or some}
-    for name, method in report.progress(wanted.items(), "fusing"):
-        start = time.perf_counter()
-        moved = jax.block_until_ready(method(pair))
-        timings[name] = time.perf_counter() - start
-        found = methods[name] = {}
-        lost = losses[name] = {}
-        for kind, mend in AVERAGES.items():
-            if kind not in mended(name):
-                continue
-            start = time.perf_counter()
-            fused = jax.block_until_ready(mend(pair, moved, (0.5, 0.5)))
-            timings[f"{name}, {kind}"] = time.perf_counter() - start
-            found[kind], lost[kind] = tested(fused)
-        if name in _PATHS:
-            path = barrier(moved, pair.b, images[few], labels[few])
-            lost["barrier"], found["barrier"] = map(report.rounded, path.height)
-            found["path loss"] = [report.rounded(value) for value in path.values[:, 0]]
-            found["path accuracy"] = [report.rounded(100 - value) for value in path.values[:, 1]]
-    both = shown(ensemble([pair.a, pair.b], images, labels))
-    alone = [tested(model) for model in (pair.a, pair.b)]
-    accuracies, nats = (
-        {"individuals": [one[i] for one in alone], "ensemble": both[i]} for i in range(2)
-    )
-    return {
-        **accuracies,
-        "t": [round(position, 6) for position in t.tolist()],
-        "methods": methods,
-        "losses": {**nats, "methods": losses},
-    }
-
-
-def _table(header: tuple[str, ...], results: dict[str, Any], digits: int) -> str:
-    """Lays out accuracies or losses, with so many digits after the point."""
-    names = ("model A", "model B", "ensemble")
-    single = zip(names, (*results["individuals"], results["ensemble"]), strict=True)
-    rows = [[name, f"{value:.{digits}f}", *[""] * len(AVERAGES)] for name, value in single]
-    for name, method in results["methods"].items():
-        cells = (
-            f"{method[kind]:.{digits}f}" if kind in method else ""
-            for kind in (*AVERAGES, "barrier")
-        )
-        rows.append([name, *cells])
-    return report.markdown_table(header, rows)
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots accuracy and loss along the paths."""
+        paths = where(records, measure="path")
+        ensemble = where(records, method="ensemble", metric=ACCURACY)["value"].item()
+        panels = []
+        for metric, levels in {ACCURACY: {"ensemble": ensemble}, LOSS: {}}.items():
+            points = where(paths, metric=metric)
+            panels.append(Panel(metric, points, "t", "method", PATH_AXIS, levels))
+        plot_lines(path, self.title, panels)

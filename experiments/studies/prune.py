@@ -1,143 +1,93 @@
 """Structured pruning, and fusion of the whole network into what is left of it, without data."""
 
-import argparse
 import dataclasses
-import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
-import numpy as np
+import pandas as pd
+import tyro
 
 import otfusion_jax as otf
-from experiments import report
-from experiments.evaluate import tester
-from experiments.methods import across
+from experiments.crossings import Crossing
+from experiments.evaluate import ACCURACY
+from experiments.methods import DESCENT_ACROSS
 from experiments.narrow import narrowed
-from experiments.pairs import network, parents
-from experiments.runs import Request
+from experiments.plots import Panel, plot_lines
+from experiments.report import mean, pivot, progress, table, where
+from experiments.runs import Run, Study
 
 _ORDERS = {"l1": 1, "l2": 2}
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of this study."""
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="safetensors or npz with PyTorch's names and layouts, instead of training",
-    )
-    parser.add_argument(
-        "--shares",
-        nargs="+",
-        type=float,
-        default=(0.3, 0.5, 0.7, 0.8),
-        help="of each layer's units that are left out (default: 0.3 0.5 0.7 0.8)",
-    )
-    parser.add_argument(
-        "--norms",
-        nargs="+",
-        choices=list(_ORDERS),
-        default=list(_ORDERS),
-        help="of the incoming weights, by which units are chosen (default: both)",
-    )
-    parser.add_argument(
-        "--t",
-        nargs="+",
-        type=float,
-        default=(0.25, 0.5, 0.75, 0.9),
-        help="of the averages, (1 - t) · parent + t · child (default: 0.25 0.5 0.75 0.9)",
-    )
+@dataclasses.dataclass(frozen=True)
+class Prune(Study):
+    """Leave out units of a network, and fuse the whole into what is left."""
 
+    command: ClassVar[str] = "prune"
 
-def run(request: Request) -> None:
-    """Prunes networks, moves each onto its pruned child and averages the two.
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the networks."""
+    weights: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="FILE [FILE ...]")] = None
+    """Safetensors or npz with PyTorch's names and layouts, instead of training."""
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
+    """Shares of each layer's units that are left out."""
+    norms: tuple[Literal["l1", "l2"], ...] = ("l1", "l2")
+    """Norms of the incoming weights, by which units are chosen."""
+    t: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
+    """Positions of the averages, (1 - t) · parent + t · child."""
 
-    Args:
-        request: The command.
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that networks are read from, instead of training them."""
+        return self.weights or ()
 
-    Raises:
-        ValueError: A share leaves nothing out, or nothing over; or a t is not on the way.
-    """
-    options = request.options
-    for name, values in (("shares", options["shares"]), ("t", options["t"])):
-        if not all(0 < value < 1 for value in values):
-            raise ValueError(f"--{name} is {list(values)}; give numbers between 0 and 1.")
-    folder = request.folder("prune")
-    timings: dict[str, float] = {}
-    dataset = request.load()
-    whole = network(request.model, dataset)
-    models = parents(request, whole, dataset, folder, timings)
-    test = tester(dataset)
+    def check(self) -> None:
+        """Refuses a share that leaves nothing out, or nothing over, and a t off the way."""
+        super().check()
+        for flag, values in {"shares": self.shares, "t": self.t}.items():
+            if not all(0 < value < 1 for value in values):
+                raise ValueError(f"--{flag} is {list(values)}; give numbers between 0 and 1.")
 
-    t = sorted(options["t"])
-    rows: list[dict[str, Any]] = []
-    began = time.perf_counter()
-    for share in report.progress(sorted(options["shares"]), "pruning"):
-        left = request.model.width * (1 - share)
-        few = network(dataclasses.replace(request.model, width=left), dataset)
-        for norm in options["norms"]:
-            for name, model in zip(_names(request), models, strict=True):
-                child = narrowed(whole.symmetry, model, few.symmetry, _ORDERS[norm])
-                moved = across(whole, few, model, child)
-                averages = {
-                    f"{s:g}": test(few.apply, otf.average([moved, child], (1 - s, s))) for s in t
-                }
-                rows.append(
-                    {
-                        "network": name,
-                        "share": share,
-                        "norm": norm,
-                        "pruned": test(few.apply, child),
-                        "parent, moved": test(few.apply, moved),
-                        "averages": averages,
-                    }
-                )
-    timings["pruning and fusing"] = time.perf_counter() - began
-    individuals = [test(whole.apply, model) for model in models]
-    results = {"individuals": individuals, "rows": rows}
-    _plot(request, folder, results)
-    report.write_results(folder, request, request.title, _table(request, results), results, timings)
+    def measure(self, run: Run) -> None:
+        """Prunes each network, moves it onto its pruned child and averages the two."""
+        whole = run.network
+        networks = dict(zip(self.model_titles, run.models(), strict=True))
+        judge = run.judge(whole)
+        # A network of which nothing is left out.
+        for name, parent in networks.items():
+            labels = {"model": name, "share": 0.0, "norm": ""}
+            run.add(judge.accuracy(parent), measure="pruned", **labels)
+        for share in progress(sorted(self.shares), "pruning"):
+            few = run.network_of(1 - share)
+            judge = run.judge(few)
+            for norm in self.norms:
+                for name, parent in networks.items():
+                    child = narrowed(whole.symmetry, parent, few.symmetry, _ORDERS[norm])
+                    crossing = Crossing(whole, few, parent, child)
+                    moved = crossing.moved(DESCENT_ACROSS.plans(crossing))
+                    models = {"pruned": child, "parent, moved": moved}
+                    for t in sorted(self.t):
+                        average = otf.average([moved, child], (1 - t, t))
+                        models[f"t = {t:g}"] = average
+                    labels = {"model": name, "share": share, "norm": norm}
+                    for measure, model in models.items():
+                        run.add(judge.accuracy(model), measure=measure, **labels)
 
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows a row for each share, norm and network."""
+        percent = 100 * records["share"]
+        records = records.assign(share=percent.map("{:.0f} %".format))
+        cells = pivot(records, ["model", "share", "norm"], "measure", mean())
+        return [table(cells, ACCURACY, "left out", "norm")]
 
-def _names(request: Request) -> list[str]:
-    files = request.options["weights"]
-    return [path.stem for path in files] if files else [f"seed {seed}" for seed in request.seeds]
-
-
-def _plot(request: Request, folder: Path, results: dict[str, Any]) -> None:
-    shares = sorted(request.options["shares"])
-    panels = {}
-    for norm in request.options["norms"]:
-
-        def curve(what: str, t: str | None = None, norm: str = norm) -> list[float]:
-            found: dict[float, list[float]] = {share: [] for share in shares}
-            for row in results["rows"]:
-                if row["norm"] == norm:
-                    found[row["share"]].append(row[what] if t is None else row[what][t])
-            return [float(np.mean(values)) for values in found.values()]
-
-        panels[f"test accuracy (%), kept by {norm} norm"] = {
-            "pruned": curve("pruned"),
-            "parent, moved": curve("parent, moved"),
-            **{f"average, t = {t}": curve("averages", t) for t in results["rows"][0]["averages"]},
-        }
-    levels = {next(iter(panels)): {"whole": float(np.mean(results["individuals"]))}}
-    report.plot_lines(
-        folder / "prune.png", request.title, ("units left out", shares), panels, levels
-    )
-
-
-def _table(request: Request, results: dict[str, Any]) -> str:
-    averages = [f"t = {t}" for t in results["rows"][0]["averages"]]
-    rows = [
-        [name, "", "", f"{value:.2f}", *[""] * (1 + len(averages))]
-        for name, value in zip(_names(request), results["individuals"], strict=True)
-    ]
-    for row in results["rows"]:
-        cells = (row["pruned"], row["parent, moved"], *row["averages"].values())
-        title = (row["network"], f"{100 * row['share']:.0f} %", row["norm"])
-        rows.append([*title, *(f"{value:.2f}" for value in cells)])
-    header = ("accuracy (%)", "left out", "norm", "network", "parent, moved", *averages)
-    return report.markdown_table(header, rows)
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots accuracy over the share, a panel for each norm."""
+        whole = where(records, share=0)["value"].mean()
+        panels = []
+        for norm in self.norms:
+            quantity = f"{ACCURACY}, kept by {norm} norm"
+            levels = {} if panels else {"whole": whole}
+            pruned = where(records, norm=norm)
+            panel = Panel(quantity, pruned, "share", "measure", "units left out", levels)
+            panels.append(panel)
+        plot_lines(path, self.title, panels)

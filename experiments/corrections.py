@@ -1,0 +1,71 @@
+"""What makes one model of A, moved, and B; methods.py gives each its name."""
+
+from jaxtyping import PyTree
+
+import otfusion_jax as otf
+from experiments.networks import reestimated
+from experiments.pairs import Pair
+
+Weights = tuple[float, float]
+"""How much A and B count in an average; the two sum to 1."""
+
+
+def averaged(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
+    """Averages the two, and does nothing more.
+
+    Args:
+        pair: The models.
+        moved: A, moved onto B.
+        weights: How much A and B count.
+
+    Returns:
+        The average.
+    """
+    return otf.average([moved, pair.b], weights)
+
+
+def restored(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
+    """Gives every unit of the average the mean and deviation that it has in the models (REPAIR).
+
+    With batch norm, its statistics are estimated anew instead.
+
+    Args:
+        pair: The models, and the images that statistics are taken on.
+        moved: A, moved onto B.
+        weights: How much A and B count.
+
+    Returns:
+        The average, corrected.
+    """
+    # Batch norm sets mean and deviation of its inputs anyway; to restore them would do it twice.
+    if pair.network.config.use_norm:
+        average = averaged(pair, moved, weights)
+        return reestimated(pair.network, average, pair.images)
+    return _repaired(pair, moved, weights, otf.RestoreStatistics())
+
+
+def regressed(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
+    """Corrects each layer of the average so that its features come closest to the models' mean.
+
+    Args:
+        pair: The models, and the images that features are taken on.
+        moved: A, moved onto B.
+        weights: How much A and B count.
+
+    Returns:
+        The average, corrected.
+    """
+    return _repaired(pair, moved, weights, otf.LeastSquares())
+
+
+def _repaired(pair: Pair, moved: PyTree, weights: Weights, method: otf.AbstractRepair) -> PyTree:
+    network = pair.network
+    fused = otf.repair(
+        network.symmetry,
+        network.apply,
+        [moved, pair.b],
+        pair.images,
+        weights=weights,
+        method=method,
+    )
+    return reestimated(network, fused, pair.images)
