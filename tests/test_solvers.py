@@ -241,6 +241,13 @@ def test_what_is_no_problem_is_told_how_to_call_a_solver(given, named):
         base.check_problem(given)
 
 
+def test_a_cost_alone_is_the_problem_of_uniform_masses():
+    cost = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    alone, problem = otf.Exact().solve(cost), otf.Exact().solve(otf.TransportProblem(cost))
+    chex.assert_trees_all_equal(alone, problem)
+    assert alone.plan.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("cost", [[[1.0, 2.0], [3.0, 4.0]], "cost", Shaped()])
 def test_a_cost_that_is_no_array(cost):
     with pytest.raises(TypeError, match=f"the cost is a {type(cost).__name__}; pass an array"):

@@ -102,24 +102,27 @@ class AbstractSolver(abc.ABC):
         return False
 
     @final
-    def solve(self, problem: TransportProblem) -> Solution:
+    def solve(self, problem: TransportProblem | Float[Array, "n m"]) -> Solution:
         """Finds a plan of low cost.
 
         Args:
             problem: The cost, the masses of the units where these are not uniform, and, for a
-                quadratic solver, the intra-domain costs.
+                quadratic solver, the intra-domain costs. A cost alone, float `[n, m]`, stands for
+                the problem with uniform masses.
 
         Returns:
             The solution. For traced input that is not valid, nothing can be raised: `converged` is
             False, `value` and `gap` are NaN, and the plan is unusable on purpose (see the class).
 
         Raises:
-            TypeError: For a bare cost in place of a problem, and for what is no array.
+            TypeError: For what is neither a problem nor a cost, and for what is no array.
             ValueError: For shapes that do not fit, for costs that are known (not traced) and not
                 finite, for masses that are known to be no distribution, and for a quadratic solver
                 without `intra`.
             ImportError: For `Exact`, where it takes a linear program and POT is not installed.
         """
+        if isinstance(problem, jax.Array):
+            problem = TransportProblem(problem)
         check_problem(problem)
         if self.quadratic:
             check_intra(problem)
@@ -147,7 +150,7 @@ def check_problem(problem: object) -> None:
         problem: What was given: a single problem, not a stack of them.
 
     Raises:
-        TypeError: For a bare cost in place of a problem, and for what is no array.
+        TypeError: For what is no problem, and for what is no array.
         ValueError: For a cost of another rank, for costs that are known not to be finite, for
             masses of another shape, and for those that are known to be no distribution.
     """
