@@ -1,5 +1,7 @@
 """What moves model A onto model B before the two are averaged; methods.py gives each its name."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 from ott.geometry import costs
@@ -61,9 +63,7 @@ def preactivation_grams(pair: Pair, samples: int) -> dict[str, otf.Gram]:
     Returns:
         The inner products of each group's activations, by its name.
     """
-    network = pair.network
-    batches = _batches(pair.images[:samples])
-    return otf.feature_gram(network.symmetry, network.apply, pair.a, pair.b, batches)
+    return _grams(pair, samples, "preactivation", center=False)
 
 
 def activation_grams(pair: Pair, samples: int) -> dict[str, otf.Gram]:
@@ -76,16 +76,17 @@ def activation_grams(pair: Pair, samples: int) -> dict[str, otf.Gram]:
     Returns:
         The inner products of each group's activations, by its name.
     """
+    return _grams(pair, samples, "activation", center=True)
+
+
+def _grams(
+    pair: Pair, samples: int, at: Literal["preactivation", "activation"], center: bool
+) -> dict[str, otf.Gram]:
+    """Compares the units of both models on some of the pair's images, batch by batch."""
     network = pair.network
     batches = _batches(pair.images[:samples])
     return otf.feature_gram(
-        network.symmetry,
-        network.apply,
-        pair.a,
-        pair.b,
-        batches,
-        at="activation",
-        center=True,
+        network.symmetry, network.apply, pair.a, pair.b, batches, at=at, center=center
     )
 
 

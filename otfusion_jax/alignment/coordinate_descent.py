@@ -197,11 +197,7 @@ class DescentSweep(AbstractSweep):
         for group, solution in zip(tree.groups, solutions, strict=True):
             old_plans.append(state.plans[group.name])
             new_plans.append(solution.plan)
-        plans = {}
-        if tree.siblings:
-            plans = self.problem.carried(tree, state.plans, new_plans[0])
-        for group, plan in zip(tree.groups, new_plans, strict=True):
-            plans[group.name] = plan
+        plans = self.problem.plans_after(tree, state.plans, new_plans)
 
         one_to_one = all(map(is_permutation, new_plans))
         better = jnp.array(True)

@@ -113,12 +113,8 @@ class ForwardSweep(AbstractSweep):
         solutions: list[Solution],
     ) -> DescentState:
         """See `AbstractSweep.accept`. Here every plan is kept."""
-        # Siblings are in place by the old order of the root's units, and move along with these.
-        plans = {}
-        if tree.siblings:
-            plans = self.problem.carried(tree, state.plans, solutions[0].plan)
-        for group, solution in zip(tree.groups, solutions, strict=True):
-            plans[group.name] = solution.plan
+        new_plans = [solution.plan for solution in solutions]
+        plans = self.problem.plans_after(tree, state.plans, new_plans)
         return state.after(tree, solutions, plans, jnp.array(True))
 
 

@@ -161,6 +161,23 @@ class AlignmentProblem:
         target_units = jnp.zeros((*target_group.batch, target_group.size, 0), self.dtype)
         return unit_gram(source_units, target_units, group, self.solver.quadratic)
 
+    def plans_after(self, tree: GroupTree, plans: Plans, tree_plans: Sequence[Array]) -> Plans:
+        """Returns the plans that change when a group tree gets new ones.
+
+        Args:
+            tree: The group tree.
+            plans: The plans of all groups so far.
+            tree_plans: The new plan of each group of the tree.
+
+        Returns:
+            The plans of the tree's groups, and those of its siblings, which are in place by the old
+            order of the root's units and move along with these.
+        """
+        changed = self.carried(tree, plans, tree_plans[0]) if tree.siblings else {}
+        for group, plan in zip(tree.groups, tree_plans, strict=True):
+            changed[group.name] = plan
+        return changed
+
     def carried(self, tree: GroupTree, plans: Plans, root_plan: Array) -> Plans:
         """Returns the plans of what is nested in a root, but not in this tree, as the root moves.
 

@@ -19,6 +19,20 @@ _SHOWN_CHARACTERS = 80
 # --- arguments
 
 
+def kind_of(value: Any) -> str:
+    """Says in words of which type a value is, or which class it is itself.
+
+    Args:
+        value: The argument that was given.
+
+    Returns:
+        Words such as "a list", or "the class Exact".
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
+
+
 def require_kind(value: Any, kind: type, name: str, examples: str) -> None:
     """Refuses a value that is not an instance of a class.
 
@@ -34,10 +48,7 @@ def require_kind(value: Any, kind: type, name: str, examples: str) -> None:
     """
     if isinstance(value, kind):
         return
-    if isinstance(value, type):
-        given = f"the class {value.__name__}"
-    else:
-        given = repr(value)[:_SHOWN_CHARACTERS]
+    given = kind_of(value) if isinstance(value, type) else repr(value)[:_SHOWN_CHARACTERS]
     raise TypeError(f"{name} is {given}; pass {examples}")
 
 

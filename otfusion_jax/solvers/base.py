@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from otfusion_jax.common.arguments import kind_of
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -155,11 +157,8 @@ def check_problem(problem: object) -> None:
             masses of another shape, and for those that are known to be no distribution.
     """
     if not isinstance(problem, TransportProblem):
-        given = f"a {type(problem).__name__}"
-        if isinstance(problem, type):
-            given = f"the class {problem.__name__}"
         raise TypeError(
-            f"{given} was given where a problem is wanted: call "
+            f"{kind_of(problem)} was given where a problem is wanted: call "
             "solver.solve(TransportProblem(cost)), with masses and intra-domain costs if need be"
         )
     _require_array("the cost", problem.cost)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from otfusion_jax.common.arguments import require_arrays
+from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -40,7 +40,7 @@ def require_symmetry(symmetry: Any, call: str) -> None:
     """
     if not isinstance(symmetry, Symmetry):
         raise TypeError(
-            f"a {type(symmetry).__name__} was given where a symmetry is wanted: call {call}, with "
+            f"{kind_of(symmetry)} was given where a symmetry is wanted: call {call}, with "
             "what trace_symmetry returns"
         )
 

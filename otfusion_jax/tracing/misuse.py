@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -60,7 +61,7 @@ def find_foreign_input(inputs: tuple[PyTree, ...]) -> str | None:
     for path, value in leaves_with_paths:
         if not _is_array(value):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return f"input {name} is {_kind(value)}; pass pytrees of arrays, close over the rest"
+            return f"input {name} is {kind_of(value)}; pass pytrees of arrays, close over the rest"
     return None
 
 
@@ -70,7 +71,7 @@ def _mended_calls(
     """Yields the calls that may have been meant."""
     apply = getattr(fn, "apply", None)
     if callable(apply):
-        advice = f"the function is {_kind(fn)}, which holds the function to pass: its `apply`"
+        advice = f"the function is {kind_of(fn)}, which holds the function to pass: its `apply`"
         yield _MendedCall(apply, (params, *inputs), advice)
 
     # Whichever input has taken the place of the parameters, the rest is in order.
@@ -108,13 +109,6 @@ def _works(call: _MendedCall) -> bool:
     except Exception:  # whatever a function raises for what it does not take
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    """Says what a value is, a class or an instance of one."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return f"a {type(value).__name__}"
 
 
 def _is_array(value: Any) -> bool:
