@@ -19,16 +19,7 @@ def _conv(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 def mlpnet() -> Network:
     """784-400-200-100-10, ReLU, no biases."""
-    widths = (784, 400, 200, 100, 10)
-    pairs = enumerate(zip(widths, widths[1:], strict=False))
-    shapes: dict[str, tuple[int, ...]] = {f"dense{i}": pair for i, pair in pairs}
-
-    def apply(params: dict[str, Array], x: Array) -> Array:
-        for name in shapes:
-            x = (jax.nn.relu(x) if name != "dense0" else x) @ params[name]
-        return x
-
-    return apply, shapes, (1, 784)
+    return mlp((784, 400, 200, 100, 10))
 
 
 def vgg11() -> Network:
@@ -53,12 +44,86 @@ def vgg11() -> Network:
     return apply, shapes, (1, 32, 32, 3)
 
 
-def resnet18() -> Network:
-    """3x3 stem, basic blocks [2, 2, 2, 2], 1x1 shortcuts where the shape changes; no biases."""
-    shapes: dict[str, tuple[int, ...]] = {"stem": (3, 3, 3, 64)}
+def vgg16() -> Network:
+    """The VGG16 of Git Re-Basin: LayerNorm after each convolution, biases, three dense layers.
+
+    Parameters have the names of its specification.
+    """
+    plan = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = 3
+    for number, out in enumerate(filter(None, plan)):
+        shapes[f"Conv_{number}/kernel"] = (3, 3, width, out)
+        shapes[f"Conv_{number}/bias"] = (out,)
+        shapes[f"LayerNorm_{number}/scale"] = (out,)
+        shapes[f"LayerNorm_{number}/bias"] = (out,)
+        width = out
+    for number, out in enumerate((512, 512, 10)):
+        shapes[f"Dense_{number}/kernel"] = (width, out)
+        shapes[f"Dense_{number}/bias"] = (out,)
+
+    def apply(params: dict[str, Array], x: Array) -> Array:
+        number = 0
+        for out in plan:
+            if not out:
+                window = (1, 2, 2, 1)
+                x = lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
+                continue
+            x = _conv(x, params[f"Conv_{number}/kernel"]) + params[f"Conv_{number}/bias"]
+            x = jax.nn.standardize(x, axis=-1)
+            x = x * params[f"LayerNorm_{number}/scale"] + params[f"LayerNorm_{number}/bias"]
+            x = jax.nn.relu(x)
+            number += 1
+        x = x.reshape(len(x), -1)
+        for number in range(3):
+            x = x if number == 0 else jax.nn.relu(x)
+            x = x @ params[f"Dense_{number}/kernel"] + params[f"Dense_{number}/bias"]
+        return x
+
+    return apply, shapes, (1, 32, 32, 3)
+
+
+def mlp(widths: tuple[int, ...]) -> Network:
+    """Dense layers of some widths, ReLU between them, no biases."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, pair in enumerate(zip(widths, widths[1:], strict=False)):
+        shapes[f"dense{number}"] = pair
+
+    def apply(params: dict[str, Array], x: Array) -> Array:
+        for number, name in enumerate(shapes):
+            x = (jax.nn.relu(x) if number else x) @ params[name]
+        return x
+
+    return apply, shapes, (1, widths[0])
+
+
+def vit(depth: int = 12) -> Network:
+    """The vision transformer of the studies: 4 heads of 8 units, images of MNIST."""
+    from experiments.transformers import ViT
+
+    module = ViT(depth=depth, heads=4, head_units=8, classes=10, use_bias=True, dtype=jnp.float32)
+    size = (1, 28, 28, 1)
+    tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(size))
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in flat}
+
+    def apply(params: dict[str, Array], x: Array) -> Any:
+        return module.apply(treedef.unflatten([params[name] for name in shapes]), x)
+
+    return apply, shapes, size
+
+
+def resnet18(divisor: int = 1) -> Network:
+    """3x3 stem, basic blocks [2, 2, 2, 2], 1x1 shortcuts where the shape changes; no biases.
+
+    Args:
+        divisor: what the widths are divided by.
+    """
+    width = 64 // divisor
+    shapes: dict[str, tuple[int, ...]] = {"stem": (3, 3, 3, width)}
     blocks = []
-    width = 64
-    for stage, out in enumerate((64, 128, 256, 512)):
+    for stage in range(4):
+        out = (64 << stage) // divisor
         for number in range(2):
             name, stride = f"stage{stage}/block{number}", 2 if stage and not number else 1
             blocks.append((name, stride))

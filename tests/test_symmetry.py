@@ -149,7 +149,7 @@ def test_validate_waits_for_the_device_once(monkeypatch):
         transfers.append(counts)
         return jax.tree.map(np.asarray, counts)
 
-    monkeypatch.setattr(finiteness, "_can_be_read_in_place", lambda array: False)
+    monkeypatch.setattr(finiteness, "can_be_read_in_place", lambda array: False)
     monkeypatch.setattr(jax, "device_get", device_get)
     with pytest.raises(ValueError, match="(?s)in: 1 of 24 .*scale: 3 of 5 values"):
         symmetry.validate(params)

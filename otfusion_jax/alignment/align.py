@@ -1,7 +1,6 @@
 """Aligning one model to another: the public function, and the jitted call of a method."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +20,7 @@ from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.problem import AbstractMethod, Alignment, Marginals, set_up_problem
 from otfusion_jax.common.arguments import require_function
+from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
@@ -123,7 +123,6 @@ def align(
     return alignment
 
 
-@functools.partial(jax.jit, static_argnames=("symmetry", "onto", "method", "solver", "weights"))
 def find_plans(
     symmetry: Symmetry,
     onto: Symmetry,
@@ -138,6 +137,9 @@ def find_plans(
     weights: tuple[float, ...] | None = None,
 ) -> Alignment:
     """Aligns one model to another, without checks.
+
+    Known values are gone over by Python, in small programs that equal parts of the models share.
+    What is traced becomes one program.
 
     Args:
         symmetry: The symmetry of the source.
@@ -154,6 +156,36 @@ def find_plans(
     Returns:
         The alignment.
     """
+    known = all_known(source, target, grams, marginals)
+    find = _find_plans if known else _find_plans_jitted
+    return find(
+        symmetry,
+        onto,
+        source,
+        target,
+        method=method,
+        metric=metric,
+        solver=solver,
+        grams=grams,
+        marginals=marginals,
+        weights=weights,
+    )
+
+
+def _find_plans(
+    symmetry: Symmetry,
+    onto: Symmetry,
+    source: PyTree,
+    target: PyTree,
+    *,
+    method: AbstractMethod,
+    metric: costs.CostFn,
+    solver: AbstractSolver,
+    grams: dict[str, Gram] | None,
+    marginals: Marginals,
+    weights: tuple[float, ...] | None,
+) -> Alignment:
+    """Aligns one model to another, see `find_plans`."""
     problem, exponent = set_up_problem(
         symmetry, onto, source, target, metric, solver, marginals=marginals, weights=weights
     )
@@ -163,9 +195,16 @@ def find_plans(
         # Nothing can move, and a method would have nothing to go over.
         distance = problem.distance({})
         alignment = Alignment({}, distance, distance[None], jnp.array(True), {})
+    if problem.known and exponent == 0:
+        return alignment
     # The problem's parameters are those of the models times 2**-exponent. Objectives are squares
     # of these; in which power gaps are depends on the ground cost.
     objective, history = restored((alignment.objective, alignment.history), exponent, 2)
     degree = method.cost_degree(metric, grams is not None)
     gaps = restored(alignment.gaps, exponent, degree)
     return dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
+
+
+_find_plans_jitted = jax.jit(
+    _find_plans, static_argnames=("symmetry", "onto", "method", "solver", "weights")
+)

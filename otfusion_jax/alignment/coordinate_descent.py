@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.descent_memory import DescentMemory
 from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.forward_pass import ForwardSweep, leaves_used_twice
 from otfusion_jax.alignment.group_tree import GroupTree
@@ -100,6 +102,8 @@ class CoordinateDescent(AbstractMethod):
         first_sweeps = []
         for start in self.starts:
             first_sweeps.append(-1 if start == "forward" else 0)
+        if problem.known:
+            return descent.best_of_known(first_sweeps)
         if len(self.starts) == 1:
             return descent.run(jnp.array(first_sweeps)[0])
         # One after the other, so that none waits for the one that takes more sweeps.
@@ -146,10 +150,44 @@ class _Descent:
         state = dataclasses.replace(self.initial, improved=jnp.array(True))
         start = _Progress(state, history, first_sweep)
         state, history, sweep = jax.lax.while_loop(self.is_unfinished, self.go_over_all, start)
-        converged = state.converged & ~state.improved
+        converged = state.all_converged() & ~state.improved
         # No NaN to fill it up: `jax_debug_nans` would take it for a fault.
         history = jnp.where(jnp.arange(len(history)) > sweep, history[sweep], history)
         return Alignment(state.plans, history[-1], history, converged, state.gaps)
+
+    def best_of_known(self, first_sweeps: Sequence[int]) -> Alignment:
+        """Descends from several starts, and returns the end that is the most similar."""
+        ends = []
+        for first_sweep in first_sweeps:
+            end = self.run_known(first_sweep)
+            if end.objective == 0:
+                # The moved source is the target: no other end could be closer.
+                return end
+            ends.append(end)
+        if len(ends) == 1:
+            return ends[0]
+        similarities = [self.problem.similarity(end.plans) for end in ends]
+        return ends[int(np.argmax(similarities))]
+
+    def run_known(self, first_sweep: int) -> Alignment:
+        """The same as `run`, by a loop of Python, which goes over nothing that is perfect."""
+        state = self.initial
+        if first_sweep < 0:
+            state = visit_group_trees(self.problem, state, self.sweeps, 0)
+        memory = DescentMemory(self.problem)
+        sweep = DescentSweep(self.problem, costs.SqEuclidean(), memory)
+        history = [memory.distance(state.plans)]
+        improved = bool(history[0] > 0)
+        while improved and len(history) <= self.max_sweeps:
+            state = dataclasses.replace(state, improved=jnp.array(False))
+            state = visit_group_trees(self.problem, state, [sweep])
+            history.append(memory.distance(state.plans))
+            improved = bool(state.improved & (history[-1] > 0))
+        converged = state.all_converged() & jnp.array(not improved)
+        objective = history[-1]
+        unused = self.max_sweeps + 1 - len(history)
+        values = np.array(jax.device_get(history + [objective] * unused))
+        return Alignment(state.plans, objective, jax.device_put(values), converged, state.gaps)
 
     def is_unfinished(self, progress: _Progress) -> Array:
         """Whether the last sweep has improved anything, and there may be another one."""
@@ -158,7 +196,7 @@ class _Descent:
     def go_over_all(self, progress: _Progress) -> _Progress:
         """Makes one sweep. The forward pass, sweep -1, writes the first entry of the history."""
         state, history, sweep = progress
-        state = dataclasses.replace(state, converged=jnp.array(True), improved=jnp.array(False))
+        state = dataclasses.replace(state, improved=jnp.array(False))
         which = jnp.where(sweep < 0, 0, len(self.sweeps) - 1)
         state = visit_group_trees(self.problem, state, self.sweeps, which)
         history = history.at[sweep + 1].set(self.problem.distance(state.plans))
@@ -172,17 +210,24 @@ class DescentSweep(AbstractSweep):
     Attributes:
         problem: The alignment problem.
         metric: The ground metric, squared distances: theirs is the objective.
+        memory: What earlier sweeps of the same descent have compared; None where it is traced.
     """
 
     problem: AlignmentProblem
     metric: costs.CostFn
+    memory: DescentMemory | None = None
+
+    def is_settled(self, tree: GroupTree, state: DescentState) -> bool:
+        """See `AbstractSweep.is_settled`. From the same costs would come the same plans."""
+        return self.memory is not None and self.memory.is_current(tree, state.plans)
 
     def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
         """See `AbstractSweep.compare`."""
         members = []
         for group in tree.groups:
             members.append(group.members)
-        return self.problem.compare(tree, state.plans, members)
+        comparing = self.problem if self.memory is None else self.memory
+        return comparing.compare(tree, state.plans, members)
 
     def accept(
         self,
@@ -200,16 +245,10 @@ class DescentSweep(AbstractSweep):
         plans = self.problem.plans_after(tree, state.plans, new_plans)
 
         one_to_one = all(map(is_permutation, new_plans))
-        better = jnp.array(True)
         if one_to_one:
-            # |moved - target|² = |moved|² + |target|² - 2 overlap, and moving keeps the norms.
-            gain = overlap(grams, new_plans) - overlap(grams, old_plans)
-            source_sq_norm = 0
-            target_sq_norm = 0
-            for group_grams in grams:
-                source_sq_norm = source_sq_norm + jnp.sum(group_grams.source_sq_norms)
-                target_sq_norm = target_sq_norm + jnp.sum(group_grams.target_sq_norms)
-            better = gain > ROUNDING * jnp.sqrt(source_sq_norm * target_sq_norm)
+            better = _is_better(grams, old_plans, new_plans)
+        else:
+            better = jnp.array(True)
         if not one_to_one or any(map(leaves_used_twice, tree.groups)):
             # What was minimised is not the objective.
             old_distance = self.problem.distance(state.plans)
@@ -218,6 +257,23 @@ class DescentSweep(AbstractSweep):
         # A problem without a solution must not pass for one that is solved.
         for solution in solutions:
             better = better | ~jnp.isfinite(solution.value)
-        for name, plan in plans.items():
-            plans[name] = jnp.where(better, plan, state.plans[name])
+        if self.problem.known:
+            # A plan that stays is the same array as before, which tells that nothing has moved.
+            plans = plans if better else {}
+        else:
+            for name, plan in plans.items():
+                plans[name] = jnp.where(better, plan, state.plans[name])
         return state.after(tree, solutions, plans, better)
+
+
+@jax.jit
+def _is_better(grams: list[Gram], old_plans: list[Array], new_plans: list[Array]) -> Array:
+    """Whether permutations bring the source closer to the target, by more than rounding."""
+    # |moved - target|² = |moved|² + |target|² - 2 overlap, and moving keeps the norms.
+    gain = overlap(grams, new_plans) - overlap(grams, old_plans)
+    source_sq_norm = 0
+    target_sq_norm = 0
+    for group_grams in grams:
+        source_sq_norm = source_sq_norm + jnp.sum(group_grams.source_sq_norms)
+        target_sq_norm = target_sq_norm + jnp.sum(group_grams.target_sq_norms)
+    return gain > ROUNDING * jnp.sqrt(source_sq_norm * target_sq_norm)

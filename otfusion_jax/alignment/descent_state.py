@@ -1,7 +1,10 @@
 """What is known while groups are solved one after the other, and what it is at the start."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jaxtyping import Array
 
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.solvers.base import Solution, TransportProblem
+from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.groups import Group, Plans
 from otfusion_jax.symmetry.plans import is_permutation
@@ -24,13 +27,13 @@ class DescentState:
     Attributes:
         plans: The plans of all groups so far, by name.
         gaps: The duality gap of each group's last solve, float `[]`, by name.
-        converged: Whether all solves since the last reset have converged, bool `[]`.
+        converged: Whether the last solve of each group has converged, bool `[]`, by name.
         improved: Whether any plan has been accepted since the last reset, bool `[]`.
     """
 
     plans: Plans
     gaps: dict[str, Array]
-    converged: Array
+    converged: dict[str, Array]
     improved: Array
 
     def after(
@@ -45,12 +48,16 @@ class DescentState:
             improved: Whether they are taken for an improvement, bool `[]`.
         """
         gaps = dict(self.gaps)
-        converged = self.converged
+        converged = dict(self.converged)
         for group, solution in zip(tree.groups, solutions, strict=True):
             # Of what was solved, and so also where the plan has been turned down.
             gaps[group.name] = solution.gap
-            converged = converged & solution.converged
+            converged[group.name] = solution.converged
         return DescentState(self.plans | plans, gaps, converged, self.improved | improved)
+
+    def all_converged(self) -> Array:
+        """Whether the last solves of all groups have converged, bool `[]`."""
+        return functools.reduce(operator.and_, self.converged.values())
 
 
 def initial_state(problem: AlignmentProblem) -> DescentState:
@@ -64,6 +71,7 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
     """
     plans = problem.symmetry.identity()
     gaps = {}
+    converged = {}
     outer_names = set()
     for group in problem.symmetry.groups:
         outer_names.add(group.outer)
@@ -73,8 +81,9 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
         solver = Exact() if group.name in outer_names else problem.solver
         # A loop needs plans of one form from start to end. Only the solver knows whether it
         # returns permutations, so it is asked, without being run.
-        solution = jax.eval_shape(solver.solve, _abstract_problem(problem, group, target_group))
+        solution = _abstract_solution(solver, _abstract_problem(problem, group, target_group))
         gaps[group.name] = jnp.zeros(solution.gap.shape, solution.gap.dtype)
+        converged[group.name] = jnp.array(True)
         plan = plans[group.name]
         if not is_permutation(solution.plan):
             n, m = group.size, target_group.size
@@ -86,7 +95,7 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
             shape = (*group.batch, target_group.batch[-1], *plan.shape[rank:])
             plan = jnp.broadcast_to(jnp.expand_dims(plan, rank), shape)
         plans[group.name] = plan
-    return DescentState(plans, gaps, jnp.array(True), jnp.array(False))
+    return DescentState(plans, gaps, converged, jnp.array(False))
 
 
 def _abstract_problem(
@@ -104,6 +113,20 @@ def _abstract_problem(
     cost = jax.ShapeDtypeStruct((n, m), dtype)
     # `eval_shape` takes these in the place of arrays.
     return TransportProblem(cost, a, b, intra)  # pyright: ignore[reportArgumentType]
+
+
+def _abstract_solution(solver: AbstractSolver, problem: TransportProblem) -> Solution:
+    """Returns shapes and dtypes of the solution of a problem of which no more is known."""
+    shapes, treedef = jax.tree.flatten(problem)
+    return _solution_of_shapes(solver, tuple(shapes), treedef)
+
+
+@functools.lru_cache(maxsize=1024)
+def _solution_of_shapes(
+    solver: AbstractSolver, shapes: tuple[jax.ShapeDtypeStruct, ...], treedef: Any
+) -> Solution:
+    # Most groups of a deep network are of a few sizes, and to trace a solver takes a while.
+    return jax.eval_shape(solver.solve, treedef.unflatten(shapes))
 
 
 def _order_keeping_coupling(n: int, m: int) -> Array:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from ott.geometry import costs
 
@@ -54,8 +55,9 @@ class ForwardPass(AbstractMethod):
         sweep = ForwardSweep(problem, problem.metric, grams, self.unit_norm, self.members)
         start = initial_state(problem)
         state = visit_group_trees(problem, start, [sweep])
-        history = jnp.stack([problem.distance(start.plans), problem.distance(state.plans)])
-        return Alignment(state.plans, history[-1], history, state.converged, state.gaps)
+        before, after = problem.distance(start.plans), problem.distance(state.plans)
+        history = jnp.stack([before, after])
+        return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
     def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
         """See `AbstractMethod.cost_degree`."""
@@ -102,7 +104,7 @@ class ForwardSweep(AbstractSweep):
                     members.append(_members_in_place(self.problem, tree, group))
             compared = self.problem.compare(tree, state.plans, members)
         if self.unit_norm:
-            compared = [grams.normalised() for grams in compared]
+            compared = [_normalised(grams) for grams in compared]
         return compared
 
     def accept(
@@ -116,6 +118,11 @@ class ForwardSweep(AbstractSweep):
         new_plans = [solution.plan for solution in solutions]
         plans = self.problem.plans_after(tree, state.plans, new_plans)
         return state.after(tree, solutions, plans, jnp.array(True))
+
+
+@jax.jit
+def _normalised(grams: Gram) -> Gram:
+    return grams.normalised()
 
 
 def _members_in_place(problem: AlignmentProblem, tree: GroupTree, group: Group) -> Sequence[Member]:

@@ -101,11 +101,11 @@ def _coupled_pairs(symmetry: Symmetry) -> set[frozenset[str]]:
     What either gains by moving depends on where the other is: they cannot be matched at once.
     """
     pairs = set()
-    for partition, unit_axes in symmetry.leaf_structures:
-        for one, other in itertools.combinations(unit_axes, 2):
+    for structure in symmetry.leaf_structures:
+        for one, other in itertools.combinations(structure.unit_axes, 2):
             same_outer = one.group.outer and one.group.outer == other.group.outer
             if same_outer and one.group is not other.group:
                 # In different blocks of a leaf (queries, values) they do not meet.
-                if partition.together({one.dim, other.dim}):
+                if structure.partition.together({one.dim, other.dim}):
                     pairs.add(frozenset((one.group.name, other.group.name)))
     return pairs

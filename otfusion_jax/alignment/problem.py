@@ -14,27 +14,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 from ott.geometry import costs
 
-from otfusion_jax.alignment.costs import Gram, gram, squared_norm, unit_gram
+from otfusion_jax.alignment.costs import Gram, unit_gram
 from otfusion_jax.alignment.group_tree import GroupTree, group_trees_of
+from otfusion_jax.alignment.leaf_programs import (
+    Closeness,
+    added,
+    carried_plan,
+    closeness,
+    units_compared,
+)
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
+from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.symmetry.transport import move, split_and_move
-from otfusion_jax.symmetry.units import units_in
 
 Marginals = tuple[dict[str, Array], dict[str, Array]]
 """Masses of the source's units and of the target's, by the names of groups, float `[*batch, n]` and
 `[*batch, m]`. Groups that are left out have uniform masses."""
 
-LEAST_COSINE = 1e-6
-"""What a cosine counts as at least, so that the logarithm of a product of cosines is finite."""
+
+COMFORTABLE_EXPONENT = 16
+"""Known parameters are not scaled if the largest is between the powers of two of this and of less
+this."""
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +88,7 @@ class AlignmentProblem:
         dtype: The dtype of the inner products: float64 where either model has it, else float32.
         group_trees: What is solved at once, in dataflow order.
         target_groups: The groups of the target, by name.
+        known: Whether Python can look at all values. If not, everything is being traced.
     """
 
     symmetry: Symmetry
@@ -91,6 +101,7 @@ class AlignmentProblem:
     dtype: Any
     group_trees: tuple[GroupTree, ...]
     target_groups: dict[str, Group]
+    known: bool
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -107,6 +118,30 @@ class AlignmentProblem:
             members in which nested units lie, as these are compared for every pair of indices of
             the root anyway.
         """
+        grams = []
+        for group, unit_axes in zip(tree.groups, self.compared_axes(tree, members), strict=True):
+            total = None
+            for unit_axis in unit_axes:
+                term = self._compare_along(tree, unit_axis, plans)
+                total = term if total is None else added(total, term)
+            if total is None:
+                # Nothing but nested units: the root's have no cost of their own.
+                total = self._compare_along_nothing(group)
+            grams.append(total)
+        return grams
+
+    def compared_axes(
+        self, tree: GroupTree, members: Sequence[Collection[Member]]
+    ) -> list[list[UnitAxis]]:
+        """Finds the unit axes that the units of a group tree are compared along.
+
+        Args:
+            tree: The group tree.
+            members: For each group of the tree the members to compare by.
+
+        Returns:
+            For each group of the tree those of its unit axes.
+        """
         root, *nested = tree.groups
         # Where a member of the root lies around nested units, its own units are no vectors that
         # could be compared: what is in them depends on how the nested ones are matched.
@@ -114,45 +149,54 @@ class AlignmentProblem:
         for group in nested:
             for member in group.members:
                 left_out += tree.root_members_around(member)
-        grams = []
+        axes = []
         for group, chosen in zip(tree.groups, members, strict=True):
-            total = None
+            group_axes = []
             for member in chosen:
                 if group is root and member in left_out:
                     continue
                 for unit_axis in self.symmetry.leaf_structures[member.leaf].unit_axes:
                     if unit_axis.member is member:
-                        term = self._compare_along(tree, unit_axis, plans)
-                        total = term if total is None else total + term
-            if total is None:
-                # Nothing but nested units: the root's have no cost of their own.
-                total = self._compare_along_nothing(group)
-            grams.append(total)
-        return grams
+                        group_axes.append(unit_axis)
+            axes.append(group_axes)
+        return axes
 
     def _compare_along(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> Gram:
         """Compares the units of a group by one member."""
         group, member = unit_axis.group, unit_axis.member
         root, *nested = tree.groups
         around = tree.root_members_around(member) if nested else []
-        # What is compared stays; the same units elsewhere in the leaf move. Where the root stays,
-        # what else is nested in it moves within each of its indices.
-        frozen = [member, *around]
         if tree.siblings and (around or group is root):
-            plans = plans | self.carried(tree, plans, self.symmetry.identity()[root.name])
-        front = [*unit_axis.levels, unit_axis.dim]
-        leaf = member.leaf
-        blocks = split_and_move(self.symmetry, plans, leaf, self.source[leaf], frozen)
-        source_units = units_in(blocks, front)
-        target_partition = self.onto.leaf_structures[leaf].partition
-        target_units = units_in(target_partition.split(self.target[leaf]), front)
-        for consumer in frozen:
-            if consumer.role == "consumes":
-                # Of n units that become m, n/m take the place of one; what consumes them adds up.
-                moving = group if consumer is member else root
-                ratio = moving.size / self.target_groups[moving.name].size
-                source_units = source_units * ratio
-        return unit_gram(source_units, target_units, group, self.solver.quadratic)
+            # Where the root stays, what else is nested in it moves within each of its indices.
+            in_place = jax.device_put(np.arange(root.size, dtype=np.int32))
+            root_plan = jnp.broadcast_to(in_place, plans[root.name].shape)
+            plans = plans | self.carried(tree, plans, root_plan)
+        axis = 0
+        frozen = []
+        ratio = 1.0
+        for number, other in enumerate(self.symmetry.leaf_structures[member.leaf].unit_axes):
+            if other.member is member:
+                axis = number
+            # What is compared stays; the same units elsewhere in the leaf move.
+            if other.member is member or other.member in around:
+                frozen.append(number)
+                if other.member.role == "consumes":
+                    # Of n units that become m, n/m take the place of one; what consumes them adds
+                    # up.
+                    ratio *= other.group.size / self.target_groups[other.group.name].size
+        numbered = self.symmetry.numbered_leaves[member.leaf]
+        return units_compared(
+            numbered.structure,
+            self.onto.leaf_structures[member.leaf].partition,
+            numbered.plans(plans),
+            self.source[member.leaf],
+            self.target[member.leaf],
+            axis=axis,
+            frozen=tuple(frozen),
+            ratio=ratio,
+            intra=self.solver.quadratic,
+            dtype=self.dtype,
+        )
 
     def _compare_along_nothing(self, group: Group) -> Gram:
         """Returns inner products that are 0, as those of vectors without entries."""
@@ -193,17 +237,10 @@ class AlignmentProblem:
         old_root_plan = plans[tree.groups[0].name]
         if not is_permutation(old_root_plan):
             return {}
-        # The plan at position j belongs to the index that has come there.
-        came_from = jnp.take_along_axis(jnp.argsort(old_root_plan, axis=-1), root_plan, axis=-1)
         carried = {}
         for group in tree.siblings:
-            plan = plans[group.name]
-            inner_rank = plan.ndim - came_from.ndim
-            index = came_from.reshape(*came_from.shape, *[1] * inner_rank)
-            # An unsolved root has indices out of range; what is in it must not pass for solved.
-            unusable = group.size if is_permutation(plan) else jnp.nan
-            carried[group.name] = jnp.take_along_axis(
-                plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=unusable
+            carried[group.name] = carried_plan(
+                plans[group.name], old_root_plan, root_plan, group.size
             )
         return carried
 
@@ -216,13 +253,12 @@ class AlignmentProblem:
         Returns:
             The sum over all parameters that move, in the problem's dtype.
         """
-        # Integers, such as step counts, are no parameters that a plan could bring closer.
-        total = jnp.zeros((), self.dtype)
-        for number, target in enumerate(self.target):
-            if self.symmetry.parts[number].moves:
-                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
-                total = total + squared_norm(moved - target).astype(self.dtype)
-        return total
+        distances = []
+        for number, part in enumerate(self.symmetry.parts):
+            # Integers, such as step counts, are no parameters that a plan could bring closer.
+            if part.moves:
+                distances.append(self.closeness(number, plans).squared_distance)
+        return self.summed(distances)
 
     def similarity(self, plans: Plans) -> Float[Array, ""]:
         """Takes the sum over weight matrices of the log cosine of the moved source and the target.
@@ -237,20 +273,45 @@ class AlignmentProblem:
         Returns:
             The sum of logarithms, in the problem's dtype.
         """
-        total = jnp.zeros((), self.dtype)
-        for number, target in enumerate(self.target):
-            leaf = self.symmetry.parts[number]
+        similarities = []
+        for number, part in enumerate(self.symmetry.parts):
             # A layer's kernel says what it computes. What no plan moves is alike for all plans.
             has_units = self.symmetry.leaf_structures[number].unit_axes
-            if leaf.moves and len(leaf.shape) > 1 and has_units:
-                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
-                products = gram(moved.reshape(1, -1), target.reshape(1, -1))
-                source_norm = jnp.sqrt(products.source_sq_norms[0])
-                norms = source_norm * jnp.sqrt(products.target_sq_norms[0])
-                cosine = products.cross[0, 0] / jnp.where(norms > 0, norms, 1)
-                term = jnp.log(jnp.maximum(cosine, LEAST_COSINE))
-                total = total + term.astype(self.dtype)
-        return total
+            if part.moves and len(part.shape) > 1 and has_units:
+                similarities.append(self.closeness(number, plans).log_cosine)
+        return self.summed(similarities)
+
+    def closeness(self, number: int, plans: Plans) -> Closeness:
+        """Compares one parameter of the moved source with that of the target.
+
+        Args:
+            number: The position of the parameter in `symmetry.parts`.
+            plans: The plans of all groups.
+
+        Returns:
+            How close the two are.
+        """
+        numbered = self.symmetry.numbered_leaves[number]
+        partition = self.onto.leaf_structures[number].partition
+        source, target = self.source[number], self.target[number]
+        leaf_plans = numbered.plans(plans)
+        return closeness(
+            numbered.structure, partition, leaf_plans, source, target, dtype=self.dtype
+        )
+
+    def summed(self, terms: Sequence[Array]) -> Float[Array, ""]:
+        """Sums up numbers of all parameters; where they are known, they are fetched together.
+
+        Args:
+            terms: The numbers, float `[]`, in the problem's dtype.
+
+        Returns:
+            Their sum.
+        """
+        total = np.zeros((), self.dtype)
+        if self.known:
+            return jax.device_put(sum(jax.device_get(terms), start=total))
+        return sum(terms, start=jnp.asarray(total))
 
 
 def set_up_problem(
@@ -280,8 +341,8 @@ def set_up_problem(
         The problem, and the exponent k, int32 `[]`: the problem's parameters are those of the
         models times `2**-k`. It is 0 for a solver that is not scale-free.
     """
-    sources = symmetry.split(source)
-    targets = onto.split(target)
+    sources = [_as_array(part) for part in symmetry.split(source)]
+    targets = [_as_array(part) for part in onto.split(target)]
     if weights is not None:
         sources = weighted(symmetry, sources, weights)
         targets = weighted(symmetry, targets, weights)
@@ -290,12 +351,14 @@ def set_up_problem(
         for array, part in zip(arrays, symmetry.parts, strict=True):
             if part.moves:
                 moving.append(array)
+    known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
-    exponent = jnp.zeros((), jnp.int32)
+    exponent = jax.device_put(np.int32(0))
     if solver.scale_free:
-        exponent = common_exponent(moving)
-        sources = rescaled(symmetry.parts, sources, -exponent)
-        targets = rescaled(symmetry.parts, targets, -exponent)
+        exponent = _exponent_of_known(moving) if known else common_exponent(moving)
+        if not known or exponent:
+            sources = rescaled(symmetry.parts, sources, -exponent)
+            targets = rescaled(symmetry.parts, targets, -exponent)
     # Either side may be the wider one.
     dtype = jnp.float32
     for array in moving:
@@ -315,8 +378,25 @@ def set_up_problem(
         dtype=dtype,
         group_trees=group_trees_of(symmetry),
         target_groups=target_groups,
+        known=known,
     )
     return problem, exponent
+
+
+def _as_array(array: Any) -> Array:
+    """Makes an array of JAX of one of NumPy or of a number, without a program to be compiled."""
+    return array if isinstance(array, jax.Array) else jax.device_put(array)
+
+
+def _exponent_of_known(arrays: Sequence[Array]) -> Array:
+    """Returns the exponent of `common_exponent`, or 0 where squares and their sums are in range."""
+    magnitudes = largest_magnitudes(arrays)
+    _, exponent = np.frexp(max(magnitudes, default=0.0))
+    # Sums of squares of a billion numbers below 2**16 are below 2**62. To scale is to copy both
+    # models, so that it is left out where it makes no difference.
+    if abs(exponent) <= COMFORTABLE_EXPONENT:
+        exponent = 0
+    return jax.device_put(np.int32(exponent))
 
 
 class AbstractMethod(abc.ABC):

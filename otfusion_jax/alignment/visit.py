@@ -3,12 +3,16 @@
 What differs between methods is a *sweep*: by what the units of a tree are compared, and which of
 the new plans are accepted. `visit_group_trees` compares, solves and accepts one tree after the
 other, in one of several sweeps.
+
+Where all values are known, Python loops over the trees. What is traced is one program that holds
+all trees and all sweeps, and a loop of JAX goes over them.
 """
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
-from otfusion_jax.solvers.base import Solution
+from otfusion_jax.solvers.base import AbstractSolver, Solution
 
 
 class AbstractSweep(abc.ABC):
@@ -31,6 +35,15 @@ class AbstractSweep(abc.ABC):
     """
 
     metric: costs.CostFn
+
+    def is_settled(self, tree: GroupTree, state: DescentState) -> bool:
+        """Whether solving a group tree is known to change nothing. Asked of known values alone.
+
+        Args:
+            tree: The group tree.
+            state: The state before it would be solved.
+        """
+        return False
 
     @abc.abstractmethod
     def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
@@ -82,6 +95,8 @@ def visit_group_trees(
     Returns:
         The state after every tree has been solved once.
     """
+    if problem.known:
+        return _visit_known(problem, state, sweeps[int(which)])
     # The ground cost of the sweep that is made. Given a single branch, `switch` just calls it.
     branches = []
     metrics = set()
@@ -93,6 +108,47 @@ def visit_group_trees(
     cost_of = functools.partial(jax.lax.switch, which, branches)
     visit = _Visit(problem, sweeps, which, cost_of, _sorted_by_shape(problem))
     return jax.lax.fori_loop(0, len(problem.group_trees), visit.step, state)
+
+
+# --- known values
+
+
+def _visit_known(
+    problem: AlignmentProblem, state: DescentState, sweep: AbstractSweep
+) -> DescentState:
+    """Solves one group tree after the other, those that may have changed since the last sweep."""
+    for tree in problem.group_trees:
+        if sweep.is_settled(tree, state):
+            continue
+        grams = sweep.compare(tree, state)
+        masses = _masses(problem, tree)
+        solutions = _solved(problem.solver, problem.dtype, sweep.metric, grams, masses)
+        state = sweep.accept(tree, state, grams, solutions)
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("solver", "dtype"))
+def _solved(
+    solver: AbstractSolver,
+    dtype: Any,
+    metric: costs.CostFn,
+    grams: list[Gram],
+    masses: list[Masses],
+) -> list[Solution]:
+    """Solves a group tree, by a program that all trees of the same sizes share."""
+    # Grams of activations are in the dtype of these.
+    convert = functools.partial(jax.lax.convert_element_type, new_dtype=dtype)
+    grams, masses = jax.tree.map(convert, (grams, masses))
+    return solve_group_tree(solver, functools.partial(ground_cost, metric), grams, masses)
+
+
+def _masses(problem: AlignmentProblem, tree: GroupTree) -> list[Masses]:
+    """Returns the masses of the units of each group of a tree."""
+    source_masses, target_masses = problem.marginals
+    masses = []
+    for group in tree.groups:
+        masses.append((source_masses.get(group.name), target_masses.get(group.name)))
+    return masses
 
 
 # --- trees that share a solver
@@ -202,10 +258,7 @@ class _Visit:
         for sweep in self.sweeps:
             branches.append(functools.partial(sweep.compare, tree))
         grams = jax.lax.switch(self.which, branches, state)
-        source_masses, target_masses = self.problem.marginals
-        masses = []
-        for group in tree.groups:
-            masses.append((source_masses.get(group.name), target_masses.get(group.name)))
+        masses = _masses(self.problem, tree)
         # All branches of a `switch` must return the same dtypes.
         convert = functools.partial(jax.lax.convert_element_type, new_dtype=self.problem.dtype)
         return jax.tree.map(convert, (grams, masses))

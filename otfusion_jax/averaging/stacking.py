@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from otfusion_jax.symmetry.checks import require_model, require_models
 from otfusion_jax.symmetry.groups import leaves_of
@@ -33,7 +33,7 @@ def stack(models: Sequence[PyTree]) -> PyTree:
         TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_alike(models)
-    return _stack_leaves(models)
+    return stack_leaves(models)
 
 
 def require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> None:
@@ -63,37 +63,46 @@ def require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) ->
         require_model(symmetry, model, name)
 
 
-def _stack_leaves(models: Sequence[PyTree]) -> PyTree:
+def stack_leaves(models: Sequence[PyTree]) -> PyTree:
+    """Stacks models of one structure, without checks.
+
+    Args:
+        models: The models, K pytrees.
+
+    Returns:
+        One pytree with leaves `[K, ...]`.
+    """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
-# One program in place of one for each shape of a leaf. All leaves have to be on the same devices.
-_stack_at_once = jax.jit(_stack_leaves)
+stack_at_once = jax.jit(stack_leaves)
+"""The same as one program for all leaves, which have to be on the same devices."""
 
 
-def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tuple[PyTree, int]:
-    """Checks models that are to be fused, and stacks them.
+def checked_models(
+    symmetry: Symmetry, models: Sequence[PyTree] | PyTree
+) -> tuple[Sequence[PyTree] | PyTree, int, bool]:
+    """Checks models that are to be combined, and tells a list of them from a stack.
 
     Args:
         symmetry: The symmetry of the models.
         models: The models, K >= 2 pytrees, or one pytree with leaves `[K, ...]`.
 
     Returns:
-        The stack, and K.
+        The models as they are, K, and whether they are stacked.
 
     Raises:
         ValueError: For models that do not fit, and for fewer than two.
         TypeError: For shapes in place of arrays.
     """
     # Parameters may be a list, too: the structure tells a stack from a list of models.
-    if jax.tree_util.tree_structure(models) == symmetry.treedef:
+    stacked = jax.tree_util.tree_structure(models) == symmetry.treedef
+    if stacked:
         count = _stack_size(symmetry, models)
         require_model(symmetry, models, "the stack of models", batch=(count,))
-        stacked = models
     elif isinstance(models, list | tuple):
         count = len(models)
         require_alike(models, symmetry)
-        stacked = _stack_at_once(list(models))
     else:
         raise ValueError(
             f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
@@ -101,7 +110,43 @@ def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tup
         )
     if count < 2:
         raise ValueError(f"{count} model given; fusing takes at least two")
-    return stacked, count
+    return models, count, stacked
+
+
+def stacked_models(symmetry: Symmetry, models: Sequence[PyTree] | PyTree) -> tuple[PyTree, int]:
+    """Checks models that are to be fused, and stacks them.
+
+    Args:
+        symmetry: The symmetry of the models.
+        models: The models, see `checked_models`.
+
+    Returns:
+        The stack, and K.
+
+    Raises:
+        ValueError: See `checked_models`.
+        TypeError: See `checked_models`.
+    """
+    models, count, stacked = checked_models(symmetry, models)
+    return models if stacked else stack_at_once(list(models)), count
+
+
+def unstacked(models: PyTree, count: int) -> list[PyTree]:
+    """Takes a stack of models apart.
+
+    Args:
+        models: One pytree with leaves `[K, ...]`.
+        count: The number K of models.
+
+    Returns:
+        The models.
+    """
+    return [jax.tree.map(lambda leaf, n=n: _entry(leaf, n), models) for n in range(count)]
+
+
+@jax.jit
+def _entry(leaf: Array, number: int) -> Array:
+    return leaf[number]
 
 
 def _stack_size(symmetry: Symmetry, stacked: PyTree) -> int:

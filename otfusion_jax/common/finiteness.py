@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from otfusion_jax.common.known import can_be_read_in_place
+
 
 def not_finite(array: Any) -> int:
     """Counts the values of one array that are not finite.
@@ -39,7 +41,7 @@ def not_finite_counts(arrays: Sequence[Any]) -> list[int]:
     # The arrays may be closed over by what is being traced; they are looked at now all the same.
     with jax.ensure_compile_time_eval():
         for array in arrays:
-            if _can_be_read_in_place(array):
+            if can_be_read_in_place(array):
                 # NumPy reads the values as they lie. JAX would compile a program for each shape.
                 finite = np.isfinite(np.asarray(array))
                 counts.append(finite.size - np.count_nonzero(finite))
@@ -47,19 +49,6 @@ def not_finite_counts(arrays: Sequence[Any]) -> list[int]:
                 counts.append(_count_on_device(array))
         # All counts have been started by now. This waits for them, and copies them, together.
         return [int(count) for count in jax.device_get(counts)]
-
-
-def _can_be_read_in_place(array: Any) -> bool:
-    """Whether NumPy can read the values of an array without a copy from another device."""
-    if not isinstance(array, jax.Array):
-        return True
-    # Of an array on several processes, this one has a part alone.
-    if not array.is_fully_addressable:
-        return False
-    for device in array.devices():
-        if device.platform != "cpu":
-            return False
-    return True
 
 
 @jax.jit

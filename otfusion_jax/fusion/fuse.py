@@ -1,6 +1,7 @@
 """Fusing networks that were trained apart: align all of them to one, then average.
 
-`fuse` checks its arguments and tells two cases apart. Models of one symmetry are stacked, and
+`fuse` checks its arguments and tells cases apart. Known models of one symmetry are aligned one by
+one, in small programs that equal leaves share; several at once, or what is traced, are stacked, and
 `_fuse` aligns and moves the whole stack in one jitted program. Models of several widths cannot be
 stacked: `_fuse_widths` moves them onto the reference one by one.
 """
@@ -28,9 +29,10 @@ from otfusion_jax.averaging.average import (
     checked_average,
     mixtures,
 )
-from otfusion_jax.averaging.stacking import stacked_models
+from otfusion_jax.averaging.stacking import checked_models, stack_at_once, unstacked
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
+from otfusion_jax.common.known import all_known
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import (
@@ -40,7 +42,7 @@ from otfusion_jax.symmetry.checks import (
     warn_without_groups,
 )
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.symmetry.transport import move_all, transport
 
 
 def fuse(
@@ -126,18 +128,32 @@ def fuse(
             solver=solver,
             leaf_weight=leaf_weight,
         )
-    stacked, count = stacked_models(symmetry, models)
+    models, count, stacked = checked_models(symmetry, models)
     order = _reference_last(reference, count)
-    warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
+    warn_without_groups(symmetry, models, "the result is the plain average of the models")
     shares = mixtures(weights, count, symmetry.leaves)
-    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stacked), shares)
     # The function is evaluated here: numbers are hashable, so that a new lambda of the same
     # weights does not compile the program again.
     weight_of_leaf = leaf_weights(symmetry, leaf_weight)
     # The reference is not aligned, so that there is one model less to work on.
     batch_size = min(batch_size or at_once(count), count - 1)
+    if batch_size == 1 and all_known(models):
+        models = unstacked(models, count) if stacked else models
+        return _fuse_one_by_one(
+            symmetry, method, solver, weight_of_leaf, models, order, shares, metric
+        )
+    stack_of_models = models if stacked else stack_at_once(list(models))
+    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stack_of_models), shares)
     fused = _fuse(
-        symmetry, method, solver, weight_of_leaf, batch_size, stacked, order, shares, metric
+        symmetry,
+        method,
+        solver,
+        weight_of_leaf,
+        batch_size,
+        stack_of_models,
+        order,
+        shares,
+        metric,
     )
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
@@ -197,6 +213,36 @@ def _fuse_widths(
     return checked_average(onto.leaves, [*moved, target], ordered_shares, "fusing")
 
 
+def _fuse_one_by_one(
+    symmetry: Symmetry,
+    method: AbstractMethod,
+    solver: AbstractSolver,
+    weight_of_leaf: tuple[float, ...] | None,
+    models: Sequence[PyTree],
+    order: np.ndarray,
+    shares: list[Float[Array, " k"]],
+    metric: costs.CostFn,
+) -> PyTree:
+    """Aligns models to one of them, the last in `order`, one after the other, and averages."""
+    target = models[order[-1]]
+    moved = []
+    for number in order[:-1]:
+        alignment = find_plans(
+            symmetry,
+            symmetry,
+            models[number],
+            target,
+            method=method,
+            metric=metric,
+            solver=solver,
+            weights=weight_of_leaf,
+        )
+        moved.append(move_all(symmetry, alignment.plans, models[number]))
+    # The reference goes last: integers, booleans and keys are taken from there.
+    ordered_shares = [leaf_shares[order] for leaf_shares in shares]
+    return checked_average(symmetry.leaves, [*moved, target], ordered_shares, "fusing")
+
+
 @functools.partial(
     jax.jit, static_argnames=("symmetry", "method", "solver", "weight_of_leaf", "batch_size")
 )
@@ -232,7 +278,7 @@ def _fuse(
             solver=solver,
             weights=weight_of_leaf,
         )
-        return transport(symmetry, alignment, source)
+        return move_all(symmetry, alignment.plans, source)
 
     # A model at a time, or several under one `jax.vmap`: more at once take more memory.
     moved = map_in_batches(moved_onto_target, sources, batch_size)

@@ -81,7 +81,7 @@ def permutable_only(symmetry: Symmetry) -> dict[str, str]:
     """
     reasons = {}
     for leaf, structure in zip(symmetry.parts, symmetry.leaf_structures, strict=True):
-        partition, unit_axes = structure
+        unit_axes = structure.unit_axes
         for number, unit_axis in enumerate(unit_axes):
             group = unit_axis.group
             if group.outer is None:
@@ -92,7 +92,7 @@ def permutable_only(symmetry: Symmetry) -> dict[str, str]:
                 # Along another axis the leaf has the index of the group around once more.
                 if other.levels[-1] != unit_axis.levels[-1]:
                     continue
-                if partition.together({unit_axis.dim, other.dim}):
+                if structure.partition.together({unit_axis.dim, other.dim}):
                     reasons[group.outer] = (
                         f"{group.name} and {other.group.name}, nested in it, are both in "
                         f"{leaf.path}, so that it can only be permuted"

@@ -2,9 +2,18 @@
 
 A leaf is taken apart into blocks (see `partition`) once for all groups that have members in it, so
 that each of them is a dimension of the blocks, whichever of them move.
+
+A network of many blocks has many leaves of a few structures, which differ in nothing but names. A
+`NumberedLeaf` has numbers in the place of the names. Equal leaves then share one structure, and
+what is jitted with it as a static argument is compiled once for all of them.
 """
 
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from jaxtyping import Array
 
 from otfusion_jax.symmetry.blocks import Block, BlockDim
 from otfusion_jax.symmetry.groups import Group, Member
@@ -40,7 +49,9 @@ class UnitAxis(NamedTuple):
         return True
 
 
-class LeafStructure(NamedTuple):
+# Compared by identity, which is what makes it a cheap static argument.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeafStructure:
     """How a leaf falls into blocks, and which groups index it.
 
     Attributes:
@@ -80,3 +91,60 @@ def leaf_structure_of(shape: tuple[int, ...], members: list[tuple[Group, Member]
         unit_axes.append(unit_axis)
     partition = partition_of(shape, tuple(numbers))
     return LeafStructure(partition, tuple(unit_axes))
+
+
+class NumberedLeaf(NamedTuple):
+    """A leaf whose groups have numbers in the place of their names.
+
+    Attributes:
+        structure: The structure, whose groups are called `"0"`, `"1"`, ... and have no members.
+            Leaves of one shape, which are indexed in the same way, have the same one.
+        names: The name in the symmetry of each of these groups.
+    """
+
+    structure: LeafStructure
+    names: tuple[str, ...]
+
+    def plans(self, plans: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the plans of the groups in the leaf, by their numbers.
+
+        Args:
+            plans: Group name to plan; groups that are left out stay.
+        """
+        numbered = {}
+        for number, name in enumerate(self.names):
+            if name in plans:
+                numbered[str(number)] = plans[name]
+        return numbered
+
+
+def numbered_leaf(shape: tuple[int, ...], structure: LeafStructure) -> NumberedLeaf:
+    """Puts numbers in the place of the names of a leaf's groups.
+
+    Args:
+        shape: The shape of the leaf.
+        structure: The structure of the leaf.
+
+    Returns:
+        The leaf with numbered groups.
+    """
+    numbers: dict[str, str] = {}
+    members = []
+    for unit_axis in structure.unit_axes:
+        group, member = unit_axis.group, unit_axis.member
+        name = numbers.setdefault(group.name, str(len(numbers)))
+        outer = None
+        if group.outer is not None:
+            outer = numbers.setdefault(group.outer, str(len(numbers)))
+        numbered_group = Group(name, group.size, (), group.batch, outer)
+        numbered_member = Member(0, "", member.location, member.role)
+        members.append((numbered_group, numbered_member))
+    return NumberedLeaf(_shared_structure(shape, tuple(members)), tuple(numbers))
+
+
+@functools.cache
+def _shared_structure(
+    shape: tuple[int, ...], members: tuple[tuple[Group, Member], ...]
+) -> LeafStructure:
+    """Makes one structure for all leaves of a kind, of which there are few."""
+    return leaf_structure_of(shape, list(members))

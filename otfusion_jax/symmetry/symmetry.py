@@ -31,7 +31,12 @@ from jaxtyping import Array, PyTree
 from otfusion_jax.common.arguments import require_function, require_kind
 from otfusion_jax.symmetry import display
 from otfusion_jax.symmetry.groups import Group, Leaf, LeafSplit, Member, Pin, Plans
-from otfusion_jax.symmetry.leaf_structure import LeafStructure, leaf_structure_of
+from otfusion_jax.symmetry.leaf_structure import (
+    LeafStructure,
+    NumberedLeaf,
+    leaf_structure_of,
+    numbered_leaf,
+)
 from otfusion_jax.symmetry.validation import require_fitting
 
 
@@ -164,6 +169,14 @@ class Symmetry(Mapping[str, Group]):
             structures.append(leaf_structure_of(part.shape, part_members))
         return tuple(structures)
 
+    @functools.cached_property
+    def numbered_leaves(self) -> tuple[NumberedLeaf, ...]:
+        """For each part its structure with numbers for groups, which equal parts share."""
+        numbered = []
+        for part, structure in zip(self.parts, self.leaf_structures, strict=True):
+            numbered.append(numbered_leaf(part.shape, structure))
+        return tuple(numbered)
+
     def split(self, params: PyTree) -> list[Any]:
         """Takes parameters apart, without checks.
 
@@ -179,8 +192,7 @@ class Symmetry(Mapping[str, Group]):
             if leaf_split is None:
                 arrays.append(leaf)
             else:
-                array = jnp.asarray(leaf)
-                arrays.extend(jnp.split(array, leaf_split.count, leaf_split.axis))
+                arrays.extend(_split(leaf, leaf_split.count, leaf_split.axis))
         return arrays
 
     def join(self, parts: Iterable[Any]) -> PyTree:
@@ -200,7 +212,7 @@ class Symmetry(Mapping[str, Group]):
                 leaves.append(next(remaining))
             else:
                 arrays = [next(remaining) for _ in range(leaf_split.count)]
-                leaves.append(jnp.concatenate(arrays, leaf_split.axis))
+                leaves.append(_concatenated(arrays, leaf_split.axis))
         return self.treedef.unflatten(leaves)
 
     # --- other symmetries and plans
@@ -284,6 +296,16 @@ class Symmetry(Mapping[str, Group]):
         """
         require_kind(batch, tuple, "batch", "the sizes of the leading axes as a tuple, as (3,)")
         require_fitting(self.leaves, self.treedef, params, name, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "axis"))
+def _split(leaf: Array, count: int, axis: int) -> list[Array]:
+    return jnp.split(leaf, count, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axis",))
+def _concatenated(arrays: list[Array], axis: int) -> Array:
+    return jnp.concatenate(arrays, axis)
 
 
 def _require_key(key: Any) -> None:

@@ -19,6 +19,7 @@ from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
+from otfusion_jax.symmetry.partition import BlockPartition
 from otfusion_jax.symmetry.plans import HasPlans, is_permutation, new_sizes, plans_of, require_plans
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -66,11 +67,25 @@ def transport(
     if onto is not None:
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
-    return _transport(symmetry, onto, plans, params)
+    return move_all(symmetry, plans, params, onto)
 
 
-@functools.partial(jax.jit, static_argnames=("symmetry", "onto"))
-def _transport(symmetry: Symmetry, onto: Symmetry | None, plans: Plans, params: PyTree) -> PyTree:
+def move_all(
+    symmetry: Symmetry, plans: Plans, params: PyTree, onto: Symmetry | None = None
+) -> PyTree:
+    """Moves all parameters along plans, without checks.
+
+    Args:
+        symmetry: The symmetry of the network.
+        plans: Group name to plan; groups that are left out stay.
+        params: The parameters.
+        onto: The symmetry of the network that the plans lead to, see `move`.
+
+    Returns:
+        The moved parameters.
+    """
+    # Leaf after leaf, each by a small program that equal leaves share: one program for all of a
+    # deep network would take XLA longer than everything else.
     moved = []
     for number, part in enumerate(symmetry.split(params)):
         moved.append(move(symmetry, plans, number, part, onto))
@@ -97,38 +112,31 @@ def move(
     Returns:
         The moved parameter.
     """
-    structure = symmetry.leaf_structures[leaf]
-    for unit_axis in structure.unit_axes:
-        if unit_axis.group.name in plans:
-            break
-    else:
+    numbered = symmetry.numbered_leaves[leaf]
+    leaf_plans = numbered.plans(plans)
+    if not leaf_plans:
         # The parameter is passed on as it is, of whatever dtype.
-        return array
-    if onto is not None:
-        target = onto.leaf_structures[leaf].partition
-    else:
+        return array if isinstance(array, jax.Array) else _passed_on(array)
+    target = None if onto is None else onto.leaf_structures[leaf].partition
+    return _moved(numbered.structure, target, leaf_plans, array)
+
+
+@jax.jit
+def _passed_on(array: Any) -> Array:
+    """Makes an array of JAX of a parameter that is one of NumPy or a number."""
+    return array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "target"))
+def _moved(
+    structure: LeafStructure, target: BlockPartition | None, plans: Plans, array: Array
+) -> Array:
+    """Moves an array along plans, which may tell its new shape by themselves."""
+    if target is None:
         sizes = new_sizes(structure, plans)
         target = structure.partition.resized(sizes) if sizes else structure.partition
         assert target is not None, "require_plans has refused plans that do not tell the shape"
     return target.join(move_blocks(structure, plans, array))
-
-
-def split_and_move(
-    symmetry: Symmetry, plans: Plans, leaf: int, array: Any, frozen: Collection[Member] = ()
-) -> Blocks:
-    """Takes one parameter apart and moves its units along plans, without checks.
-
-    Args:
-        symmetry: The symmetry of the network.
-        plans: Group name to plan; groups that are left out stay.
-        leaf: The position of the parameter in `symmetry.parts`.
-        array: The parameter.
-        frozen: The members that stay where they are, though their groups have plans.
-
-    Returns:
-        The blocks of the moved parameter.
-    """
-    return move_blocks(symmetry.leaf_structures[leaf], plans, array, frozen)
 
 
 def move_blocks(

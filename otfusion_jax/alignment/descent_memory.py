@@ -1,0 +1,211 @@
+"""What a descent remembers from sweep to sweep, so that nothing is worked out twice.
+
+A group whose neighbours have not moved since it was solved would be solved to the same end. Where
+they have, the inner products change by those of the entries that have moved. A plan that stays is
+the same array from sweep to sweep, so that arrays need not be compared to tell.
+
+This is for values that are known. In a program that is traced, every sweep does all there is to do.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.group_tree import GroupTree
+from otfusion_jax.alignment.leaf_programs import cross_updated
+from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.symmetry.groups import Member, Plans
+from otfusion_jax.symmetry.leaf_structure import UnitAxis
+
+LARGEST_UPDATE = 0.5
+"""The share of a neighbour's units that may have moved for an update to take less time than to
+compare anew."""
+
+
+class _Compared(NamedTuple):
+    """The inner products of a group tree, and what they depend on.
+
+    Attributes:
+        grams: The inner products of each group of the tree.
+        plans: The plans under which they were taken, of all groups that share a leaf with the tree.
+    """
+
+    grams: list[Gram]
+    plans: Plans
+
+
+class _Distance(NamedTuple):
+    """The squared distance of a parameter, and what it depends on.
+
+    Attributes:
+        value: The squared distance, float `[]`.
+        plans: The plans under which it was taken, of all groups in the leaf.
+    """
+
+    value: Array
+    plans: Plans
+
+
+class DescentMemory:
+    """The inner products of every group tree as they were when it was last solved, and distances.
+
+    Args:
+        problem: The alignment problem, of known values.
+    """
+
+    def __init__(self, problem: AlignmentProblem):
+        self._problem = problem
+        self._compared: dict[int, _Compared] = {}
+        self._distances: dict[int, _Distance] = {}
+
+    def distance(self, plans: Plans) -> Float[Array, ""]:
+        """Takes the squared distance of the moved source to the target.
+
+        Args:
+            plans: The plans of all groups.
+
+        Returns:
+            What `AlignmentProblem.distance` returns.
+        """
+        symmetry = self._problem.symmetry
+        for number, part in enumerate(symmetry.parts):
+            if not part.moves:
+                continue
+            last = self._distances.get(number)
+            if last is None or _moved(last.plans, plans):
+                value = self._problem.closeness(number, plans).squared_distance
+                names = symmetry.numbered_leaves[number].names
+                depends_on = {name: plans[name] for name in names}
+                self._distances[number] = _Distance(value, depends_on)
+        return self._problem.summed([last.value for last in self._distances.values()])
+
+    def is_current(self, tree: GroupTree, plans: Plans) -> bool:
+        """Whether nothing has moved since a group tree was compared that its comparison depends on.
+
+        Args:
+            tree: The group tree.
+            plans: The plans of all groups.
+        """
+        compared = self._compared.get(id(tree))
+        return compared is not None and not _moved(compared.plans, plans)
+
+    def compare(
+        self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
+    ) -> list[Gram]:
+        """Compares the units of a group tree, see `AlignmentProblem.compare`.
+
+        Args:
+            tree: The group tree, one of the problem's.
+            plans: The plans of all groups so far, under which the source is compared.
+            members: For each group of the tree the members to compare by, the same in every call.
+
+        Returns:
+            The inner products of the units of each group of the tree.
+        """
+        grams = None
+        compared = self._compared.pop(id(tree), None)
+        if compared is not None:
+            grams = self._updated(tree, compared, plans, members)
+        if grams is None:
+            grams = self._problem.compare(tree, plans, members)
+        depends_on = {name: plans[name] for name in self._neighbours(tree)}
+        self._compared[id(tree)] = _Compared(grams, depends_on)
+        return grams
+
+    def _neighbours(self, tree: GroupTree) -> set[str]:
+        """Returns the names of the groups on whose plans the inner products of a tree depend."""
+        own = {group.name for group in tree.groups}
+        # Of heads and what is in them, and of a group on two axes of a leaf, they depend on the
+        # plans of these groups themselves.
+        counted = set() if len(tree.groups) == 1 and not tree.siblings else own
+        for group in tree.groups:
+            leaves = [member.leaf for member in group.members]
+            if len(set(leaves)) < len(leaves):
+                counted = own
+            for leaf in leaves:
+                for unit_axis in self._problem.symmetry.leaf_structures[leaf].unit_axes:
+                    if unit_axis.group.name not in own:
+                        counted = counted | {unit_axis.group.name}
+        return counted
+
+    def _updated(
+        self,
+        tree: GroupTree,
+        compared: _Compared,
+        plans: Plans,
+        members: Sequence[Collection[Member]],
+    ) -> list[Gram] | None:
+        """Brings inner products up to date; None where it takes less time to take them anew."""
+        if len(tree.groups) > 1 or tree.siblings or compared.grams[0].intra is not None:
+            return None
+        moved = _moved(compared.plans, plans)
+        updates = []
+        for unit_axis in self._problem.compared_axes(tree, members)[0]:
+            structure = self._problem.symmetry.leaf_structures[unit_axis.member.leaf]
+            names = [other.group.name for other in structure.unit_axes]
+            moved_here = [number for number, name in enumerate(names) if name in moved]
+            if not moved_here:
+                continue
+            neighbour = moved_here[0]
+            is_simple = self._is_simple(unit_axis, structure.unit_axes[neighbour])
+            if len(moved_here) > 1 or not is_simple:
+                return None
+            updates.append((unit_axis, neighbour))
+
+        gram = compared.grams[0]
+        cross = gram.cross
+        positions = {name: _changed(compared.plans[name], plans[name]) for name in moved}
+        for changed, count in positions.values():
+            if count > LARGEST_UPDATE * len(changed):
+                return None
+        for unit_axis, neighbour in updates:
+            leaf = unit_axis.member.leaf
+            numbered = self._problem.symmetry.numbered_leaves[leaf]
+            unit_axes = self._problem.symmetry.leaf_structures[leaf].unit_axes
+            name = unit_axes[neighbour].group.name
+            changed, count = positions[name]
+            cross = cross_updated(
+                numbered.structure,
+                self._problem.onto.leaf_structures[leaf].partition,
+                numbered.plans(plans),
+                self._problem.source[leaf],
+                self._problem.target[leaf],
+                cross,
+                compared.plans[name],
+                changed,
+                count,
+                axis=_position(unit_axes, unit_axis),
+                neighbour=neighbour,
+            )
+        return [dataclasses.replace(gram, cross=cross)]
+
+    def _is_simple(self, unit_axis: UnitAxis, neighbour: UnitAxis) -> bool:
+        """Whether both are groups in no batch, and of the same size in both models."""
+        for other in (unit_axis, neighbour):
+            target_group = self._problem.target_groups[other.group.name]
+            if other.levels or other.group.size != target_group.size:
+                return False
+        return True
+
+
+def _moved(old_plans: Plans, plans: Plans) -> set[str]:
+    """Returns the names of those groups whose plan is not the same array as before."""
+    return {name for name, old_plan in old_plans.items() if plans[name] is not old_plan}
+
+
+def _changed(old_plan: jax.Array, plan: jax.Array) -> tuple[np.ndarray, np.int32]:
+    """Returns the positions at which a plan differs from another, filled up, and their number."""
+    differ = np.flatnonzero(np.asarray(old_plan) != np.asarray(plan))
+    positions = np.zeros(len(plan), np.int32)
+    positions[: len(differ)] = differ
+    return positions, np.int32(len(differ))
+
+
+def _position(unit_axes: Sequence[UnitAxis], unit_axis: UnitAxis) -> int:
+    """Returns which of the unit axes of a leaf is a given one."""
+    return next(n for n, other in enumerate(unit_axes) if other.member is unit_axis.member)

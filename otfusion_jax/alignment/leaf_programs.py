@@ -1,0 +1,218 @@
+"""What is computed of one parameter of both models, by programs that all of its kind share.
+
+An `AlignmentProblem` goes over parameters one by one. Each of the functions here is jitted with the
+structure of a parameter (see `NumberedLeaf`) as a static argument, so that the kernels of a hundred
+blocks need one program. What they return is in the dtype that the problem asks for.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from otfusion_jax.alignment.costs import Gram, as_real, gram, squared_norm, unit_gram
+from otfusion_jax.symmetry.blocks import Blocks
+from otfusion_jax.symmetry.groups import Plans
+from otfusion_jax.symmetry.leaf_structure import LeafStructure
+from otfusion_jax.symmetry.partition import BlockPartition
+from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.transport import move_blocks
+from otfusion_jax.symmetry.units import units_in
+
+POSITIONS_AT_ONCE = 16
+"""How many moved units `cross_updated` takes into one matrix product."""
+
+LEAST_COSINE = 1e-6
+"""What a cosine counts as at least, so that the logarithm of a product of cosines is finite."""
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype"),
+)
+def units_compared(
+    structure: LeafStructure,
+    target_partition: BlockPartition,
+    plans: Plans,
+    source: Array,
+    target: Array,
+    *,
+    axis: int,
+    frozen: tuple[int, ...],
+    ratio: float,
+    intra: bool,
+    dtype: Any,
+) -> Gram:
+    """Compares the units of one member.
+
+    Args:
+        structure: The structure of the source's parameter.
+        target_partition: How the target's parameter falls into blocks.
+        plans: The plans of the groups in the structure, by their numbers.
+        source: The parameter of the source.
+        target: The parameter of the target.
+        axis: Which of the unit axes of the structure is compared.
+        frozen: Which of them stay where they are.
+        ratio: What the source's units are multiplied by.
+        intra: Whether to take the inner products within each model as well.
+        dtype: The dtype of the inner products.
+
+    Returns:
+        The inner products.
+    """
+    unit_axis = structure.unit_axes[axis]
+    front = [*unit_axis.levels, unit_axis.dim]
+    members = [structure.unit_axes[number].member for number in frozen]
+    blocks = move_blocks(structure, plans, source, members)
+    source_units = units_in(blocks, front)
+    target_units = units_in(target_partition.split(target), front)
+    if ratio != 1:
+        source_units = source_units * ratio
+    grams = unit_gram(source_units, target_units, unit_axis.group, intra)
+    return jax.tree.map(lambda x: x.astype(dtype), grams)
+
+
+@jax.jit
+def added(total: Gram, term: Gram) -> Gram:
+    """Adds inner products over some members to those over others.
+
+    Args:
+        total: The inner products over some members of a group.
+        term: Those over others, of the same shapes.
+
+    Returns:
+        The inner products over all of them.
+    """
+    return total + term
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("structure", "target_partition", "axis", "neighbour"),
+    donate_argnames=("cross",),
+)
+def cross_updated(
+    structure: LeafStructure,
+    target_partition: BlockPartition,
+    plans: Plans,
+    source: Array,
+    target: Array,
+    cross: Array,
+    old_plan: Array,
+    positions: Array,
+    count: Array,
+    *,
+    axis: int,
+    neighbour: int,
+) -> Array:
+    """Brings inner products of units up to date, after units of a neighbouring group have moved.
+
+    The inner products change by those of the entries that have moved, which are a few of many as a
+    descent comes to its end.
+
+    Args:
+        structure: The structure of the source's parameter.
+        target_partition: How the target's parameter falls into blocks.
+        plans: The plans of the groups in the structure, by their numbers, that of the neighbour as
+            it is now. All others are as they were.
+        source: The parameter of the source.
+        target: The parameter of the target.
+        cross: The inner products that are to be updated, float `[n, m]`. They are overwritten.
+        old_plan: The plan of the neighbour under which these were taken, a permutation.
+        positions: The positions where the plan differs from it, int32 `[size of the neighbour]`, of
+            which the first `count` are looked at.
+        count: How many positions there are, int32 `[]`.
+        axis: Which of the unit axes of the structure the inner products are of.
+        neighbour: Which of the unit axes has moved. It is in no batch, and no batch is in it.
+
+    Returns:
+        The inner products, float `[n, m]`.
+    """
+    unit_axis, moved_axis = structure.unit_axes[axis], structure.unit_axes[neighbour]
+    plan = plans[moved_axis.group.name]
+    # What is compared stays, and the neighbour is dealt with below.
+    frozen = [unit_axis.member, moved_axis.member]
+    blocks = move_blocks(structure, plans, source, frozen)
+    target_blocks = target_partition.split(target)
+    front = [unit_axis.dim]
+
+    def entries(of: Blocks, indices: Array) -> Array:
+        chosen = {}
+        for key, block in of.items():
+            if moved_axis.is_in(block):
+                array = jnp.take(block.array, indices, block.dims.index(moved_axis.dim))
+                chosen[key] = block._replace(array=array)
+        return units_in(chosen, front)
+
+    def update(number: Array, cross: Array) -> Array:
+        numbers = number * POSITIONS_AT_ONCE + jnp.arange(POSITIONS_AT_ONCE)
+        chosen = jnp.take(positions, numbers, mode="clip")
+        # Past the last position, nothing has moved.
+        before = jnp.take(old_plan, chosen)
+        after = jnp.where(numbers < count, jnp.take(plan, chosen), before)
+        difference = entries(blocks, after) - entries(blocks, before)
+        change = gram(difference, entries(target_blocks, chosen)).cross
+        return cross + change.astype(cross.dtype)
+
+    steps = (count + POSITIONS_AT_ONCE - 1) // POSITIONS_AT_ONCE
+    return jax.lax.fori_loop(0, steps, update, cross)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def carried_plan(plan: Array, old_root_plan: Array, root_plan: Array, size: int) -> Array:
+    """Moves the plans inside of a root's units to where these come, as the root's plan changes."""
+    # The plan at position j belongs to the index that has come there.
+    came_from = jnp.take_along_axis(jnp.argsort(old_root_plan, axis=-1), root_plan, axis=-1)
+    inner_rank = plan.ndim - came_from.ndim
+    index = came_from.reshape(*came_from.shape, *[1] * inner_rank)
+    # An unsolved root has indices out of range; what is in it must not pass for solved.
+    unusable = size if is_permutation(plan) else jnp.nan
+    return jnp.take_along_axis(
+        plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=unusable
+    )
+
+
+class Closeness(NamedTuple):
+    """How close a parameter of the moved source is to that of the target.
+
+    Attributes:
+        squared_distance: The squared distance of the two, float `[]`.
+        log_cosine: The logarithm of their cosine, float `[]`, at least that of `LEAST_COSINE`.
+    """
+
+    squared_distance: Array
+    log_cosine: Array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "partition", "dtype"))
+def closeness(
+    structure: LeafStructure,
+    partition: BlockPartition,
+    plans: Plans,
+    source: Array,
+    target: Array,
+    dtype: Any,
+) -> Closeness:
+    """Moves a parameter of the source, and compares it with the target's.
+
+    Args:
+        structure: The structure of the source's parameter.
+        partition: How the target's parameter falls into blocks.
+        plans: The plans of the groups in the structure, by their numbers.
+        source: The parameter of the source.
+        target: The parameter of the target.
+        dtype: The dtype of the results.
+
+    Returns:
+        How close the two are.
+    """
+    moved = as_real(partition.join(move_blocks(structure, plans, source)))
+    target = as_real(target)
+    distance = squared_norm(moved - target)
+    source_norm, target_norm = jnp.sqrt(squared_norm(moved)), jnp.sqrt(squared_norm(target))
+    norms = source_norm * target_norm
+    cosine = jnp.sum(moved * target) / jnp.where(norms > 0, norms, 1)
+    log_cosine = jnp.log(jnp.maximum(cosine, LEAST_COSINE))
+    return Closeness(distance.astype(dtype), log_cosine.astype(dtype))
