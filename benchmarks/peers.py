@@ -60,6 +60,7 @@ def otfusion(checkout: str, pair: Pair) -> Callable[[], None]:
         ensemble_step=0.5,
         gpu_id=-1,
         ground_metric="euclidean",
+        ground_metric_eff=True,
         ground_metric_normalize="none",
         geom_ensemble_type="wts",
         width_ratio=1,

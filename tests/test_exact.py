@@ -24,6 +24,7 @@ from problems import (
 import otfusion_jax as otf
 from otfusion_jax.solvers import assignment, duality, network_simplex
 from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.solvers.padding import solve_assignment
 
 # Permutations
 
@@ -372,3 +373,43 @@ def test_without_pot_the_linear_program_says_what_to_install(monkeypatch):
     # Neither takes it.
     assert Exact().solve(problem(np.ones((12, 4)))).converged
     assert Exact().solve(problem(np.ones((2, 2)))).converged
+
+
+# --- filled up to a size that several problems share
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 8, 9, 31, 33, 100])
+@pytest.mark.parametrize("kind", ["distances", "normal", "negative", "tiny", "huge", "integers"])
+def test_a_problem_filled_up_has_the_same_solution(n: int, kind: str):
+    draw = np.random.default_rng(n)
+    values = {
+        "distances": squared_distances(n, n, seed=n),
+        "normal": draw.normal(size=(n, n)),
+        "negative": -1 - draw.random((n, n)),
+        "tiny": 1e-30 * draw.normal(size=(n, n)),
+        "huge": 1e35 * draw.normal(size=(n, n)),
+        "integers": draw.integers(0, 3, (n, n)),
+    }[kind]
+    cost = as_cost(values)
+    found = solve_assignment(otf.Exact(), cost)
+    assert found.converged
+    assert sorted(found.plan.tolist()) == list(range(n))
+    np.testing.assert_allclose(found.value, best_match(cost), rtol=1e-5)
+    np.testing.assert_allclose(found.value, cost_of_match(cost, found.plan), rtol=1e-5)
+    assert 0 <= found.gap <= 2e-5 * float(jnp.max(jnp.abs(cost)))
+
+
+@pytest.mark.parametrize("value", [0, 3, -3])
+def test_equal_costs_filled_up_leave_everything_in_place(value: float):
+    found = solve_assignment(otf.Exact(), as_cost(np.full((5, 5), value)))
+    assert found.plan.tolist() == list(range(5))
+    assert found.value == value
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_problem_without_a_solution_has_none_filled_up(bad: float):
+    cost = as_cost(np.ones((5, 5))).at[1, 2].set(bad)
+    found = solve_assignment(otf.Exact(), cost)
+    assert not found.converged
+    assert (np.asarray(found.plan) >= 5).all()
+    assert np.isnan(found.value)

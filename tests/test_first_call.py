@@ -105,13 +105,13 @@ def test_groups_whose_neighbours_stay_are_not_solved_again(monkeypatch: pytest.M
     moved = otf.transport(symmetry, plans, a)
     b = jax.tree.map(lambda x: x + 0.01 * normal(*x.shape, seed=9), moved)
     solved = []
-    solve = visit._solved
+    solve = visit.solve_assignment
 
     def counted(*arguments: Any) -> Any:
         solved.append(1)
         return solve(*arguments)
 
-    monkeypatch.setattr(visit, "_solved", counted)
+    monkeypatch.setattr(visit, "solve_assignment", counted)
     method = otf.CoordinateDescent(starts=("identity",))
     found = otf.align(symmetry, a, b, method=method)
     assert found.converged
@@ -139,8 +139,8 @@ def test_a_descent_ends_where_nothing_is_left(monkeypatch: pytest.MonkeyPatch):
     symmetry = otf.trace_symmetry(apply, a, normal(2, 3))
     b = otf.transport(symmetry, symmetry.random(jax.random.key(0)), a)
     solved = []
-    solve = visit._solved
-    monkeypatch.setattr(visit, "_solved", lambda *x: solved.append(1) or solve(*x))
+    solve = visit.solve_assignment
+    monkeypatch.setattr(visit, "solve_assignment", lambda *x: solved.append(1) or solve(*x))
     monkeypatch.setattr(coordinate_descent.DescentSweep, "compare", None)
     found = otf.align(symmetry, a, b)
     assert found.objective == 0

@@ -11,14 +11,13 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.group_tree import GroupTree
-from otfusion_jax.alignment.leaf_programs import cross_updated
-from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.alignment.leaf_programs import POSITIONS_AT_ONCE, cross_updated
+from otfusion_jax.alignment.problem import AlignmentProblem, position_of
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 
@@ -159,16 +158,17 @@ class DescentMemory:
 
         gram = compared.grams[0]
         cross = gram.cross
-        positions = {name: _changed(compared.plans[name], plans[name]) for name in moved}
-        for changed, count in positions.values():
-            if count > LARGEST_UPDATE * len(changed):
+        moves = {}
+        for name in moved:
+            columns, count = _moves(compared.plans[name], plans[name])
+            if count > LARGEST_UPDATE * columns.shape[1]:
                 return None
+            moves[name] = columns, count
         for unit_axis, neighbour in updates:
             leaf = unit_axis.member.leaf
             numbered = self._problem.symmetry.numbered_leaves[leaf]
             unit_axes = self._problem.symmetry.leaf_structures[leaf].unit_axes
-            name = unit_axes[neighbour].group.name
-            changed, count = positions[name]
+            columns, count = moves[unit_axes[neighbour].group.name]
             cross = cross_updated(
                 numbered.structure,
                 self._problem.onto.leaf_structures[leaf].partition,
@@ -176,10 +176,9 @@ class DescentMemory:
                 self._problem.source[leaf],
                 self._problem.target[leaf],
                 cross,
-                compared.plans[name],
-                changed,
+                columns,
                 count,
-                axis=_position(unit_axes, unit_axis),
+                axis=position_of(unit_axis, unit_axes),
                 neighbour=neighbour,
             )
         return [dataclasses.replace(gram, cross=cross)]
@@ -198,14 +197,14 @@ def _moved(old_plans: Plans, plans: Plans) -> set[str]:
     return {name for name, old_plan in old_plans.items() if plans[name] is not old_plan}
 
 
-def _changed(old_plan: jax.Array, plan: jax.Array) -> tuple[np.ndarray, np.int32]:
-    """Returns the positions at which a plan differs from another, filled up, and their number."""
-    differ = np.flatnonzero(np.asarray(old_plan) != np.asarray(plan))
-    positions = np.zeros(len(plan), np.int32)
-    positions[: len(differ)] = differ
-    return positions, np.int32(len(differ))
+def _moves(old_plan: Array, plan: Array) -> tuple[np.ndarray, np.int32]:
+    """Returns where a permutation differs from another, as `cross_updated` takes it, and how often.
 
-
-def _position(unit_axes: Sequence[UnitAxis], unit_axis: UnitAxis) -> int:
-    """Returns which of the unit axes of a leaf is a given one."""
-    return next(n for n, other in enumerate(unit_axes) if other.member is unit_axis.member)
+    Of every change of one group, the arrays are of one shape, so that one program does for all.
+    """
+    old, new = np.asarray(old_plan), np.asarray(plan)
+    positions = np.flatnonzero(old != new)
+    size = -(-len(new) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
+    columns = np.zeros((3, size), np.int32)
+    columns[:, : len(positions)] = positions, old[positions], new[positions]
+    return columns, np.int32(len(positions))

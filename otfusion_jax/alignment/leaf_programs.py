@@ -88,6 +88,22 @@ def added(total: Gram, term: Gram) -> Gram:
     return total + term
 
 
+@jax.jit
+def in_place(moved: Gram, inverse: Array) -> Gram:
+    """Brings inner products of units that have moved into the order that the units came from.
+
+    Args:
+        moved: The inner products, of no batch and without those within each model.
+        inverse: For each unit the position at which it is, int32 `[n]`.
+
+    Returns:
+        The inner products, with the source's units in their own order.
+    """
+    source_sq_norms = jnp.take(moved.source_sq_norms, inverse, mode="clip")
+    cross = jnp.take(moved.cross, inverse, axis=0, mode="clip")
+    return Gram(source_sq_norms, moved.target_sq_norms, cross)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("structure", "target_partition", "axis", "neighbour"),
@@ -100,8 +116,7 @@ def cross_updated(
     source: Array,
     target: Array,
     cross: Array,
-    old_plan: Array,
-    positions: Array,
+    moves: Array,
     count: Array,
     *,
     axis: int,
@@ -115,15 +130,14 @@ def cross_updated(
     Args:
         structure: The structure of the source's parameter.
         target_partition: How the target's parameter falls into blocks.
-        plans: The plans of the groups in the structure, by their numbers, that of the neighbour as
-            it is now. All others are as they were.
+        plans: The plans of the groups in the structure, by their numbers.
         source: The parameter of the source.
         target: The parameter of the target.
         cross: The inner products that are to be updated, float `[n, m]`. They are overwritten.
-        old_plan: The plan of the neighbour under which these were taken, a permutation.
-        positions: The positions where the plan differs from it, int32 `[size of the neighbour]`, of
-            which the first `count` are looked at.
-        count: How many positions there are, int32 `[]`.
+        moves: For each position of the neighbour where its plan has changed the position, the unit
+            that was there, and the unit that is there now, int32 `[3, size]`. The size is a
+            multiple of `POSITIONS_AT_ONCE`; in columns that are not used, the two units are one.
+        count: How many columns are used, int32 `[]`.
         axis: Which of the unit axes of the structure the inner products are of.
         neighbour: Which of the unit axes has moved. It is in no batch, and no batch is in it.
 
@@ -131,7 +145,6 @@ def cross_updated(
         The inner products, float `[n, m]`.
     """
     unit_axis, moved_axis = structure.unit_axes[axis], structure.unit_axes[neighbour]
-    plan = plans[moved_axis.group.name]
     # What is compared stays, and the neighbour is dealt with below.
     frozen = [unit_axis.member, moved_axis.member]
     blocks = move_blocks(structure, plans, source, frozen)
@@ -142,18 +155,17 @@ def cross_updated(
         chosen = {}
         for key, block in of.items():
             if moved_axis.is_in(block):
-                array = jnp.take(block.array, indices, block.dims.index(moved_axis.dim))
+                dim = block.dims.index(moved_axis.dim)
+                array = jnp.take(block.array, indices, dim, mode="clip")
                 chosen[key] = block._replace(array=array)
         return units_in(chosen, front)
 
     def update(number: Array, cross: Array) -> Array:
-        numbers = number * POSITIONS_AT_ONCE + jnp.arange(POSITIONS_AT_ONCE)
-        chosen = jnp.take(positions, numbers, mode="clip")
-        # Past the last position, nothing has moved.
-        before = jnp.take(old_plan, chosen)
-        after = jnp.where(numbers < count, jnp.take(plan, chosen), before)
+        first = number * POSITIONS_AT_ONCE
+        some_moves = jax.lax.dynamic_slice_in_dim(moves, first, POSITIONS_AT_ONCE, axis=1)
+        position, before, after = some_moves
         difference = entries(blocks, after) - entries(blocks, before)
-        change = gram(difference, entries(target_blocks, chosen)).cross
+        change = gram(difference, entries(target_blocks, position)).cross
         return cross + change.astype(cross.dtype)
 
     steps = (count + POSITIONS_AT_ONCE - 1) // POSITIONS_AT_ONCE
@@ -186,33 +198,22 @@ class Closeness(NamedTuple):
     log_cosine: Array
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "partition", "dtype"))
-def closeness(
-    structure: LeafStructure,
-    partition: BlockPartition,
-    plans: Plans,
-    source: Array,
-    target: Array,
-    dtype: Any,
-) -> Closeness:
-    """Moves a parameter of the source, and compares it with the target's.
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def closeness(moved: Array, target: Array, dtype: Any) -> Closeness:
+    """Compares a parameter of the moved source with the target's.
 
     Args:
-        structure: The structure of the source's parameter.
-        partition: How the target's parameter falls into blocks.
-        plans: The plans of the groups in the structure, by their numbers.
-        source: The parameter of the source.
-        target: The parameter of the target.
+        moved: The parameter of the source, moved.
+        target: The parameter of the target, of the same shape.
         dtype: The dtype of the results.
 
     Returns:
         How close the two are.
     """
-    moved = as_real(partition.join(move_blocks(structure, plans, source)))
-    target = as_real(target)
+    moved, target = as_real(moved), as_real(target)
     distance = squared_norm(moved - target)
-    source_norm, target_norm = jnp.sqrt(squared_norm(moved)), jnp.sqrt(squared_norm(target))
-    norms = source_norm * target_norm
+    moved_norm, target_norm = jnp.sqrt(squared_norm(moved)), jnp.sqrt(squared_norm(target))
+    norms = moved_norm * target_norm
     cosine = jnp.sum(moved * target) / jnp.where(norms > 0, norms, 1)
     log_cosine = jnp.log(jnp.maximum(cosine, LEAST_COSINE))
     return Closeness(distance.astype(dtype), log_cosine.astype(dtype))

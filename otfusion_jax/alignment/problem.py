@@ -9,6 +9,7 @@ Everything here is traced: `align` checks the input and jits it.
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from otfusion_jax.alignment.leaf_programs import (
     added,
     carried_plan,
     closeness,
+    in_place,
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
@@ -35,6 +37,7 @@ from otfusion_jax.symmetry.groups import Group, Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.transport import move
 
 Marginals = tuple[dict[str, Array], dict[str, Array]]
 """Masses of the source's units and of the target's, by the names of groups, float `[*batch, n]` and
@@ -89,6 +92,8 @@ class AlignmentProblem:
         group_trees: What is solved at once, in dataflow order.
         target_groups: The groups of the target, by name.
         known: Whether Python can look at all values. If not, everything is being traced.
+        moved: Of known values, each of the source's parameters as it was last moved, and the plans
+            that it was moved along.
     """
 
     symmetry: Symmetry
@@ -102,6 +107,7 @@ class AlignmentProblem:
     group_trees: tuple[GroupTree, ...]
     target_groups: dict[str, Group]
     known: bool
+    moved: dict[int, tuple[Array, list[Array]]]
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -163,6 +169,8 @@ class AlignmentProblem:
 
     def _compare_along(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> Gram:
         """Compares the units of a group by one member."""
+        if self._is_plain(tree, unit_axis, plans):
+            return self._compare_moved(unit_axis, plans)
         group, member = unit_axis.group, unit_axis.member
         root, *nested = tree.groups
         around = tree.root_members_around(member) if nested else []
@@ -171,12 +179,10 @@ class AlignmentProblem:
             in_place = jax.device_put(np.arange(root.size, dtype=np.int32))
             root_plan = jnp.broadcast_to(in_place, plans[root.name].shape)
             plans = plans | self.carried(tree, plans, root_plan)
-        axis = 0
         frozen = []
         ratio = 1.0
-        for number, other in enumerate(self.symmetry.leaf_structures[member.leaf].unit_axes):
-            if other.member is member:
-                axis = number
+        unit_axes = self.symmetry.leaf_structures[member.leaf].unit_axes
+        for number, other in enumerate(unit_axes):
             # What is compared stays; the same units elsewhere in the leaf move.
             if other.member is member or other.member in around:
                 frozen.append(number)
@@ -191,12 +197,69 @@ class AlignmentProblem:
             numbered.plans(plans),
             self.source[member.leaf],
             self.target[member.leaf],
-            axis=axis,
+            axis=position_of(unit_axis, unit_axes),
             frozen=tuple(frozen),
             ratio=ratio,
             intra=self.solver.quadratic,
             dtype=self.dtype,
         )
+
+    def _is_plain(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> bool:
+        """Whether a group can be compared by its moved parameter, and brought back into place."""
+        group, leaf = unit_axis.group, unit_axis.member.leaf
+        same_widths = (
+            self.onto.leaf_structures[leaf].partition
+            is self.symmetry.numbered_leaves[leaf].structure.partition
+        )
+        alone = len(tree.groups) == 1 and not tree.siblings and not group.batch
+        movable = is_permutation(plans[group.name]) and not self.solver.quadratic
+        return self.known and same_widths and alone and movable
+
+    def _compare_moved(self, unit_axis: UnitAxis, plans: Plans) -> Gram:
+        """Compares the units of a group by one member, all of which has moved.
+
+        To move a parameter is most of the program that compares it. Once it has been moved, it
+        serves all groups in it, and the objective.
+        """
+        leaf = unit_axis.member.leaf
+        unit_axes = self.symmetry.leaf_structures[leaf].unit_axes
+        grams = units_compared(
+            self.symmetry.numbered_leaves[leaf].structure,
+            self.onto.leaf_structures[leaf].partition,
+            {},
+            self.moved_leaf(leaf, plans),
+            self.target[leaf],
+            axis=position_of(unit_axis, unit_axes),
+            frozen=(),
+            ratio=1.0,
+            intra=False,
+            dtype=self.dtype,
+        )
+        plan = np.asarray(plans[unit_axis.group.name])
+        if np.array_equal(plan, np.arange(len(plan))):
+            return grams
+        return in_place(grams, np.argsort(plan).astype(np.int32))
+
+    def moved_leaf(self, number: int, plans: Plans) -> Array:
+        """Moves one parameter of the source.
+
+        Args:
+            number: The position of the parameter in `symmetry.parts`.
+            plans: The plans of all groups.
+
+        Returns:
+            The parameter, moved. Of known values, the last result is kept.
+        """
+        if not self.known:
+            return move(self.symmetry, plans, number, self.source[number], self.onto)
+        names = self.symmetry.numbered_leaves[number].names
+        depends_on = [plans[name] for name in names if name in plans]
+        moved, last = self.moved.get(number, (None, []))
+        same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
+        if moved is None or not same:
+            moved = move(self.symmetry, plans, number, self.source[number], self.onto)
+            self.moved[number] = moved, depends_on
+        return moved
 
     def _compare_along_nothing(self, group: Group) -> Gram:
         """Returns inner products that are 0, as those of vectors without entries."""
@@ -291,13 +354,7 @@ class AlignmentProblem:
         Returns:
             How close the two are.
         """
-        numbered = self.symmetry.numbered_leaves[number]
-        partition = self.onto.leaf_structures[number].partition
-        source, target = self.source[number], self.target[number]
-        leaf_plans = numbered.plans(plans)
-        return closeness(
-            numbered.structure, partition, leaf_plans, source, target, dtype=self.dtype
-        )
+        return closeness(self.moved_leaf(number, plans), self.target[number], dtype=self.dtype)
 
     def summed(self, terms: Sequence[Array]) -> Float[Array, ""]:
         """Sums up numbers of all parameters; where they are known, they are fetched together.
@@ -312,6 +369,20 @@ class AlignmentProblem:
         if self.known:
             return jax.device_put(sum(jax.device_get(terms), start=total))
         return sum(terms, start=jnp.asarray(total))
+
+
+def position_of(unit_axis: UnitAxis, unit_axes: Sequence[UnitAxis]) -> int:
+    """Finds a unit axis among those of its leaf.
+
+    Args:
+        unit_axis: The unit axis.
+        unit_axes: All unit axes of the leaf.
+
+    Returns:
+        Its position.
+    """
+    members = [other.member for other in unit_axes]
+    return next(n for n, member in enumerate(members) if member is unit_axis.member)
 
 
 def set_up_problem(
@@ -379,6 +450,7 @@ def set_up_problem(
         group_trees=group_trees_of(symmetry),
         target_groups=target_groups,
         known=known,
+        moved={},
     )
     return problem, exponent
 

@@ -25,6 +25,8 @@ from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
 from otfusion_jax.solvers.base import AbstractSolver, Solution
+from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.solvers.padding import solve_assignment
 
 
 class AbstractSweep(abc.ABC):
@@ -121,10 +123,31 @@ def _visit_known(
         if sweep.is_settled(tree, state):
             continue
         grams = sweep.compare(tree, state)
-        masses = _masses(problem, tree)
-        solutions = _solved(problem.solver, problem.dtype, sweep.metric, grams, masses)
+        exact = _assignment_solver(problem, tree)
+        if exact is not None:
+            cost = _cost(problem.dtype, sweep.metric, grams[0])
+            solutions = [solve_assignment(exact, cost)]
+        else:
+            masses = _masses(problem, tree)
+            solutions = _solved(problem.solver, problem.dtype, sweep.metric, grams, masses)
         state = sweep.accept(tree, state, grams, solutions)
     return state
+
+
+def _assignment_solver(problem: AlignmentProblem, tree: GroupTree) -> Exact | None:
+    """Returns the solver if it is exact, and a tree is one group that is matched one to one."""
+    group, *nested = tree.groups
+    same_size = group.size == problem.target_groups[group.name].size
+    uniform = _masses(problem, tree)[0] == (None, None)
+    if nested or group.batch or not same_size or not uniform:
+        return None
+    return problem.solver if isinstance(problem.solver, Exact) else None
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def _cost(dtype: Any, metric: costs.CostFn, grams: Gram) -> Array:
+    """Takes the ground cost of a group."""
+    return ground_cost(metric, jax.tree.map(lambda x: x.astype(dtype), grams))
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "dtype"))

@@ -1,11 +1,12 @@
 """Fusing networks that were trained apart: align all of them to one, then average.
 
-`fuse` checks its arguments and tells cases apart. Known models of one symmetry are aligned one by
-one, in small programs that equal leaves share; several at once, or what is traced, are stacked, and
-`_fuse` aligns and moves the whole stack in one jitted program. Models of several widths cannot be
-stacked: `_fuse_widths` moves them onto the reference one by one.
+`fuse` checks its arguments and tells cases apart. Known models of one symmetry are moved one by
+one, in small programs that equal leaves share (`_Fusion.one_by_one`); several at once, or what is
+traced, are a stack and one jitted program (`_Fusion.in_batches`). Models of several widths cannot
+be stacked: `_fuse_widths` moves them onto the reference one by one.
 """
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Sequence
@@ -132,29 +133,22 @@ def fuse(
     order = _reference_last(reference, count)
     warn_without_groups(symmetry, models, "the result is the plain average of the models")
     shares = mixtures(weights, count, symmetry.leaves)
-    # The function is evaluated here: numbers are hashable, so that a new lambda of the same
-    # weights does not compile the program again.
-    weight_of_leaf = leaf_weights(symmetry, leaf_weight)
+    fusion = _Fusion(
+        symmetry=symmetry,
+        method=method,
+        solver=solver,
+        # Evaluated here: numbers are hashable, so that a new lambda of the same weights does not
+        # compile the program again.
+        weight_of_leaf=leaf_weights(symmetry, leaf_weight),
+    )
     # The reference is not aligned, so that there is one model less to work on.
     batch_size = min(batch_size or at_once(count), count - 1)
     if batch_size == 1 and all_known(models):
         models = unstacked(models, count) if stacked else models
-        return _fuse_one_by_one(
-            symmetry, method, solver, weight_of_leaf, models, order, shares, metric
-        )
-    stack_of_models = models if stacked else stack_at_once(list(models))
-    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stack_of_models), shares)
-    fused = _fuse(
-        symmetry,
-        method,
-        solver,
-        weight_of_leaf,
-        batch_size,
-        stack_of_models,
-        order,
-        shares,
-        metric,
-    )
+        return fusion.one_by_one(models, order, shares, metric)
+    stack = models if stacked else stack_at_once(list(models))
+    check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stack), shares)
+    fused = fusion.in_batches(stack, order, shares, metric, batch_size)
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
 
@@ -213,82 +207,83 @@ def _fuse_widths(
     return checked_average(onto.leaves, [*moved, target], ordered_shares, "fusing")
 
 
-def _fuse_one_by_one(
-    symmetry: Symmetry,
-    method: AbstractMethod,
-    solver: AbstractSolver,
-    weight_of_leaf: tuple[float, ...] | None,
-    models: Sequence[PyTree],
-    order: np.ndarray,
-    shares: list[Float[Array, " k"]],
-    metric: costs.CostFn,
-) -> PyTree:
-    """Aligns models to one of them, the last in `order`, one after the other, and averages."""
-    target = models[order[-1]]
-    moved = []
-    for number in order[:-1]:
+@dataclasses.dataclass(frozen=True)
+class _Fusion:
+    """How models of one symmetry are fused: all that is static.
+
+    Attributes:
+        symmetry: The symmetry of the models.
+        method: The method that aligns them.
+        solver: The solver that turns costs into plans.
+        weight_of_leaf: How much each leaf counts in the alignment; None counts all alike.
+    """
+
+    symmetry: Symmetry
+    method: AbstractMethod
+    solver: AbstractSolver
+    weight_of_leaf: tuple[float, ...] | None
+
+    def moved_onto(self, target: PyTree, source: PyTree, metric: costs.CostFn) -> PyTree:
+        """Aligns one model to another, and moves it there."""
         alignment = find_plans(
-            symmetry,
-            symmetry,
-            models[number],
-            target,
-            method=method,
-            metric=metric,
-            solver=solver,
-            weights=weight_of_leaf,
-        )
-        moved.append(move_all(symmetry, alignment.plans, models[number]))
-    # The reference goes last: integers, booleans and keys are taken from there.
-    ordered_shares = [leaf_shares[order] for leaf_shares in shares]
-    return checked_average(symmetry.leaves, [*moved, target], ordered_shares, "fusing")
-
-
-@functools.partial(
-    jax.jit, static_argnames=("symmetry", "method", "solver", "weight_of_leaf", "batch_size")
-)
-def _fuse(
-    symmetry: Symmetry,
-    method: AbstractMethod,
-    solver: AbstractSolver,
-    weight_of_leaf: tuple[float, ...] | None,
-    batch_size: int,
-    stacked: PyTree,
-    order: Int[Array, " k"],
-    shares: list[Float[Array, " k"]],
-    metric: costs.CostFn,
-) -> PyTree:
-    """Aligns a stack of models to one of them, the last in `order`, and averages."""
-    # Loops in place of `jax.tree.map`: whoever steps through sees one leaf after the other.
-    source_leaves, target_leaves = [], []
-    for leaf in jax.tree_util.tree_leaves(stacked):
-        ordered = leaf[order]
-        source_leaves.append(ordered[:-1])
-        target_leaves.append(ordered[-1])
-    sources = symmetry.treedef.unflatten(source_leaves)
-    target = symmetry.treedef.unflatten(target_leaves)
-
-    def moved_onto_target(source: PyTree) -> PyTree:
-        alignment = find_plans(
-            symmetry,
-            symmetry,
+            self.symmetry,
+            self.symmetry,
             source,
             target,
-            method=method,
+            method=self.method,
             metric=metric,
-            solver=solver,
-            weights=weight_of_leaf,
+            solver=self.solver,
+            weights=self.weight_of_leaf,
         )
-        return move_all(symmetry, alignment.plans, source)
+        return move_all(self.symmetry, alignment.plans, source)
 
-    # A model at a time, or several under one `jax.vmap`: more at once take more memory.
-    moved = map_in_batches(moved_onto_target, sources, batch_size)
-    # The reference goes last, as in `order`: integers, booleans and keys are taken from there.
-    aligned_leaves = []
-    for moved_leaf, target_leaf in zip(
-        jax.tree_util.tree_leaves(moved), target_leaves, strict=True
-    ):
-        aligned_leaves.append(jnp.concatenate([moved_leaf, target_leaf[None]]))
-    ordered_shares = []
-    for leaf_shares in shares:
-        ordered_shares.append(leaf_shares[order])
-    return average_of(symmetry.treedef.unflatten(aligned_leaves), ordered_shares)
+    def one_by_one(
+        self,
+        models: Sequence[PyTree],
+        order: np.ndarray,
+        shares: list[Float[Array, " k"]],
+        metric: costs.CostFn,
+    ) -> PyTree:
+        """Moves models onto one of them, the last in `order`, one after the other, and averages."""
+        target = models[order[-1]]
+        moved = []
+        for number in order[:-1]:
+            moved.append(self.moved_onto(target, models[number], metric))
+        # The reference goes last: integers, booleans and keys are taken from there.
+        ordered_shares = [leaf_shares[order] for leaf_shares in shares]
+        return checked_average(self.symmetry.leaves, [*moved, target], ordered_shares, "fusing")
+
+    @functools.partial(jax.jit, static_argnames=("self", "batch_size"))
+    def in_batches(
+        self,
+        stack: PyTree,
+        order: Int[Array, " k"],
+        shares: list[Float[Array, " k"]],
+        metric: costs.CostFn,
+        batch_size: int,
+    ) -> PyTree:
+        """Moves a stack of models onto one of them, the last in `order`, and averages."""
+        # Loops in place of `jax.tree.map`: whoever steps through sees one leaf after the other.
+        source_leaves, target_leaves = [], []
+        for leaf in jax.tree_util.tree_leaves(stack):
+            ordered = leaf[order]
+            source_leaves.append(ordered[:-1])
+            target_leaves.append(ordered[-1])
+        sources = self.symmetry.treedef.unflatten(source_leaves)
+        target = self.symmetry.treedef.unflatten(target_leaves)
+
+        def moved_onto_target(source: PyTree) -> PyTree:
+            return self.moved_onto(target, source, metric)
+
+        # A model at a time, or several under one `jax.vmap`: more at once take more memory.
+        moved = map_in_batches(moved_onto_target, sources, batch_size)
+        # The reference goes last, as in `order`.
+        aligned_leaves = []
+        for moved_leaf, target_leaf in zip(
+            jax.tree_util.tree_leaves(moved), target_leaves, strict=True
+        ):
+            aligned_leaves.append(jnp.concatenate([moved_leaf, target_leaf[None]]))
+        ordered_shares = []
+        for leaf_shares in shares:
+            ordered_shares.append(leaf_shares[order])
+        return average_of(self.symmetry.treedef.unflatten(aligned_leaves), ordered_shares)

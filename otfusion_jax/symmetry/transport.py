@@ -118,6 +118,9 @@ def move(
         # The parameter is passed on as it is, of whatever dtype.
         return array if isinstance(array, jax.Array) else _passed_on(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
+    if target is numbered.structure.partition:
+        # Of the same widths: one program for this and for plans that tell the shape themselves.
+        target = None
     return _moved(numbered.structure, target, leaf_plans, array)
 
 
