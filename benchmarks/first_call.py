@@ -82,12 +82,15 @@ CASES = {
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Draws parameters with variance 2 / fan-in."""
+    """Draws parameters as Flax does: variance 1 / fan-in, biases of 0, scales of 1."""
     generator = np.random.default_rng(seed)
     params = {}
     for name, shape in shapes.items():
-        deviation = np.sqrt(2 / max(np.prod(shape[:-1]), 1))
-        params[name] = (generator.normal(size=shape) * deviation).astype(np.float32)
+        if len(shape) == 1:
+            params[name] = np.full(shape, 1 if "scale" in name or "norm" in name else 0, np.float32)
+        else:
+            deviation = 1 / np.sqrt(np.prod(shape[:-1]))
+            params[name] = (generator.normal(size=shape) * deviation).astype(np.float32)
     return params
 
 

@@ -15,7 +15,7 @@ from otfusion_jax.alignment.feature_gram import feature_gram
 from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
-from otfusion_jax.alignment.problem import AbstractMethod, Alignment
+from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.averaging.average import average
 from otfusion_jax.averaging.interpolate import interpolate
 from otfusion_jax.averaging.stacking import stack

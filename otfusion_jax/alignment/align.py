@@ -1,4 +1,4 @@
-"""Aligning one model to another: the public function, and the jitted call of a method."""
+"""Aligning one model to another: the public function, and the call of a method."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from otfusion_jax.alignment.checks import (
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.leaf_weights import leaf_weights
-from otfusion_jax.alignment.problem import AbstractMethod, Alignment, Marginals, set_up_problem
+from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.alignment.problem import Marginals, set_up_problem
 from otfusion_jax.common.arguments import require_function
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
@@ -44,7 +45,8 @@ def align(
 ) -> Alignment:
     """Finds plans that move the units of a source model onto those of a target.
 
-    Jitted; the same inside `jax.jit`, and under `jax.vmap` over stacks of models.
+    Its steps are jitted, and shared by equal parts of a model; inside of `jax.jit`, and under
+    `jax.vmap` over stacks of models, it is one program.
 
     Args:
         symmetry: The symmetry of the source, and of the target too unless `onto` is given.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
-from otfusion_jax.alignment.problem import AbstractMethod
+from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.common.arguments import require_kind
 from otfusion_jax.common.finiteness import not_finite, not_finite_counts
 from otfusion_jax.solvers.base import AbstractSolver, is_distribution

@@ -21,7 +21,8 @@ from otfusion_jax.alignment.descent_memory import DescentMemory
 from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.forward_pass import ForwardSweep, leaves_used_twice
 from otfusion_jax.alignment.group_tree import GroupTree
-from otfusion_jax.alignment.problem import AbstractMethod, Alignment, AlignmentProblem
+from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import overlap
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_number

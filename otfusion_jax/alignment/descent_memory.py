@@ -26,6 +26,10 @@ LARGEST_UPDATE = 0.5
 compare anew."""
 
 
+LEAST_WORK = 3e8
+"""How many multiplications it has to take to compare anew for an update to be worth a program."""
+
+
 class _Compared(NamedTuple):
     """The inner products of a group tree, and what they depend on.
 
@@ -144,6 +148,7 @@ class DescentMemory:
             return None
         moved = _moved(compared.plans, plans)
         updates = []
+        work = 0
         for unit_axis in self._problem.compared_axes(tree, members)[0]:
             structure = self._problem.symmetry.leaf_structures[unit_axis.member.leaf]
             names = [other.group.name for other in structure.unit_axes]
@@ -155,6 +160,9 @@ class DescentMemory:
             if len(moved_here) > 1 or not is_simple:
                 return None
             updates.append((unit_axis, neighbour))
+            work += unit_axis.group.size * self._problem.source[unit_axis.member.leaf].size
+        if work < LEAST_WORK:
+            return None
 
         gram = compared.grams[0]
         cross = gram.cross

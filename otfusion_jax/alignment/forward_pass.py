@@ -15,7 +15,8 @@ from ott.geometry import costs
 from otfusion_jax.alignment.costs import DEGREES, Gram
 from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.group_tree import GroupTree
-from otfusion_jax.alignment.problem import AbstractMethod, Alignment, AlignmentProblem
+from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
 from otfusion_jax.solvers.base import Solution

@@ -1,13 +1,13 @@
-"""What a method of alignment gets, and what it returns.
+"""Two models whose units are to be matched, and how they compare.
 
 An `AlignmentProblem` holds two models as flat lists of parameters and compares their units by
 weights: under the plans so far, of one group tree at a time. It also says how far the moved source
-is from the target. `set_up_problem` makes one. An `AbstractMethod` turns it into an `Alignment`.
+is from the target. `set_up_problem` makes one.
 
-Everything here is traced: `align` checks the input and jits it.
+All of it works on known values and inside of a trace. Known values are compared parameter by
+parameter, by the programs of `leaf_programs`.
 """
 
-import abc
 import dataclasses
 import operator
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram, unit_gram
@@ -35,7 +35,7 @@ from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.plans import is_identity, is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import move
 
@@ -47,31 +47,6 @@ Marginals = tuple[dict[str, Array], dict[str, Array]]
 COMFORTABLE_EXPONENT = 16
 """Known parameters are not scaled if the largest is between the powers of two of this and of less
 this."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-    """Plans that move a source model onto a target, with what is known of their quality.
-
-    Attributes:
-        plans: Group name to plan, as `transport` takes them.
-        objective: The squared distance of the moved source to the target, summed over all
-            parameters, float `[]`. It is infinite if that is out of range, which does the plans no
-            harm.
-        history: For coordinate descent the objective at the start and after every sweep, float
-            `[max_sweeps + 1]`, which stays as it is after the last sweep. Otherwise the objective
-            before and after, float `[2]`.
-        converged: Whether every solve converged and nothing was left to improve, bool `[]`.
-        gaps: Group name to the duality gap of its last solve, in the units of its ground cost,
-            float `[]`. For a nested group it is the largest gap of its batch.
-    """
-
-    plans: Plans
-    objective: Float[Array, ""]
-    history: Float[Array, " sweeps"]
-    converged: Bool[Array, ""]
-    gaps: dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +181,8 @@ class AlignmentProblem:
 
     def _is_plain(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> bool:
         """Whether a group can be compared by its moved parameter, and brought back into place."""
-        group, leaf = unit_axis.group, unit_axis.member.leaf
-        same_widths = (
-            self.onto.leaf_structures[leaf].partition
-            is self.symmetry.numbered_leaves[leaf].structure.partition
-        )
+        group = unit_axis.group
+        same_widths = self._same_widths(unit_axis.member.leaf)
         alone = len(tree.groups) == 1 and not tree.siblings and not group.batch
         movable = is_permutation(plans[group.name]) and not self.solver.quadratic
         return self.known and same_widths and alone and movable
@@ -235,10 +207,10 @@ class AlignmentProblem:
             intra=False,
             dtype=self.dtype,
         )
-        plan = np.asarray(plans[unit_axis.group.name])
-        if np.array_equal(plan, np.arange(len(plan))):
+        plan = plans[unit_axis.group.name]
+        if is_identity(plan):
             return grams
-        return in_place(grams, np.argsort(plan).astype(np.int32))
+        return in_place(grams, np.argsort(np.asarray(plan)).astype(np.int32))
 
     def moved_leaf(self, number: int, plans: Plans) -> Array:
         """Moves one parameter of the source.
@@ -257,9 +229,17 @@ class AlignmentProblem:
         moved, last = self.moved.get(number, (None, []))
         same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
         if moved is None or not same:
-            moved = move(self.symmetry, plans, number, self.source[number], self.onto)
+            if self._same_widths(number) and all(map(is_identity, depends_on)):
+                moved = self.source[number]
+            else:
+                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
             self.moved[number] = moved, depends_on
         return moved
+
+    def _same_widths(self, number: int) -> bool:
+        """Whether a parameter falls into the same blocks in both models."""
+        partition = self.symmetry.numbered_leaves[number].structure.partition
+        return self.onto.leaf_structures[number].partition is partition
 
     def _compare_along_nothing(self, group: Group) -> Gram:
         """Returns inner products that are 0, as those of vectors without entries."""
@@ -469,32 +449,3 @@ def _exponent_of_known(arrays: Sequence[Array]) -> Array:
     if abs(exponent) <= COMFORTABLE_EXPONENT:
         exponent = 0
     return jax.device_put(np.int32(exponent))
-
-
-class AbstractMethod(abc.ABC):
-    """How the plans of all groups are found. Subclasses are frozen, hashable dataclasses."""
-
-    @abc.abstractmethod
-    def run(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Alignment:
-        """Finds the plans. Traced: called under `jax.jit`.
-
-        Args:
-            problem: The models, the metric and the solver.
-            grams: The inner products of activations by the names of groups, or None to use the
-                weights.
-
-        Returns:
-            The alignment.
-        """
-
-    def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
-        """Says in which power of the weights' unit the gaps are.
-
-        Args:
-            metric: The ground metric.
-            by_grams: Whether inner products of activations are given.
-
-        Returns:
-            The power: that of squared distances between weights, unless the method says otherwise.
-        """
-        return 2

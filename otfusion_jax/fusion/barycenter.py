@@ -24,7 +24,7 @@ from otfusion_jax.alignment.checks import require_settings
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.costs import squared_norm
 from otfusion_jax.alignment.leaf_weights import leaf_weights, rescaled
-from otfusion_jax.alignment.problem import AbstractMethod
+from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import average_of, check_integers, mixture
 from otfusion_jax.averaging.stacking import stacked_models
 from otfusion_jax.common.arguments import checked_count, require_function

@@ -22,7 +22,7 @@ from otfusion_jax.alignment.align import align, find_plans
 from otfusion_jax.alignment.checks import require_settings
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.leaf_weights import leaf_weights
-from otfusion_jax.alignment.problem import AbstractMethod
+from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import (
     Weights,
     average_of,
@@ -60,8 +60,8 @@ def fuse(
 ) -> PyTree:
     """Fuses independently trained models into one: aligns them to a reference and averages.
 
-    The defaults are the best one-shot method we have that needs no data. Alignment and transport
-    of the stack run under `jax.vmap`; all of it is jitted. To match by activations, use
+    The defaults are the best one-shot method we have that needs no data. Models are aligned one
+    after the other by jitted steps, or several at once under `jax.vmap`. To match by activations, use
     `align(..., grams=...)`, `transport` and `average`. To leave groups as they are, fuse with
     `symmetry.only(...)`.
 

@@ -64,6 +64,22 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(plan.dtype, jnp.integer)
 
 
+def is_identity(plan: Array) -> bool:
+    """Says whether a plan leaves every unit where it is.
+
+    Args:
+        plan: A plan whose values are known.
+
+    Returns:
+        Whether it is a permutation of every unit to itself. Of a transport plan it is not looked
+        at: False.
+    """
+    if not is_permutation(plan):
+        return False
+    values = np.asarray(plan)
+    return bool((values == np.arange(values.shape[-1])).all())
+
+
 # --- chains of permutations
 
 

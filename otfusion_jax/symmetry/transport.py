@@ -33,8 +33,8 @@ def transport(
 ) -> PyTree:
     """Moves the parameters of a network along plans.
 
-    With permutations the moved network computes the same function as the one given. A jitted
-    pytree transform; also works inside `jax.jit`, under `jax.vmap` and `jax.grad`.
+    With permutations the moved network computes the same function as the one given. A pytree
+    transform, jitted leaf by leaf; also works inside `jax.jit`, under `jax.vmap` and `jax.grad`.
 
     Args:
         symmetry: The symmetry of the network.

@@ -1,0 +1,66 @@
+"""What a method of alignment is, and what it returns."""
+
+import abc
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float
+from ott.geometry import costs
+
+from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.symmetry.groups import Plans
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Plans that move a source model onto a target, with what is known of their quality.
+
+    Attributes:
+        plans: Group name to plan, as `transport` takes them.
+        objective: The squared distance of the moved source to the target, summed over all
+            parameters, float `[]`. It is infinite if that is out of range, which does the plans no
+            harm.
+        history: For coordinate descent the objective at the start and after every sweep, float
+            `[max_sweeps + 1]`, which stays as it is after the last sweep. Otherwise the objective
+            before and after, float `[2]`.
+        converged: Whether every solve converged and nothing was left to improve, bool `[]`.
+        gaps: Group name to the duality gap of its last solve, in the units of its ground cost,
+            float `[]`. For a nested group it is the largest gap of its batch.
+    """
+
+    plans: Plans
+    objective: Float[Array, ""]
+    history: Float[Array, " sweeps"]
+    converged: Bool[Array, ""]
+    gaps: dict[str, Float[Array, ""]]
+
+
+class AbstractMethod(abc.ABC):
+    """How the plans of all groups are found. Subclasses are frozen, hashable dataclasses."""
+
+    @abc.abstractmethod
+    def run(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Alignment:
+        """Finds the plans, of known values or traced, as `problem.known` says.
+
+        Args:
+            problem: The models, the metric and the solver.
+            grams: The inner products of activations by the names of groups, or None to use the
+                weights.
+
+        Returns:
+            The alignment.
+        """
+
+    def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
+        """Says in which power of the weights' unit the gaps are.
+
+        Args:
+            metric: The ground metric.
+            by_grams: Whether inner products of activations are given.
+
+        Returns:
+            The power: that of squared distances between weights, unless the method says otherwise.
+        """
+        return 2
