@@ -118,7 +118,7 @@ def run_block(path: Path, line: int, block: str, namespace: dict) -> str:
     return printed.getvalue()
 
 
-NUMBER = re.compile(r"\d+\.\d")
+NUMBER = re.compile(r" *\d+\.\d")
 
 
 @pytest.mark.compatibility
@@ -131,8 +131,12 @@ def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     namespace = {"__name__": "__main__"}
     printed = run_block(README, line, code, namespace)
     assert NUMBER.sub("", printed) == NUMBER.sub("", said)
-    accuracies = [[float(n) for n in NUMBER.findall(text)] for text in (printed, said)]
-    assert accuracies[0] == pytest.approx(accuracies[1], abs=10)
+    (a, b, average, fused), expected = (
+        [float(n) for n in NUMBER.findall(text)] for text in (printed, said)
+    )
+    # To average what does not correspond is to guess, which is no stable figure.
+    assert average < 40
+    assert [a, b, fused] == pytest.approx([expected[0], expected[1], expected[3]], abs=6)
     assert str(namespace["symmetry"]).split() == table.split()
 
 

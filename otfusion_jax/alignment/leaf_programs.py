@@ -74,12 +74,12 @@ def units_compared(
     return jax.tree.map(lambda x: x.astype(dtype), grams)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames=("total",))
 def added(total: Gram, term: Gram) -> Gram:
     """Adds inner products over some members to those over others.
 
     Args:
-        total: The inner products over some members of a group.
+        total: The inner products over some members of a group. They are overwritten.
         term: Those over others, of the same shapes.
 
     Returns:
@@ -88,12 +88,13 @@ def added(total: Gram, term: Gram) -> Gram:
     return total + term
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames=("moved",))
 def in_place(moved: Gram, inverse: Array) -> Gram:
     """Brings inner products of units that have moved into the order that the units came from.
 
     Args:
-        moved: The inner products, of no batch and without those within each model.
+        moved: The inner products, of no batch and without those within each model. They are
+            overwritten.
         inverse: For each unit the position at which it is, int32 `[n]`.
 
     Returns:

@@ -61,8 +61,8 @@ def fuse(
     """Fuses independently trained models into one: aligns them to a reference and averages.
 
     The defaults are the best one-shot method we have that needs no data. Models are aligned one
-    after the other by jitted steps, or several at once under `jax.vmap`. To match by activations, use
-    `align(..., grams=...)`, `transport` and `average`. To leave groups as they are, fuse with
+    after the other by jitted steps, or several at once under `jax.vmap`. To match by activations,
+    use `align(..., grams=...)`, `transport` and `average`. To leave groups as they are, fuse with
     `symmetry.only(...)`.
 
     Args:
