@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal
+from jax import export
 from ott.geometry import costs
 from zoo import CASES
 
@@ -130,6 +131,7 @@ def test_groups_whose_neighbours_stay_are_not_solved_again(monkeypatch: pytest.M
     assert len(solved) == len(symmetry.groups) + 1
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("name", ["vgg", "resnet", "attention", "mlp"])
 @pytest.mark.parametrize("method", [otf.CoordinateDescent(), otf.ForwardPass()])
 def test_known_values_and_traced_ones_come_to_the_same(name: str, method: otf.AbstractMethod):
@@ -197,11 +199,12 @@ def test_a_cache_of_programs_serves_the_next_process(tmp_path):
     assert value == value_again
 
 
+@pytest.mark.compatibility
 def test_a_traced_alignment_is_one_program_for_accelerators():
     apply, a = residual(2)
     symmetry = otf.trace_symmetry(apply, a, normal(2, 3))
     fuse = jax.jit(lambda a, b: otf.fuse(symmetry, [a, b]))
-    exported = jax.export.export(fuse, platforms=("cuda", "tpu"))(a, a)
+    exported = export.export(fuse, platforms=("cuda", "tpu"))(a, a)
     text = exported.mlir_module()
     assert "callback" not in text
     assert "f64" not in text
