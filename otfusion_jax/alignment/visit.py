@@ -138,8 +138,8 @@ def _assignment_solver(problem: AlignmentProblem, tree: GroupTree) -> Exact | No
     """Returns the solver if it is exact, and a tree is one group that is matched one to one."""
     group, *nested = tree.groups
     same_size = group.size == problem.target_groups[group.name].size
-    uniform = _masses(problem, tree)[0] == (None, None)
-    if nested or group.batch or not same_size or not uniform:
+    has_masses = any(group.name in masses for masses in problem.marginals)
+    if nested or group.batch or not same_size or has_masses:
         return None
     return problem.solver if isinstance(problem.solver, Exact) else None
 
