@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -94,21 +95,24 @@ def time_pairs(count: int) -> None:
     def plans(source: PyTree, target: PyTree) -> PyTree:
         return otf.align(symmetry, source, target).plans
 
-    at_once = jax.jit(jax.vmap(plans))
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        jax.block_until_ready(at_once(sources, targets))
-        seconds.append(time.perf_counter() - start)
-    for _ in range(2):
-        start = time.perf_counter()
+    def loop(call: Callable[..., PyTree]) -> None:
         for source, target in zip(models[:count], models[count:], strict=True):
-            jax.block_until_ready(plans(source, target))
-        seconds.append(time.perf_counter() - start)
-    print(
-        f"\n{count} pairs of MLPs of 16-32-32-4: {seconds[1]:.3f} s under one vmap (first call "
-        f"{seconds[0]:.1f}), {seconds[3]:.3f} s in a loop: {seconds[3] / seconds[1]:.1f} times"
-    )
+            jax.block_until_ready(call(source, target))
+
+    at_once = jax.jit(jax.vmap(plans))
+    jitted = jax.jit(plans)
+    print(f"\n{count} pairs of MLPs of 16-32-32-4, first and second time:\n")
+    for name, call in (
+        ("under one `jax.vmap`", lambda: jax.block_until_ready(at_once(sources, targets))),
+        ("in a loop, jitted", lambda: loop(jitted)),
+        ("in a loop", lambda: loop(plans)),
+    ):
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        print(f"- {name}: {seconds[0]:.2f} and {seconds[1]:.2f} s")
 
 
 def main() -> None:
