@@ -111,6 +111,22 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: otf.check_symmetry(S, fn, A, jax.ShapeDtypeStruct((4, 6), jnp.float32)),
         "TypeError: inputs has shapes in place of arrays",
     ),
+    "no samples for the certificate": (
+        lambda: otf.check_symmetry(S, fn, A, X[:0]),
+        r"ValueError: input 0 is empty: shape \(0, 6\); pass some samples",
+    ),
+    "no samples for one of several functions": (
+        lambda: otf.check_symmetry(S, [(fn, (X,)), (fn, (X[:0],))], A),
+        r"ValueError: input 0 is empty: shape \(0, 6\); pass some samples",
+    ),
+    "a certificate inside of jit": (
+        lambda: jax.jit(lambda p: otf.check_symmetry(S, fn, p, X))(A),
+        "TypeError: check_symmetry was called inside of jax.jit.*call it outside: it returns a",
+    ),
+    "a certificate of known values inside of jit": (
+        lambda: jax.jit(lambda: otf.check_symmetry(S, fn, A, X))(),
+        "TypeError: check_symmetry was called inside of jax.jit",
+    ),
     "activations for inner products": (
         lambda: any_otf.align(S, A, B, grams=otf.features(S, fn, A, X)),
         "TypeError: grams are inner products .* feature_gram.* got w: ArrayImpl",
