@@ -219,7 +219,7 @@ def test_models_of_another_architecture_are_refused():
 MISTAKES = {
     "method class": ({"method": otf.ForwardPass}, r"method is the class ForwardPass; pass Coord"),
     "method name": ({"method": "descent"}, r"method is 'descent'; pass CoordinateDescent\(\) or"),
-    "solver class": ({"solver": otf.Exact}, r"solver is the class Exact; pass Exact\(\) or Sink"),
+    "solver class": ({"solver": otf.Exact}, r"solver is the class Exact; pass Exact\(\), Sink"),
     "solver name": (
         {"solver": "exact"},
         r"solver is 'exact'; pass Exact\(\), Sinkhorn\(\), LowRank\(\) or G",
