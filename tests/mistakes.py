@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.extend.core import Primitive
 from ott.geometry import costs
 
 import otfusion_jax as otf
@@ -101,7 +103,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an array whose rows would be models": (
         lambda: any_otf.average(X),
-        "TypeError: models is a ArrayImpl; pass a list of pytrees",
+        "TypeError: models is an array; pass a list of pytrees",
     ),
     "inputs that are shapes": (
         lambda: otf.features(S, fn, A, jax.ShapeDtypeStruct((4, 6), jnp.float32)),
@@ -110,6 +112,42 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "inputs of the certificate that are shapes": (
         lambda: otf.check_symmetry(S, fn, A, jax.ShapeDtypeStruct((4, 6), jnp.float32)),
         "TypeError: inputs has shapes in place of arrays",
+    ),
+    "no samples for the certificate": (
+        lambda: otf.check_symmetry(S, fn, A, X[:0]),
+        r"ValueError: input 0 is empty: shape \(0, 6\); pass some samples",
+    ),
+    "no samples for one of several functions": (
+        lambda: otf.check_symmetry(S, [(fn, (X,)), (fn, (X[:0],))], A),
+        r"ValueError: input 0 is empty: shape \(0, 6\); pass some samples",
+    ),
+    "a certificate inside of jit": (
+        lambda: jax.jit(lambda p: otf.check_symmetry(S, fn, p, X))(A),
+        "TypeError: check_symmetry was called inside of jax.jit.*call it outside: it returns a",
+    ),
+    "a certificate of known values inside of jit": (
+        lambda: jax.jit(lambda: otf.check_symmetry(S, fn, A, X))(),
+        "TypeError: check_symmetry was called inside of jax.jit",
+    ),
+    "a primitive by name": (
+        lambda: any_otf.register_rule("tanh"),
+        r"TypeError: a str was given where a primitive is wanted: write @register_rule\(primitive",
+    ),
+    "a function for its primitive": (
+        lambda: any_otf.register_rule(jnp.tanh),
+        "TypeError: .* was given where a primitive is wanted: .*primitives.tanh_p",
+    ),
+    "a decorator that is not called": (
+        lambda: any_otf.register_rule(lambda ctx, values: values),
+        "TypeError: a function was given where a primitive is wanted",
+    ),
+    "no primitive": (
+        lambda: otf.register_rule(),
+        "TypeError: register_rule was given no primitive",
+    ),
+    "a rule that is a number": (
+        lambda: any_otf.register_rule(Primitive("mine"))(3),
+        "TypeError: an int was given where a rule is wanted: a function of the equation's",
     ),
     "activations for inner products": (
         lambda: any_otf.align(S, A, B, grams=otf.features(S, fn, A, X)),
@@ -122,6 +160,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "marginals of the source alone": (
         lambda: any_otf.align(S, A, B, marginals=otf.weight_importance(S, A)),
         "TypeError: marginals are a pair of dicts",
+    ),
+    "activations that are one array": (
+        lambda: any_otf.feature_importance(X),
+        r"TypeError: features is an array; pass what features\(symmetry, fn, params, x\) returns",
+    ),
+    "inner products for activations": (
+        lambda: any_otf.feature_importance(otf.feature_gram(S, fn, A, B, [X])),
+        r"TypeError: the features of w are a Gram; pass what features\(",
+    ),
+    "a leaf weight that is nothing": (
+        lambda: any_otf.align(S, A, B, leaf_weight=lambda path: {"w": 1.0}.get(path)),
+        "TypeError: .*these leaf weights are no numbers.*v: None",
+    ),
+    "leaf weights that are strings": (
+        lambda: any_otf.fuse(S, [A, B], leaf_weight=lambda path: "1"),
+        "TypeError: .*these leaf weights are no numbers.*v: a str\n  w: a str",
+    ),
+    "leaf weights that are arrays": (
+        lambda: any_otf.align(S, A, B, leaf_weight=lambda path: jnp.ones(1)),
+        "TypeError: .*these leaf weights are no numbers.*v: an array",
     ),
     "a method by name": (
         lambda: any_otf.align(S, A, B, method="descent"),
@@ -145,7 +203,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a solver of the average that is a class": (
         lambda: any_otf.fuse(S, [A, B], solver=otf.Exact),
-        r"TypeError: solver is the class Exact; pass Exact\(\) or Sinkhorn\(\)",
+        r"TypeError: solver is the class Exact; pass Exact\(\), Sinkhorn\(\), LowRank\(\) or G",
     ),
     "a solver to learn by that is a class": (
         lambda: any_otf.learn_alignment(S, loss, A, B, X[None], solver=otf.Sinkhorn),
@@ -157,7 +215,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a solver that is a class": (
         lambda: any_otf.align(S, A, B, solver=otf.Exact),
-        r"TypeError: solver is the class Exact; pass Exact\(\) or Sinkhorn\(\)",
+        r"TypeError: solver is the class Exact; pass Exact\(\), Sinkhorn\(\), LowRank\(\) or G",
     ),
     "a repair that is a class": (
         lambda: any_otf.repair(S, fn, [A, B], X, method=otf.LeastSquares),
@@ -169,7 +227,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "plans that are one array": (
         lambda: any_otf.transport(S, jnp.arange(8), A),
-        "TypeError: plans is a ArrayImpl; pass a dict of arrays",
+        "TypeError: plans is an array; pass a dict of arrays",
     ),
     "a plan that is a list": (
         lambda: any_otf.transport(S, {"w": list(range(8))}, A),
@@ -202,6 +260,50 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "a fraction of a batch": (
         lambda: any_otf.fuse(S, [A, B], batch_size=1.5),
         "ValueError: batch_size is 1.5; give 1 or more, or None",
+    ),
+    "an optimizer that is a function": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], optimizer=optax.adam),
+        r"TypeError: optimizer is <function adam.*pass an optimizer of optax such as optax.ad",
+    ),
+    "a step size for an optimizer": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], optimizer=0.1),
+        r"TypeError: optimizer is 0.1; pass an optimizer of optax such as optax.adam\(1e-2\)",
+    ),
+    "a position to learn at that is a word": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], t="half"),
+        "TypeError: t is 'half', of type str; give a number",
+    ),
+    "several positions to learn at": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], t=jnp.array([0.5])),
+        r"ValueError: t has shape \(1,\); give a single number",
+    ),
+    "a leaf weight to learn by that is a number": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], leaf_weight=1.0),
+        r"TypeError: a float .* call learn_alignment\(..., leaf_weight=lambda path: 1.0\)",
+    ),
+    "a position that is a string": (
+        lambda: any_otf.interpolate(A, B, "0.5"),
+        "TypeError: t is '0.5', of type str; give a number, 0 for the one model and 1 for the",
+    ),
+    "no position": (
+        lambda: any_otf.interpolate(A, B, None),
+        "TypeError: t is None, of type NoneType; give a number",
+    ),
+    "positions of a line that are words": (
+        lambda: any_otf.barrier(lambda p: p["w"].sum(), A, B, ["0", "1"]),
+        r"TypeError: t is \['0', '1'\], of type list; give a number",
+    ),
+    "a metric that returns a dict": (
+        lambda: any_otf.barrier(lambda p: {"loss": p["w"].sum()}, A, B),
+        "TypeError: the metric returned a dict; it must return a number, or an array",
+    ),
+    "a metric that returns nothing": (
+        lambda: any_otf.barrier(lambda p: None, A, B),
+        "TypeError: the metric returned None; it must return a number, or an array",
+    ),
+    "a flag for a batch size": (
+        lambda: otf.barrier(lambda p: p["w"].sum(), A, B, batch_size=True),
+        "TypeError: batch_size is True, of type bool; give 1 or more, or None",
     ),
     "no batch": (
         lambda: otf.barrier(lambda p: p["w"].sum(), A, B, batch_size=0),

@@ -219,8 +219,11 @@ def test_models_of_another_architecture_are_refused():
 MISTAKES = {
     "method class": ({"method": otf.ForwardPass}, r"method is the class ForwardPass; pass Coord"),
     "method name": ({"method": "descent"}, r"method is 'descent'; pass CoordinateDescent\(\) or"),
-    "solver class": ({"solver": otf.Exact}, r"solver is the class Exact; pass Exact\(\) or Sink"),
-    "solver name": ({"solver": "exact"}, r"solver is 'exact'; pass Exact\(\) or Sinkhorn\(\)"),
+    "solver class": ({"solver": otf.Exact}, r"solver is the class Exact; pass Exact\(\), Sink"),
+    "solver name": (
+        {"solver": "exact"},
+        r"solver is 'exact'; pass Exact\(\), Sinkhorn\(\), LowRank\(\) or G",
+    ),
     "metric class": ({"metric": costs.Cosine}, "metric is the class Cosine; pass an ott cost func"),
     "metric name": ({"metric": "cosine"}, r"metric is 'cosine'; .*costs.SqEuclidean\(\), or None"),
     "leaf weight": ({"leaf_weight": 2.0}, "a float was given where a function is wanted"),
@@ -245,6 +248,15 @@ def test_grams_have_to_fit():
         otf.align(symmetry, net, net, grams={"0/kernel": square})
     with pytest.raises(ValueError, match=r"1/kernel: shape \(7, 7\), expected \(8, 8\)"):
         otf.align(symmetry, net, net, grams={"0/kernel": square, "1/kernel": small})
+
+
+def test_grams_of_unknown_groups_are_refused():
+    symmetry = symmetry_of("mlp")
+    net, _ = one_pair()
+    square = otf.Gram(jnp.ones(8), jnp.ones(8), jnp.ones((8, 8)))
+    grams = {"0/kernel": square, "1/kernel": square, "2/kernel": square}
+    with pytest.raises(ValueError, match=r"2/kernel: no such group$"):
+        otf.align(symmetry, net, net, grams=grams)
 
 
 def test_grams_that_are_not_finite_are_refused():

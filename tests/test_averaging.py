@@ -74,6 +74,12 @@ def test_lines_between_models_that_differ_are_refused():
         otf.interpolate(A, {"x": jnp.ones(2)}, 0.5)
 
 
+@pytest.mark.parametrize("t", [float("nan"), float("inf"), jnp.array([0.0, jnp.nan])])
+def test_positions_that_are_not_finite_are_refused(t):
+    with pytest.raises(ValueError, match="positions on the line between two models are finite"):
+        otf.interpolate(A, B, t)
+
+
 def test_the_derivative_along_the_line_is_the_difference():
     slope = jax.jacfwd(lambda t: otf.interpolate(A, B, t))(jnp.array(0.3))
     close(slope["x"], B["x"] - A["x"])

@@ -107,12 +107,12 @@ def test_a_list_is_the_function_that_computes_all():
 @pytest.mark.parametrize(
     ("program", "inputs", "message"),
     [
-        (3, (), "a int was given as the function"),
+        (3, (), "an int was given as the function"),
         ("fn", (), "a str was given as the function"),
         ([], (), "no functions"),
         ([policy], (), "entry point 0 is no pair"),
         ([(policy, (X,)), (3, (X,))], (), "entry point 1 is no pair"),
-        ([(policy, X)], (), "inputs of entry point 0 are a ArrayImpl; pass a tuple"),
+        ([(policy, X)], (), "inputs of entry point 0 are an array; pass a tuple"),
         (BOTH, (X,), "no further inputs"),
     ],
 )

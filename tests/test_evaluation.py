@@ -1,7 +1,9 @@
 """Checks ensembles and barriers against NumPy and against losses of known shape."""
 
 import functools
+import inspect
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,25 @@ def test_ensembles_of_models_that_differ_are_refused():
         otf.ensemble(scale_and_add, [], x, x)
     with pytest.raises(ValueError, match=re.escape("shape (2,), expected (1,)")):
         otf.ensemble(scale_and_add, [jnp.ones(1), jnp.ones(2)], x, x)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error", "message"),
+    [
+        (lambda z: jnp.argmax(z, axis=-1), ValueError, r"int32 of shape \(4,\).*no logits, which"),
+        (lambda z: z.sum(), ValueError, r"float32 of shape \(\), .*an axis is missing"),
+        (lambda z: z[0], ValueError, r"float32 of shape \(3,\), .*pass a batch of one, x\[None\]"),
+        (lambda z: z[:, :1], ValueError, r"shape \(4, 1\), .*a single class is 1 whatever"),
+        (lambda z: (z, z), TypeError, "the function returned a tuple; return the logits alone"),
+    ],
+    ids=["classes", "a scalar", "no batch", "one logit", "a tuple"],
+)
+def test_outputs_that_are_no_logits_are_refused(outputs, error, message):
+    def fn(params, x):
+        return outputs(x * params)
+
+    with pytest.raises(error, match=message):
+        otf.ensemble(fn, [jnp.array(1.0), jnp.array(2.0)], normal(4, 3))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -119,6 +140,13 @@ def test_batches_do_not_change_the_result(batch_size):
     close(path.height, whole.height)
 
 
+def test_a_batch_size_may_be_a_number_of_numpy():
+    # Without the tests' checks of annotations, which would refuse it before the library sees it.
+    barrier: Any = inspect.unwrap(otf.barrier)
+    path = barrier(hill, A, B, batch_size=np.int64(4))
+    close(path.height, otf.barrier(hill, A, B).height)
+
+
 def test_at_most_a_batch_of_models_is_evaluated_at_once():
     sizes = []
 
@@ -166,6 +194,17 @@ def test_barriers_under_jit_and_grad():
 def test_positions_that_do_not_span_the_line_are_refused(t):
     with pytest.raises(ValueError, match="t must be a vector that starts at 0 and ends at 1"):
         otf.barrier(hill, A, B, jnp.asarray(t))
+
+
+@pytest.mark.parametrize("t", [[0.0, 1.5, 1.0], [0.0, -0.5, 1.0]])
+def test_positions_beyond_the_ends_are_refused(t):
+    with pytest.raises(ValueError, match=r"t has -?\d.5; the line between the models is from 0"):
+        otf.barrier(hill, A, B, jnp.asarray(t))
+
+
+def test_positions_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"t is .*nan.*; positions on the line .* are finite"):
+        otf.barrier(hill, A, B, jnp.array([0.0, jnp.nan, 1.0]))
 
 
 def test_barriers_between_models_that_differ_are_refused():

@@ -326,8 +326,11 @@ fuse_of_any_type: Any = inspect.unwrap(otf.fuse)
         ({"batch_size": "2"}, "batch_size is '2', of type str; give 1 or more, or None"),
         ({"method": otf.ForwardPass}, "method is the class ForwardPass; pass CoordinateDescent()"),
         ({"method": "descent"}, "method is 'descent'; pass CoordinateDescent()"),
-        ({"solver": otf.Exact}, "solver is the class Exact; pass Exact() or Sinkhorn()"),
-        ({"solver": "exact"}, "solver is 'exact'; pass Exact() or Sinkhorn()"),
+        (
+            {"solver": otf.Exact},
+            "solver is the class Exact; pass Exact(), Sinkhorn(), LowRank() or Gromov",
+        ),
+        ({"solver": "exact"}, "solver is 'exact'; pass Exact(), Sinkhorn(), LowRank() or Gromov"),
         ({"metric": costs.Cosine}, "metric is the class Cosine; pass an ott cost function"),
         ({"metric": "cosine"}, "metric is 'cosine'; pass an ott cost function"),
         ({"weights": "half"}, "weights is 'half', of type str; give one number for each model"),

@@ -206,6 +206,30 @@ def test_groups_inside_of_others_are_learned():
     assert any(group.batch for group in symmetry.groups)
 
 
+def test_a_loss_that_is_not_finite_is_named_with_its_step():
+    symmetry, a, b, batches, loss = pair()
+    few = batches[:4].at[2, 0].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="the loss is not finite, first at step 2"):
+        otf.learn_alignment(symmetry, loss, a, b, few)
+
+
+def test_a_gradient_that_is_not_finite_is_told():
+    symmetry, a, b, batches, loss = pair()
+
+    def steep(params, x):
+        # The root's slope at 0 is infinite.
+        return loss(params, x) + jnp.sqrt(0 * loss(params, x))
+
+    with pytest.raises(FloatingPointError, match="a gradient of the loss is not finite"):
+        otf.learn_alignment(symmetry, steep, a, b, batches[:1])
+
+
+def test_a_position_that_is_not_finite_is_refused():
+    symmetry, a, b, batches, loss = pair()
+    with pytest.raises(ValueError, match="t is nan; positions on the line .* are finite"):
+        otf.learn_alignment(symmetry, loss, a, b, batches, t=float("nan"))
+
+
 def test_what_cannot_be_learned_from_is_refused():
     symmetry, a, b, batches, loss = pair()
     for wrong in ((), (batches, batches[:3]), 1.0, batches[:0]):

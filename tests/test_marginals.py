@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from pairs import FORWARD, symmetry_of
 
 import otfusion_jax as otf
+from otfusion_jax.alignment.checks import require_method_for_marginals
 
 
 def net(kind: str, seed: int):
@@ -50,6 +51,34 @@ def test_importance_by_activations_is_their_variance():
     variances = np.var(np.asarray(activations["1/kernel"]), axis=0)
     assert_allclose(found["1/kernel"], variances / variances.sum(), rtol=1e-5)
     assert_allclose(found["silent"], np.full(4, 0.25))
+
+
+def test_importance_of_integers_is_that_of_the_numbers():
+    x = jnp.asarray(np.random.default_rng(0).integers(-100, 100, (50, 4)))
+    found = otf.feature_importance.__wrapped__({"bytes": x.astype(jnp.int8)})
+    expected = otf.feature_importance({"bytes": x.astype(jnp.float32)})
+    assert_allclose(found["bytes"], expected["bytes"])
+
+
+def test_features_that_say_nothing_are_named_with_their_group():
+    good = normal(5, 4)
+    wrong = {"a": good, "b": good.at[0, :2].set(jnp.nan), "c": good[:0]}
+    with pytest.raises(ValueError, match="these features say nothing of the units") as error:
+        otf.feature_importance(wrong)
+    assert str(error.value).splitlines()[1:] == [
+        "  b: 2 of 20 values not finite",
+        "  c: shape (0, 4), no samples: no input reaches the group, leave it out",
+    ]
+
+
+def test_marginals_are_told_to_be_why_descent_has_soft_plans():
+    symmetry, a = symmetry_of("mlp"), net("mlp", 0)
+    masses = otf.weight_importance(symmetry, a)
+    descent = otf.CoordinateDescent()
+    with pytest.raises(ValueError, match=r"marginals give soft plans.*method=ForwardPass\(\)"):
+        require_method_for_marginals(descent, (masses, {}))
+    require_method_for_marginals(descent, ({}, {}))
+    require_method_for_marginals(otf.ForwardPass(), (masses, masses))
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -185,6 +185,106 @@ def test_repair_under_jit(method):
     jax.tree.map(close, jax.jit(repair)(nets, x), repair(nets, x))
 
 
+def to(dtype, tree):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+MIXED = {
+    "bytes": (jnp.float32, jnp.float32, jnp.uint8),
+    "models of half precision": (jnp.bfloat16, jnp.bfloat16, jnp.float32),
+    "models and inputs of half precision": (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+    "inputs in bfloat16": (jnp.float32, jnp.float32, jnp.bfloat16),
+    "inputs in float16": (jnp.float32, jnp.float32, jnp.float16),
+    "one model of half precision": (jnp.bfloat16, jnp.float32, jnp.float32),
+    "the other of half precision": (jnp.float32, jnp.bfloat16, jnp.float32),
+    "inputs in double precision": (jnp.float32, jnp.float32, jnp.float64),
+    "models in double precision": (jnp.float64, jnp.float64, jnp.float32),
+}
+
+
+@METHODS
+@pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
+def test_precisions_may_be_mixed(dtypes, method, default_promotion):
+    # All of this is exact in bfloat16, and bytes are far too small for sums of squares.
+    nets = [to(jnp.bfloat16, ref.random_net(seed, "mlp")) for seed in range(2)]
+    x = jnp.round(abs(normal(64, *ref.INPUTS["mlp"][1:], seed=2)) * 50)
+    first, second, inputs = dtypes
+    with jax.enable_x64(jnp.float64 in dtypes):
+        wide = [to(jnp.float32, net) for net in nets]
+        symmetry = otf.trace_symmetry(ref.network, wide[0], x)
+        expected = otf.repair(symmetry, ref.network, wide, x, method=method)
+        models = [to(first, nets[0]), to(second, nets[1])]
+        found = otf.repair(symmetry, ref.network, models, x.astype(inputs), method=method)
+        for leaf, like in zip(
+            jax.tree.leaves(found), jax.tree.leaves(otf.average(models)), strict=True
+        ):
+            assert leaf.dtype == like.dtype
+        outputs = ref.network(to(jnp.float32, found), x)
+        right, plain = ref.network(expected, x), ref.network(otf.average(wide), x)
+        assert distance(outputs, right) < 0.1 * distance(plain, right)
+
+
+def distance(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(jnp.sum((x.astype(float) - y.astype(float)) ** 2)) for x, y in leaves) ** 0.5
+
+
+@METHODS
+def test_an_original_may_be_of_another_precision(method, default_promotion):
+    symmetry, nets, x = setting("mlp")
+    halves = [to(jnp.bfloat16, net) for net in nets]
+    wide = [to(jnp.float32, net) for net in halves]
+    original = original_of(wide, params=halves[0])
+    found = otf.repair(symmetry, ref.network, wide, x, method=method, originals=[original, None])
+    expected = otf.repair(symmetry, ref.network, wide, x, method=method)
+    jax.tree.map(close, found, expected)
+
+
+@METHODS
+def test_quantised_weights_stay(method):
+    def quantised(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["q"].astype(jnp.float32)
+
+    q = jnp.arange(24, dtype=jnp.int8).reshape(8, 3)
+    models = [{"w": normal(5, 8, seed=seed), "q": q} for seed in range(2)]
+    x = normal(16, 5, seed=2)
+    symmetry = otf.trace_symmetry(quantised, models[0], x)
+    found = otf.repair(symmetry, quantised, models, x, method=method)
+    assert found["q"].dtype == jnp.int8
+    np.testing.assert_array_equal(found["q"], q)
+
+
+@METHODS
+def test_inputs_that_are_not_finite_are_named(method):
+    symmetry, nets, x = setting("mlp")
+    message = r"(?s)of inputs that are not.*input 0: 2 of \d+ values not finite"
+    with pytest.raises(FloatingPointError, match=message):
+        otf.repair(symmetry, ref.network, nets, x.at[3, :2].set(jnp.nan), method=method)
+
+
+def linear(params, x):
+    return x @ params["first"] @ params["second"]
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e-12])
+def test_least_squares_are_the_same_at_any_scale_whose_squares_are_in_range(scale):
+    shapes = {"first": (5, 8), "second": (8, 3)}
+    nets = [normals(shapes, seed) for seed in range(2)]
+    x = normal(64, 5, seed=2)
+    symmetry = otf.trace_symmetry(linear, nets[0], x)
+    expected = otf.repair(symmetry, linear, nets, x, method=otf.LeastSquares())
+    found = otf.repair(symmetry, linear, nets, x * scale, method=otf.LeastSquares())
+    jax.tree.map(close, found, expected)
+    assert distance(found, otf.average(nets)) > 0.1
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_least_squares_out_of_range_are_refused(scale):
+    symmetry, nets, x = setting("mlp")
+    with pytest.raises(FloatingPointError, match="numbers on the way were out of range"):
+        otf.repair(symmetry, ref.network, nets, x * scale, method=otf.LeastSquares())
+
+
 def test_repair_leaves_its_inputs_alone():
     symmetry, nets, x = setting("mlp")
     before = jax.tree.map(np.array, nets)

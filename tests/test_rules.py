@@ -1277,6 +1277,34 @@ def test_a_rule_that_returns_what_does_not_fit_is_named(
     assert __file__ in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [
+        (lambda ctx, values: None, "returned None, at"),
+        (lambda ctx, values: values[0], "returned a TracedValue, at"),
+        (lambda ctx, values: [values], "returned a list with a list, at"),
+        (
+            lambda ctx, values: [values[0]._replace(kind="feature")],
+            "returned a TracedValue whose kind is 'feature', at",
+        ),
+        (
+            lambda ctx, values: [values[0]._replace(axes=values[0].axes[0])],
+            r"returned a TracedValue whose axes are \(Factor.*, at",
+        ),
+    ],
+    ids=["nothing", "no list", "a list in a list", "a kind by name", "one axis"],
+)
+def test_a_rule_that_returns_no_values_is_named(
+    rule: Any, complaint: str, monkeypatch: pytest.MonkeyPatch
+):
+    fn, params = passing_on(jnp.tanh)
+    monkeypatch.setitem(registry._registry, P.tanh_p, rule)
+    with pytest.raises(TypeError, match=f"the rule of 'tanh' {complaint}") as info:
+        otf.trace_symmetry(fn, params, X)
+    assert __file__ in str(info.value)
+    assert "it must return a list of one TracedValue" in str(info.value)
+
+
 def test_a_rule_that_reads_all_replaces_one_that_selects(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     monkeypatch.setattr(registry, "_selecting", set(registry._selecting))

@@ -209,6 +209,16 @@ def test_a_solver_of_ones_own_is_checked_and_aligns_as_any_other():
     np.testing.assert_allclose(alignment.plans["w"], np.full((4, 4), 1 / 16))
 
 
+def test_a_solver_that_returns_no_solution_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Bare(otf.AbstractSolver):
+        def compute(self, problem):
+            return jnp.arange(len(problem.cost))
+
+    with pytest.raises(TypeError, match="Bare.compute returned an array; it must return a Solut"):
+        Bare().solve(otf.TransportProblem(jnp.ones((2, 2))))
+
+
 def test_a_solver_without_compute_cannot_be_made():
     class Unfinished(otf.AbstractSolver):
         pass
@@ -230,7 +240,7 @@ class Shaped:
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (jnp.ones((3, 3)), "a ArrayImpl"),
+        (jnp.ones((3, 3)), "an array"),
         ((jnp.ones((3, 3)), None, None), "a tuple"),
         (otf.TransportProblem, "the class TransportProblem"),
     ],
@@ -246,6 +256,12 @@ def test_a_cost_alone_is_the_problem_of_uniform_masses():
     alone, problem = otf.Exact().solve(cost), otf.Exact().solve(otf.TransportProblem(cost))
     chex.assert_trees_all_equal(alone, problem)
     assert alone.plan.tolist() == [1, 0]
+
+
+def test_complex_costs_are_refused():
+    problem = otf.TransportProblem(jnp.ones((2, 2), jnp.complex64))
+    with pytest.raises(ValueError, match=r"costs are real numbers, got complex64; pass jnp.abs"):
+        base.check_problem(problem)
 
 
 @pytest.mark.parametrize("cost", [[[1.0, 2.0], [3.0, 4.0]], "cost", Shaped()])

@@ -298,9 +298,18 @@ def test_printed_share_counts_parameters_on_a_group():
     assert "41.6 % of 101 parameters" in str(symmetry)
 
 
+def test_one_of_a_kind_is_printed_in_the_singular():
+    def sum_of_squares(params):
+        return jnp.sum(params**2)
+
+    symmetry = otf.trace_symmetry(sum_of_squares, jnp.ones(3))
+    assert repr(symmetry) == "<Symmetry: 1 group, 1 leaf, 3 parameters>"
+    assert str(symmetry).startswith("Symmetry: 1 group over 1 leaf; 100.0 % of 3 parameters")
+
+
 def test_prints_without_groups_and_without_pins():
     one = otf.trace_symmetry(lambda p: p, jnp.array(1.0))
-    assert str(one).startswith("Symmetry: 0 groups over 1 leaves")
+    assert str(one).startswith("Symmetry: 0 groups over 1 leaf;")
     assert str(otf.trace_symmetry(lambda p: jnp.zeros(()), {})).startswith("Symmetry: 0 groups")
 
 

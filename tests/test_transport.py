@@ -398,7 +398,15 @@ def test_gradients_agree_with_finite_differences(what):
     [
         (jnp.arange(7), r"shape \(7,\), expected \(8,\)"),
         (jnp.zeros(8, jnp.int32), "not a permutation of 0 to 7"),
-        (jnp.arange(8) + 1, "not a permutation of 0 to 7"),
+        (jnp.full(8, 8), "not a permutation of 0 to 7; its cost was not finite"),
+        (jnp.arange(8) + 1, "not a permutation of 0 to 7; its indices start at 1, subtract 1"),
+        (jnp.arange(8).at[0].set(9), "not a permutation of 0 to 7$"),
+        (
+            jnp.eye(8, dtype=int),
+            r"int32 of shape \(8, 8\), expected int \(8,\); a plan of masses is",
+        ),
+        (jnp.eye(8, dtype=bool), "dtype bool, but a plan of masses is floating-point"),
+        (jnp.zeros((8, 8)), "no mass at all, which would make the units 0"),
         (jnp.arange(8) - 1, "not a permutation of 0 to 7"),
         (jnp.ones(8), r"shape \(8,\), expected \(8, m\) for a transport plan"),
         (jnp.ones((7, 8)), r"shape \(7, 8\), expected \(8, m\) for a transport plan"),
@@ -409,7 +417,7 @@ def test_gradients_agree_with_finite_differences(what):
 )
 def test_plans_that_do_not_fit_are_refused(plan, problem):
     symmetry, net = symmetry_of("mlp"), random_net("mlp")
-    with pytest.raises(ValueError, match=rf"0/kernel: {problem}"):
+    with pytest.raises(ValueError, match=rf"(?m)0/kernel: {problem}"):
         otf.transport(symmetry, {"0/kernel": plan}, net)
 
 

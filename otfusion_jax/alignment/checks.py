@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 from ott.geometry import costs
 
+from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.common.arguments import require_kind
@@ -43,7 +44,8 @@ def require_settings(method: Any, metric: Any, solver: Any) -> None:
             "metric",
             "an ott cost function such as ott.geometry.costs.SqEuclidean(), or None",
         )
-    require_kind(solver, AbstractSolver, "solver", "Exact() or Sinkhorn()")
+    solvers = "Exact(), Sinkhorn(), LowRank() or GromovWasserstein()"
+    require_kind(solver, AbstractSolver, "solver", solvers)
 
 
 def require_rectangular_plans(symmetry: Symmetry, onto: Symmetry) -> None:
@@ -81,7 +83,8 @@ def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
 
     Raises:
         TypeError: If it is no dict of `Gram`s.
-        ValueError: If groups are missing, shapes do not fit, or values are known not to be finite.
+        ValueError: If groups are missing or unknown, shapes do not fit, or values are known not to
+            be finite.
     """
     if grams is None:
         return
@@ -104,6 +107,9 @@ def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
         problem = _problem_of_gram(group, target_group, grams.get(group.name))
         if problem:
             wrong.append(f"  {group.name}: {problem}")
+    for name in grams:
+        if name not in symmetry:
+            wrong.append(f"  {name}: no such group")
     if wrong:
         raise ValueError("these grams do not fit the symmetry's groups:\n" + "\n".join(wrong))
 
@@ -172,6 +178,23 @@ def require_marginals(symmetry: Symmetry, onto: Symmetry, marginals: Any) -> Non
         )
 
 
+def require_method_for_marginals(method: AbstractMethod, marginals: Any) -> None:
+    """Refuses masses of units where the method can only permute units.
+
+    Args:
+        method: The method that finds the plans.
+        marginals: Masses that `require_marginals` has accepted.
+
+    Raises:
+        ValueError: If there are masses, and the method is coordinate descent.
+    """
+    if isinstance(method, CoordinateDescent) and any(marginals):
+        raise ValueError(
+            "marginals give soft plans, and coordinate descent composes permutations; pass "
+            "method=ForwardPass(), or leave marginals out"
+        )
+
+
 def _problem_of_masses(group: Group, given: Any) -> str | None:
     """Says what is wrong with the masses of a group's units, if anything is."""
     expected = (*group.batch, group.size)
@@ -195,18 +218,29 @@ def require_finite_plans(plans: Plans) -> None:
     Raises:
         FloatingPointError: If plans are known to be unusable. The groups are listed.
     """
-    wrong = []
-    for name, plan in plans.items():
-        if isinstance(plan, Tracer):
-            continue
-        if _is_unusable(plan):
-            wrong.append(f"  {name}")
+    wrong = [f"  {name}" for name in unusable(plans)]
     if wrong:
         raise FloatingPointError(
             "the ground costs of these groups are not finite, though the models are: their squares "
             "are out of range. Scale parameters or features, or compute in float64 "
             "(jax_enable_x64):\n" + "\n".join(wrong)
         )
+
+
+def unusable(plans: Plans) -> list[str]:
+    """Finds the plans that are known to be of a problem that their solver could not solve.
+
+    Args:
+        plans: Group name to plan. Traced plans pass.
+
+    Returns:
+        The names of their groups.
+    """
+    names = []
+    for name, plan in plans.items():
+        if not isinstance(plan, Tracer) and _is_unusable(plan):
+            names.append(name)
+    return names
 
 
 def _is_unusable(plan: Array) -> bool:

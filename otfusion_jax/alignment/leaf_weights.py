@@ -7,12 +7,15 @@ squares into range.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.scaling import all_scaled
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -32,19 +35,31 @@ def leaf_weights(
 
     Raises:
         ValueError: If weights are negative or not finite. Every one is listed by key path.
+        TypeError: If weights are no numbers. Every one is listed by key path.
     """
     if leaf_weight is None:
         return None
     weights = []
     wrong = []
+    strange = []
     for leaf in symmetry.leaves:
+        weight = leaf_weight(leaf.path)
+        # A comparison of the path is a weight, too: True counts and False does not.
+        if not isinstance(weight, numbers.Real | np.bool_):
+            strange.append(f"  {leaf.path}: {kind_of(weight)}")
+            continue
         # A function would be hashed by identity: a new lambda of the same weights would compile
         # the program again. Numbers are hashed by value.
-        weight = float(leaf_weight(leaf.path))
+        weight = float(weight)
         weights.append(weight)
         # NaN is not below 0 either.
         if not (weight >= 0 and math.isfinite(weight)):
             wrong.append(f"  {leaf.path}: {weight}")
+    if strange:
+        raise TypeError(
+            "these leaf weights are no numbers; leaf_weight must return one for every key path, as "
+            "in lambda path: 1.0:\n" + "\n".join(strange)
+        )
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
     return tuple(weights)

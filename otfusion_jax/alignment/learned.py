@@ -12,17 +12,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
+from otfusion_jax.alignment.checks import unusable
 from otfusion_jax.alignment.costs import Gram, ground_cost
 from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.problem import set_up_problem
 from otfusion_jax.alignment.solve_tree import picked
 from otfusion_jax.averaging.average import columns_of
-from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.averaging.interpolate import checked_positions, interpolate
 from otfusion_jax.common.arguments import require_function, require_kind
 from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
@@ -103,8 +106,11 @@ def learn_alignment(
 
     Raises:
         ValueError: If `align` raises it; if the start does not fit or has soft plans; if integers
-            differ between the models; if the batches have no leading axis of one size.
-        TypeError: If `align` raises it; if batches are a list, which is to be stacked.
+            differ between the models; if the batches have no leading axis of one size; if `t` is
+            not finite.
+        TypeError: If `align` raises it; if batches are a list, which is to be stacked; if the
+            optimizer is none of optax, or `t` is no number.
+        FloatingPointError: If the loss or its gradient is not finite, so that no costs are learned.
 
     Warns:
         SymmetryWarning: If the symmetry has no groups.
@@ -116,6 +122,14 @@ def learn_alignment(
     require_symmetry(symmetry, call)
     require_function(loss, call)
     require_kind(solver, Sinkhorn, "solver", "Sinkhorn()")
+    if optimizer is not None:
+        examples = "an optimizer of optax such as optax.adam(1e-2), or None"
+        require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
+    if leaf_weight is not None:
+        require_function(leaf_weight, "learn_alignment(..., leaf_weight=lambda path: 1.0)")
+    position = checked_positions(t)
+    if position.ndim:
+        raise ValueError(f"t has shape {position.shape}; give a single number")
     require_model(symmetry, source, "the source")
     require_model(symmetry, target, "the target")
     columns = columns_of([source, target])
@@ -129,17 +143,34 @@ def learn_alignment(
     steps = _number_of_steps(batches)
     if start is None:
         start = align(symmetry, source, target, leaf_weight=leaf_weight)
-    return _learn(
+    learned = _learn(
         symmetry,
         source,
         target,
         batches,
         compose(symmetry, start, {}),
-        jnp.asarray(t),
+        position,
         loss=loss,
         solver=solver,
         optimizer=_adam(steps) if optimizer is None else optimizer,
         weights=leaf_weights(symmetry, leaf_weight),
+    )
+    _require_learned(learned)
+    return learned
+
+
+def _require_learned(learned: LearnedAlignment) -> None:
+    """Refuses plans of costs that did not stay finite, as far as that can be known."""
+    if not unusable(learned.plans | learned.soft):
+        return
+    first = "a gradient of the loss is not finite"
+    if not isinstance(learned.history, Tracer):
+        steps = np.flatnonzero(~np.isfinite(learned.history))
+        if len(steps):
+            first = f"the loss is not finite, first at step {steps[0]}"
+    raise FloatingPointError(
+        f"nothing was learned: {first}. Look for NaN in the batches, or take smaller steps "
+        "(optimizer)"
     )
 
 

@@ -3,9 +3,16 @@
 Both functions return what `align(..., marginals=...)` takes for one of the two models.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.scaling import common_exponent, scaled
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -63,14 +70,23 @@ def feature_importance(
     """Says how much the units of a network matter, by the variance of their activations.
 
     Args:
-        features: The activations by the names of groups, as `features` returns them.
+        features: The activations by the names of groups, as `features` returns them. Those of
+            integers or booleans are read as float32.
 
     Returns:
         For each group the variances over the samples, divided by their sum. Where all are 0, they
         are uniform.
+
+    Raises:
+        TypeError: For what is no dict of arrays of numbers.
+        ValueError: For activations without samples, of which there is no variance, and for those
+            that are known not to be finite. Every group is listed.
     """
+    _require_activations(features)
     importance = {}
     for name, activations in features.items():
+        if not jnp.issubdtype(activations.dtype, jnp.inexact):
+            activations = jnp.asarray(activations).astype(jnp.float32)
         # Squares of large activations would be out of range; the masses are the same at any scale.
         activations = scaled(activations, -common_exponent([activations]))
         if jnp.iscomplexobj(activations):
@@ -79,6 +95,38 @@ def feature_importance(
             magnitudes = activations.astype(jnp.float32)
         importance[name] = _masses(jnp.var(magnitudes, axis=-2))
     return importance
+
+
+def _require_activations(features: Any) -> None:
+    """Refuses what is not as `features` returns it."""
+    remedy = "pass what features(symmetry, fn, params, x) returns, arrays [samples, units] by group"
+    if not isinstance(features, dict):
+        raise TypeError(f"features is {kind_of(features)}; {remedy}")
+    wrong = []
+    for name, activations in features.items():
+        is_array = isinstance(activations, jax.Array | np.ndarray)
+        if not is_array or not (
+            jnp.issubdtype(activations.dtype, jnp.number) or activations.dtype == bool
+        ):
+            raise TypeError(f"the features of {name} are {kind_of(activations)}; {remedy}")
+        problem = _problem_of_activations(activations)
+        if problem is not None:
+            wrong.append(f"  {name}: {problem}")
+    if wrong:
+        raise ValueError("these features say nothing of the units:\n" + "\n".join(wrong))
+
+
+def _problem_of_activations(activations: Any) -> str | None:
+    """Says what is wrong with the activations of a group, if anything is."""
+    shape = activations.shape
+    if len(shape) < 2:
+        return f"shape {shape}, expected [samples, units]"
+    if shape[-2] == 0:
+        return f"shape {shape}, no samples: no input reaches the group, leave it out"
+    if isinstance(activations, Tracer) or not jnp.issubdtype(activations.dtype, jnp.inexact):
+        return None
+    count = not_finite(activations)
+    return f"{count} of {activations.size} values not finite" if count else None
 
 
 def _masses(importance: Array) -> Array:

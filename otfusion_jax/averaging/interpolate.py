@@ -1,7 +1,12 @@
 """The straight line between two models."""
 
+import numbers
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.average import accumulation_dtype, columns_of
@@ -26,19 +31,48 @@ def interpolate(a: PyTree, b: PyTree, t: float | Float[Array, "*t"]) -> PyTree:
 
     Raises:
         ValueError: For leaves that are no arrays, for trees that differ, and for integers that do,
-            listing every offender by key path.
-        TypeError: For shapes in place of arrays.
+            listing every offender by key path; for positions that are not finite.
+        TypeError: For shapes in place of arrays, and for positions that are no numbers.
     """
+    positions = checked_positions(t)
     stacked = stack([a, b])
     leaves = leaves_of(a)
     undecided = [False] * len(leaves)
     require_equal_integers(leaves, columns_of([a, b]), undecided, "")
-    positions = jnp.asarray(t, float)
 
     def interpolated(pair: Array) -> Array:
         return _interpolate_leaf(pair, positions)
 
     return jax.tree.map(interpolated, stacked)
+
+
+def checked_positions(t: Any) -> Float[Array, "*t"]:
+    """Refuses positions on a line that are no numbers, or that are known not to be finite.
+
+    Args:
+        t: The argument that was given: a number, or an array or a list of numbers.
+
+    Returns:
+        The positions, of the shape that they have.
+
+    Raises:
+        TypeError: If there is anything but real numbers.
+        ValueError: If a number is NaN or infinite.
+    """
+    values = t if isinstance(t, list | tuple) else [t]
+    for value in values:
+        is_array = isinstance(value, jax.Array | np.ndarray) and value.dtype.kind in "iuf"
+        # To Python a bool is a number; given as a position it is a mistake.
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_array or is_number):
+            raise TypeError(
+                f"t is {t!r:.80}, of type {type(t).__name__}; give a number, 0 for the one model "
+                "and 1 for the other, or an array of numbers"
+            )
+    positions = jnp.asarray(t, float)
+    if not isinstance(positions, Tracer) and not np.all(np.isfinite(positions)):
+        raise ValueError(f"t is {t!r:.80}; positions on the line between two models are finite")
+    return positions
 
 
 def _interpolate_leaf(pair: Array, t: Array) -> Array:

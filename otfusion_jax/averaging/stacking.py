@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.symmetry.checks import require_model, require_models
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -105,7 +106,7 @@ def checked_models(
         require_alike(models, symmetry)
     else:
         raise ValueError(
-            f"models is a {type(models).__name__} of another structure than the symmetry's; pass a "
+            f"models is {kind_of(models)} of another structure than the symmetry's; pass a "
             "list of models, or one pytree with leaves [K, ...]"
         )
     if count < 2:

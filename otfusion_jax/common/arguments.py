@@ -26,11 +26,18 @@ def kind_of(value: Any) -> str:
         value: The argument that was given.
 
     Returns:
-        Words such as "a list", or "the class Exact".
+        Words such as "a list", "an array", or "the class Exact".
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    # Users know arrays by this name alone, not by that of their class.
+    if isinstance(value, jax.Array | np.ndarray):
+        return "an array"
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiouAEIO" else "a"
+    return f"{article} {name}"
 
 
 def require_kind(value: Any, kind: type, name: str, examples: str) -> None:
@@ -64,7 +71,7 @@ def require_function(fn: Any, call: str) -> None:
         TypeError: If the value cannot be called.
     """
     if not callable(fn):
-        raise TypeError(f"a {type(fn).__name__} was given where a function is wanted: call {call}")
+        raise TypeError(f"{kind_of(fn)} was given where a function is wanted: call {call}")
 
 
 def require_arrays(tree: PyTree, name: str) -> None:

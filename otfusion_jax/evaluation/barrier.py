@@ -6,7 +6,9 @@ and the Lottery Ticket Hypothesis, ICML 2020): alignment is to make them so.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.averaging.interpolate import interpolate
-from otfusion_jax.common.arguments import require_function
+from otfusion_jax.averaging.interpolate import checked_positions, interpolate
+from otfusion_jax.common.arguments import checked_count, kind_of, require_function
 
 
 @jax.tree_util.register_dataclass
@@ -59,22 +61,24 @@ def barrier(
         The values and the barrier's height.
 
     Raises:
-        ValueError: For what `interpolate` refuses, for `t` that does not start at 0 and end at 1,
-            and for an empty batch.
-        TypeError: For a metric that is no function.
+        ValueError: For what `interpolate` refuses, for `t` that does not start at 0 and end at 1 or
+            leaves this range, and for an empty batch.
+        TypeError: For a metric that is no function or returns no array, for a batch size that is no
+            number, and for positions that are none.
     """
     require_function(metric, "barrier(metric, a, b)")
-    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size is {batch_size}; give 1 or more, or None")
+    if batch_size is not None:
+        batch_size = checked_count(batch_size, "batch_size", "1 or more, or None")
     if t is None:
         t = jnp.linspace(0, 1, 25)
-    t = jnp.asarray(t, float)
+    t = checked_positions(t)
     _require_whole_line(t)
     if batch_size is None:
         batch_size = len(t)
 
     def value_at(position: Array) -> Array:
         value = metric(interpolate(a, b, position))
+        _require_numbers(value)
         return jnp.asarray(value, float)
 
     values = jax.lax.map(value_at, t, batch_size=batch_size)
@@ -92,7 +96,19 @@ def _require_whole_line(t: Array) -> None:
     # Where they are traced, nothing but their shape is known.
     is_line = t.ndim == 1 and len(t) >= 2
     if is_line and not isinstance(t, Tracer):
-        first, last = np.asarray(t)[[0, -1]]
-        is_line = first == 0 and last == 1
+        positions = np.asarray(t)
+        outside = positions[(positions < 0) | (positions > 1)]
+        if len(outside):
+            raise ValueError(f"t has {outside[0]}; the line between the models is from 0 to 1")
+        is_line = positions[0] == 0 and positions[-1] == 1
     if not is_line:
         raise ValueError("t must be a vector that starts at 0 and ends at 1")
+
+
+def _require_numbers(value: Any) -> None:
+    """Refuses what a metric returns if it is neither a number nor an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real):
+        raise TypeError(
+            f"the metric returned {kind_of(value)}; it must return a number, or an array of "
+            "several, as in jnp.stack([loss, error])"
+        )

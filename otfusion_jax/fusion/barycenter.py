@@ -1,7 +1,7 @@
 """Many models moved to their common mean, rather than onto one of them.
 
 The barycenter minimises, over a permutation of the units of every model, the weighted mean of the
-squared distances of the moved models to their mean. `_Descent` does it step by step:
+squared distances of the moved models to their mean. `_BarycenterDescent` does it step by step:
 
 1. All models are aligned to the one of the largest norm.
 2. One model after the other is aligned to the weighted mean of the others. With these held still,
@@ -154,7 +154,7 @@ def _barycenter(
     # In an order of their own, the largest first, so that the one in which the models are given
     # does not matter.
     order = jnp.argsort(-jax.vmap(squared_distance.to_zero)(in_range))
-    descent = _Descent(symmetry, weight_of_leaf, weights[order], squared_distance)
+    descent = _BarycenterDescent(symmetry, weight_of_leaf, weights[order], squared_distance)
     plans, history, rounds = descent.run(_at(order, in_range), method, metric, max_rounds)
 
     plans = _at(jnp.argsort(order), plans)
@@ -183,7 +183,7 @@ class _Moved(NamedTuple):
 
 # Compared by identity: JAX hashes the methods that it is given, and arrays cannot be hashed.
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Descent:
+class _BarycenterDescent:
     """Descends on the weighted mean of the squared distances of some models to their mean.
 
     Attributes:

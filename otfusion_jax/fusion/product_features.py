@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array
 
+from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.scaling import deviation
 from otfusion_jax.fusion.repair_methods import UnitStatistics
 from otfusion_jax.fusion.side_by_side import GroupView, Network, Origin
@@ -49,7 +50,7 @@ class RowGram:
         contracted = tuple(range(count, 2 * count)), self.axes
         result = jax.lax.dot_general(
             self.matrix,
-            parameter.astype(self.matrix.dtype),
+            parameter,
             (contracted, ((), ())),
             precision=jax.lax.Precision.HIGHEST,
         )
@@ -82,6 +83,8 @@ def row_gram_of(eqn: core.JaxprEqn, features: Array, position: int) -> RowGram |
     if batch[0] or width > samples:
         return None
     sample_axes = [axis for axis in range(features.ndim) if axis not in feature_axes]
+    # Sums of squares: in the dtype of integers or of half precision they would overflow.
+    features = features.astype(wide_dtype(eqn, features.dtype))
     matrix = jax.lax.dot_general(
         features,
         features,
@@ -89,6 +92,25 @@ def row_gram_of(eqn: core.JaxprEqn, features: Array, position: int) -> RowGram |
         precision=jax.lax.Precision.HIGHEST,
     )
     return RowGram(matrix, tuple(parameter_axes))
+
+
+def wide_dtype(eqn: core.JaxprEqn, dtype: Any) -> Any:
+    """Says in what precision to compute with what meets in a product.
+
+    Args:
+        eqn: The product of features with a parameter.
+        dtype: The dtype of the features, of the parameter or of their product. It may be one of
+            integers.
+
+    Returns:
+        A real dtype, or a complex one for complex numbers: float64 or complex128 if the product is
+        of that precision, float32 or complex64 if it is of less.
+    """
+    result: Any = eqn.outvars[0].aval
+    is_double = jnp.finfo(result.dtype).bits == 64
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.dtype(jnp.complex128 if is_double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 # Compared by identity: JAX hashes the methods that it is given, and arrays cannot be hashed.
@@ -111,19 +133,45 @@ class LinearProduct:
     row_gram: RowGram | None
 
     def compute(self, parameter: Array) -> Array:
-        """Returns the features that the average has with some parameter."""
+        """Returns the features that the average has with some parameter, in its own dtypes."""
         operands = list(self.operands)
         operands[self.position] = self.origin.arrange(parameter)
         return self.eqn.primitive.bind(*operands, **self.eqn.params)
 
+    def widened(self, array: Array) -> Array:
+        """Returns a parameter or features in the precision that `compute_wide` computes in."""
+        return array.astype(wide_dtype(self.eqn, array.dtype))
+
+    def compute_wide(self, parameter: Array) -> Array:
+        """Returns the same features, in float32 or wider: nothing is rounded on the way to them."""
+        operands = list(self.operands)
+        operands[self.position] = self._arrange_wide(parameter)
+        wide_operands = [self.widened(operand) for operand in operands]
+        result: Any = self.eqn.outvars[0].aval
+        highest = jax.lax.Precision.HIGHEST
+        options = {
+            "preferred_element_type": wide_dtype(self.eqn, result.dtype),
+            "precision": (highest, highest),
+        }
+        return self.eqn.primitive.bind(*wide_operands, **self.eqn.params | options)
+
     def normal(self, parameter: Array) -> Array:
-        """Applies the function, and then its transpose."""
+        """Applies `compute_wide`, and then its transpose."""
         if self.row_gram is None:
-            transpose = jax.linear_transpose(self.compute, parameter)
-            return transpose(self.compute(parameter))[0]
-        arranged = self.origin.arrange(parameter)
-        arrange_back = jax.linear_transpose(self.origin.arrange, parameter)
+            transpose = jax.linear_transpose(self.compute_wide, parameter)
+            return transpose(self.compute_wide(parameter))[0]
+        arranged = self._arrange_wide(parameter)
+        arrange_back = jax.linear_transpose(self._arrange_wide, parameter)
         return arrange_back(self.row_gram.apply(arranged))[0]
+
+    def _arrange_wide(self, parameter: Array) -> Array:
+        """Arranges a parameter of float32 or wider, without the casts to less."""
+        for eqn in self.origin.steps:
+            options = eqn.params
+            if eqn.primitive is P.convert_element_type_p:
+                options = options | {"new_dtype": wide_dtype(self.eqn, options["new_dtype"])}
+            parameter = eqn.primitive.bind(parameter, **options)
+        return parameter
 
 
 # --- the units among the features
@@ -237,6 +285,7 @@ def unit_statistics(
             if other.view.location.index == outer_index:
                 outer_role = role
     units = samples_of(features, view, group)
+    units = units.astype(accumulation_dtype(units.dtype))
     mean, spread = jnp.mean(units, axis=-2), deviation(units, axis=-2)
     role = roles[number]
     return UnitStatistics(

@@ -20,10 +20,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import require_function, require_kind
+from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_pass import RepairPass
 from otfusion_jax.fusion.side_by_side import Origin, Value, network_of, require_same_programs
@@ -89,8 +93,8 @@ def repair(
             statistics the means over the units that were merged.
 
     Returns:
-        The parameters of the repaired average, a pytree of the models' structure, shapes and
-        dtypes.
+        The parameters of the repaired average, a pytree of the models' structure and shapes, in the
+        dtypes of `average`. Corrections are computed in float32 or wider and rounded once.
 
     Raises:
         ValueError: If models do not fit the symmetry or are not finite, listing every offender by
@@ -98,7 +102,7 @@ def repair(
             not fit; if integers can't be averaged; if an original is of another architecture.
         TypeError: If arguments are in another order or of another type: shapes in place of arrays,
             a class or a name in place of a method, a single original in place of a list.
-        FloatingPointError: If features or their squares are out of range.
+        FloatingPointError: If features or their squares are out of range, or inputs are not finite.
     """
     require_symmetry(symmetry, "repair(symmetry, fn, models, *inputs)")
     fn, inputs = as_function(fn, inputs)
@@ -122,7 +126,7 @@ def repair(
             programs.append((original.symmetry, original.fn))
             original_params = original.symmetry.split(original.params)
             params_and_plans.append((original_params, plans_of(original.plans)))
-    repaired = _repair(
+    repaired_parts = _repair(
         symmetry,
         fn,
         method,
@@ -132,8 +136,40 @@ def repair(
         shares,
         inputs,
     )
-    require_finite(symmetry.parts, repaired, "repairing")
-    return symmetry.join(repaired)
+    try:
+        require_finite(symmetry.parts, repaired_parts, "repairing")
+    except FloatingPointError:
+        # Numbers on the way are to blame only if all were finite that came in.
+        _require_finite_inputs(inputs)
+        raise
+    return symmetry.join(repaired_parts)
+
+
+def _require_finite_inputs(inputs: tuple[PyTree, ...]) -> None:
+    """Refuses inputs that are known not to be finite, naming each of them."""
+    names, values = [], []
+    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
+        if jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not isinstance(value, Tracer):
+            names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+            values.append(value)
+    wrong = []
+    for name, value, count in zip(names, values, not_finite_counts(values), strict=True):
+        if count:
+            wrong.append(f"  input {name}: {count} of {np.size(value)} values not finite")
+    if wrong:
+        raise FloatingPointError(
+            "repairing gave values that are not finite, of inputs that are not; leave these "
+            "samples out:\n" + "\n".join(wrong)
+        )
+
+
+def _cast_like(expected: Sequence[Array], arrays: Sequence[Array]) -> list[Array]:
+    """Returns arrays in the dtypes of others."""
+    cast = []
+    for array, like in zip(arrays, expected, strict=True):
+        # Random keys cannot be cast, and need not be.
+        cast.append(array if array.dtype == like.dtype else jnp.asarray(array).astype(like.dtype))
+    return cast
 
 
 def _checked_originals(originals: Any, count: int) -> list[Original | None]:
@@ -170,7 +206,11 @@ def _repair(
     """Sets up the networks, and goes through the program of the average."""
     average_trace = retrace(symmetry, fn, symmetry.join(average_parts), inputs)
     networks = []
+    parts_of_networks = []
     for program, (parts, plans) in zip(programs, params_and_plans, strict=True):
+        # One program runs in all: a model of another precision is run in that of the average.
+        parts = _cast_like(average_parts, parts)
+        parts_of_networks.append(parts)
         # A model of the average's own widths runs the average's program: one trace does for both.
         trace = average_trace
         if program is not None:
@@ -183,7 +223,7 @@ def _repair(
 
     # A jaxpr takes the parameters first, as `Symmetry.split` takes them apart, then the inputs.
     arguments = []
-    parts_of_networks = [parts for parts, _ in params_and_plans] + [average_parts]
+    parts_of_networks.append(average_parts)
     for number, arrays in enumerate(zip(*parts_of_networks, strict=True)):
         arguments.append(Value(arrays, origin=Origin(number)))
     for array in jax.tree_util.tree_leaves(inputs):

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import require_number
-from otfusion_jax.common.scaling import deviation
+from otfusion_jax.common.scaling import common_exponent, deviation, scaled
 from otfusion_jax.symmetry.groups import Group, Member, Role
 from otfusion_jax.symmetry.location import StridedIndex
 from otfusion_jax.symmetry.units import units_of, with_units
@@ -63,9 +64,11 @@ class Product(NamedTuple):
 
     Attributes:
         leaf: The parameter of the average, any shape.
-        compute: The product as a linear function, from a parameter of this shape to the average's
-            features.
-        normal: The same function, followed by its transpose: from such a parameter to another.
+        compute: The product as a linear function, from a parameter of this shape and dtype to the
+            features that the average has.
+        widened: From a parameter, or features, to the same numbers in float32 or wider.
+        compute_wide: The same linear function, from a widened parameter to widened features.
+        normal: `compute_wide`, followed by its transpose: from a widened parameter to another.
         model_features: The features of each model, K arrays of one shape. Those of a model of other
             widths have been moved along its plans.
         weights: The weights of the models, float `[K]`.
@@ -74,6 +77,8 @@ class Product(NamedTuple):
 
     leaf: Array
     compute: Callable[[Array], Array]
+    widened: Callable[[Array], Array]
+    compute_wide: Callable[[Array], Array]
     normal: Callable[[Array], Array]
     model_features: tuple[Array, ...]
     weights: Float[Array, " k"]
@@ -119,9 +124,11 @@ class RestoreStatistics(AbstractRepair):
         shifts: list[Array | None] = []
         for part in product.parts:
             means, deviations = zip(*part.statistics, strict=True)
-            target_mean = jnp.tensordot(product.weights, jnp.stack(means), axes=1)
-            target_deviation = jnp.tensordot(product.weights, jnp.stack(deviations), axes=1)
+            weights = product.weights.astype(deviations[0].dtype)
+            target_mean = jnp.tensordot(weights.astype(means[0].dtype), jnp.stack(means), axes=1)
+            target_deviation = jnp.tensordot(weights, jnp.stack(deviations), axes=1)
             units = part.units(features)
+            units = units.astype(accumulation_dtype(units.dtype))
             unit_deviation = deviation(units, axis=-2)
             # A unit that never varies cannot be made to, whatever it is multiplied by.
             varies = unit_deviation > 0
@@ -162,23 +169,36 @@ class LeastSquares(AbstractRepair):
 
     def correct(self, product: Product) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
-        leaf = product.leaf
+        # In float32 or wider; what is found is rounded once, to the precision of the parameter.
+        leaf = product.widened(product.leaf)
         # Hutchinson's estimate: of random z, |A z|² is the trace of AᵀA on average. Divided by |z|²
         # it is the mean eigenvalue.
         random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-        trace = _squared_length(product.compute(random))
-        penalty = self.ridge * trace / _squared_length(random)
+        random_features = product.compute_wide(random)
+        trace = _squared_length(random_features)
+        mean_eigenvalue = trace / _squared_length(random)
+        penalty = self.ridge * mean_eigenvalue
+        # Conjugate gradients square both sides once more: these are brought to the range of the
+        # parameter, which changes no digit of what is found.
+        k = common_exponent([mean_eigenvalue])
 
         def penalised_normal(change: Array) -> Array:
-            return product.normal(change) + penalty * change
+            return scaled(product.normal(change) + penalty * change, -k)
 
         # (AᵀA + penalty) change = Aᵀ (target - A leaf), with the change from the average unknown.
-        target = sum(w * y for w, y in zip(product.weights, product.model_features, strict=True))
-        missing = target - product.compute(leaf)
-        missing = missing.astype(product.model_features[0].dtype)
-        (right_side,) = jax.linear_transpose(product.compute, leaf)(missing)
+        missing = -product.compute_wide(leaf)
+        for weight, features in zip(product.weights, product.model_features, strict=True):
+            missing += weight.astype(missing.dtype) * product.widened(features)
+        (right_side,) = jax.linear_transpose(product.compute_wide, leaf)(missing)
+        right_side = scaled(right_side, -k)
         change, _ = jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=self.steps)
-        return leaf + change, (None,) * len(product.parts)
+        # Where numbers are out of range, conjugate gradients stop before their first step. To
+        # return the average, unchanged, would hide it.
+        first_step = jnp.sum(right_side * penalised_normal(right_side))
+        is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
+        vanishes = (trace == 0) & jnp.any(random_features != 0)
+        change = jnp.where(is_finite & ~vanishes, change, jnp.nan)
+        return (leaf + change).astype(product.leaf.dtype), (None,) * len(product.parts)
 
 
 def _squared_length(x: Array) -> Array:
@@ -226,5 +246,6 @@ def combine_units(
         The parameter, with each unit combined with its number.
     """
     units = units_of(leaf, member.location, group)
-    combined = operation(units, numbers[..., None].astype(leaf.dtype))
-    return with_units(leaf, member.location, group, combined)
+    wide = accumulation_dtype(leaf.dtype)
+    combined = operation(units.astype(wide), numbers[..., None].astype(wide))
+    return with_units(leaf, member.location, group, combined.astype(leaf.dtype))

@@ -114,7 +114,11 @@ class RepairPass:
             return None
         position = 1 if first.is_feature else 0
         origin = values[position].origin
-        return None if origin is None or origin.leaf in self.settled else position
+        if origin is None or origin.leaf in self.settled:
+            return None
+        # Quantised weights stay, as they do in an average.
+        is_number = jnp.issubdtype(self.parameters[origin.leaf].dtype, jnp.inexact)
+        return position if is_number else None
 
     def _corrected_product(
         self, eqn: core.JaxprEqn, path: Path, values: list[Value], position: int
@@ -138,6 +142,8 @@ class RepairPass:
         product = Product(
             leaf=self.parameters[leaf],
             compute=linear.compute,
+            widened=linear.widened,
+            compute_wide=linear.compute_wide,
             normal=linear.normal,
             model_features=tuple(moved),
             weights=self.weights,

@@ -36,7 +36,7 @@ ARRANGEMENTS = (
 )
 
 
-class Equation(NamedTuple):
+class NetworkEquation(NamedTuple):
     """An equation of a network.
 
     Attributes:
@@ -73,7 +73,7 @@ class Network:
         average_names: For the name of each of its groups the name of that group in the average.
     """
 
-    equations: dict[Path, Equation]
+    equations: dict[Path, NetworkEquation]
     produced: dict[Path, list[GroupView]]
     plans: Plans
     average_names: dict[str, str]
@@ -104,12 +104,12 @@ def network_of(trace: Trace, average_symmetry: Symmetry, plans: Plans) -> Networ
     return Network(equations, produced, plans, target_names(matched, average_symmetry))
 
 
-def _equations_of(jaxpr: core.ClosedJaxpr, path: Path) -> dict[Path, Equation]:
+def _equations_of(jaxpr: core.ClosedJaxpr, path: Path) -> dict[Path, NetworkEquation]:
     """Returns the equations of a jaxpr and of the bodies of its calls, by path."""
     constants = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    equations: dict[Path, Equation] = {}
+    equations: dict[Path, NetworkEquation] = {}
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-        equations[*path, index] = Equation(eqn, constants)
+        equations[*path, index] = NetworkEquation(eqn, constants)
         inner = body(eqn)
         if inner is not None:
             equations |= _equations_of(inner, (*path, index))
@@ -138,7 +138,7 @@ def require_same_programs(networks: Sequence[Network]) -> None:
                 )
 
 
-def _operation_at(path: Path, equations: dict[Path, Equation]) -> Any:
+def _operation_at(path: Path, equations: dict[Path, NetworkEquation]) -> Any:
     """Returns the primitive of an equation, None where there is no equation."""
     return equations[path].eqn.primitive if path in equations else None
 

@@ -117,10 +117,11 @@ class AbstractSolver(abc.ABC):
             False, `value` and `gap` are NaN, and the plan is unusable on purpose (see the class).
 
         Raises:
-            TypeError: For what is neither a problem nor a cost, and for what is no array.
-            ValueError: For shapes that do not fit, for costs that are known (not traced) and not
-                finite, for masses that are known to be no distribution, and for a quadratic solver
-                without `intra`.
+            TypeError: For what is neither a problem nor a cost, for what is no array, and for a
+                `compute` that returns no `Solution`.
+            ValueError: For shapes that do not fit, for costs that are complex, or known (not
+                traced) and not finite, for masses that are known to be no distribution, and for a
+                quadratic solver without `intra`.
             ImportError: For `Exact`, where it takes a linear program and POT is not installed.
         """
         if isinstance(problem, jax.Array):
@@ -130,7 +131,13 @@ class AbstractSolver(abc.ABC):
             check_intra(problem)
         # ott and optax rely on implicit promotion, which their users may have switched off.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return self.compute(problem)
+            solution: object = self.compute(problem)
+        if not isinstance(solution, Solution):
+            raise TypeError(
+                f"{type(self).__name__}.compute returned {kind_of(solution)}; it must return a "
+                "Solution(plan, value, converged, gap)"
+            )
+        return solution
 
     @abc.abstractmethod
     def compute(self, problem: TransportProblem) -> Solution:
@@ -153,8 +160,8 @@ def check_problem(problem: object) -> None:
 
     Raises:
         TypeError: For what is no problem, and for what is no array.
-        ValueError: For a cost of another rank, for costs that are known not to be finite, for
-            masses of another shape, and for those that are known to be no distribution.
+        ValueError: For a cost of another rank, for costs that are complex or known not to be
+            finite, for masses of another shape, and for those that are known to be no distribution.
     """
     if not isinstance(problem, TransportProblem):
         raise TypeError(
@@ -191,7 +198,7 @@ def check_intra(problem: TransportProblem) -> None:
     is_sequence = isinstance(problem.intra, tuple | list)
     if not is_sequence or len(problem.intra) != 2:
         raise TypeError(
-            f"intra is a {type(problem.intra).__name__}; pass a pair (source, target) of matrices, "
+            f"intra is {kind_of(problem.intra)}; pass a pair (source, target) of matrices, "
             f"of shapes {(n, n)} and {(m, m)}"
         )
     source, target = problem.intra
@@ -208,14 +215,18 @@ def check_intra(problem: TransportProblem) -> None:
 def _require_array(name: str, value: object) -> None:
     """Refuses lists, numbers and whatever else has no shape, before one is asked for."""
     if not isinstance(value, jax.Array | np.ndarray):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass an array, as in jnp.asarray(x)")
+        raise TypeError(f"{name} is {kind_of(value)}; pass an array, as in jnp.asarray(x)")
 
 
 def _check_cost(cost: Array) -> None:
-    """Refuses what is no matrix, and costs that are known not to be finite."""
+    """Refuses what is no matrix of real numbers, and costs that are known not to be finite."""
     if cost.ndim != 2:
         raise ValueError(
             f"A cost is a matrix, got shape {cost.shape}. For a stack of them, jax.vmap the solver."
+        )
+    if jnp.issubdtype(cost.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"costs are real numbers, got {cost.dtype}; pass jnp.abs(cost) or cost.real"
         )
     # A traced cost has no values yet; those that are not finite show in the solution.
     if isinstance(cost, Tracer):

@@ -57,9 +57,7 @@ def require_models(models: Any) -> None:
     """
     # Arrays, dicts and generators are no sequences.
     if not isinstance(models, Sequence) or isinstance(models, str):
-        raise TypeError(
-            f"models is a {type(models).__name__}; pass a list of pytrees, one for each model"
-        )
+        raise TypeError(f"models is {kind_of(models)}; pass a list of pytrees, one for each model")
     if not models:
         raise ValueError("no models were given; pass at least one pytree of parameters")
 

@@ -92,13 +92,26 @@ def headline(symmetry: "Symmetry") -> str:
         if number in moving:
             movable += size
     share = 100 * movable / max(1, total)
-    group_count = len(symmetry.groups)
-    groups = "1 group" if group_count == 1 else f"{group_count} groups"
-    leaf_count = len(symmetry.leaves)
+    groups = counted(len(symmetry.groups), "group", "groups")
+    leaves = counted(len(symmetry.leaves), "leaf", "leaves")
     return (
-        f"Symmetry: {groups} over {leaf_count} leaves; {share:.1f} % of {total:,} "
+        f"Symmetry: {groups} over {leaves}; {share:.1f} % of {total:,} "
         "parameters lie on an axis that can be permuted"
     )
+
+
+def counted(count: int, singular: str, plural: str) -> str:
+    """Writes how many there are of something, as in `1 group` and `1,024 groups`.
+
+    Args:
+        count: The number.
+        singular: The name of one.
+        plural: The name of several, or of none.
+
+    Returns:
+        The text.
+    """
+    return f"{count:,} {singular if count == 1 else plural}"
 
 
 def units(group: Group) -> str:

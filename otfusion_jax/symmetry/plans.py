@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
@@ -46,7 +47,7 @@ def plans_of(plans: Plans | HasPlans) -> Plans:
     by_name = plans if isinstance(plans, dict) else getattr(plans, "plans", None)
     if not isinstance(by_name, dict):
         raise TypeError(
-            f"plans is a {type(plans).__name__}; pass a dict of arrays by the names of groups, or "
+            f"plans is {kind_of(plans)}; pass a dict of arrays by the names of groups, or "
             "what align returns"
         )
     return by_name
@@ -264,7 +265,7 @@ def _problem_of_plan(
         The problem, in words; None if there is none.
     """
     if not isinstance(plan, jax.Array | np.ndarray):
-        return f"a {type(plan).__name__}, expected an array"
+        return f"{kind_of(plan)}, expected an array"
     batch, note = group.batch, ""
     outer_plan = None
     if group.outer is not None:
@@ -289,6 +290,11 @@ def _problem_of_permutation(
     """Says what is wrong with an integer plan that should have shape `[*batch, n]`."""
     n = group.size
     expected = (*batch, n)
+    if plan.ndim == len(expected) + 1 and plan.shape[:-1] == expected:
+        return (
+            f"{plan.dtype} of shape {plan.shape}, expected int {expected}{note}; a plan of masses "
+            "is floating-point, as in plan.astype(float)"
+        )
     if plan.shape != expected:
         return f"shape {plan.shape}, expected {expected}{note}"
     if target_size not in (None, n):
@@ -300,9 +306,13 @@ def _problem_of_permutation(
     in_order = np.sort(values, axis=-1)
     if np.all(in_order == np.arange(n)):
         return None
-    # Solvers mark by an index out of range what they could not solve.
-    unsolved = "; its cost was not finite" if np.any(values == n) else ""
-    return f"not a permutation of 0 to {n - 1}{unsolved}"
+    reason = ""
+    if np.any(np.all(values == n, axis=-1)):
+        # Solvers mark by indices out of range what they could not solve.
+        reason = "; its cost was not finite"
+    elif np.all(in_order == np.arange(1, n + 1)):
+        reason = "; its indices start at 1, subtract 1"
+    return f"not a permutation of 0 to {n - 1}{reason}"
 
 
 def _problem_of_coupling(
@@ -321,11 +331,18 @@ def _problem_of_coupling(
         m = "m" if target_size is None else target_size
         expected = f"({sizes}, {m}) for a transport plan or int {rows}"
         return f"shape {plan.shape}, expected {expected}{note}"
+    if not jnp.issubdtype(plan.dtype, jnp.floating):
+        return f"dtype {plan.dtype}, but a plan of masses is floating-point"
     if not isinstance(plan, Tracer):
         values = np.asarray(plan)
         is_mass = np.isfinite(values) & (values >= 0)
         if not np.all(is_mass):
             return "masses that are negative or not finite"
+        has_mass = np.any(values, axis=(-2, -1))
+        # Of the pairs of outer indices, those that nothing moves between need no masses.
+        is_coupling = np.any(has_mass) if note else np.all(has_mass)
+        if values.size and not is_coupling:
+            return "no mass at all, which would make the units 0"
     both = [member.path for member in group.members if member.role == "both"]
     if both:
         return (

@@ -107,8 +107,9 @@ class Symmetry(Mapping[str, Group]):
         for leaf in self.leaves:
             parameter_count += math.prod(leaf.shape)
         return (
-            f"<Symmetry: {len(self.groups)} groups, {len(self.leaves)} leaves, "
-            f"{parameter_count:,} parameters>"
+            f"<Symmetry: {display.counted(len(self.groups), 'group', 'groups')}, "
+            f"{display.counted(len(self.leaves), 'leaf', 'leaves')}, "
+            f"{display.counted(parameter_count, 'parameter', 'parameters')}>"
         )
 
     def __str__(self) -> str:

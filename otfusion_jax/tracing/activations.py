@@ -266,6 +266,18 @@ def check_inputs(inputs: tuple[PyTree, ...]) -> None:
     foreign = find_foreign_input(inputs)
     if foreign is not None:
         raise TypeError(foreign)
+    require_samples(inputs)
+
+
+def require_samples(inputs: tuple[PyTree, ...]) -> None:
+    """Refuses empty batches, of which nothing can be learned.
+
+    Args:
+        inputs: The inputs of a function.
+
+    Raises:
+        ValueError: If an array among them is empty.
+    """
     leaves_with_paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
     for path, value in leaves_with_paths:
         shape = np.shape(value)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from jax.extend import core
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.tracing import primitives
-from otfusion_jax.tracing.axis import Axis, Kind, constant, factors_of
+from otfusion_jax.tracing.axis import Axis, Factor, Kind, Sum, constant, factors_of
 from otfusion_jax.tracing.constants import constant_value
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
@@ -244,9 +245,42 @@ def _pinned_on_demand(context: RuleContext, values: Values) -> Values:
     return context.pin_all(values, context.because("(no rule, pinned on demand)"))
 
 
+def _wrong_result(results: Any) -> str | None:
+    """Says what a rule returned in place of a list of `TracedValue`s; None if it is such a list."""
+    # A single TracedValue is a tuple as well.
+    if isinstance(results, TracedValue) or not isinstance(results, list | tuple):
+        return kind_of(results)
+    for value in results:
+        if not isinstance(value, TracedValue):
+            return f"a list with {kind_of(value)}"
+        if not isinstance(value.kind, Kind):
+            return f"a TracedValue whose kind is {value.kind!r}"
+        is_axes = isinstance(value.axes, tuple) and all(map(_is_axis, value.axes))
+        if not is_axes:
+            return f"a TracedValue whose axes are {value.axes!r:.80}"
+    return None
+
+
+def _is_axis(axis: Any) -> bool:
+    # Factors and sums are tuples themselves; an axis is a tuple of them.
+    is_term = isinstance(axis, Factor | Sum)
+    return (
+        isinstance(axis, tuple)
+        and not is_term
+        and all(isinstance(term, Factor | Sum) for term in axis)
+    )
+
+
 def _check_results(context: RuleContext, results: Values) -> None:
     """Checks that a rule returned values of the equation's number and shapes."""
     eqn = context.eqn
+    wrong = _wrong_result(results)
+    if wrong is not None:
+        raise TypeError(
+            f"the rule of {str(eqn.primitive)!r} returned {wrong}, at {context.source}; it must "
+            "return a list of one TracedValue(axes, kind) for each result, of a tuple of axes and "
+            "a Kind, such as [ctx.join(values)] or [values[0]]"
+        )
     if len(results) != len(eqn.outvars):
         raise ValueError(
             f"the rule of {str(eqn.primitive)!r} returned {len(results)} values for the "

@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from otfusion_jax.common.arguments import kind_of
+
 
 def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
     """Takes an NNX or Equinox module apart into a pure function and its parameters.
@@ -61,7 +63,7 @@ def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
             "parameters"
         )
     raise TypeError(
-        f"a {type(module).__name__} is no module of NNX or Equinox. Of a Linen module take `apply` "
+        f"{kind_of(module)} is no module of NNX or Equinox. Of a Linen module take `apply` "
         "and its variables, of a Haiku network `haiku.without_apply_rng(haiku.transform(f)).apply` "
         "and what its `init` returns; any pure function of a pytree will do as it is"
     )

@@ -15,7 +15,7 @@ Repeats = tuple[tuple[int, int], ...]
 """Counts and strides of what an element is repeated over, outermost first; see `StridedIndex`."""
 
 
-class LocatedFactor(NamedTuple):
+class IndexedFactor(NamedTuple):
     """A factor of an axis, and the positions of its units along the axis."""
 
     factor: Factor
@@ -47,7 +47,7 @@ class Occurrence(NamedTuple):
 
     factor: Factor
     index: StridedIndex
-    companions: tuple[LocatedFactor, ...]
+    companions: tuple[IndexedFactor, ...]
 
 
 def occurrences(axis: Axis) -> list[Occurrence]:
@@ -63,7 +63,7 @@ def _append_occurrences(
     start: int,
     repeats: Repeats,
     stride: int,
-    companions: tuple[LocatedFactor, ...],
+    companions: tuple[IndexedFactor, ...],
 ) -> None:
     """Appends the factors of an axis that is a segment of another.
 
@@ -75,7 +75,7 @@ def _append_occurrences(
         stride: How far its elements are apart.
         companions: The factors that all of it is multiplied with.
     """
-    factors: list[LocatedFactor] = []
+    factors: list[IndexedFactor] = []
     sums: list[tuple[Sum, Repeats, int]] = []
     for number, term in enumerate(axis):
         # Row-major: one step along a term passes over all that is inside of it.
@@ -84,7 +84,7 @@ def _append_occurrences(
             sums.append((term, repeats, term_stride))
         else:
             index = StridedIndex(start, repeats, term_stride)
-            factors.append(LocatedFactor(term, index))
+            factors.append(IndexedFactor(term, index))
         repeats = _repeated(repeats, term.size, term_stride)
 
     for number, (factor, index) in enumerate(factors):

@@ -12,6 +12,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from otfusion_jax.common.arguments import kind_of
+
 EntryPoint = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function `fn(params, *inputs)` and the tuple of its inputs."""
 
@@ -84,7 +86,7 @@ def together(*functions: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         raise ValueError("no functions were given; pass one or more")
     for number, fn in enumerate(functions):
         if not callable(fn):
-            raise TypeError(f"function {number} is a {type(fn).__name__}, which can't be called")
+            raise TypeError(f"function {number} is {kind_of(fn)}, which can't be called")
         if isinstance(fn, type):
             raise TypeError(f"function {number} is {_class_for_function(fn)}")
     return Together(functions)
@@ -113,12 +115,12 @@ def as_function(
         return program, inputs
     if hasattr(program, "apply"):  # Haiku's and other pairs of `init` and `apply`
         raise TypeError(
-            f"a {type(program).__name__} was given as the function; pass the function that it "
+            f"{kind_of(program)} was given as the function; pass the function that it "
             "holds, its `apply`"
         )
     if not isinstance(program, Sequence) or isinstance(program, str):
         raise TypeError(
-            f"a {type(program).__name__} was given as the function; pass fn(params, *inputs), or a "
+            f"{kind_of(program)} was given as the function; pass fn(params, *inputs), or a "
             "list of (fn, inputs) with a tuple of inputs for each"
         )
     for number, entry in enumerate(program):
@@ -173,6 +175,6 @@ def _require_entry_point(number: int, entry: EntryPoint) -> None:
         raise TypeError(f"the function of entry point {number} is {_class_for_function(fn)}")
     if not isinstance(inputs, tuple):
         raise TypeError(
-            f"the inputs of entry point {number} are a {type(inputs).__name__}; pass a tuple "
+            f"the inputs of entry point {number} are {kind_of(inputs)}; pass a tuple "
             "of inputs, (x,) for a single one"
         )

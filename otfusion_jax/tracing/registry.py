@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from jax.extend import core
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.values import Values
 
@@ -50,6 +51,10 @@ def register_rule(*primitives: core.Primitive, reads: bool = True) -> Callable[[
         operands' `TracedValue`s, which returns the list of the results' `TracedValue`s, and leaves
         that function as it is.
 
+    Raises:
+        TypeError: For no primitives, for what is no primitive (a name, a function of `jax.numpy`,
+            the rule itself), and, by the decorator, for a rule that cannot be called.
+
     Example:
         >>> import otfusion_jax as otf
         >>> from jax.extend import core
@@ -58,8 +63,22 @@ def register_rule(*primitives: core.Primitive, reads: bool = True) -> Callable[[
         ... def swish(ctx, values):
         ...     return [ctx.join(values)]  # elementwise: operand and result move together
     """
+    call = "@register_rule(primitive), as in register_rule(jax.extend.core.primitives.tanh_p)"
+    if not primitives:
+        raise TypeError(f"register_rule was given no primitive: write {call}")
+    for primitive in primitives:
+        if not isinstance(primitive, core.Primitive):
+            raise TypeError(
+                f"{kind_of(primitive)} was given where a primitive is wanted: write {call}, above "
+                "the function that is its rule"
+            )
 
     def add(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise TypeError(
+                f"{kind_of(rule)} was given where a rule is wanted: a function of the equation's "
+                "RuleContext and of the list of its operands' TracedValues"
+            )
         for primitive in primitives:
             _registry[primitive] = rule
             if reads:

@@ -1,7 +1,10 @@
 """The certificate of a symmetry: units are moved, and the outputs have to stay what they were."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_arrays
@@ -9,6 +12,7 @@ from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.tracing.activations import require_samples
 from otfusion_jax.tracing.misuse import find_mistake, require_params_first
 from otfusion_jax.tracing.programs import EntryPoint, Program, entry_points
 
@@ -40,18 +44,22 @@ def check_symmetry(
         NaN among the outputs.
 
     Raises:
-        ValueError: If the parameters do not fit the symmetry.
-        TypeError: For arguments in another order or of a wrong kind, shapes in place of arrays, and
-            a key that is none.
+        ValueError: If the parameters do not fit the symmetry, or an input is empty.
+        TypeError: For arguments in another order or of a wrong kind, shapes in place of arrays, a
+            key that is none, and inside of `jax.jit`, `jax.vmap` or `jax.grad`.
     """
     require_symmetry(symmetry, _CALL)
     functions = entry_points(fn, inputs)
     require_params_first(symmetry, params, inputs, _CALL)
     require_model(symmetry, params)
     require_arrays([inputs_of_fn for _, inputs_of_fn in functions], "inputs")
+    for _, inputs_of_fn in functions:
+        require_samples(inputs_of_fn)
     # A member that is left behind shows best if every unit moves. Such permutations are single
     # cycles, so that uniform ones are tried as well.
     uniform = symmetry.random(jax.random.key(0) if key is None else key)
+    # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
+    _refuse_traced((params, inputs, functions, uniform))
     moved_models = []
     for plans in (_without_fixed_points(uniform), uniform):
         moved_models.append(transport(symmetry, plans, params))
@@ -61,6 +69,15 @@ def check_symmetry(
         for moved in moved_models:
             errors.append(_relative_change(before, _evaluate(entry_point, moved)))
     return float(np.max(errors))
+
+
+def _refuse_traced(values: Any) -> None:
+    """Refuses to compare what has no values yet."""
+    if any(isinstance(value, Tracer) for value in jax.tree_util.tree_leaves(values)):
+        raise TypeError(
+            "check_symmetry was called inside of jax.jit, or of another transformation, where "
+            "there are no values to compare; call it outside: it returns a Python number"
+        )
 
 
 def _without_fixed_points(plans: Plans) -> Plans:
