@@ -12,6 +12,7 @@ from otfusion_jax.alignment.checks import (
     require_finite_plans,
     require_grams,
     require_marginals,
+    require_method_for_marginals,
     require_rectangular_plans,
     require_settings,
 )
@@ -106,6 +107,7 @@ def align(
     if marginals is None:
         marginals = {}, {}
     require_marginals(symmetry, onto, marginals)
+    require_method_for_marginals(method, symmetry, onto, marginals)
     # A pair may come as a list, which is another pytree to `jit`: it would compile anew.
     source_masses, target_masses = marginals
     alignment = find_plans(

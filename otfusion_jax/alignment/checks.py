@@ -178,20 +178,33 @@ def require_marginals(symmetry: Symmetry, onto: Symmetry, marginals: Any) -> Non
         )
 
 
-def require_method_for_marginals(method: AbstractMethod, marginals: Any) -> None:
-    """Refuses masses of units where the method can only permute units.
+def require_method_for_marginals(
+    method: AbstractMethod, symmetry: Symmetry, onto: Symmetry, marginals: Any
+) -> None:
+    """Refuses masses of units that the method can only permute.
 
     Args:
         method: The method that finds the plans.
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order.
         marginals: Masses that `require_marginals` has accepted.
 
     Raises:
-        ValueError: If there are masses, and the method is coordinate descent.
+        ValueError: If the method is coordinate descent, and groups of as many units in both models
+            have masses. The groups are listed.
     """
-    if isinstance(method, CoordinateDescent) and any(marginals):
+    if not isinstance(method, CoordinateDescent):
+        return
+    wrong = []
+    for group, target_group in zip(symmetry.groups, onto.groups, strict=True):
+        has_masses = any(group.name in masses for masses in marginals)
+        # Units of other widths have transport plans in any case.
+        if has_masses and group.size == target_group.size:
+            wrong.append(f"  {group.name}")
+    if wrong:
         raise ValueError(
             "marginals give soft plans, and coordinate descent composes permutations; pass "
-            "method=ForwardPass(), or leave marginals out"
+            "method=ForwardPass(), or leave out the marginals of these groups:\n" + "\n".join(wrong)
         )
 
 
