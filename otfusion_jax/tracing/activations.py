@@ -280,10 +280,10 @@ def require_samples(inputs: tuple[PyTree, ...]) -> None:
     """
     leaves_with_paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
     for path, value in leaves_with_paths:
-        shape = np.shape(value)
-        if 0 in shape:
+        # What is no array is refused elsewhere, in words of its own.
+        if isinstance(value, jax.Array | np.ndarray) and 0 in value.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"input {name} is empty: shape {shape}; pass some samples")
+            raise ValueError(f"input {name} is empty: shape {value.shape}; pass some samples")
 
 
 def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
