@@ -16,7 +16,7 @@ from jax.extend import core
 
 from otfusion_jax.tracing import jaxprs, primitives
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import Rule, find_with, register_rule
+from otfusion_jax.tracing.registry import Rule, find_with, register_family
 from otfusion_jax.tracing.rules import pinned
 from otfusion_jax.tracing.values import Values
 
@@ -82,7 +82,7 @@ def _apply(ctx: RuleContext, jaxpr: core.ClosedJaxpr, values: Values) -> Values:
     return ctx.call(jaxpr, values, once=False, used=ctx.used)
 
 
-@register_rule(*primitives.PURE_CALLBACK)
+@register_family(primitives.PURE_CALLBACK)
 def pure_callback(ctx: RuleContext, values: Values) -> Values:
     """All axes are pinned, as nothing is known of it. One that raises an error returns nothing."""
     if not _raises(ctx.params["callback"]):

@@ -5,7 +5,7 @@ applies the rules of the jaxpr within, and has the same type as any other. The r
 the library are in `rules`, those of other packages' primitives in `package_rules`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jax.extend import core
 
@@ -72,6 +72,22 @@ def register_rule(*primitives: core.Primitive, reads: bool = True) -> Callable[[
                 f"{kind_of(primitive)} was given where a primitive is wanted: write {call}, above "
                 "the function that is its rule"
             )
+
+    return register_family(primitives, reads)
+
+
+def register_family(
+    primitives: Iterable[core.Primitive], reads: bool = True
+) -> Callable[[Rule], Rule]:
+    """Declares the rule of a family of primitives, of which a version of JAX may have none.
+
+    Args:
+        primitives: The primitives.
+        reads: See `register_rule`.
+
+    Returns:
+        The decorator, see `register_rule`.
+    """
 
     def add(rule: Rule) -> Rule:
         if not callable(rule):

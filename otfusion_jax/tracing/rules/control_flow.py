@@ -3,12 +3,12 @@
 from otfusion_jax.tracing import jaxprs, primitives
 from otfusion_jax.tracing.axis import Kind
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue, Values
 
 
-@register_rule(*primitives.CALLS)
+@register_family(primitives.CALLS)
 def call(ctx: RuleContext, values: Values) -> Values:
     """The rules of its body are applied; how it is differentiated does not matter here."""
     jaxpr = jaxprs.body(ctx.eqn)
@@ -16,7 +16,7 @@ def call(ctx: RuleContext, values: Values) -> Values:
     return ctx.call(jaxpr, values, used=ctx.used)
 
 
-@register_rule(*primitives.HIGHER)
+@register_family(primitives.HIGHER)
 def higher(ctx: RuleContext, values: Values) -> Values:
     """The rules of its implementation are applied."""
     # It is traced anew each time, so that no feature inside of it has a lasting place.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from otfusion_jax.tracing.axis import Axis
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import SCATTER, P
 from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
@@ -54,7 +54,7 @@ def gather(ctx: RuleContext, values: Values) -> Values:
     return [TracedValue(tuple(axes), kind)]
 
 
-@register_rule(*SCATTER)
+@register_family(SCATTER)
 def scatter(ctx: RuleContext, values: Values) -> Values:
     """Axes written whole are tied to the updates', those written at positions are pinned.
 

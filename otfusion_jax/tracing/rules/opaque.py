@@ -2,30 +2,30 @@
 
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family
 from otfusion_jax.tracing.rules.families import MATRIX, PINNED, RANDOM
 from otfusion_jax.tracing.values import TracedValue, Values
 
 
-@register_rule(*PINNED)
+@register_family(PINNED)
 def pinned(ctx: RuleContext, values: Values) -> Values:
     """Nothing is known of what it does with positions: all axes are pinned."""
     return ctx.pin_all(values, ctx.because())
 
 
-@register_rule(*RANDOM)
+@register_family(RANDOM)
 def random(ctx: RuleContext, values: Values) -> Values:
     """Random numbers belong to their positions: all axes are pinned."""
     return ctx.pin_all(values, ctx.because())
 
 
-@register_rule(*primitives.EMPTY)
+@register_family(primitives.EMPTY)
 def empty(ctx: RuleContext, values: Values) -> Values:
     """An array that is not filled yet is taken for constant."""
     return [ctx.constant_result()]
 
 
-@register_rule(*MATRIX)
+@register_family(MATRIX)
 def matrix(ctx: RuleContext, values: Values) -> Values:
     """Decompositions, solutions, transforms: their own axes are pinned, batch axes are tied."""
     if ctx.eqn.primitive in primitives.PIVOTS:

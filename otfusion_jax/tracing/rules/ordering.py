@@ -3,12 +3,12 @@
 from otfusion_jax.tracing import jaxprs
 from otfusion_jax.tracing.axis import is_constant
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import CUMULATIVE, P
 from otfusion_jax.tracing.values import TracedValue, Values
 
 
-@register_rule(*CUMULATIVE)
+@register_family(CUMULATIVE)
 def cumulative(ctx: RuleContext, values: Values) -> Values:
     """The axis is pinned: the order matters. The result varies along it even if nothing did."""
     (x,) = values

@@ -3,12 +3,12 @@
 from jax.extend import core
 
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import COLLECTIVE, REDUCTION, SYMMETRIC, WINDOW, P
 from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
 
-@register_rule(*REDUCTION)
+@register_family(REDUCTION)
 def reduction(ctx: RuleContext, values: Values) -> Values:
     """A reduced axis is dropped: sums and extrema do not care about order, positions do."""
     (x,) = values
@@ -19,7 +19,7 @@ def reduction(ctx: RuleContext, values: Values) -> Values:
     return [x.without(reduced)]
 
 
-@register_rule(*COLLECTIVE)
+@register_family(COLLECTIVE)
 def collective(ctx: RuleContext, values: Values) -> Values:
     """Over an axis that `vmap` names, a reduction of each operand."""
     reduced = ctx.params["axes"]
@@ -70,7 +70,7 @@ def _is_symmetric(combine: core.Jaxpr) -> bool:
     return True
 
 
-@register_rule(*WINDOW)
+@register_family(WINDOW)
 def window(ctx: RuleContext, values: Values) -> Values:
     """Axes with a window, stride or padding are pinned, the others pass."""
     (x,) = values

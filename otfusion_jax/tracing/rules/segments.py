@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Kind, concatenated, constant, is_constant, size_of
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
@@ -54,7 +54,7 @@ def dynamic_slice(ctx: RuleContext, values: Values) -> Values:
     return [TracedValue(tuple(axes), kind)]
 
 
-@register_rule(*primitives.SPLIT, reads=False)
+@register_family(primitives.SPLIT, reads=False)
 def split(ctx: RuleContext, values: Values) -> Values:
     """The axis that is split falls into segments, the others pass."""
     (x,) = values
@@ -64,7 +64,7 @@ def split(ctx: RuleContext, values: Values) -> Values:
     return [x.with_axis(dim, segment) for segment in segments]
 
 
-@register_rule(*primitives.UNSTACK, reads=False)
+@register_family(primitives.UNSTACK, reads=False)
 def unstack(ctx: RuleContext, values: Values) -> Values:
     """The axis that is taken apart falls into single positions, the others pass."""
     (x,) = values
@@ -196,7 +196,7 @@ def concatenate(ctx: RuleContext, values: Values) -> Values:
     return [tied.with_axis(dim, concatenated(segments))]
 
 
-@register_rule(*primitives.STACK)
+@register_family(primitives.STACK)
 def stack(ctx: RuleContext, values: Values) -> Values:
     """The new axis is pinned, the operands are tied along the others."""
     dim = ctx.params["axis"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue, Values
 
@@ -53,7 +53,7 @@ def _reordered(x: TracedValue, order: Sequence[int]) -> TracedValue:
     return TracedValue(tuple(axes), x.kind)
 
 
-@register_rule(*primitives.TILE)
+@register_family(primitives.TILE)
 def tile(ctx: RuleContext, values: Values) -> Values:
     """An axis becomes a product: the value is constant over the copies."""
     (x,) = values
@@ -64,7 +64,7 @@ def tile(ctx: RuleContext, values: Values) -> Values:
     return [TracedValue(tuple(axes), x.kind)]
 
 
-@register_rule(*primitives.BITCAST)
+@register_family(primitives.BITCAST)
 def bitcast(ctx: RuleContext, values: Values) -> Values:
     """Passed on, but for a last axis that appears or goes when the width of the type changes."""
     (x,) = values
