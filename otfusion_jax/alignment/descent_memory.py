@@ -25,7 +25,6 @@ LARGEST_UPDATE = 0.5
 """The share of a neighbour's units that may have moved for an update to take less time than to
 compare anew."""
 
-
 LEAST_WORK = 3e8
 """How many multiplications it has to take to compare anew for an update to be worth a program."""
 

@@ -283,7 +283,5 @@ class _Fusion:
             jax.tree_util.tree_leaves(moved), target_leaves, strict=True
         ):
             aligned_leaves.append(jnp.concatenate([moved_leaf, target_leaf[None]]))
-        ordered_shares = []
-        for leaf_shares in shares:
-            ordered_shares.append(leaf_shares[order])
+        ordered_shares = [leaf_shares[order] for leaf_shares in shares]
         return average_of(self.symmetry.treedef.unflatten(aligned_leaves), ordered_shares)
