@@ -30,9 +30,10 @@ from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
 from otfusion_jax.solvers.low_rank import LowRank
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
+from otfusion_jax.symmetry.canonical import canonicalize
 from otfusion_jax.symmetry.checks import SymmetryWarning
 from otfusion_jax.symmetry.drawing import draw
-from otfusion_jax.symmetry.groups import Group, Member, Pin
+from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Member, Pin
 from otfusion_jax.symmetry.plans import compose, invert
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.training_state import transport_state
@@ -57,7 +58,9 @@ __all__ = [
     "Barycenter",
     "CoordinateDescent",
     "Exact",
+    "Fold",
     "ForwardPass",
+    "Freedom",
     "Gram",
     "GromovWasserstein",
     "Group",
@@ -81,6 +84,7 @@ __all__ = [
     "average",
     "barrier",
     "barycenter",
+    "canonicalize",
     "check_symmetry",
     "compose",
     "draw",

@@ -95,14 +95,51 @@ def certificate(program: Program) -> Certificate:
             evaluate(move, *jax.tree.leaves(jax.tree.map(plan, identity)), *leaves)
             for plan in (shifted, lambda plan: rng.permuted(plan, axis=-1))
         ]
-        change = max(
-            difference(before, after)
-            for jaxpr, (_, inputs) in zip(jaxprs, (*entries, *unseen), strict=True)
-            for before in [evaluate(jaxpr, *leaves, *inputs)]
-            for moved in drawn
-            for after in [evaluate(jaxpr, *moved, *inputs)]
-        )
+        with_rotations = []
+        if symmetry.with_rotations().rotates:
+            with_rotations.append(rotated(symmetry, params, rng))
+        changes = []
+        for number, (jaxpr, (_, inputs)) in enumerate(
+            zip(jaxprs, (*entries, *unseen), strict=True)
+        ):
+            before = evaluate(jaxpr, *leaves, *inputs)
+            # What a program does with other inputs alone, a function of single units it may be,
+            # tells nothing of itself: rotations are claimed for what was traced.
+            for moved in [*drawn, *with_rotations] if number < len(entries) else drawn:
+                changes.append(difference(before, evaluate(jaxpr, *moved, *inputs)))
+        change = max(changes)
         return Certificate(symmetry, change, count, lost)
+
+
+def rotated(symmetry: otf.Symmetry, params: Any, rng: np.random.Generator) -> list[np.ndarray]:
+    """The leaves in canonical form, moved by random rotations where the symmetry allows them."""
+    rotating = symmetry.with_rotations()
+    plans: dict[str, Any] = {}
+    for group in rotating.groups:
+        if not group.rotates:
+            continue
+        plans[group.name] = np.stack(
+            [rotation(rng, group) for _ in range(int(np.prod(group.batch)))]
+        ).reshape(*group.batch, group.size, group.size)
+
+    def move(plans: Any, params: Any) -> Any:
+        return otf.transport(rotating, plans, otf.canonicalize(symmetry, params))
+
+    jaxpr = jax.make_jaxpr(move)(plans, params)
+    return evaluate(jaxpr, *jax.tree.leaves(plans), *jax.tree.leaves(params))
+
+
+def rotation(rng: np.random.Generator, group: otf.Group) -> np.ndarray:
+    """A random orthogonal matrix, one that fixes the ones if the group asks for that."""
+    n = group.size
+    q, _ = np.linalg.qr(rng.standard_normal((n, n)))
+    if not group.fixes_ones:
+        return q
+    # In a basis whose first vector is that of the ones, the first row and column are those of 1.
+    basis, _ = np.linalg.qr(np.c_[np.ones(n), rng.standard_normal((n, n - 1))])
+    inner = np.eye(n)
+    inner[1:, 1:], _ = np.linalg.qr(rng.standard_normal((n - 1, n - 1)))
+    return basis @ inner @ basis.T
 
 
 def replayed(jaxpr: core.ClosedJaxpr) -> Callable[..., Any]:

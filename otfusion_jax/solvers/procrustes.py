@@ -9,13 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.scaling import exponent, restored, scaled
 from otfusion_jax.solvers.base import Solution, empty_solution, working_dtype
+from otfusion_jax.symmetry.rotation import fixing_ones, reflected
 
 # What passes for rounding, in units of the precision: 1e-4 in float32. Errors of a decomposition
 # grow with its size, and devices differ in how much.
@@ -149,40 +149,15 @@ def _factor_fixing_ones(
     Returns:
         The matrix, and the largest inner product that a matrix of this kind has with `cross`.
     """
-    reflected = _reflected(cross)
-    along_ones = reflected[0, 0]
-    block = reflected[1:, 1:]
+    in_basis = reflected(cross)
+    along_ones = in_basis[0, 0]
+    block = in_basis[1:, 1:]
     # Of what all units share, nothing but rounding errors is left, which would be turned at random.
     rounding = _ROUNDING * jnp.finfo(cross.dtype).eps * jnp.max(jnp.abs(cross))
     largest = jnp.max(jnp.abs(block), initial=0)
     block = jnp.where(largest > rounding, block, 0)
     factor, norm = _polar_factor(block)
-    # Less the identity, so that units that stay do so without the errors of two reflections.
-    change = factor - jnp.eye(len(factor), dtype=factor.dtype)
-    padded = jnp.pad(change, ((1, 0), (1, 0)))
-    plan = jnp.eye(len(cross), dtype=cross.dtype) + _reflected(padded)
-    return plan, along_ones + norm
-
-
-def _reflected(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Multiplies a matrix from both sides by the reflection H with `H e_1 = -1 / sqrt(n)`.
-
-    H is symmetric and its own inverse, and the sign cancels. The other one, with which `e_1` would
-    go to the ones themselves, divides by zero for `n == 1`, and loses digits for any small n.
-    """
-    of_columns = _columns_reflected(matrix)
-    of_both = _columns_reflected(of_columns.T)
-    return of_both.T
-
-
-def _columns_reflected(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Multiplies a matrix from the left by the Householder reflection of `_reflected`."""
-    n = len(matrix)
-    normal = np.full((n, 1), 1 / np.sqrt(n))
-    normal[0] += 1
-    normal = jnp.asarray(normal / np.linalg.norm(normal), matrix.dtype)
-    along_normal = jnp.sum(normal * matrix, axis=0, keepdims=True)
-    return matrix - 2 * normal * along_normal
+    return fixing_ones(factor), along_ones + norm
 
 
 def _deviation_from_orthogonal(plan: Float[Array, "n m"]) -> Float[Array, ""]:

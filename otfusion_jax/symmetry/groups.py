@@ -20,12 +20,14 @@ from otfusion_jax.symmetry.location import UnitLocation
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
-the group's batch."""
+the group's batch. Of a group that rotates, a float `[n, n]` is an orthogonal matrix."""
 
 NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
 UNREAD = "not read on these inputs"
 """Why an axis stays of which the function selects a part alone, or nothing but sums over itself."""
+FOLDED = "1 in canonical form"
+"""Why an axis stays of a parameter that `canonicalize` makes 1."""
 UNMET = "meets nothing but constants on these inputs"
 """Why all axes of a leaf stay: on other inputs it may meet any units, as recurrent weights do that
 a first step multiplies with zeros."""
@@ -77,6 +79,9 @@ class Group:
             permutation. A plan has shape `[*batch, size]`.
         outer: The name of the group whose units the last axis of the batch is. None if there is no
             batch, or if its last axis cannot be permuted.
+        rotates: Whether the units are multiplied by orthogonal matrices, and not permuted alone:
+            only in what `Symmetry.with_rotations` returns.
+        fixes_ones: Whether these matrices leave the vector of ones as it is.
     """
 
     name: str
@@ -84,6 +89,8 @@ class Group:
     members: tuple[Member, ...]
     batch: tuple[int, ...] = ()
     outer: str | None = None
+    rotates: bool = False
+    fixes_ones: bool = False
 
     def having(self, role: Role) -> tuple[Member, ...]:
         """Returns the members of one role.
@@ -116,6 +123,46 @@ class Pin:
     size: int
     reason: str
     source: str | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """How a parameter that multiplies units one by one is made 1, and the function kept.
+
+    Attributes:
+        leaf: The position of the parameter in `Symmetry.parts`. It has one number for each unit.
+        path: The key path of the parameter.
+        others: The positions of the other parameters that change, each with the power of the scale
+            by which its units are divided: -1 for weights that read the units, which are then
+            multiplied by the scale, and 1 for what is added to them.
+    """
+
+    leaf: int
+    path: str
+    others: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Freedom:
+    """What the units of a group may do.
+
+    Attributes:
+        group: The name of the group.
+        rotates: Whether they may be multiplied by any orthogonal matrix. If not, by permutations
+            alone.
+        fixes_ones: Whether the matrix must leave the vector of ones as it is, as where a mean over
+            the units is subtracted.
+        folds: The parameters that have to be 1 before.
+        reason: The primitive and the source line that stand in the way of rotations, or of those
+            that do not fix the ones; None if nothing does. Two freedoms that differ in this alone
+            are equal.
+    """
+
+    group: str
+    rotates: bool
+    fixes_ones: bool = False
+    folds: tuple[Fold, ...] = ()
+    reason: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,9 @@ from otfusion_jax.symmetry.groups import Group, Plans
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
 from otfusion_jax.symmetry.symmetry import Symmetry
 
+LARGEST_ERROR = 1e-2
+"""How far from orthogonal a rotation may be, as one that was rounded to half precision is."""
+
 
 @runtime_checkable
 class HasPlans(Protocol):
@@ -72,16 +75,18 @@ def is_identity(plan: Array) -> bool:
         plan: A plan whose values are known.
 
     Returns:
-        Whether it is a permutation of every unit to itself. Of a transport plan it is not looked
-        at: False.
+        Whether it is a permutation of every unit to itself, or the identity as a matrix. False for
+        a transport plan, whose masses sum to 1.
     """
-    if not is_permutation(plan):
-        return False
     values = np.asarray(plan)
-    return bool((values == np.arange(values.shape[-1])).all())
+    if is_permutation(plan):
+        return bool((values == np.arange(values.shape[-1])).all())
+    # Of more than one unit, masses would be smaller.
+    is_square = values.ndim > 1 and values.shape[-1] == values.shape[-2] > 1
+    return is_square and bool((values == np.eye(values.shape[-1])).all())
 
 
-# --- chains of permutations
+# --- chains of permutations and rotations
 
 
 def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans) -> Plans:
@@ -89,27 +94,27 @@ def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans)
 
     Args:
         symmetry: The symmetry of the network that the plans move.
-        first: Integer plans of all groups or of some, or the result of `align`.
+        first: Integer plans of all groups or of some, or the result of `align`. Groups that rotate
+            may have orthogonal matrices.
         then: The plans that come after, of the same kind.
 
     Returns:
         The plans of all groups.
 
     Raises:
-        ValueError: If plans do not fit the symmetry, or are not permutations.
+        ValueError: If plans do not fit the symmetry, or are soft.
         TypeError: If the arguments are in another order, or plans are no dict of arrays.
     """
-    first = _permutations_of_all_groups(symmetry, first)
-    then = _permutations_of_all_groups(symmetry, then)
+    first = _invertible_plans_of_all_groups(symmetry, first)
+    then = _invertible_plans_of_all_groups(symmetry, then)
     composed: Plans = {}
     for group in symmetry.groups:
         name, outer = group.name, group.outer
         plan = first[name]
         if outer is not None:
             # What is inside of an index has moved along with it: the second plan finds it there.
-            outer_plan = then[outer][..., None]
-            plan = jnp.take_along_axis(plan, outer_plan, axis=-2)
-        composed[name] = jnp.take_along_axis(plan, then[name], axis=-1)
+            plan = _taken_along(plan, then[outer], group)
+        composed[name] = _chained(plan, then[name])
     return composed
 
 
@@ -118,36 +123,59 @@ def invert(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
 
     Args:
         symmetry: The symmetry of the network that the plans move.
-        plans: Integer plans of all groups or of some, or the result of `align`.
+        plans: Integer plans of all groups or of some, or the result of `align`. Groups that rotate
+            may have orthogonal matrices.
 
     Returns:
         The plans of all groups.
 
     Raises:
-        ValueError: If plans do not fit the symmetry, or are not permutations.
+        ValueError: If plans do not fit the symmetry, or are soft.
         TypeError: If the arguments are in another order, or plans are no dict of arrays.
     """
-    permutations = _permutations_of_all_groups(symmetry, plans)
     inverse = {}
-    for name, plan in permutations.items():
-        order = jnp.argsort(plan, axis=-1)
-        inverse[name] = order.astype(plan.dtype)
+    for name, plan in _invertible_plans_of_all_groups(symmetry, plans).items():
+        if is_permutation(plan):
+            inverse[name] = jnp.argsort(plan, axis=-1).astype(plan.dtype)
+        else:
+            inverse[name] = jnp.swapaxes(plan, -1, -2)
     for group in symmetry.groups:
-        name, outer = group.name, group.outer
-        if outer is not None:
+        if group.outer is not None:
             # The inverse at an index is for what has come back to it.
-            outer_inverse = inverse[outer][..., None]
-            inverse[name] = jnp.take_along_axis(inverse[name], outer_inverse, axis=-2)
+            inverse[group.name] = _taken_along(inverse[group.name], inverse[group.outer], group)
     return inverse
 
 
-def _permutations_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
+def _taken_along(plan: Array, outer_plan: Array, group: Group) -> Array:
+    """Moves the plans inside of each unit of the group around to where that unit comes."""
+    axis = len(group.batch) - 1
+    inner_rank = plan.ndim - outer_plan.ndim
+    index = outer_plan.reshape(*outer_plan.shape, *[1] * inner_rank)
+    return jnp.take_along_axis(plan, index, axis=axis)
+
+
+def _chained(first: Array, then: Array) -> Array:
+    """Chains two plans of one group: permutations, or else matrices."""
+    if is_permutation(then):
+        index = then if is_permutation(first) else then[..., None, :]
+        return jnp.take_along_axis(first, index, axis=-1)
+    if is_permutation(first):
+        # Row i of the second matrix is for the unit that the first plan has brought to i.
+        inverse = jnp.argsort(first, axis=-1)
+        return jnp.take_along_axis(then, inverse[..., None], axis=-2)
+    return jnp.matmul(first, then, precision=jax.lax.Precision.HIGHEST)
+
+
+def _invertible_plans_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:
     """Checks plans that are to be chained, and fills in the groups that they leave out."""
     require_symmetry(symmetry, "compose(symmetry, first, then) or invert(symmetry, plans)")
     plans = plans_of(plans)
     require_plans(symmetry, plans)
     # What several units have been mixed into does not tell them apart again.
-    soft = [name for name, plan in plans.items() if not is_permutation(plan)]
+    soft = []
+    for name, plan in plans.items():
+        if not is_permutation(plan) and not symmetry[name].rotates:
+            soft.append(name)
     if soft:
         raise ValueError(f"only permutations can be chained or turned around; soft: {soft}")
     return symmetry.identity() | plans
@@ -229,7 +257,8 @@ def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dic
     """Returns for each group with a soft plan that can only be permuted the reason, in words."""
     problems = {}
     for name, reason in permutable_only(symmetry).items():
-        if name in plans and not is_permutation(plans[name]):
+        is_soft = name in plans and not is_permutation(plans[name])
+        if is_soft and not symmetry[name].rotates:
             problems[name] = reason
     return problems
 
@@ -277,6 +306,8 @@ def _problem_of_plan(
         note = f", one for every pair of what {group.outer} moves from and to"
     if is_permutation(plan):
         return _problem_of_permutation(group, plan, batch, note, target_size)
+    if group.rotates:
+        return _problem_of_rotation(group, plan, batch, target_size)
     return _problem_of_coupling(group, plan, batch, note, target_size)
 
 
@@ -313,6 +344,32 @@ def _problem_of_permutation(
     elif np.all(in_order == np.arange(1, n + 1)):
         reason = "; its indices start at 1, subtract 1"
     return f"not a permutation of 0 to {n - 1}{reason}"
+
+
+def _problem_of_rotation(
+    group: Group, plan: Any, batch: tuple[int, ...], target_size: int | None
+) -> str | None:
+    """Says what is wrong with a plan that should be orthogonal matrices `[*batch, n, n]`."""
+    n = group.size
+    if target_size not in (None, n):
+        return f"{n} units become {target_size}, but rotations keep the number of units"
+    expected = (*batch, n, n)
+    if plan.shape != expected:
+        return f"shape {plan.shape}, expected {expected} for a rotation or int {expected[:-1]}"
+    if not jnp.issubdtype(plan.dtype, jnp.floating):
+        return f"dtype {plan.dtype}, but a rotation is floating-point"
+    if isinstance(plan, Tracer):
+        return None
+    matrices = np.asarray(plan, np.float64)
+    if not np.all(np.isfinite(matrices)):
+        return "a rotation that is not finite"
+    products = matrices @ np.swapaxes(matrices, -1, -2)
+    if np.max(np.abs(products - np.eye(n)), initial=0) > LARGEST_ERROR:
+        return "a matrix that is not orthogonal; the units of this group are rotated"
+    changes = np.abs(np.sum(matrices, axis=-1) - 1)
+    if group.fixes_ones and np.max(changes, initial=0) > LARGEST_ERROR * np.sqrt(n):
+        return "a rotation that moves the vector of ones, over which a mean is taken"
+    return None
 
 
 def _problem_of_coupling(

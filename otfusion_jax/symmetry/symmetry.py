@@ -30,13 +30,23 @@ from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_function, require_kind
 from otfusion_jax.symmetry import display
-from otfusion_jax.symmetry.groups import Group, Leaf, LeafSplit, Member, Pin, Plans
+from otfusion_jax.symmetry.groups import (
+    FOLDED,
+    Freedom,
+    Group,
+    Leaf,
+    LeafSplit,
+    Member,
+    Pin,
+    Plans,
+)
 from otfusion_jax.symmetry.leaf_structure import (
     LeafStructure,
     NumberedLeaf,
     leaf_structure_of,
     numbered_leaf,
 )
+from otfusion_jax.symmetry.rotation import random_rotation
 from otfusion_jax.symmetry.validation import require_fitting
 
 
@@ -55,6 +65,8 @@ class Symmetry(Mapping[str, Group]):
         treedef: The structure of the parameters.
         leaf_splits: The leaves that the function picks apart by index (`qkv[0]`). Their parts are
             as different as leaves are; members and pins are of parts.
+        freedoms: What each group may do beyond being permuted. It comes into force by
+            `with_rotations`.
     """
 
     groups: tuple[Group, ...]
@@ -62,6 +74,7 @@ class Symmetry(Mapping[str, Group]):
     leaves: tuple[Leaf, ...]
     treedef: Any
     leaf_splits: tuple[LeafSplit, ...] = ()
+    freedoms: tuple[Freedom, ...] = ()
 
     # --- a static value, and a mapping
 
@@ -91,7 +104,7 @@ class Symmetry(Mapping[str, Group]):
         # Every call of a jitted function hashes its static arguments, and a symmetry of a deep
         # network has thousands of members.
         fields = (self.groups, self.pinned, self.leaves, self.treedef, self.leaf_splits)
-        return hash(fields)
+        return hash((fields, self.freedoms))
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle has the fields alone. What is cached beside them would be wrong in another
@@ -248,6 +261,45 @@ class Symmetry(Mapping[str, Group]):
         pinned = (*self.pinned, *pins)
         return dataclasses.replace(self, groups=tuple(groups), pinned=pinned)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether units of any group are rotated, and not permuted alone."""
+        return any(group.rotates for group in self.groups)
+
+    def with_rotations(self) -> "Symmetry":
+        """Lets units be multiplied by orthogonal matrices where the function allows it.
+
+        It is the symmetry of parameters in canonical form, see `canonicalize`. `print` of the
+        result shows which groups rotate, and `summary` what stands in the way for the others.
+
+        Returns:
+            The symmetry whose groups move by all that `freedoms` says: the features of a residual
+            stream, and those of the queries, keys and values inside of each head. Equal to this one
+            if no group may rotate.
+        """
+        freedom_of = {freedom.group: freedom for freedom in self.freedoms if freedom.rotates}
+        groups = []
+        pins = []
+        for group in self.groups:
+            freedom = freedom_of.get(group.name)
+            if freedom is None or group.rotates:
+                groups.append(group)
+                continue
+            folded = {fold.leaf for fold in freedom.folds}
+            members = []
+            for member in group.members:
+                if member.leaf in folded:
+                    # It is 1 for every unit, and so it stays.
+                    pins.append(Pin(member.path, member.axis, group.size, FOLDED))
+                else:
+                    members.append(member)
+            rotating = dataclasses.replace(
+                group, members=tuple(members), rotates=True, fixes_ones=freedom.fixes_ones
+            )
+            groups.append(rotating)
+        pinned = (*self.pinned, *pins)
+        return dataclasses.replace(self, groups=tuple(groups), pinned=pinned)
+
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
         plans = {}
@@ -260,13 +312,13 @@ class Symmetry(Mapping[str, Group]):
         return plans
 
     def random(self, key: Array) -> Plans:
-        """Draws a uniform permutation of every group.
+        """Draws a uniform permutation of every group, an orthogonal matrix of those that rotate.
 
         Args:
             key: A single key of `jax.random`.
 
         Returns:
-            The plans, int32 `[*batch, n]` each.
+            The plans, int32 `[*batch, n]` each; of groups that rotate float32 `[*batch, n, n]`.
 
         Raises:
             TypeError: If a number is given in place of a key, or a batch of keys.
@@ -276,6 +328,12 @@ class Symmetry(Mapping[str, Group]):
         for number, (name, identity) in enumerate(self.identity().items()):
             # Groups of one size would be permuted alike by one key.
             group_key = jax.random.fold_in(key, number)
+            group = self.groups[number]
+            if group.rotates:
+                plans[name] = random_rotation(
+                    group_key, group.size, group.batch, fixes_ones=group.fixes_ones
+                )
+                continue
             plans[name] = jax.random.permutation(group_key, identity, axis=-1, independent=True)
         return plans
 

@@ -67,6 +67,12 @@ def transport_state(
     call = "transport_state(symmetry, plans, state, onto=symmetry_of_the_target)"
     require_symmetry(symmetry, call)
     plans = plans_of(plans)
+    if symmetry.rotates:
+        raise ValueError(
+            "the state of an optimizer can't be rotated: it has a moment for each number. "
+            "Start it anew from the moved parameters (`optimizer.init`), or move along "
+            "permutations, by a symmetry without with_rotations()"
+        )
     if onto is not None:
         require_symmetry(onto, call)
     # A node is the largest part of the state that has the structure of the parameters, or a leaf.

@@ -4,6 +4,7 @@ A plan P of the units of a group, with marginals a = P 1 and b = Pᵀ 1, says ho
 unit j is the average of the old units that map to it, so an axis that *produces* units is
 multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
 so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
+Units of a group that rotates are multiplied by an orthogonal matrix in either role.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, permuted
+from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
@@ -44,7 +46,9 @@ def transport(
             have moved: unit `j` of head `i` is then unit `plan[i, j]` of the head that has arrived
             at `i`. If the plan of the heads is soft, `[h, g]`, a nested group has a plan for every
             pair of an old and a new head: `[*batch, g, n]` or `[*batch, g, n, m]`, where the last
-            axis of the batch counts the old heads. Groups that are left out stay where they are.
+            axis of the batch counts the old heads. Of a group that rotates (see
+            `Symmetry.with_rotations`), a float plan is an orthogonal matrix `Q` `[n, n]`: new unit
+            `j` is the sum of `Q[i, j]` times old unit `i`. Groups that are left out stay.
         params: The parameters of the network. They are not changed.
         onto: The symmetry of the network that the plans lead to, if its widths are others. None
             takes the widths from the plans.
@@ -54,8 +58,9 @@ def transport(
 
     Raises:
         ValueError: If plans are of unknown groups, of wrong shapes, or known not to be permutations
-            or couplings; if plans of axes with both roles are soft; if the parameters do not fit;
-            and if the networks differ in more than widths.
+            or couplings; if plans of axes with both roles are soft; if the parameters do not fit,
+            or are not in canonical form where groups rotate; and if the networks differ in more
+            than widths.
         TypeError: If the arguments are in another order, or shapes are in the place of arrays.
     """
     call = "transport(symmetry, plans, params, onto=symmetry_of_the_target)"
@@ -67,6 +72,7 @@ def transport(
     if onto is not None:
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
+    require_canonical(symmetry, params, "the model")
     return move_all(symmetry, plans, params, onto)
 
 
@@ -206,7 +212,9 @@ def _moved_along(
         if nested.levels[-1] == unit_axis.dim and nested.is_in(block):
             # These heads move together with the units in them, when it is the turn of those.
             return block
-    weights = _weights(plan, role).astype(block.array.dtype)
+    # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
+    weights = plan if unit_axis.group.rotates else _weights(plan, role)
+    weights = weights.astype(block.array.dtype)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
 
@@ -247,7 +255,8 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
     plan = plans[group.name]
     if is_permutation(plan):
         return jnp.take_along_axis(numbers, plan, axis=-1)
-    return product("...n,...nm->...m", numbers, _weights(plan, role))
+    weights = plan if group.rotates else _weights(plan, role)
+    return product("...n,...nm->...m", numbers, weights)
 
 
 # --- weights of plans

@@ -46,6 +46,14 @@ def constant_value(unifier: Unifier, array: Any) -> TracedValue:
     return TracedValue(tuple(axes), Kind.CONSTANT)
 
 
+def is_zero(array: Any) -> bool:
+    """Says whether an array that the traced function closes over is known to be 0 throughout."""
+    aval = jax.typeof(array)
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or isinstance(array, Tracer):
+        return False
+    return not np.any(np.asarray(array))
+
+
 def _axis_along(array: Any, dim: int, size: int) -> Axis | None:
     """Returns an axis of an array; None where the array holds its positions in place."""
     if size < 2:

@@ -122,6 +122,20 @@ class RuleContext(EquationContext):
             axes.append(passed_on)
         return TracedValue(tuple(axes), kind)
 
+    def one_of(self, joined: TracedValue, alternatives: Sequence[TracedValue]) -> TracedValue:
+        """States that a value is one of several, as the result of `cond` is that of some branch.
+
+        Rules of primitives that run a jaxpr call it, on what they have joined.
+
+        Args:
+            joined: What `join` made of the alternatives.
+            alternatives: The values, one of which it is as the program runs.
+
+        Returns:
+            The joined value.
+        """
+        return self.interpreter.note_choice(self, joined, alternatives)
+
     def tie(self, axes: Sequence[Axis], kinds: Sequence[Kind]) -> Axis:
         """States that single axes meet index by index: their units move together.
 
@@ -377,7 +391,7 @@ class RuleContext(EquationContext):
             results = body(carry)
             joined = []
             for before, after in zip(carry, results, strict=False):
-                joined.append(self.join([before, after]))
+                joined.append(self.one_of(self.join([before, after]), [before, after]))
                 interpreter.note(joined[-1])
             previous, carry = carry, joined
             if all(map(self._is_settled, previous, carry)):

@@ -157,12 +157,15 @@ def _interpret_trace(
     """Interprets one jaxpr; features can be read in it if there is a path."""
     unifier = interpreter.unifier
     args = []
-    for axes in param_axes:
-        args.append(TracedValue(axes, Kind.PARAMETER))
+    for number, axes in enumerate(param_axes):
+        parameter = interpreter.numbered(TracedValue(axes, Kind.PARAMETER))
+        interpreter.parameters[parameter.number] = number
+        args.append(parameter)
     inputs_with_paths, _ = jax.tree_util.tree_flatten_with_path(trace.inputs)
     for key_path, value in inputs_with_paths:
         name = "input " + jax.tree_util.keystr(key_path, simple=True, separator="/")
-        args.append(TracedValue(_pinned_axes(unifier, name, value), Kind.FEATURE))
+        axes = _pinned_axes(unifier, name, value)
+        args.append(interpreter.numbered(TracedValue(axes, Kind.FEATURE)))
     consts = list(map(interpreter.constant, trace.jaxpr.consts))
     outputs = interpreter.run(trace.jaxpr.jaxpr, consts, args, path)
     for number, output in enumerate(outputs):

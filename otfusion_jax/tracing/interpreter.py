@@ -16,17 +16,29 @@ from jax.extend import core
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Factor, Kind, Sum, constant, factors_of
-from otfusion_jax.tracing.constants import constant_value
+from otfusion_jax.tracing.constants import constant_value, is_zero
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
-from otfusion_jax.tracing.records import Interaction, Path, Reading, Regrouping, Selection, Site
+from otfusion_jax.tracing.records import (
+    Interaction,
+    Path,
+    Reading,
+    Regrouping,
+    Selection,
+    Site,
+    Step,
+)
 from otfusion_jax.tracing.registry import Rule, UnsupportedPrimitiveError, rule_of, selects
 from otfusion_jax.tracing.unification import Unifier
 from otfusion_jax.tracing.values import Axes, TracedValue, Values, shape_of, sizes_of
 
 OnUnsupported = Literal["raise", "pin"]
 """What to do about a primitive without a rule: raise an error, or pin all that it touches."""
+
+
+_OWN_RULES = "otfusion_jax.tracing."
+"""Where the rules are that come with the library."""
 
 
 class Interpreter:
@@ -47,6 +59,10 @@ class Interpreter:
         consumed: Where contractions take up features, in dataflow order.
         seen: Where any value that depends on inputs can be read, in dataflow order.
         calls: How many jaxprs within others have been entered.
+        steps: All equations outside of calls, in dataflow order, those of a loop's body as often as
+            it was interpreted.
+        zeros: The numbers of the values that are 0 throughout, as constants.
+        parameters: For the number of a value that is a parameter, which one it is.
     """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
@@ -63,6 +79,10 @@ class Interpreter:
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []
         self.calls = 0
+        self.steps: list[Step] = []
+        self.zeros: set[int] = set()
+        self.parameters: dict[int | None, int] = {}
+        self._values_numbered = 0
 
     # --- the pass
 
@@ -116,7 +136,8 @@ class Interpreter:
             return env[atom]
         # An output that nothing depends on, so that its equation was left out. It has to tie and
         # pin nothing: what it meets, as the same output of another branch, may be used elsewhere.
-        return TracedValue(tuple(map(constant, shape_of(atom))), Kind.CONSTANT)
+        unused = TracedValue(tuple(map(constant, shape_of(atom))), Kind.CONSTANT)
+        return self._numbered_constant(unused, is_zero=True)
 
     def _apply_rule(self, context: RuleContext, operands: Values) -> Values:
         """Applies the rule of an equation and records what its results leave out."""
@@ -129,7 +150,16 @@ class Interpreter:
         is_call = self.calls > calls_before
         is_reading = not is_call and not selects(context.eqn.primitive)
         self._note_lost_axes(context, operands, results, is_reading)
-        return results
+        # What the jaxpr of a call returns has its number, and comes from the equations there. What
+        # a rule from elsewhere does with it is not known.
+        is_followed = is_call and rule.__module__.startswith(_OWN_RULES)
+        if is_followed and all(value.number is not None for value in results):
+            return results
+        # A rule may pass an operand on as it is: as a result it is another value.
+        numbered = [self.numbered(value) for value in results]
+        form = "call" if is_call else "equation"
+        self.steps.append(Step(context, tuple(operands), tuple(numbered), form))
+        return numbered
 
     def _note_lost_axes(
         self, context: RuleContext, operands: Values, results: Values, is_reading: bool
@@ -188,7 +218,27 @@ class Interpreter:
 
     def constant(self, array: Any) -> TracedValue:
         """Describes an array that the traced function closes over."""
-        return constant_value(self.unifier, array)
+        return self._numbered_constant(constant_value(self.unifier, array), is_zero(array))
+
+    def _numbered_constant(self, value: TracedValue, is_zero: bool) -> TracedValue:
+        """Numbers a constant, and records whether it is 0."""
+        value = self.numbered(value)
+        if is_zero and value.number is not None:
+            self.zeros.add(value.number)
+        return value
+
+    def numbered(self, value: TracedValue) -> TracedValue:
+        """Gives a new number to a value."""
+        self._values_numbered += 1
+        return value._replace(number=self._values_numbered)
+
+    def note_choice(
+        self, context: RuleContext, joined: TracedValue, alternatives: Sequence[TracedValue]
+    ) -> TracedValue:
+        """Numbers a value that is one of several, and records that; see `RuleContext.one_of`."""
+        joined = self.numbered(joined)
+        self.steps.append(Step(context, tuple(alternatives), (joined,), "choice"))
+        return joined
 
     def note(self, value: TracedValue) -> Axes:
         """Records the axes of a value, and returns them, those of the loops around it first."""

@@ -1,14 +1,18 @@
 """What the pass over a jaxpr records beside ties and pins, for questions that are asked at its end.
 
 Interactions and regroupings tell which groups are nested in which (see `nesting`), selections which
-parts of a parameter are read at all (see `Interpreter.left_out`), and readings where the features
-of a group are found when the program runs (see `activations`).
+parts of a parameter are read at all (see `Interpreter.left_out`), readings where the features of a
+group are found when the program runs (see `activations`), and steps how units go from value to
+value (see `freedoms`).
 """
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from otfusion_jax.tracing.axis import Axis
-from otfusion_jax.tracing.values import Axes
+from otfusion_jax.tracing.values import Axes, TracedValue
+
+if TYPE_CHECKING:
+    from otfusion_jax.tracing.equation import EquationContext
 
 Path = tuple[int, ...]
 """The number of an equation in its jaxpr, preceded by those of the calls and scans around it."""
@@ -46,6 +50,23 @@ class Interaction(NamedTuple):
     axes: Axes
     over: frozenset[int]
     together: frozenset[int]
+
+
+class Step(NamedTuple):
+    """An equation that was interpreted, and the values that it took and made, by their numbers.
+
+    Attributes:
+        context: The equation.
+        operands: Its operands. Each has a number.
+        results: Its results. Each has a number.
+        form: `"equation"` for an equation by itself; `"choice"` where the single result is one of
+            the operands; `"call"` for results of a call that are no results of the jaxpr within.
+    """
+
+    context: "EquationContext"
+    operands: tuple[TracedValue, ...]
+    results: tuple[TracedValue, ...]
+    form: Literal["equation", "choice", "call"]
 
 
 class Regrouping(NamedTuple):

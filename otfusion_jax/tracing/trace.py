@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from otfusion_jax.symmetry.checks import warn_not_used
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.tracing.freedoms import find_freedoms
 from otfusion_jax.tracing.group_collection import CollectedGroups, collect_groups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.interpreter import OnUnsupported
@@ -147,7 +148,12 @@ def trace(
     leaf_axes = list(zip(split.parts, interpretation.expanded_axes(), strict=True))
     collected = collect_groups(interpretation, leaf_axes)
     pins = collect_pins(interpretation, leaf_axes)
-    symmetry = dataclasses.replace(split, groups=collected.groups, pinned=pins)
+    symmetry = dataclasses.replace(
+        split,
+        groups=collected.groups,
+        pinned=pins,
+        freedoms=find_freedoms(interpretation, collected, split.parts),
+    )
     return _with_views(symmetry, jaxpr, interpretation, collected)
 
 

@@ -27,10 +27,12 @@ class TracedValue(NamedTuple):
             (`Kind.CONSTANT`), on parameters alone (`Kind.PARAMETER`), or on inputs
             (`Kind.FEATURE`). The kinds are ordered, and a result has the highest kind of all
             operands that it depends on: `max(x.kind, y.kind)`.
+        number: The number that the pass gives to the value. Rules leave it out.
     """
 
     axes: Axes
     kind: Kind
+    number: int | None = None
 
     def with_axis(self, dim: int, axis: Axis) -> "TracedValue":
         """Returns this value with another axis in place of one of its own.
@@ -46,7 +48,7 @@ class TracedValue(NamedTuple):
         """
         axes = list(self.axes)
         axes[dim] = axis
-        return TracedValue(tuple(axes), self.kind)
+        return self._replace(axes=tuple(axes))
 
     def without(self, dims: Collection[SupportsIndex]) -> "TracedValue":
         """Returns this value without some of its axes.
@@ -62,7 +64,7 @@ class TracedValue(NamedTuple):
         """
         # `in` compares by value: under `vmap` JAX gives numbers of axes as NumPy's integers.
         kept = [axis for dim, axis in enumerate(self.axes) if dim not in dims]
-        return TracedValue(tuple(kept), self.kind)
+        return self._replace(axes=tuple(kept))
 
 
 Values = list[TracedValue]

@@ -8,8 +8,10 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_arrays
+from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
+from otfusion_jax.symmetry.plans import is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 from otfusion_jax.tracing.activations import require_samples
@@ -26,9 +28,10 @@ def check_symmetry(
     *inputs: PyTree,
     key: Array | None = None,
 ) -> float:
-    """Certifies a symmetry: permutes every group at random, all at once, and compares the outputs.
+    """Certifies a symmetry: moves every group at random, all at once, and compares the outputs.
 
-    Twice: by permutations that leave no unit in place, and by uniform ones.
+    Twice: by permutations that leave no unit in place, and by uniform ones. Groups that rotate (see
+    `Symmetry.with_rotations`) are multiplied by random orthogonal matrices, after `canonicalize`.
 
     Args:
         symmetry: The symmetry to be certified.
@@ -60,9 +63,11 @@ def check_symmetry(
     uniform = symmetry.random(jax.random.key(0) if key is None else key)
     # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
     _refuse_traced((params, inputs, functions, uniform))
+    # Rotations are those of parameters in canonical form, which computes the same as well.
+    in_place = canonical(symmetry, params) if symmetry.rotates else params
     moved_models = []
     for plans in (_without_fixed_points(uniform), uniform):
-        moved_models.append(transport(symmetry, plans, params))
+        moved_models.append(transport(symmetry, plans, in_place))
     errors = []
     for entry_point in functions:
         before = _evaluate(entry_point, params)
@@ -84,6 +89,10 @@ def _without_fixed_points(plans: Plans) -> Plans:
     """Makes permutations that leave no unit in place: all go round in turn, in the given order."""
     cycles = {}
     for name, plan in plans.items():
+        if not is_permutation(plan):
+            # Rotations leave no unit in place.
+            cycles[name] = plan
+            continue
         order = np.asarray(plan)
         next_in_turn = (np.argsort(order, axis=-1) + 1) % order.shape[-1]
         cycle = np.take_along_axis(order, next_in_turn, axis=-1)

@@ -36,7 +36,7 @@ def cond(ctx: RuleContext, values: Values) -> Values:
     joined = []
     for alternatives in zip(*results_of_branches, strict=True):
         result = ctx.join([*alternatives, choice])
-        joined.append(result)
+        joined.append(ctx.one_of(result, alternatives))
     return joined
 
 
@@ -60,8 +60,8 @@ def scan(ctx: RuleContext, values: Values) -> Values:
     carry, results = ctx.repeat(body, init)
     collected = []
     for y in results[len(carry) :]:
-        axes = (iterations, *y.axes)
-        collected.append(TracedValue(axes, y.kind))
+        # `_replace` keeps the number: what is collected is what the body returns, slice by slice.
+        collected.append(y._replace(axes=(iterations, *y.axes)))
     return carry + collected
 
 
@@ -79,7 +79,7 @@ def while_(ctx: RuleContext, values: Values) -> Values:
         results = ctx.call(params["body_jaxpr"], body_consts + carry, once=False)
         # How often it runs may depend on inputs where nothing else does.
         count = TracedValue((), condition.kind)
-        return [ctx.join([result, count]) for result in results]
+        return [ctx.one_of(ctx.join([result, count]), [result]) for result in results]
 
     carry, _ = ctx.repeat(body, values[init_start:])
     return carry

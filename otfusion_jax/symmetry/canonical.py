@@ -1,0 +1,157 @@
+"""Canonical form: parameters that multiply units one by one are made 1, and the function kept.
+
+A normalisation is followed by a scale for each unit, which a rotation of the units would mix. If
+all that reads these units are weights, the scale can be multiplied into them and be 1 from then on
+(a `Fold`, which the trace has proved). Both models are brought into this form before rotations of
+one are looked for (see `Symmetry.with_rotations`).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from otfusion_jax.symmetry.checks import require_model, require_symmetry
+from otfusion_jax.symmetry.groups import Fold
+from otfusion_jax.symmetry.leaf_structure import LeafStructure
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+ROUNDING = 1e-4
+"""How far from 1 a folded parameter may be: what an average of ones in half precision may give."""
+
+
+def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
+    """Makes the scales of normalisations 1, by multiplying them into the weights that read them.
+
+    The function stays the same, up to rounding. Leaves stay in their places, so that the result can
+    be used wherever the parameters were. `symmetry.freedoms` lists what is changed. A pytree
+    transform; also works inside `jax.jit` and under `jax.vmap`.
+
+    Args:
+        symmetry: The symmetry of the network, with rotations or without.
+        params: The parameters of the network. They are not changed.
+
+    Returns:
+        New parameters of the same structure. What is 1 already is passed on with what belongs to
+        it, so that a second call changes nothing.
+
+    Raises:
+        ValueError: If the parameters do not fit the symmetry, or a scale is known to be 0 at a unit
+            to which something else is added: it can't be made 1.
+        TypeError: If the arguments are in another order, or shapes are in the place of arrays.
+    """
+    require_symmetry(symmetry, "canonicalize(symmetry, params)")
+    require_model(symmetry, params)
+    return canonical(symmetry, params)
+
+
+def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
+    """Brings parameters into canonical form, without checks, see `canonicalize`."""
+    folds = folds_of(symmetry)
+    if not folds:
+        return params
+    arrays = symmetry.split(params)
+    for group, fold in folds:
+        scale = arrays[fold.leaf]
+        _require_invertible(symmetry, arrays, fold)
+        for leaf, degree in fold.others:
+            structure = symmetry.numbered_leaves[leaf].structure
+            axes = []
+            for number, unit_axis in enumerate(symmetry.leaf_structures[leaf].unit_axes):
+                if unit_axis.group.name == group:
+                    axes.append(number)
+            arrays[leaf] = _divided(structure, arrays[leaf], scale, tuple(axes), degree)
+        arrays[fold.leaf] = jnp.ones_like(scale)
+    return symmetry.join(arrays)
+
+
+def folds_of(symmetry: Symmetry) -> list[tuple[str, Fold]]:
+    """Returns the folds that canonical form takes, each with the name of its group."""
+    folds = []
+    for freedom in symmetry.freedoms:
+        folds.extend((freedom.group, fold) for fold in freedom.folds)
+    return folds
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "axes", "degree"))
+def _divided(
+    structure: LeafStructure, array: Array, scale: Array, axes: tuple[int, ...], degree: int
+) -> Array:
+    """Divides units of a parameter by a power of a scale.
+
+    Args:
+        structure: The structure of the parameter.
+        array: The parameter.
+        scale: The scale, with one number for each unit.
+        axes: Which of the unit axes of the structure the units are.
+        degree: The power.
+
+    Returns:
+        The parameter. Where the scale is 0, what would be divided by it is 0.
+    """
+    scale = scale.reshape(-1)
+    # A unit of scale 0 takes no part: nothing is added to it, and what reads it reads 0.
+    inverse = jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    factors = (inverse if degree > 0 else scale) ** abs(degree)
+    factors = factors.astype(array.dtype)
+    blocks = structure.partition.split(array)
+    for number in axes:
+        unit_axis = structure.unit_axes[number]
+        for key, block in blocks.items():
+            if unit_axis.is_in(block):
+                rank = block.array.ndim
+                along = block.dims.index(unit_axis.dim)
+                shape = [1] * rank
+                shape[along] = len(scale)
+                blocks[key] = block._replace(array=block.array * factors.reshape(shape))
+    return structure.partition.join(blocks)
+
+
+def _require_invertible(symmetry: Symmetry, arrays: Sequence[Any], fold: Fold) -> None:
+    """Refuses a scale that is known to be 0 where something else has to be divided by it."""
+    divided = [leaf for leaf, degree in fold.others if degree > 0]
+    if isinstance(arrays[fold.leaf], Tracer) or not divided:
+        return
+    is_zero = np.asarray(arrays[fold.leaf]).reshape(-1) == 0
+    for leaf in divided:
+        # What is divided lies along the units, one number for each or more.
+        if is_zero.any() and np.any(np.asarray(arrays[leaf])):
+            units = np.flatnonzero(is_zero).tolist()
+            raise ValueError(
+                f"{fold.path} is 0 at units {units[:8]}, and {symmetry.parts[leaf].path} is added "
+                "to them: the scale can't be made 1. Move its permutations alone: use the symmetry "
+                "without with_rotations()"
+            )
+
+
+def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
+    """Refuses parameters that are known not to be in the form in which units can be rotated.
+
+    Args:
+        symmetry: The symmetry. Without rotations, every form will do.
+        params: The parameters.
+        name: What to call them in the message.
+
+    Raises:
+        ValueError: If scales are not 1. They are listed.
+    """
+    if not symmetry.rotates:
+        return
+    arrays = symmetry.split(params)
+    wrong = []
+    for _, fold in folds_of(symmetry):
+        scale = arrays[fold.leaf]
+        if not isinstance(scale, Tracer):
+            distance = np.max(np.abs(np.asarray(scale, np.float64) - 1), initial=0)
+            if distance > ROUNDING:
+                wrong.append(f"  {fold.path}: up to {distance:.3g} from 1")
+    if wrong:
+        raise ValueError(
+            f"{name} is not in canonical form, in which alone its units can be rotated; pass "
+            "canonicalize(symmetry, model):\n" + "\n".join(wrong)
+        )

@@ -1,0 +1,258 @@
+"""What is asked of the laws of a program: how far units may be mixed, and how they may be scaled.
+
+`Rotations` asks whether units may be multiplied by any orthogonal matrix. A value that lies along
+the units is then a *vector*, which the matrix multiplies, or a *pair*, the product of two vectors
+unit by unit. Nothing can be done to a pair but to sum it over all units: `<g x, g y> = <x, y>`.
+
+`Scales` asks by which powers of a scale each parameter may be multiplied unit by unit: it is the
+inference of units of measurement. A product adds the degrees of its factors, terms of a sum have
+one degree, a contraction has degree 0. These are linear equations, and what solves them is a
+symmetry of the program.
+"""
+
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from otfusion_jax.tracing.laws import ZERO, Algebra, Standing
+
+
+class Vector(NamedTuple):
+    """A value that is multiplied as the units are.
+
+    Attributes:
+        parameter: The number of the parameter that it is a multiple of, by factors that are the
+            same at all units; None if it is no such multiple.
+    """
+
+    parameter: int | None = None
+
+
+class Pair(NamedTuple):
+    """The product of two vectors, unit by unit.
+
+    Attributes:
+        parameters: The numbers of the parameters that factors are multiples of. Were these 1, it
+            would be a vector.
+    """
+
+    parameters: frozenset[int]
+
+
+class Rotations(Algebra):
+    """Whether the units of a group may be multiplied by orthogonal matrices.
+
+    Attributes:
+        source: The source line of the equation at hand, which the one who calls laws sets.
+        refused: What does not allow it: the source line of the first such equation; None if all
+            equations allow it.
+        in_the_way: The numbers of parameters that multiply units one by one where that does not
+            allow it. It may be allowed where these are 1.
+        fixes_ones: The source line of the first equation that demands that matrices fix the vector
+            of ones; None if there is none.
+    """
+
+    def __init__(self) -> None:
+        self.source = ""
+        self.refused: str | None = None
+        self.in_the_way: set[int] = set()
+        self.fixes_ones: str | None = None
+
+    def alike(self, standings: Sequence[Standing]) -> Standing:
+        """See `Algebra.alike`. A vector plus a number times the ones is moved as both are."""
+        varying = [x for x in standings if x is not None and x is not ZERO]
+        if not varying:
+            return None
+        if all(isinstance(x, Vector) for x in varying):
+            if None in standings:
+                self._demand_ones()
+            return varying[0] if len(varying) == len(standings) == 1 else Vector()
+        if all(isinstance(x, Pair) for x in varying):
+            return Pair(frozenset().union(*[x.parameters for x in varying]))
+        return self.other(standings)
+
+    def product(self, x: Standing, y: Standing) -> Standing:
+        """See `Algebra.product`."""
+        for one, other in ((x, y), (y, x)):
+            if one is None or one is ZERO:
+                return other
+        if isinstance(x, Vector) and isinstance(y, Vector):
+            parameters = [z.parameter for z in (x, y) if z.parameter is not None]
+            return Pair(frozenset(parameters))
+        return self.other([x, y])
+
+    def quotient(self, x: Standing, y: Standing) -> Standing:
+        """See `Algebra.quotient`."""
+        return x if y is None else self.other([x, y])
+
+    def power(self, x: Standing, exponent: int) -> Standing:
+        """See `Algebra.power`."""
+        return self.product(x, x) if exponent == 2 else self.other([x])
+
+    def contracted(self, x: Standing, y: Standing) -> None:
+        """See `Algebra.contracted`."""
+        if x is ZERO or y is ZERO:
+            return
+        if isinstance(x, Vector) and isinstance(y, Vector):
+            return
+        if x is None or y is None:
+            self.summed(y if x is None else x)
+        else:
+            self.other([x, y])
+
+    def summed(self, x: Standing) -> None:
+        """See `Algebra.summed`. The sum is the inner product with the ones."""
+        if isinstance(x, Vector):
+            self._demand_ones()
+
+    def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
+        """See `Algebra.other`."""
+        for standing in standings:
+            if isinstance(standing, Pair):
+                self.in_the_way |= standing.parameters
+        if unknown or any(isinstance(x, Vector | Pair) for x in standings):
+            self.refused = self.refused or self.source
+        return None
+
+    def along_several(self, standings: Sequence[Standing]) -> Standing:
+        """See `Algebra.along_several`. A matrix is multiplied from both sides, a pair is not."""
+        if any(isinstance(x, Pair) for x in standings):
+            return self.other(standings)
+        return Vector() if any(isinstance(x, Vector) for x in standings) else None
+
+    def _demand_ones(self) -> None:
+        self.fixes_ones = self.fixes_ones or self.source
+
+
+Degree = dict[int, int]
+"""By the numbers of parameters how often the degree of each counts in that of a value."""
+
+
+class Scales(Algebra):
+    """By which powers of a scale parameters may be multiplied, unit by unit.
+
+    Attributes:
+        equations: Sums of degrees that have to be 0.
+    """
+
+    def __init__(self) -> None:
+        self.equations: list[Degree] = []
+
+    def alike(self, standings: Sequence[Standing]) -> Standing:
+        """See `Algebra.alike`. What is 0 has any degree."""
+        degrees = [_degree(x) for x in standings if x is not ZERO]
+        if not degrees:
+            return None
+        first, *rest = degrees
+        for degree in rest:
+            self._demand(_sum(first, degree, -1))
+        return first
+
+    def product(self, x: Standing, y: Standing) -> Standing:
+        """See `Algebra.product`."""
+        return _sum(_degree(x), _degree(y), 1)
+
+    def quotient(self, x: Standing, y: Standing) -> Standing:
+        """See `Algebra.quotient`."""
+        return _sum(_degree(x), _degree(y), -1)
+
+    def power(self, x: Standing, exponent: int) -> Standing:
+        """See `Algebra.power`."""
+        return _sum({}, _degree(x), exponent)
+
+    def contracted(self, x: Standing, y: Standing) -> None:
+        """See `Algebra.contracted`."""
+        if x is not ZERO and y is not ZERO:
+            self._demand(_sum(_degree(x), _degree(y), 1))
+
+    def summed(self, x: Standing) -> None:
+        """See `Algebra.summed`."""
+        self._demand(_degree(x))
+
+    def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
+        """See `Algebra.other`. What is made of values without degree has none."""
+        for standing in standings:
+            self._demand(_degree(standing))
+        return None
+
+    def along_several(self, standings: Sequence[Standing]) -> Standing:
+        """See `Algebra.along_several`. Each axis may have a degree of its own: none is allowed."""
+        return self.other(standings)
+
+    def _demand(self, degree: Degree) -> None:
+        if degree:
+            self.equations.append(degree)
+
+    def degrees_with(self, parameter: int, unscaled: Collection[int]) -> Degree | None:
+        """Solves the equations for a parameter of degree 1.
+
+        Args:
+            parameter: The number of the parameter.
+            unscaled: The numbers of parameters that must have degree 0.
+
+        Returns:
+            For each parameter that must be scaled along its degree, 1 for the one given. None if
+            there is no such symmetry, or not by whole degrees.
+        """
+        rows = []
+        for equation in self.equations:
+            row = {}
+            for number, count in equation.items():
+                if number not in unscaled or number == parameter:
+                    row[number] = Fraction(count)
+            rows.append(row)
+        solution = _solution(rows, parameter)
+        if solution is None or any(degree.denominator != 1 for degree in solution.values()):
+            return None
+        return {number: int(degree) for number, degree in solution.items() if degree}
+
+
+def _degree(standing: Standing) -> Degree:
+    """Returns the degree of a value; 0 where it is the same at all units."""
+    return {} if standing is None or standing is ZERO else standing
+
+
+def _sum(x: Degree, y: Degree, factor: int) -> Degree:
+    """Adds a multiple of a degree to another; what cancels is left out."""
+    total = dict(x)
+    for number, count in y.items():
+        total[number] = total.get(number, 0) + factor * count
+    return {number: count for number, count in total.items() if count}
+
+
+def _solution(rows: Sequence[dict[int, Fraction]], parameter: int) -> dict[int, Fraction] | None:
+    """Solves homogeneous linear equations for one unknown of 1, by Gaussian elimination.
+
+    Unknowns that are still free are 0, so that few parameters are scaled.
+    """
+    pivots: dict[int, dict[int, Fraction]] = {}
+    for row in rows:
+        reduced = dict(row)
+        for unknown, pivot_row in pivots.items():
+            _eliminate(reduced, pivot_row, unknown)
+        unknowns = [unknown for unknown in reduced if unknown != parameter]
+        if not unknowns:
+            if reduced:
+                return None
+            continue
+        pivot = min(unknowns)
+        scale = reduced[pivot]
+        reduced = {unknown: count / scale for unknown, count in reduced.items()}
+        for pivot_row in pivots.values():
+            _eliminate(pivot_row, reduced, pivot)
+        pivots[pivot] = reduced
+    solution = {parameter: Fraction(1)}
+    for unknown, row in pivots.items():
+        solution[unknown] = -row.get(parameter, Fraction(0))
+    return solution
+
+
+def _eliminate(row: dict[int, Fraction], pivot_row: dict[int, Fraction], unknown: int) -> None:
+    """Subtracts from a row the multiple of another that makes one of its unknowns vanish."""
+    factor = row.get(unknown)
+    if factor is None:
+        return
+    for other, count in pivot_row.items():
+        row[other] = row.get(other, Fraction(0)) - factor * count
+        if not row[other]:
+            del row[other]

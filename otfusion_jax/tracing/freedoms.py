@@ -1,0 +1,222 @@
+"""What the units of a group may do beyond being permuted, read off the steps of a program.
+
+The rules have found which axes of parameters move together. Here every equation is gone through
+once more with its law (see `laws`), group by group: may these units be multiplied by any orthogonal
+matrix? The features of a transformer's residual stream may, those of a hidden layer may not, as a
+nonlinearity looks at each of them by itself.
+
+Often a single parameter is in the way, the scale of a normalisation, which multiplies units one by
+one. If it can be made 1 without changing the function, by multiplying the weights that read these
+units instead (a *fold*), units may be rotated once that is done (see `symmetry.canonical`).
+"""
+
+import functools
+from collections.abc import Collection, Sequence
+
+from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf
+from otfusion_jax.tracing.algebras import Rotations, Scales, Vector
+from otfusion_jax.tracing.axis import Axis, factors_of
+from otfusion_jax.tracing.group_collection import CollectedGroups
+from otfusion_jax.tracing.interpretation import Interpretation
+from otfusion_jax.tracing.laws import (
+    SINGLE,
+    ZERO,
+    Algebra,
+    Standing,
+    UnitFlow,
+    law_of,
+    moving,
+)
+from otfusion_jax.tracing.records import Step
+from otfusion_jax.tracing.values import TracedValue
+
+
+def find_freedoms(
+    interpretation: Interpretation, collected: CollectedGroups, parts: Sequence[Leaf]
+) -> tuple[Freedom, ...]:
+    """Finds what the units of each group may do.
+
+    Args:
+        interpretation: The finished interpretation.
+        collected: The groups that were read off it.
+        parts: The parts of the parameters.
+
+    Returns:
+        One `Freedom` for each group, in their order.
+    """
+    program = _Program(interpretation, collected)
+    outer_names = {group.outer for group in collected.groups}
+    freedoms = []
+    for variable, group in zip(collected.names, collected.groups, strict=True):
+        if group.name in outer_names:
+            # Mixed heads would have no units of their own, which move in another way in each.
+            freedoms.append(Freedom(group.name, rotates=False, reason="others are nested in it"))
+        else:
+            freedoms.append(_freedom_of(program, variable, group, parts))
+    return tuple(freedoms)
+
+
+def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]) -> Freedom:
+    """Finds what a group may do, perhaps after some parameters have been made 1."""
+    plain = program.rotations(variable, ())
+    if plain.refused is None:
+        return _rotating(group, plain, ())
+    permuted = Freedom(group.name, rotates=False, reason=plain.refused)
+    # The fold of units that are nested would be another one at each index of what is around them.
+    if group.batch or not plain.in_the_way:
+        return permuted
+    candidates = {number for number in plain.in_the_way if _is_vector_of(parts[number], group)}
+    without = program.rotations(variable, candidates)
+    if without.refused is not None:
+        return Freedom(group.name, rotates=False, reason=without.refused)
+    scales = program.scales(variable)
+    folds = []
+    for number in sorted(candidates):
+        degrees = scales.degrees_with(number, candidates)
+        if degrees is None:
+            return permuted
+        del degrees[number]
+        folds.append(Fold(number, parts[number].path, tuple(sorted(degrees.items()))))
+    return _rotating(group, without, tuple(folds))
+
+
+def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Freedom:
+    """Describes a group whose units may be rotated."""
+    fixes_ones = rotations.fixes_ones is not None
+    return Freedom(group.name, True, fixes_ones, folds, rotations.fixes_ones)
+
+
+def _is_vector_of(leaf: Leaf, group: Group) -> bool:
+    """Whether a parameter has one number for each unit, and nothing else."""
+    return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
+
+
+class _Program:
+    """The steps of an interpreted program, as the units of one group after the other see them."""
+
+    def __init__(self, interpretation: Interpretation, collected: CollectedGroups) -> None:
+        self._interpreter = interpretation.interpreter
+        self._param_axes = interpretation.param_axes
+        self._groups = frozenset(collected.names)
+        self._steps_of: dict[int, list[Step]] = {variable: [] for variable in self._groups}
+        self._occurrences = functools.cache(self._groups_along)
+        self._zeros = set(self._interpreter.zeros)
+        for step in self._interpreter.steps:
+            self._add(step)
+
+    def _add(self, step: Step) -> None:
+        """Sorts a step by the groups whose units go through it."""
+        first = step.operands[0].number if step.operands else None
+        law = law_of(step.context.eqn.primitive)
+        if law is moving and step.form == "equation" and first in self._zeros:
+            self._zeros.update([value.number for value in step.results if value.number])
+        variables: set[int] = set()
+        for value in (*step.operands, *step.results):
+            for axis in value.axes:
+                variables.update(self._occurrences(axis))
+        for variable in variables:
+            self._steps_of[variable].append(step)
+
+    def _groups_along(self, axis: Axis) -> tuple[int, ...]:
+        """Returns the groups along an axis, by their axis variables, as often as each occurs."""
+        found = []
+        for factor in factors_of(self._interpreter.unifier.expand(axis)):
+            if factor.variable in self._groups:
+                found.append(factor.variable)
+        return tuple(found)
+
+    def rotations(self, variable: int, ones: Collection[int]) -> Rotations:
+        """Asks whether units may be rotated.
+
+        Args:
+            variable: The axis variable of the group.
+            ones: The numbers of parameters that are taken to be 1.
+        """
+        standings: dict[int, Standing] = {}
+        for number, parameter in self._parameters(variable):
+            if parameter not in ones:
+                standings[number] = Vector(parameter)
+        rotations = Rotations()
+        for step in self._steps_of[variable]:
+            rotations.source = step.context.because()
+            self._follow(step, variable, standings, rotations)
+        return rotations
+
+    def scales(self, variable: int) -> Scales:
+        """Asks how parameters may be scaled unit by unit.
+
+        Args:
+            variable: The axis variable of the group.
+        """
+        standings: dict[int, Standing] = {}
+        for number, parameter in self._parameters(variable):
+            axes = self._param_axes[parameter]
+            count = sum(self._occurrences(axis).count(variable) for axis in axes)
+            # Of units along two axes each is scaled twice, which one degree does not say.
+            if count == 1:
+                standings[number] = {parameter: 1}
+        scales = Scales()
+        for step in self._steps_of[variable]:
+            self._follow(step, variable, standings, scales)
+        return scales
+
+    def _parameters(self, variable: int) -> list[tuple[int, int]]:
+        """Returns the numbers of the values that are parameters with these units, and which."""
+        found = []
+        for number, parameter in self._interpreter.parameters.items():
+            axes = self._param_axes[parameter]
+            if number is not None and any(variable in self._occurrences(axis) for axis in axes):
+                found.append((number, parameter))
+        return found
+
+    def _follow(
+        self, step: Step, variable: int, standings: dict[int, Standing], algebra: Algebra
+    ) -> None:
+        """Applies the law of a step, and notes how its results stand."""
+        flow = UnitFlow(
+            params=step.context.eqn.params,
+            result_types=tuple([var.aval for var in step.context.eqn.outvars]),
+            standings=tuple([self._standing(value, standings) for value in step.operands]),
+            operand_dims=self._dims(step.operands, variable),
+            result_dims=self._dims(step.results, variable),
+        )
+        results = self._applied(step, flow, algebra)
+        for value, standing in zip(step.results, results, strict=True):
+            if standing is not None and value.number is not None:
+                standings[value.number] = standing
+
+    def _applied(self, step: Step, flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+        """Returns how the results of a step stand."""
+        law = law_of(step.context.eqn.primitive)
+        if step.form == "choice":
+            return flow.for_results(algebra.alike(flow.standings))
+        if step.form == "call" or law is None:
+            # It may make something along these units out of operands that have none of them.
+            made = any(flow.result_dims)
+            return flow.for_results(algebra.other(flow.standings, unknown=made))
+        results = law(flow, algebra)
+        counts = map(len, (*flow.operand_dims, *flow.result_dims))
+        if max(counts, default=0) > 1:
+            # Of `x[:, None] + y[None, :]` each term is the same along one of the axes.
+            if law not in SINGLE and not flow.all_along_the_same():
+                return flow.for_results(algebra.other(flow.standings))
+            return flow.for_results(algebra.along_several([*flow.standings, *results]))
+        return results
+
+    def _standing(self, value: TracedValue, standings: dict[int, Standing]) -> Standing:
+        if value.number in self._zeros:
+            return ZERO
+        return standings.get(value.number) if value.number is not None else None
+
+    def _dims(self, values: Sequence[TracedValue], variable: int) -> tuple[tuple[int, ...], ...]:
+        """Returns for each value the numbers of the axes that the units lie along.
+
+        An axis is listed once for each time that it has the units, as a product of two may.
+        """
+        dims = []
+        for value in values:
+            along: list[int] = []
+            for dim, axis in enumerate(value.axes):
+                along += [dim] * self._occurrences(axis).count(variable)
+            dims.append(tuple(along))
+        return tuple(dims)

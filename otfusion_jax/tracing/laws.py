@@ -1,0 +1,329 @@
+"""What each primitive does to units that are mixed, and not only put in another order.
+
+A rule says which axes move together under permutations. A *law* says how what stands at the units
+of one group goes through an equation: whether it is added up, multiplied or bent by a function. It
+is written in the words of an `Algebra`, one for each question that is asked of a program:
+
+- `alike`: values are added unit by unit, or are alternatives. All have to stand alike.
+- `product`, `quotient`, `power`: values are multiplied unit by unit.
+- `contracted`, `summed`: products, or values, are summed over the units.
+- `other`: any other function. It demands that units are permuted at most.
+
+A primitive without a law is `other`: what is not stated is not allowed. So the table in this module
+is the whole of what is claimed. docs/rules.md says how to add to it.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from otfusion_jax.tracing import primitives
+from otfusion_jax.tracing.primitives import named
+from otfusion_jax.tracing.rules.families import ONE_BY_ONE, P
+
+
+class Zero:
+    """What a value is that is 0 at all units, whatever moves."""
+
+
+ZERO = Zero()
+
+Standing = Any
+"""How a value stands to the units of a group, as an algebra says it. None where the value is the
+same at all units, or does not lie along them; `ZERO` where it is 0."""
+
+
+class Algebra(abc.ABC):
+    """What can be done to how values stand to the units of one group.
+
+    Every method takes standings, of which any may be None or `ZERO`, and returns one.
+    """
+
+    @abc.abstractmethod
+    def alike(self, standings: Sequence[Standing]) -> Standing:
+        """Values are added unit by unit, subtracted, or one of them is taken."""
+
+    @abc.abstractmethod
+    def product(self, x: Standing, y: Standing) -> Standing:
+        """Two values are multiplied unit by unit."""
+
+    @abc.abstractmethod
+    def quotient(self, x: Standing, y: Standing) -> Standing:
+        """A value is divided by another, unit by unit."""
+
+    @abc.abstractmethod
+    def power(self, x: Standing, exponent: int) -> Standing:
+        """A value is raised to an integer power, unit by unit."""
+
+    @abc.abstractmethod
+    def contracted(self, x: Standing, y: Standing) -> None:
+        """Products of two values are summed over all units."""
+
+    @abc.abstractmethod
+    def summed(self, x: Standing) -> None:
+        """A value is summed over all units."""
+
+    @abc.abstractmethod
+    def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
+        """Anything else is done to values; what comes of it may be unknown altogether."""
+
+    @abc.abstractmethod
+    def along_several(self, standings: Sequence[Standing]) -> Standing:
+        """The units lie along several axes of a value, as of a kernel from units to themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitFlow:
+    """How the units of one group go through one equation.
+
+    Attributes:
+        params: The parameters of the equation.
+        result_types: For each result its abstract value, with a dtype.
+        standings: For each operand how it stands to the units.
+        operand_dims: For each operand the numbers of the axes that the units lie along.
+        result_dims: The same for each result.
+    """
+
+    params: dict[str, Any]
+    result_types: tuple[Any, ...]
+    standings: tuple[Standing, ...]
+    operand_dims: tuple[tuple[int, ...], ...]
+    result_dims: tuple[tuple[int, ...], ...]
+
+    def all_along_the_same(self) -> bool:
+        """Whether all operands that differ from unit to unit lie along the axes of the results."""
+        for standing, dims in zip(self.standings, self.operand_dims, strict=True):
+            if _varies(standing) and any(dims != along for along in self.result_dims):
+                return False
+        return True
+
+    def for_results(self, standing: Standing) -> list[Standing]:
+        """Returns a standing for each result that the units lie along, None for the others."""
+        return [standing if dims else None for dims in self.result_dims]
+
+
+Law = Callable[[UnitFlow, Algebra], list[Standing]]
+"""From the operands of an equation to how its results stand."""
+
+_laws: dict[core.Primitive, Law] = {}
+
+
+def law(members: Iterable[core.Primitive]) -> Callable[[Law], Law]:
+    """Declares the law of some primitives. To be used as a decorator.
+
+    Args:
+        members: The primitives, of which a version of JAX may have none.
+
+    Returns:
+        The decorator, which leaves the function as it is.
+    """
+
+    def add(function: Law) -> Law:
+        for primitive in members:
+            _laws[primitive] = function
+        return function
+
+    return add
+
+
+def law_of(primitive: core.Primitive) -> Law | None:
+    """Returns the law of a primitive; None if it has none."""
+    return _laws.get(primitive)
+
+
+# --- the same numbers, elsewhere
+
+MOVING = named(
+    "broadcast_in_dim copy cumsum dynamic_slice gather imag neg real conj reduce_precision "
+    "reduce_window_sum reshape rev slice split squeeze stop_gradient transpose"
+)
+MOVING += [
+    *primitives.NAME,
+    *primitives.SPLIT,
+    *primitives.TILE,
+    *primitives.UNSTACK,
+]
+"""What is linear in its first operand and treats all units alike. Other operands are positions."""
+
+
+@law(MOVING)
+def moving(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on: the first operand, in another shape, order or sign."""
+    first, *positions = flow.standings
+    if any(_varies(position) for position in positions):
+        return flow.for_results(algebra.other(flow.standings))
+    return flow.for_results(first)
+
+
+@law([P.convert_element_type_p])
+def convert_element_type(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on, to dtypes that round relative to the size of a number; others quantise."""
+    (x,) = flow.standings
+    dtype = flow.result_types[0].dtype
+    rounds = jnp.issubdtype(dtype, jnp.inexact) and jax.dtypes.itemsize_bits(dtype) >= 16
+    return flow.for_results(x if rounds else algebra.other([x]))
+
+
+@law(ONE_BY_ONE)
+def one_by_one(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on, each operand by itself."""
+    return list(flow.standings)
+
+
+@law(primitives.TIE)
+def tie(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on: the last operand, which waits for the others."""
+    return [flow.standings[-1]]
+
+
+# --- sums and alternatives, unit by unit
+
+
+@law(named("add add_jaxvals sub pad") + primitives.STACK)
+def adding(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Added, or put side by side along other axes: all operands stand alike."""
+    return flow.for_results(algebra.alike(flow.standings))
+
+
+@law([P.select_n_p])
+def select_n(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """One of several is taken: these stand alike, and the choice is the same for all units."""
+    choice, *cases = flow.standings
+    return _alternatives(flow, algebra, cases, [choice])
+
+
+@law([P.dynamic_update_slice_p])
+def dynamic_update_slice(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Written into: the operand and the update stand alike."""
+    x, update, *positions = flow.standings
+    return _alternatives(flow, algebra, [x, update], positions)
+
+
+@law(named("scatter scatter_add") + primitives.SCATTER_SUB)
+def scatter(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Written or added at positions: the operand and the updates stand alike."""
+    x, positions, updates = flow.standings
+    return _alternatives(flow, algebra, [x, updates], [positions])
+
+
+def _alternatives(
+    flow: UnitFlow,
+    algebra: Algebra,
+    cases: Sequence[Standing],
+    positions: Sequence[Standing],
+) -> list[Standing]:
+    """Ties alternatives, if what chooses between them is the same for all units."""
+    if any(map(_varies, positions)):
+        return flow.for_results(algebra.other(flow.standings))
+    return flow.for_results(algebra.alike(cases))
+
+
+@law([P.concatenate_p])
+def concatenate(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Put one after the other: units along the axis stay apart, along others they stand alike."""
+    along = flow.params["dimension"]
+    if set(flow.result_dims[0]) == {along}:
+        # Each segment has units of its own, or none.
+        standings = [standing for standing in flow.standings if _varies(standing)]
+        return flow.for_results(algebra.alike(standings))
+    return adding(flow, algebra)
+
+
+# --- products, unit by unit
+
+
+@law([P.mul_p])
+def mul(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Multiplied."""
+    return flow.for_results(algebra.product(*flow.standings))
+
+
+@law([P.div_p])
+def div(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Divided."""
+    return flow.for_results(algebra.quotient(*flow.standings))
+
+
+@law(named("square"))
+def square(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Multiplied by itself."""
+    return flow.for_results(algebra.power(flow.standings[0], 2))
+
+
+@law([P.integer_pow_p])
+def integer_pow(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Raised to a power."""
+    return flow.for_results(algebra.power(flow.standings[0], flow.params["y"]))
+
+
+# --- sums over units
+
+
+@law([P.reduce_sum_p])
+def reduce_sum(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Summed, where the units lie along a reduced axis; passed on along others."""
+    (x,) = flow.standings
+    reduced = set(flow.params["axes"])
+    if reduced.intersection(flow.operand_dims[0]):
+        algebra.summed(x)
+    return flow.for_results(x)
+
+
+@law([P.dot_general_p])
+def dot_general(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Contracted, multiplied along batch axes, passed on along free ones."""
+    contracted, batch = flow.params["dimension_numbers"]
+    free: list[Standing] = []
+    for standing, dims, over, along in zip(
+        flow.standings, flow.operand_dims, contracted, batch, strict=True
+    ):
+        if set(dims).difference(over, along):
+            free.append(standing)
+    for i, j in zip(*contracted, strict=True):
+        pair = _along(flow, 0, i), _along(flow, 1, j)
+        if any(map(_varies, pair)):
+            algebra.contracted(*pair)
+    for i, j in zip(*batch, strict=True):
+        pair = _along(flow, 0, i), _along(flow, 1, j)
+        if any(map(_varies, pair)):
+            free.append(algebra.product(*pair))
+    return flow.for_results(algebra.alike(free) if free else None)
+
+
+@law([P.conv_general_dilated_p])
+def conv_general_dilated(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Input channels are contracted, output channels and samples passed on; in groups, other."""
+    x, kernel = flow.standings
+    numbers = flow.params["dimension_numbers"]
+    if flow.params["feature_group_count"] > 1 or flow.params["batch_group_count"] > 1:
+        return flow.for_results(algebra.other(flow.standings))
+    _, channels = numbers.lhs_spec[:2]
+    outputs, inputs = numbers.rhs_spec[:2]
+    pair = _along(flow, 0, channels), _along(flow, 1, inputs)
+    if any(map(_varies, pair)):
+        algebra.contracted(*pair)
+    free: list[Standing] = []
+    if set(flow.operand_dims[0]) - {channels}:
+        free.append(x)
+    if outputs in flow.operand_dims[1]:
+        free.append(kernel)
+    return flow.for_results(algebra.alike(free) if free else None)
+
+
+SINGLE: tuple[Law, ...] = (moving, convert_element_type, one_by_one, tie, reduce_sum, dot_general)
+"""Laws of what adds nothing up unit by unit, so that it does not matter which axes units are on."""
+
+
+def _along(flow: UnitFlow, operand: int, dim: int) -> Standing:
+    """Returns how an operand stands along one of its axes; None where the units are elsewhere."""
+    return flow.standings[operand] if dim in flow.operand_dims[operand] else None
+
+
+def _varies(standing: Standing) -> bool:
+    """Whether a value differs from unit to unit."""
+    return standing is not None and standing is not ZERO
