@@ -135,6 +135,48 @@ def by_descent_from_correlations(pair: Pair) -> PyTree:
     return _by_grams(pair, grams, descent, metric=None)
 
 
+def by_rotated_streams(pair: Pair) -> PyTree:
+    """Moves A by the features of residual streams, and by the weights of all else.
+
+    Args:
+        pair: The models, in canonical form.
+
+    Returns:
+        A, moved.
+    """
+    return _by_grams(pair, stream_grams(pair), otf.ForwardPass(), metric=None)
+
+
+def by_descent_from_rotated_streams(pair: Pair) -> PyTree:
+    """Moves A by coordinate descent on the weights that starts from features of residual streams.
+
+    Args:
+        pair: The models, in canonical form.
+
+    Returns:
+        A, moved.
+    """
+    descent = otf.CoordinateDescent(starts=("forward",))
+    return _by_grams(pair, stream_grams(pair), descent, metric=None)
+
+
+def stream_grams(pair: Pair) -> dict[str, otf.Gram]:
+    """Compares the features of residual streams, as blocks take them up, minus their mean.
+
+    Args:
+        pair: The models, in canonical form.
+
+    Returns:
+        The inner products of the groups that rotate and are nested in no others.
+    """
+    grams = activation_grams(pair, len(pair.images))
+    streams = {}
+    for group in pair.network.symmetry.groups:
+        if group.rotates and not group.batch:
+            streams[group.name] = grams[group.name]
+    return streams
+
+
 def correlations(gram: otf.Gram) -> otf.Gram:
     """Divides inner products by the norms of both units; units that are 0 stay so.
 

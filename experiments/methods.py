@@ -22,7 +22,7 @@ from experiments import alignments, corrections, crossings
 from experiments.corrections import Weights
 from experiments.crossings import Crossing
 from experiments.networks import counts
-from experiments.pairs import Pair
+from experiments.pairs import Pair, as_it_is, in_canonical_form
 from otfusion_jax.symmetry.groups import Plans
 
 EVENLY: Weights = (0.5, 0.5)
@@ -113,12 +113,14 @@ class Method:
         name: The name of the method.
         needs: What it looks at besides the weights.
         move: Gives A as it enters the average.
+        form: The form that both models are brought into before.
         corrections: What follows it in a table of all methods. Of many variants, repairs are few.
     """
 
     name: str
     needs: Needs
     move: Callable[[Pair], PyTree]
+    form: Callable[[Pair], Pair] = as_it_is
     corrections: tuple[Correction, ...] = (AVERAGED, RESTORED, LEAST_SQUARES)
 
     def __str__(self) -> str:
@@ -139,7 +141,7 @@ def _weights(
         name,
         Needs.NOTHING,
         lambda pair: alignments.by_weights(pair, algorithm, metric),
-        tabulated,
+        corrections=tabulated,
     )
 
 
@@ -150,7 +152,7 @@ def _original(setting: str, metric: costs.CostFn, unit_norm: bool) -> Method:
         f"the original: {setting}",
         Needs.NOTHING,
         lambda pair: alignments.with_outputs(pair, algorithm, metric),
-        (AVERAGED,),
+        corrections=(AVERAGED,),
     )
 
 
@@ -160,7 +162,7 @@ def _activations(name: str, samples: int, tabulated: tuple[Correction, ...]) -> 
         name,
         Needs.IMAGES,
         lambda pair: alignments.by_activations(pair, samples),
-        tabulated,
+        corrections=tabulated,
     )
 
 
@@ -186,6 +188,26 @@ DESCENT_FROM_MATCHING = Method(
     alignments.by_descent_from_correlations,
 )
 
+# Residual streams, and the dimensions inside of heads, are rotated.
+ROTATED_DESCENT = Method(
+    "coordinate descent, with rotations",
+    Needs.NOTHING,
+    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
+    in_canonical_form,
+)
+ROTATED_STREAMS = Method(
+    "streams by features, with rotations",
+    Needs.IMAGES,
+    alignments.by_rotated_streams,
+    in_canonical_form,
+)
+ROTATED_DESCENT_FROM_STREAMS = Method(
+    "coordinate descent from streams by features, with rotations",
+    Needs.IMAGES,
+    alignments.by_descent_from_rotated_streams,
+    in_canonical_form,
+)
+
 # Those that every comparison shows.
 METHODS = by_name(VANILLA, WEIGHTS, ACTIVATIONS, DESCENT)
 VARIANTS = by_name(
@@ -201,6 +223,9 @@ VARIANTS = by_name(
     _activations("Algorithm 1, activations of 400", 400, _FEW),
     MATCHING,
     DESCENT_FROM_MATCHING,
+    ROTATED_DESCENT,
+    ROTATED_STREAMS,
+    ROTATED_DESCENT_FROM_STREAMS,
 )
 
 

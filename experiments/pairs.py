@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Num, PyTree
 
+import otfusion_jax as otf
 from experiments.data import Dataset
 from experiments.networks import Network
 from experiments.runs import Run, Study
@@ -33,6 +34,29 @@ class Pair:
     a: PyTree
     b: PyTree
     images: Num[Array, "samples ..."]
+
+
+def as_it_is(pair: Pair) -> Pair:
+    """Leaves a pair in the form in which it was trained."""
+    return pair
+
+
+def in_canonical_form(pair: Pair) -> Pair:
+    """Brings both models into canonical form, in which units may be rotated.
+
+    Args:
+        pair: The models.
+
+    Returns:
+        The same functions, with a network whose symmetry has rotations.
+    """
+    symmetry = pair.network.symmetry.with_rotations()
+    return dataclasses.replace(
+        pair,
+        network=dataclasses.replace(pair.network, symmetry=symmetry),
+        a=otf.canonicalize(symmetry, pair.a),
+        b=otf.canonicalize(symmetry, pair.b),
+    )
 
 
 def seen_images(

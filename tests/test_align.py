@@ -244,10 +244,24 @@ def test_grams_have_to_fit():
     net, _ = one_pair()
     square = otf.Gram(jnp.ones(8), jnp.ones(8), jnp.ones((8, 8)))
     small = otf.Gram(jnp.ones(7), jnp.ones(7), jnp.ones((7, 7)))
-    with pytest.raises(ValueError, match="1/kernel: missing"):
-        otf.align(symmetry, net, net, grams={"0/kernel": square})
     with pytest.raises(ValueError, match=r"1/kernel: shape \(7, 7\), expected \(8, 8\)"):
         otf.align(symmetry, net, net, grams={"0/kernel": square, "1/kernel": small})
+
+
+def test_groups_without_grams_are_matched_by_weights():
+    symmetry = symmetry_of("mlp")
+    source, target = one_pair()
+    chosen = np.random.default_rng(0).permutation(8)
+    # The unit of the target at j has the activations of the source's unit `chosen[j]`.
+    activations = np.eye(8)
+    cross = jnp.asarray(activations[:, chosen])
+    grams = {"0/kernel": otf.Gram(jnp.ones(8), jnp.ones(8), cross)}
+    found = otf.align(symmetry, source, target, method=otf.ForwardPass(), grams=grams)
+    assert_array_equal(found.plans["0/kernel"], chosen)
+    moved = otf.transport(symmetry, {"0/kernel": jnp.asarray(chosen)}, source)
+    rest = symmetry.only(lambda name: name != "0/kernel")
+    by_weights = otf.align(rest, moved, target, method=otf.ForwardPass())
+    assert_array_equal(found.plans["1/kernel"], by_weights.plans["1/kernel"])
 
 
 def test_grams_of_unknown_groups_are_refused():

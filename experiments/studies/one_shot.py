@@ -56,14 +56,15 @@ class OneShot(PairStudy):
         methods = VARIANTS if self.variants else METHODS
         for method in progress(self.methods or methods.values(), "fusing"):
             with run.timed(method.name):
-                moved = jax.block_until_ready(method.move(pair))
+                formed = method.form(pair)
+                moved = jax.block_until_ready(method.move(formed))
             for correction in method.corrections:
                 with run.timed(f"{method}, {correction}"):
-                    fused = jax.block_until_ready(correction.average(pair, moved, EVENLY))
+                    fused = jax.block_until_ready(correction.average(formed, moved, EVENLY))
                 run.add(judge.measures(fused), method=method.name, measure=correction.name)
             # The paths of all variants would take long, and a plot of them show nothing.
             if method in METHODS.values():
-                path = path_judge.path(moved, pair.b, t)
+                path = path_judge.path(moved, formed.b, t)
                 for metric, height in path.heights.items():
                     barrier = BARRIERS[metric]
                     run.add({metric: height}, method=method.name, measure=barrier)

@@ -26,6 +26,7 @@ from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry, warn_without_groups
 from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -50,7 +51,10 @@ def align(
     `jax.vmap` over stacks of models, it is one program.
 
     Args:
-        symmetry: The symmetry of the source, and of the target too unless `onto` is given.
+        symmetry: The symmetry of the source, and of the target too unless `onto` is given. With
+            rotations (see `Symmetry.with_rotations`), both models have to be in canonical form, as
+            `canonicalize` returns it; groups that rotate are brought as close as can be in squared
+            distance, whatever metric and solver are.
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         onto: The symmetry of the target, if its widths are others than the source's. Groups are
@@ -62,8 +66,9 @@ def align(
         solver: What makes a plan of a cost: `Exact()`, or `Sinkhorn()` for soft plans. Groups with
             others nested in them (heads) are always matched exactly.
         grams: Inner products of activations by the names of groups, as `feature_gram` returns them,
-            to match by activations instead of weights. For a quadratic solver they are taken with
-            `intra=True`. In coordinate descent they serve the start `"forward"` alone.
+            to match by activations instead of weights. Groups that are left out are matched by
+            weights. For a quadratic solver they are taken with `intra=True`. In coordinate descent
+            they serve the start `"forward"` alone.
         marginals: The masses of the source's units and of the target's, by the names of groups,
             float `[*batch, n]` and `[*batch, m]`, each summing to 1 over the last axis (see
             `weight_importance`, `feature_importance`). Groups that are left out have uniform
@@ -101,6 +106,8 @@ def align(
     # From here on the groups of the target go by the names of the source's, in their order.
     onto = symmetry if onto is None else match_groups(symmetry, onto)
     require_model(onto, target, "the target")
+    require_canonical(symmetry, source, "the source")
+    require_canonical(onto, target, "the target")
     warn_without_groups(symmetry, (source, target), "the alignment is empty")
     require_rectangular_plans(symmetry, onto)
     require_grams(symmetry, onto, grams)
@@ -204,8 +211,10 @@ def _find_plans(
     # The problem's parameters are those of the models times 2**-exponent. Objectives are squares
     # of these; in which power gaps are depends on the ground cost.
     objective, history = restored((alignment.objective, alignment.history), exponent, 2)
-    degree = method.cost_degree(metric, grams is not None)
-    gaps = restored(alignment.gaps, exponent, degree)
+    gaps = {}
+    for name, gap in alignment.gaps.items():
+        degree = method.cost_degree(metric, grams is not None and name in grams)
+        gaps[name] = restored(gap, exponent, degree)
     return dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
 
 

@@ -83,8 +83,8 @@ def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
 
     Raises:
         TypeError: If it is no dict of `Gram`s.
-        ValueError: If groups are missing or unknown, shapes do not fit, or values are known not to
-            be finite.
+        ValueError: If groups are unknown, or missing while others are there that they are matched
+            together with; if shapes do not fit, or values are known not to be finite.
     """
     if grams is None:
         return
@@ -104,7 +104,10 @@ def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
         )
     wrong = []
     for group, target_group in zip(symmetry.groups, onto.groups, strict=True):
-        problem = _problem_of_gram(group, target_group, grams.get(group.name))
+        if group.name in grams:
+            problem = _problem_of_gram(group, target_group, grams[group.name])
+        else:
+            problem = _problem_of_missing_gram(symmetry, group, grams)
         if problem:
             wrong.append(f"  {group.name}: {problem}")
     for name in grams:
@@ -114,10 +117,19 @@ def require_grams(symmetry: Symmetry, onto: Symmetry, grams: Any) -> None:
         raise ValueError("these grams do not fit the symmetry's groups:\n" + "\n".join(wrong))
 
 
-def _problem_of_gram(group: Group, target_group: Group, given: Gram | None) -> str | None:
+def _problem_of_missing_gram(symmetry: Symmetry, group: Group, grams: Any) -> str | None:
+    """Says why a group can't be left out, if it can't: what is nested is matched with its heads."""
+    for other in symmetry.groups:
+        in_one_tree = group.name == other.outer or (
+            group.outer is not None and group.outer in (other.name, other.outer)
+        )
+        if in_one_tree and other.name in grams:
+            return f"missing, but there is {other.name}, and the two are matched together"
+    return None
+
+
+def _problem_of_gram(group: Group, target_group: Group, given: Gram) -> str | None:
     """Says what is wrong with the inner products of a group, if anything is."""
-    if given is None:
-        return "missing"
     expected = (*group.batch, group.size, target_group.size)
     if group.outer is not None:
         # Every head of the source is compared with every head of the target.
@@ -164,6 +176,8 @@ def require_marginals(symmetry: Symmetry, onto: Symmetry, marginals: Any) -> Non
         for name, given in masses.items():
             if name not in by_name:
                 problem = "no such group"
+            elif by_name[name].rotates:
+                problem = "its units are rotated, which gives all of them the same mass"
             elif name in outer_names:
                 problem = "groups are nested in it, so that it is matched one to one"
             else:

@@ -27,6 +27,7 @@ from otfusion_jax.alignment.solve_tree import overlap
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.solvers.base import Solution
+from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.plans import is_permutation
 
 ROUNDING = 1e-6
@@ -87,7 +88,8 @@ class CoordinateDescent(AbstractMethod):
         # widths have couplings in any case, and are accepted by the objective alone.
         for group in problem.symmetry.groups:
             same_size = group.size == problem.target_groups[group.name].size
-            if same_size and not is_permutation(initial.plans[group.name]):
+            is_soft = not group.rotates and not is_permutation(initial.plans[group.name])
+            if same_size and is_soft:
                 raise ValueError(
                     "coordinate descent composes permutations, and "
                     f"{type(problem.solver).__name__} returns soft plans; use Exact(), or "
@@ -245,7 +247,7 @@ class DescentSweep(AbstractSweep):
             new_plans.append(solution.plan)
         plans = self.problem.plans_after(tree, state.plans, new_plans)
 
-        one_to_one = all(map(is_permutation, new_plans))
+        one_to_one = all(map(_keeps_norms, tree.groups, new_plans))
         if one_to_one:
             better = _is_better(grams, old_plans, new_plans)
         else:
@@ -267,9 +269,14 @@ class DescentSweep(AbstractSweep):
         return state.after(tree, solutions, plans, better)
 
 
+def _keeps_norms(group: Group, plan: Array) -> bool:
+    """Whether units keep their norms along a plan: it permutes or rotates them."""
+    return group.rotates or is_permutation(plan)
+
+
 @jax.jit
 def _is_better(grams: list[Gram], old_plans: list[Array], new_plans: list[Array]) -> Array:
-    """Whether permutations bring the source closer to the target, by more than rounding."""
+    """Whether plans bring the source closer to the target, by more than rounding."""
     # |moved - target|² = |moved|² + |target|² - 2 overlap, and moving keeps the norms.
     gain = overlap(grams, new_plans) - overlap(grams, old_plans)
     source_sq_norm = 0

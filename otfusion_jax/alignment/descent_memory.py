@@ -20,6 +20,7 @@ from otfusion_jax.alignment.leaf_programs import POSITIONS_AT_ONCE, cross_update
 from otfusion_jax.alignment.problem import AlignmentProblem, position_of
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
+from otfusion_jax.symmetry.plans import is_permutation
 
 LARGEST_UPDATE = 0.5
 """The share of a neighbour's units that may have moved for an update to take less time than to
@@ -167,6 +168,9 @@ class DescentMemory:
         cross = gram.cross
         moves = {}
         for name in moved:
+            if not is_permutation(plans[name]):
+                # A rotation moves all units.
+                return None
             columns, count = _moves(compared.plans[name], plans[name])
             if count > LARGEST_UPDATE * columns.shape[1]:
                 return None

@@ -77,6 +77,12 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
         outer_names.add(group.outer)
     for group in problem.symmetry.groups:
         target_group = problem.target_groups[group.name]
+        if group.rotates:
+            plan = np.broadcast_to(np.eye(group.size), (*group.batch, group.size, group.size))
+            plans[group.name] = jax.device_put(plan.astype(problem.dtype))
+            gaps[group.name] = jnp.zeros((), problem.dtype)
+            converged[group.name] = jnp.array(True)
+            continue
         # What has groups nested in it is always matched exactly, see `solve_tree`.
         solver = Exact() if group.name in outer_names else problem.solver
         # A loop needs plans of one form from start to end. Only the solver knows whether it

@@ -32,7 +32,8 @@ class ForwardPass(AbstractMethod):
     With weights, units are compared by the members that produce them, whose consuming axes are
     already in place: the rows of incoming weights. Of a group that is written in several places (a
     residual stream), those count whose inputs have been matched by then. With inner products of
-    activations (`grams`), units are compared by these, group by group.
+    activations (`grams`), units are compared by these, group by group; groups that are left out of
+    them by weights.
 
     Attributes:
         unit_norm: Whether to scale units to norm 1 for the cost, as the original does on request.
@@ -75,7 +76,8 @@ class ForwardSweep(AbstractSweep):
     Attributes:
         problem: The alignment problem.
         metric: The ground metric that units are compared by.
-        grams: The inner products of activations by the names of groups, or None to use weights.
+        grams: The inner products of activations by the names of groups. The others, or all if it is
+            None, are compared by weights.
         unit_norm: Whether to scale units to norm 1.
         members: Which weights make up a unit, see `ForwardPass`.
     """
@@ -88,7 +90,8 @@ class ForwardSweep(AbstractSweep):
 
     def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
         """See `AbstractSweep.compare`."""
-        if self.grams is not None:
+        # Groups of a tree are given together, or not at all.
+        if self.grams is not None and tree.groups[0].name in self.grams:
             compared = []
             for group in tree.groups:
                 grams = self.grams[group.name]

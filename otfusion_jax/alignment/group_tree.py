@@ -27,6 +27,14 @@ class GroupTree:
     groups: tuple[Group, ...]
     siblings: tuple[Group, ...] = ()
 
+    @property
+    def turns(self) -> tuple[bool | None, ...]:
+        """For each group whether its rotations fix the vector of ones; None if it has none."""
+        turns = []
+        for group in self.groups:
+            turns.append(group.fixes_ones if group.rotates else None)
+        return tuple(turns)
+
     def root_members_around(self, member: Member) -> list[Member]:
         """Finds the members of the root that say in which of its indices some units are.
 

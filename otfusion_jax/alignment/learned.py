@@ -106,7 +106,7 @@ def learn_alignment(
 
     Raises:
         ValueError: If `align` raises it; if the start does not fit or has soft plans; if integers
-            differ between the models; if the batches have no leading axis of one size; if `t` is
+            differ between the models; if the symmetry has rotations; if the batches have no leading axis of one size; if `t` is
             not finite.
         TypeError: If `align` raises it; if batches are a list, which is to be stacked; if the
             optimizer is none of optax, or `t` is no number.
@@ -130,6 +130,10 @@ def learn_alignment(
     position = checked_positions(t)
     if position.ndim:
         raise ValueError(f"t has shape {position.shape}; give a single number")
+    if symmetry.rotates:
+        raise ValueError(
+            "the plans that are learned are permutations; pass a symmetry without with_rotations()"
+        )
     require_model(symmetry, source, "the source")
     require_model(symmetry, target, "the target")
     columns = columns_of([source, target])

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from otfusion_jax.alignment.costs import Gram, intra_costs
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.solvers.procrustes import procrustes
 from otfusion_jax.solvers.stack import solve_stack
 from otfusion_jax.symmetry.plans import is_permutation
 
@@ -25,12 +26,20 @@ Masses = tuple[Array | None, Array | None]
 """The masses of a group's units in the source and in the target, float `[*batch, n]` and `[*batch,
 m]`; None where they are uniform."""
 
+Turn = bool | None
+"""Whether the rotations of a group have to fix the vector of ones; None for a group that does not
+rotate."""
+
 CostOf = Callable[[Gram], Array]
 """The ground cost between all pairs of units, as a function of their inner products."""
 
 
 def solve_group_tree(
-    solver: AbstractSolver, cost_of: CostOf, grams: Sequence[Gram], masses: Sequence[Masses]
+    solver: AbstractSolver,
+    cost_of: CostOf,
+    grams: Sequence[Gram],
+    masses: Sequence[Masses],
+    turns: Sequence[Turn],
 ) -> list[Solution]:
     """Matches a group jointly with what is nested in it.
 
@@ -40,12 +49,16 @@ def solve_group_tree(
         cost_of: The ground cost between all pairs of units, as a function of their inner products.
         grams: The inner products of the root's units, then of those of each nested group.
         masses: The masses of the units of each of these groups.
+        turns: For each of these groups whether it rotates. Such a group is brought as close as can
+            be in squared distance, whatever solver and ground cost are.
 
     Returns:
         For each group its solution, values summed up over its batch. Inside of heads that do not
         move one to one, plans are for all pairs of heads.
     """
     root_grams, *nested_grams = grams
+    if turns[0] is not None:
+        return [_summed(_rotated(root_grams, root_grams.cross, turns[0]))]
     if not nested_grams:
         cost = cost_of(root_grams)
         intra = None if root_grams.intra is None else intra_costs(cost_of, root_grams)
@@ -53,9 +66,13 @@ def solve_group_tree(
         return [_summed(solve_stack(solver, problem))]
     # The match inside of heads i and j depends on these two alone, so all pairs are solved first.
     pair_problems = []
-    for inside, inside_masses in zip(nested_grams, masses[1:], strict=True):
-        pair_problems.append(_problems_of_pairs(cost_of, inside, inside_masses))
-    pair_solutions = _solve_alike_at_once(solver, pair_problems)
+    for inside, inside_masses, turn in zip(nested_grams, masses[1:], turns[1:], strict=True):
+        if turn is None:
+            pair_problems.append(_problems_of_pairs(cost_of, inside, inside_masses))
+    permuted = iter(_solve_alike_at_once(solver, pair_problems))
+    pair_solutions = []
+    for inside, turn in zip(nested_grams, turns[1:], strict=True):
+        pair_solutions.append(next(permuted) if turn is None else _rotated_pairs(inside, turn))
     cost = cost_of(root_grams)
     for inside, solution in zip(nested_grams, pair_solutions, strict=True):
         # The masses of a problem's units sum up to 1, those of a head to its number of units.
@@ -80,6 +97,40 @@ def _summed(solution: Solution) -> Solution:
         jnp.all(solution.converged),
         jnp.max(solution.gap),
     )
+
+
+def _rotated(grams: Gram, cross: Array, fixes_ones: bool) -> Solution:
+    """Rotates units as close as possible to those of the target.
+
+    Args:
+        grams: The inner products, of which the squared norms are used.
+        cross: The inner products of source and target, `[*batch, n, m]`, the batch of the norms.
+        fixes_ones: Whether the vector of ones has to stay.
+
+    Returns:
+        The solutions, `[*batch]`. Their value is the squared distance of the rotated units to those
+        of the target over the number of units, as it is for permutations.
+    """
+    solution = procrustes(cross, fixes_ones=fixes_ones)
+    source_sq_norm = jnp.sum(grams.source_sq_norms, axis=-1)
+    target_sq_norm = jnp.sum(grams.target_sq_norms, axis=-1)
+    n = cross.shape[-1]
+    # |a Q - b|^2 = |a|^2 + |b|^2 - 2 <Q, cross>
+    value = (source_sq_norm + target_sq_norm + 2 * solution.value) / n
+    return Solution(solution.plan, value, solution.converged, 2 * solution.gap / n)
+
+
+def _rotated_pairs(grams: Gram, fixes_ones: bool) -> Solution:
+    """Rotates the units of every head as close as possible to those of every head of the target."""
+    # From [*batch, heads, n, heads of the target, m].
+    cross = jnp.moveaxis(grams.cross, -3, -2)
+    pairs = cross.shape[:-2]
+    of_pairs = Gram(
+        _for_each_target_head(grams.source_sq_norms, pairs),
+        _for_each_source_head(grams.target_sq_norms, pairs),
+        cross,
+    )
+    return _rotated(of_pairs, cross, fixes_ones)
 
 
 def _problems_of_pairs(cost_of: CostOf, grams: Gram, masses: Masses) -> TransportProblem:
@@ -164,12 +215,13 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
 
     Args:
         grams: The inner products of a group's units, then of those of each group nested in it.
-        plans: The plans of these groups, permutations.
+        plans: The plans of these groups, permutations or rotations.
 
     Returns:
         The sum over all weights that the groups were compared by, float `[]`.
     """
-    # Under a permutation this is linear in the plan: Σ_j <source unit plan[j], target unit j>.
+    # Under a permutation this is linear in the plan: Σ_j <source unit plan[j], target unit j>. So it
+    # is under a rotation: <Q, cross>.
     root_plan = plans[0]
     total = None
     for inside, plan in zip(grams, plans, strict=True):
@@ -177,8 +229,11 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
         if total is not None:
             # Nested units: of each head of the target, those of the head that goes there.
             cross = picked(jnp.moveaxis(cross, -3, -2), root_plan)
-        # cross[..., plan[..., j], j] for all j.
-        matched = jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill")
+        if is_permutation(plan):
+            # cross[..., plan[..., j], j] for all j.
+            matched = jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill")
+        else:
+            matched = cross * plan
         term = jnp.sum(matched)
         total = term if total is None else total + term
     assert total is not None

@@ -30,6 +30,7 @@ from otfusion_jax.averaging.stacking import stacked_models
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.scaling import common_exponent, restored
 from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_finite, require_symmetry, warn_without_groups
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import compose
@@ -53,7 +54,8 @@ class Barycenter:
 
     Attributes:
         plans: A dict from the name of each group to the permutations of all models into the
-            universe, int32 `[K, *batch, n]`.
+            universe, int32 `[K, *batch, n]`; of a group that rotates, orthogonal matrices, float
+            `[K, *batch, n, n]`, which move the models in canonical form.
         params: The weighted mean of the models there. Integers, booleans and keys are as in
             `average`.
         history: The weighted mean of the squared distances of the models to their mean, summed over
@@ -121,6 +123,8 @@ def barycenter(
         require_function(leaf_weight, "barycenter(..., leaf_weight=lambda path: 1.0)")
     stacked, count = stacked_models(symmetry, models)
     warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
+    if symmetry.rotates:
+        stacked = jax.vmap(functools.partial(canonical, symmetry))(stacked)
     shares = mixture(weights, count)
     stacked_leaves = jax.tree_util.tree_leaves(stacked)
     check_integers(symmetry.leaves, stacked_leaves, [shares] * len(stacked_leaves))

@@ -36,6 +36,7 @@ from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.known import all_known
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
+from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import (
     require_finite,
     require_model,
@@ -67,7 +68,8 @@ def fuse(
 
     Args:
         symmetry: The symmetry that the models were traced with; a list with one for each model if
-            their widths are not the same.
+            their widths are not the same. With rotations, as `symmetry.with_rotations()` allows
+            them, models are brought into canonical form before, and the result is in it.
         models: The K >= 2 models to be fused: a list of pytrees, or one pytree with leaves
             `[K, ...]`. With a list of symmetries, a list of pytrees.
         weights: The K weights of the models in the average, summing to 1; uniform if None. A
@@ -130,6 +132,8 @@ def fuse(
             leaf_weight=leaf_weight,
         )
     models, count, stacked = checked_models(symmetry, models)
+    if symmetry.rotates:
+        models = _in_canonical_form(symmetry, models, stacked)
     order = _reference_last(reference, count)
     warn_without_groups(symmetry, models, "the result is the plain average of the models")
     shares = mixtures(weights, count, symmetry.leaves)
@@ -151,6 +155,13 @@ def fuse(
     fused = fusion.in_batches(stack, order, shares, metric, batch_size)
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
+
+
+def _in_canonical_form(symmetry: Symmetry, models: Any, stacked: bool) -> Any:
+    """Brings models into the form in which their units can be rotated."""
+    if stacked:
+        return jax.vmap(functools.partial(canonical, symmetry))(models)
+    return [canonical(symmetry, model) for model in models]
 
 
 def _reference_last(reference: int, count: int) -> np.ndarray:
@@ -183,8 +194,13 @@ def _fuse_widths(
             f"{count} symmetries were given; pass a list of as many models, at least two"
         )
     # Checked here by their numbers: `align` would call them the source and the target.
+    in_form = []
     for number, model in enumerate(models):
         require_model(symmetries[number], model, f"model {number}")
+        in_form.append(
+            canonical(symmetries[number], model) if symmetries[number].rotates else model
+        )
+    models = in_form
     order = _reference_last(reference, count)
     # Of the reference are the widths, the order of units and, in an average, the integers.
     onto, target = symmetries[order[-1]], models[order[-1]]

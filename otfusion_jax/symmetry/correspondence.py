@@ -259,9 +259,11 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
     lines = []
     for group, partner in pairs:
         reason = reasons.get(group.name)
+        sizes_differ = group.size != partner.size
         if group.rotates or partner.rotates:
             reason = "its units are rotated, which keeps their number"
-        if reason is not None and group.size != partner.size:
+            sizes_differ = (group.batch, group.size) != (partner.batch, partner.size)
+        if reason is not None and sizes_differ:
             lines.append(f"  {group.name}: {reason}")
         elif group.rotates != partner.rotates:
             lines.append(f"  {group.name}: its units are rotated in one of the two alone")

@@ -301,6 +301,8 @@ def _problem_of_plan(
         outer_plan = plans.get(group.outer)
     is_array = isinstance(outer_plan, jax.Array | np.ndarray)
     if is_array and not is_permutation(outer_plan):
+        if group.rotates:
+            return f"its units are rotated inside of {group.outer}, which may only be permuted"
         # The units inside of an old index are matched anew with those of each new one.
         batch = (*batch, outer_plan.shape[-1])
         note = f", one for every pair of what {group.outer} moves from and to"

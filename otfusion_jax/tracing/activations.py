@@ -223,19 +223,20 @@ def retrace(
         inputs: Its inputs.
 
     Returns:
-        The trace.
+        The trace, with rotations if the symmetry has them.
 
     Raises:
         ValueError: If this function on these inputs has another symmetry.
     """
     # Whoever has this symmetry may have pinned on demand, too, which gives the same groups then.
     traced = trace(fn, params, *inputs, on_unsupported="pin")
-    if traced.symmetry.groups != symmetry.groups:
+    found = traced.symmetry.with_rotations() if symmetry.rotates else traced.symmetry
+    if found.groups != symmetry.groups:
         raise ValueError(
             "this function on these inputs has other groups than the symmetry given; trace it "
-            f"again.\nGiven:\n{symmetry}\nFound:\n{traced.symmetry}"
+            f"again.\nGiven:\n{symmetry}\nFound:\n{found}"
         )
-    return traced
+    return dataclasses.replace(traced, symmetry=found)
 
 
 def samples_of(array: Array, view: View, group: Group) -> Float[Array, "*batch samples units"]:

@@ -1,4 +1,4 @@
-"""What the units of a group may do beyond being permuted, read off the steps of a program.
+"""What the units of a group may do beyond being permuted, read off a program.
 
 The rules have found which axes of parameters move together. Here every equation is gone through
 once more with its law (see `laws`), group by group: may these units be multiplied by any orthogonal
@@ -27,7 +27,7 @@ from otfusion_jax.tracing.laws import (
     law_of,
     moving,
 )
-from otfusion_jax.tracing.records import Step
+from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.values import TracedValue
 
 
@@ -92,30 +92,30 @@ def _is_vector_of(leaf: Leaf, group: Group) -> bool:
 
 
 class _Program:
-    """The steps of an interpreted program, as the units of one group after the other see them."""
+    """The equations of an interpreted program, as the units of one group after the other see them."""
 
     def __init__(self, interpretation: Interpretation, collected: CollectedGroups) -> None:
         self._interpreter = interpretation.interpreter
         self._param_axes = interpretation.param_axes
         self._groups = frozenset(collected.names)
-        self._steps_of: dict[int, list[Step]] = {variable: [] for variable in self._groups}
+        self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
         self._zeros = set(self._interpreter.zeros)
-        for step in self._interpreter.steps:
-            self._add(step)
+        for transfer in self._interpreter.transfers:
+            self._add(transfer)
 
-    def _add(self, step: Step) -> None:
-        """Sorts a step by the groups whose units go through it."""
-        first = step.operands[0].number if step.operands else None
-        law = law_of(step.context.eqn.primitive)
-        if law is moving and step.form == "equation" and first in self._zeros:
-            self._zeros.update([value.number for value in step.results if value.number])
+    def _add(self, transfer: Transfer) -> None:
+        """Sorts a transfer by the groups whose units go through it."""
+        first = transfer.operands[0].number if transfer.operands else None
+        law = law_of(transfer.context.eqn.primitive)
+        if law is moving and transfer.form == "equation" and first in self._zeros:
+            self._zeros.update([value.number for value in transfer.results if value.number])
         variables: set[int] = set()
-        for value in (*step.operands, *step.results):
+        for value in (*transfer.operands, *transfer.results):
             for axis in value.axes:
                 variables.update(self._occurrences(axis))
         for variable in variables:
-            self._steps_of[variable].append(step)
+            self._transfers_of[variable].append(transfer)
 
     def _groups_along(self, axis: Axis) -> tuple[int, ...]:
         """Returns the groups along an axis, by their axis variables, as often as each occurs."""
@@ -137,9 +137,9 @@ class _Program:
             if parameter not in ones:
                 standings[number] = Vector(parameter)
         rotations = Rotations()
-        for step in self._steps_of[variable]:
-            rotations.source = step.context.because()
-            self._follow(step, variable, standings, rotations)
+        for transfer in self._transfers_of[variable]:
+            rotations.source = transfer.context.because()
+            self._follow(transfer, variable, standings, rotations)
         return rotations
 
     def scales(self, variable: int) -> Scales:
@@ -156,8 +156,8 @@ class _Program:
             if count == 1:
                 standings[number] = {parameter: 1}
         scales = Scales()
-        for step in self._steps_of[variable]:
-            self._follow(step, variable, standings, scales)
+        for transfer in self._transfers_of[variable]:
+            self._follow(transfer, variable, standings, scales)
         return scales
 
     def _parameters(self, variable: int) -> list[tuple[int, int]]:
@@ -170,27 +170,27 @@ class _Program:
         return found
 
     def _follow(
-        self, step: Step, variable: int, standings: dict[int, Standing], algebra: Algebra
+        self, transfer: Transfer, variable: int, standings: dict[int, Standing], algebra: Algebra
     ) -> None:
-        """Applies the law of a step, and notes how its results stand."""
+        """Applies the law of a transfer, and notes how its results stand."""
         flow = UnitFlow(
-            params=step.context.eqn.params,
-            result_types=tuple([var.aval for var in step.context.eqn.outvars]),
-            standings=tuple([self._standing(value, standings) for value in step.operands]),
-            operand_dims=self._dims(step.operands, variable),
-            result_dims=self._dims(step.results, variable),
+            params=transfer.context.eqn.params,
+            result_types=tuple([var.aval for var in transfer.context.eqn.outvars]),
+            standings=tuple([self._standing(value, standings) for value in transfer.operands]),
+            operand_dims=self._dims(transfer.operands, variable),
+            result_dims=self._dims(transfer.results, variable),
         )
-        results = self._applied(step, flow, algebra)
-        for value, standing in zip(step.results, results, strict=True):
+        results = self._applied(transfer, flow, algebra)
+        for value, standing in zip(transfer.results, results, strict=True):
             if standing is not None and value.number is not None:
                 standings[value.number] = standing
 
-    def _applied(self, step: Step, flow: UnitFlow, algebra: Algebra) -> list[Standing]:
-        """Returns how the results of a step stand."""
-        law = law_of(step.context.eqn.primitive)
-        if step.form == "choice":
+    def _applied(self, transfer: Transfer, flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+        """Returns how the results of a transfer stand."""
+        law = law_of(transfer.context.eqn.primitive)
+        if transfer.form == "choice":
             return flow.for_results(algebra.alike(flow.standings))
-        if step.form == "call" or law is None:
+        if transfer.form == "call" or law is None:
             # It may make something along these units out of operands that have none of them.
             made = any(flow.result_dims)
             return flow.for_results(algebra.other(flow.standings, unknown=made))

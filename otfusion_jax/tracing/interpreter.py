@@ -27,7 +27,7 @@ from otfusion_jax.tracing.records import (
     Regrouping,
     Selection,
     Site,
-    Step,
+    Transfer,
 )
 from otfusion_jax.tracing.registry import Rule, UnsupportedPrimitiveError, rule_of, selects
 from otfusion_jax.tracing.unification import Unifier
@@ -59,7 +59,7 @@ class Interpreter:
         consumed: Where contractions take up features, in dataflow order.
         seen: Where any value that depends on inputs can be read, in dataflow order.
         calls: How many jaxprs within others have been entered.
-        steps: All equations outside of calls, in dataflow order, those of a loop's body as often as
+        transfers: All equations outside of calls, in dataflow order, those of a loop's body as often as
             it was interpreted.
         zeros: The numbers of the values that are 0 throughout, as constants.
         parameters: For the number of a value that is a parameter, which one it is.
@@ -79,7 +79,7 @@ class Interpreter:
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []
         self.calls = 0
-        self.steps: list[Step] = []
+        self.transfers: list[Transfer] = []
         self.zeros: set[int] = set()
         self.parameters: dict[int | None, int] = {}
         self._values_numbered = 0
@@ -158,7 +158,7 @@ class Interpreter:
         # A rule may pass an operand on as it is: as a result it is another value.
         numbered = [self.numbered(value) for value in results]
         form = "call" if is_call else "equation"
-        self.steps.append(Step(context, tuple(operands), tuple(numbered), form))
+        self.transfers.append(Transfer(context, tuple(operands), tuple(numbered), form))
         return numbered
 
     def _note_lost_axes(
@@ -237,7 +237,7 @@ class Interpreter:
     ) -> TracedValue:
         """Numbers a value that is one of several, and records that; see `RuleContext.one_of`."""
         joined = self.numbered(joined)
-        self.steps.append(Step(context, tuple(alternatives), (joined,), "choice"))
+        self.transfers.append(Transfer(context, tuple(alternatives), (joined,), "choice"))
         return joined
 
     def note(self, value: TracedValue) -> Axes:

@@ -2,7 +2,7 @@
 
 Interactions and regroupings tell which groups are nested in which (see `nesting`), selections which
 parts of a parameter are read at all (see `Interpreter.left_out`), readings where the features of a
-group are found when the program runs (see `activations`), and steps how units go from value to
+group are found when the program runs (see `activations`), and transfers how units go from value to
 value (see `freedoms`).
 """
 
@@ -52,7 +52,7 @@ class Interaction(NamedTuple):
     together: frozenset[int]
 
 
-class Step(NamedTuple):
+class Transfer(NamedTuple):
     """An equation that was interpreted, and the values that it took and made, by their numbers.
 
     Attributes:
