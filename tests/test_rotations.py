@@ -95,7 +95,7 @@ def gpt(params, tokens):
     return layer_norm(x, params["scale"]) @ params["head"]
 
 
-BLOCK: dict[str, tuple[int, ...]] = {name: (WIDTH, HEADS, 4) for name in "qkv"}
+BLOCK: dict[str, tuple[int, ...]] = dict.fromkeys("qkv", (WIDTH, HEADS, 4))
 BLOCK |= {"o": (HEADS, 4, WIDTH), "up": (WIDTH, 8), "down": (8, WIDTH)}
 BLOCK |= {"scale1": (WIDTH,), "scale2": (WIDTH,)}
 ENDS = {"scale": (WIDTH,), "head": (WIDTH, 9)}
@@ -181,7 +181,7 @@ def test_one_group_is_procrustes_of_scipy():
     symmetry = otf.trace_symmetry(bottleneck, a, normal(2, 9)).with_rotations()
     found = otf.align(symmetry, a, b, method=otf.CoordinateDescent(starts=("identity",)))
     units = [np.concatenate([p["down"], p["up"].T]) for p in (a, b)]
-    rotation, _ = scipy.linalg.orthogonal_procrustes(*units)
+    rotation, _ = scipy.linalg.orthogonal_procrustes(units[0], units[1])
     assert_allclose(found.plans["down"], rotation, atol=1e-5)
     assert_allclose(found.objective, np.sum((units[0] @ rotation - units[1]) ** 2), rtol=1e-5)
     assert found.gaps["down"] < 1e-5

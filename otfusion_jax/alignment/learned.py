@@ -3,7 +3,8 @@
 Weight matching sees only weights. Here the costs themselves are what is learned: Sinkhorn makes
 soft plans of them, these move the source, and a loss of its mean with the target is differentiated
 back through the plans to the costs, which soft plans are smooth in. In the end each cost is matched
-exactly.
+exactly. Units that rotate are learned as they are: an orthogonal matrix is smooth in the
+skew-symmetric one that it is the Cayley transform of.
 """
 
 import dataclasses
@@ -31,14 +32,16 @@ from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.solvers.stack import solve_stack
+from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import (
     require_equal_integers,
     require_model,
     require_symmetry,
     warn_without_groups,
 )
-from otfusion_jax.symmetry.groups import Plans
-from otfusion_jax.symmetry.plans import HasPlans, compose
+from otfusion_jax.symmetry.groups import Group, Plans
+from otfusion_jax.symmetry.plans import HasPlans, chained, compose
+from otfusion_jax.symmetry.rotation import fixing_ones
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 
@@ -50,7 +53,8 @@ class LearnedAlignment:
 
     Attributes:
         plans: Group name to permutation, int32 `[*batch, n]`, for all groups. It is the exact match
-            of the learned cost, which is also the most likely one by the soft plan.
+            of the learned cost, which is also the most likely one by the soft plan. Of groups that
+            rotate, the learned orthogonal matrix, float `[*batch, n, n]`.
         soft: The plans that the loss was taken with at the end: float `[*batch, n, n]` for groups
             that were learned, and the permutation of the start for the others.
         history: The loss before each step, on that step's batch, float `[steps]`.
@@ -70,7 +74,7 @@ def learn_alignment(
     *,
     start: Plans | HasPlans | None = None,
     t: float = 0.5,
-    solver: Sinkhorn = Sinkhorn(epsilon=0.5, relative=False, max_iterations=20),
+    solver: Sinkhorn | None = Sinkhorn(epsilon=0.5, relative=False, max_iterations=20),
     optimizer: optax.GradientTransformation | None = None,
     leaf_weight: Callable[[str], float] | None = None,
 ) -> LearnedAlignment:
@@ -79,7 +83,8 @@ def learn_alignment(
     What is learned is a cost for each group. It starts as that of weight matching, given the plans
     of the other groups in `start`, in units of its standard deviation. Groups in which others are
     nested (heads) stay as they are in `start`, as only permutations can move them; so do those that
-    a parameter both produces and consumes. What is inside of heads is learned. One step a batch, in
+    a parameter both produces and consumes. What is inside of heads is learned. Groups that rotate
+    (see `Symmetry.with_rotations`) are turned from where `start` has them. One step a batch, in
     one `jax.lax.scan`; jitted, and compiled anew for another `loss` or `optimizer` object. The same
     inside `jax.jit`.
 
@@ -95,7 +100,8 @@ def learn_alignment(
         t: Where between the moved source (0) and the target (1) the loss is taken.
         solver: What makes soft plans of costs. A large `epsilon` lets more pairs of units take
             part; the descent sharpens the plans by itself, by scaling the costs up. With `relative`
-            set, `epsilon` would be scaled up with them.
+            set, `epsilon` would be scaled up with them. None learns rotations alone, and leaves
+            permutations as they are in `start`.
         optimizer: An optimizer of optax. None means Adam with steps of 0.1 that fall to 0 as a
             cosine.
         leaf_weight: How much each parameter counts for the first costs and for the alignment to
@@ -106,7 +112,8 @@ def learn_alignment(
 
     Raises:
         ValueError: If `align` raises it; if the start does not fit or has soft plans; if integers
-            differ between the models; if the symmetry has rotations; if the batches have no leading axis of one size; if `t` is
+            differ between the models; if the models are not in canonical
+            form, where the symmetry has rotations; if the batches have no leading axis of one size; if `t` is
             not finite.
         TypeError: If `align` raises it; if batches are a list, which is to be stacked; if the
             optimizer is none of optax, or `t` is no number.
@@ -121,7 +128,13 @@ def learn_alignment(
     call = "learn_alignment(symmetry, loss, source, target, batches)"
     require_symmetry(symmetry, call)
     require_function(loss, call)
-    require_kind(solver, Sinkhorn, "solver", "Sinkhorn()")
+    if solver is not None:
+        require_kind(solver, Sinkhorn, "solver", "Sinkhorn(), or None")
+    elif not symmetry.rotates:
+        raise ValueError(
+            "solver is None, so that rotations alone are learned, and the symmetry has none; pass "
+            "a Sinkhorn(), or symmetry.with_rotations()"
+        )
     if optimizer is not None:
         examples = "an optimizer of optax such as optax.adam(1e-2), or None"
         require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
@@ -130,12 +143,10 @@ def learn_alignment(
     position = checked_positions(t)
     if position.ndim:
         raise ValueError(f"t has shape {position.shape}; give a single number")
-    if symmetry.rotates:
-        raise ValueError(
-            "the plans that are learned are permutations; pass a symmetry without with_rotations()"
-        )
     require_model(symmetry, source, "the source")
     require_model(symmetry, target, "the target")
+    require_canonical(symmetry, source, "the source")
+    require_canonical(symmetry, target, "the target")
     columns = columns_of([source, target])
     require_equal_integers(symmetry.leaves, columns, [False] * len(columns), "")
     warn_without_groups(symmetry, (source, target), "there is nothing to learn")
@@ -205,25 +216,37 @@ def _learn(
     t: Array,
     *,
     loss: Callable[[PyTree, PyTree], Array],
-    solver: Sinkhorn,
+    solver: Sinkhorn | None,
     optimizer: optax.GradientTransformation,
     weights: tuple[float, ...] | None,
 ) -> LearnedAlignment:
     """Learns the costs, without checks."""
     descent = _LossDescent(symmetry, source, target, plans, t, loss, solver, optimizer)
     # Learned are the costs, not the plans: a plan would leave the couplings with the first step.
-    first = _matching_costs(symmetry, source, target, plans, weights)
+    if solver is None:
+        first = _no_turns(symmetry, source)
+    else:
+        first = _no_turns(symmetry, source) | _costs(symmetry, source, target, plans, weights)
     start = first, optimizer.init(first)
     (learned, _), history = jax.lax.scan(descent.step, start, batches)
+    soft = descent.soft_plans(learned)
     matched = dict(plans)
-    for name, cost in learned.items():
-        # The permutation that a soft plan of this cost tends to as epsilon goes to 0.
-        matched[name] = solve_stack(Exact(), TransportProblem(cost)).plan
-    return LearnedAlignment(matched, descent.soft_plans(learned), history)
+    for name, numbers in learned.items():
+        if symmetry[name].rotates:
+            matched[name] = soft[name]
+        else:
+            # The permutation that a soft plan of this cost tends to as epsilon goes to 0.
+            matched[name] = solve_stack(Exact(), TransportProblem(numbers)).plan
+    return LearnedAlignment(matched, soft, history)
 
 
-Costs = dict[str, Float[Array, "*batch n n"]]
-"""What is learned, by the names of groups."""
+Learned = dict[str, Float[Array, "*batch n n"]]
+"""What is learned, by the names of groups: costs, or of groups that rotate what they are turned by
+(see `_turned`)."""
+
+# Adam's steps are as large for every entry. A turn by a matrix of such entries is by an angle that
+# grows with the square root of their number; costs in units of their spread take ten times this.
+_TURN_PER_STEP = 0.1
 
 
 # Compared by identity: JAX keeps the functions of a loop in caches, and arrays have no hash.
@@ -238,7 +261,7 @@ class _LossDescent:
         plans: The permutations of the start, which groups keep that are not learned.
         t: Where between the moved source (0) and the target (1) the loss is taken.
         loss: The loss of parameters on a batch.
-        solver: What makes soft plans of costs.
+        solver: What makes soft plans of costs; None if there are none to be learned.
         optimizer: The optimizer.
     """
 
@@ -248,17 +271,21 @@ class _LossDescent:
     plans: Plans
     t: Array
     loss: Callable[[PyTree, PyTree], Array]
-    solver: Sinkhorn
+    solver: Sinkhorn | None
     optimizer: optax.GradientTransformation
 
-    def soft_plans(self, learned: Costs) -> Plans:
+    def soft_plans(self, learned: Learned) -> Plans:
         """Returns the plans of all groups: soft ones of those that are learned."""
         plans = dict(self.plans)
-        for name, cost in learned.items():
-            plans[name] = solve_stack(self.solver, TransportProblem(cost)).plan
+        for name, numbers in learned.items():
+            group = self.symmetry[name]
+            if group.rotates:
+                plans[name] = _turned(group, plans[name], numbers)
+            elif self.solver is not None:
+                plans[name] = solve_stack(self.solver, TransportProblem(numbers)).plan
         return plans
 
-    def objective(self, learned: Costs, batch: PyTree) -> Array:
+    def objective(self, learned: Learned, batch: PyTree) -> Array:
         """Takes the loss of the fused model."""
         moved = transport(self.symmetry, self.soft_plans(learned), self.source)
         return self.loss(interpolate(moved, self.target, self.t), batch)
@@ -276,14 +303,52 @@ class _LossDescent:
         return (learned, state), value
 
 
-def _matching_costs(
+def _turned(group: Group, plan: Array, numbers: Array) -> Array:
+    """Turns units on from where a plan has them.
+
+    Args:
+        group: The group, which rotates.
+        plan: The plan, orthogonal matrices `[*batch, n, n]` or permutations `[*batch, n]`.
+        numbers: What is learned, `[*batch, n, n]`, or of one dimension less if the vector of ones
+            has to stay. Zeros turn nothing.
+
+    Returns:
+        Orthogonal matrices, `[*batch, n, n]`.
+    """
+    skew = _TURN_PER_STEP * (numbers - jnp.swapaxes(numbers, -1, -2))
+    identity = jnp.eye(skew.shape[-1], dtype=skew.dtype)
+    # The Cayley transform, which is orthogonal for every skew-symmetric matrix.
+    turn = jnp.linalg.solve(identity - skew, identity + skew)
+    if group.fixes_ones:
+        extend = fixing_ones
+        for _ in group.batch:
+            extend = jax.vmap(extend)
+        turn = extend(turn)
+    return chained(plan, turn)
+
+
+def _no_turns(symmetry: Symmetry, source: PyTree) -> Learned:
+    """Returns what turns nothing, of each group that rotates, in the widest dtype of the model."""
+    dtype = jnp.float32
+    for part in jax.tree.leaves(source):
+        if part.dtype == jnp.float64:
+            dtype = jnp.float64
+    turns = {}
+    for group in symmetry.groups:
+        if group.rotates:
+            size = group.size - 1 if group.fixes_ones else group.size
+            turns[group.name] = jnp.zeros((*group.batch, size, size), dtype)
+    return turns
+
+
+def _costs(
     symmetry: Symmetry,
     source: PyTree,
     target: PyTree,
     plans: Plans,
     weights: tuple[float, ...] | None,
-) -> Costs:
-    """Takes the cost of weight matching, of each group that can be learned.
+) -> Learned:
+    """Takes the cost of weight matching, of each group that is permuted and can be learned.
 
     Args:
         symmetry: The symmetry of both models.
@@ -306,6 +371,8 @@ def _matching_costs(
         grams = problem.compare(tree, plans, members)
         for group, group_grams in zip(tree.groups, grams, strict=True):
             has_nested = group is root and nested
+            if group.rotates:
+                continue
             if has_nested or any(member.role == "both" for member in group.members):
                 # Only permutations can move these.
                 continue

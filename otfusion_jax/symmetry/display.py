@@ -23,14 +23,14 @@ def table(symmetry: "Symmetry") -> str:
     Returns:
         The table of `print(symmetry)`.
     """
-    blocks = [_block_of(group) for group in symmetry.groups]
-    rows: list[Row] = [("group", "units", "role", "leaf", "axis")]
+    blocks = [_block_of(symmetry, group) for group in symmetry.groups]
+    columns = ("group", "units", "move") if symmetry.rotates else ("group", "units")
+    rows: list[Row] = [(*columns, "role", "leaf", "axis")]
     for header, *members in fold(blocks):
-        name, size = header
         for member in fold_rows(members):
-            rows.append((name, size, *member))
-            # The name and the size of a group stand in its first row alone.
-            name = size = ""
+            rows.append((*header, *member))
+            # What is said of a group stands in its first row alone.
+            header = ("",) * len(columns)
     lines = [headline(symmetry)]
     lines.extend(aligned(rows))
     if symmetry.pinned:
@@ -63,6 +63,12 @@ def summary(symmetry: "Symmetry") -> str:
         rows.append((str(count), *kind))
     lines = [headline(symmetry), ""]
     lines.extend(aligned(rows))
+    freedoms = _freedoms_in_rows(symmetry)
+    if freedoms:
+        rows = [("groups", "may be", "and no more because of")]
+        rows.extend(freedoms)
+        lines.append("")
+        lines.extend(aligned(rows))
     reasons = _reasons_in_rows(symmetry)
     if reasons:
         rows = [("do not move", "axes", "in", "pinned because")]
@@ -130,9 +136,12 @@ def units(group: Group) -> str:
 # --- groups and members
 
 
-def _block_of(group: Group) -> list[Row]:
+def _block_of(symmetry: "Symmetry", group: Group) -> list[Row]:
     """Returns the rows of a group: its name and size, and a row for each member."""
-    rows: list[Row] = [(group.name, units(group))]
+    header: Row = (group.name, units(group))
+    if symmetry.rotates:
+        header = (*header, _moves_in_words(group))
+    rows: list[Row] = [header]
     for member in group.members:
         axis = _axis_in_words(member, group.size)
         rows.append((member.role, member.path, axis))
@@ -169,6 +178,13 @@ def _axis_in_words(member: Member, size: int) -> str:
     return text
 
 
+def _moves_in_words(group: Group) -> str:
+    """Says how the units of a group move."""
+    if not group.rotates:
+        return "permuted"
+    return "rotated about the ones" if group.fixes_ones else "rotated"
+
+
 def _batch_in_words(group: Group) -> str:
     """Says what a group's batch runs over; nothing without a batch."""
     if group.outer is not None:
@@ -176,6 +192,44 @@ def _batch_in_words(group: Group) -> str:
     if group.batch:
         return "in each index of what can't be permuted"
     return ""
+
+
+# --- freedoms
+
+
+def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
+    """Returns a row for each way in which groups may move, and for what keeps others from it.
+
+    Of rotations it counts the degrees of freedom, `n (n - 1) / 2` of `n` units.
+    """
+    counts: collections.Counter[Row] = collections.Counter()
+    dimensions: collections.Counter[Row] = collections.Counter()
+    folds = 0
+    for freedom in symmetry.freedoms:
+        if freedom.group not in symmetry:
+            continue
+        group = symmetry[freedom.group]
+        row: Row = ("permuted", freedom.reason or "")
+        if freedom.rotates:
+            n = group.size - 1 if freedom.fixes_ones else group.size
+            row = ("rotated about the ones", freedom.reason or "")
+            if not freedom.fixes_ones:
+                row = ("rotated", "")
+            dimensions[row] += math.prod(group.batch) * n * (n - 1) // 2
+            folds += len(freedom.folds)
+        counts[row] += 1
+    # Of networks whose units are permuted alone there is nothing to say.
+    if not dimensions:
+        return []
+    rows: list[Row] = []
+    for (moves, why), count in counts.items():
+        number = dimensions[moves, why]
+        moves = f"{moves}, {number:,} dimensions" if number else moves
+        rows.append((str(count), moves, why))
+    if folds and not symmetry.rotates:
+        scales = counted(folds, "scale", "scales")
+        rows.append(("", "", f"with_rotations() makes {scales} 1, see canonicalize"))
+    return rows
 
 
 # --- pins

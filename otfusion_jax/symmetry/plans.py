@@ -114,7 +114,7 @@ def compose(symmetry: Symmetry, first: Plans | HasPlans, then: Plans | HasPlans)
         if outer is not None:
             # What is inside of an index has moved along with it: the second plan finds it there.
             plan = _taken_along(plan, then[outer], group)
-        composed[name] = _chained(plan, then[name])
+        composed[name] = chained(plan, then[name])
     return composed
 
 
@@ -154,8 +154,16 @@ def _taken_along(plan: Array, outer_plan: Array, group: Group) -> Array:
     return jnp.take_along_axis(plan, index, axis=axis)
 
 
-def _chained(first: Array, then: Array) -> Array:
-    """Chains two plans of one group: permutations, or else matrices."""
+def chained(first: Array, then: Array) -> Array:
+    """Chains two plans of one group, without checks.
+
+    Args:
+        first: A permutation, int `[*batch, n]`, or orthogonal matrices, float `[*batch, n, n]`.
+        then: The plan that comes after, of either kind.
+
+    Returns:
+        The plan that is both, a permutation if both are.
+    """
     if is_permutation(then):
         index = then if is_permutation(first) else then[..., None, :]
         return jnp.take_along_axis(first, index, axis=-1)

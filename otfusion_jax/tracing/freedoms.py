@@ -50,7 +50,7 @@ def find_freedoms(
     for variable, group in zip(collected.names, collected.groups, strict=True):
         if group.name in outer_names:
             # Mixed heads would have no units of their own, which move in another way in each.
-            freedoms.append(Freedom(group.name, rotates=False, reason="others are nested in it"))
+            freedoms.append(Freedom(group.name, rotates=False, reason="others nested in it"))
         else:
             freedoms.append(_freedom_of(program, variable, group, parts))
     return tuple(freedoms)
@@ -92,7 +92,7 @@ def _is_vector_of(leaf: Leaf, group: Group) -> bool:
 
 
 class _Program:
-    """The equations of an interpreted program, as the units of one group after the other see them."""
+    """The equations of a program, as the units of one group after the other go through them."""
 
     def __init__(self, interpretation: Interpretation, collected: CollectedGroups) -> None:
         self._interpreter = interpretation.interpreter

@@ -59,8 +59,8 @@ class Interpreter:
         consumed: Where contractions take up features, in dataflow order.
         seen: Where any value that depends on inputs can be read, in dataflow order.
         calls: How many jaxprs within others have been entered.
-        transfers: All equations outside of calls, in dataflow order, those of a loop's body as often as
-            it was interpreted.
+        transfers: All equations but calls, in dataflow order, those of a loop's body as often as it
+            was interpreted.
         zeros: The numbers of the values that are 0 throughout, as constants.
         parameters: For the number of a value that is a parameter, which one it is.
     """
