@@ -7,7 +7,6 @@ one are looked for (see `Symmetry.with_rotations`).
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,14 +57,15 @@ def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
     arrays = symmetry.split(params)
     for group, fold in folds:
         scale = arrays[fold.leaf]
-        _require_invertible(symmetry, arrays, fold)
         for leaf, degree in fold.others:
             structure = symmetry.numbered_leaves[leaf].structure
             axes = []
             for number, unit_axis in enumerate(symmetry.leaf_structures[leaf].unit_axes):
                 if unit_axis.group.name == group:
                     axes.append(number)
-            arrays[leaf] = _divided(structure, arrays[leaf], scale, tuple(axes), degree)
+            divided = _divided(structure, arrays[leaf], scale, tuple(axes), degree)
+            _require_finite(symmetry, fold, scale, leaf, divided)
+            arrays[leaf] = divided
         arrays[fold.leaf] = jnp.ones_like(scale)
     return symmetry.join(arrays)
 
@@ -92,13 +92,10 @@ def _divided(
         degree: The power.
 
     Returns:
-        The parameter. Where the scale is 0, what would be divided by it is 0.
+        The parameter. Where the scale is 0, a 0 that would be divided by it stays 0, as a unit that
+        nothing is added to takes no part. Anything else becomes infinite: there is no such model.
     """
-    scale = scale.reshape(-1)
-    # A unit of scale 0 takes no part: nothing is added to it, and what reads it reads 0.
-    inverse = jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
-    factors = (inverse if degree > 0 else scale) ** abs(degree)
-    factors = factors.astype(array.dtype)
+    factors = (scale.reshape(-1) ** abs(degree)).astype(array.dtype)
     blocks = structure.partition.split(array)
     for number in axes:
         unit_axis = structure.unit_axes[number]
@@ -107,26 +104,32 @@ def _divided(
                 rank = block.array.ndim
                 along = block.dims.index(unit_axis.dim)
                 shape = [1] * rank
-                shape[along] = len(scale)
-                blocks[key] = block._replace(array=block.array * factors.reshape(shape))
+                shape[along] = len(factors)
+                along_units = factors.reshape(shape)
+                blocks[key] = block._replace(array=_scaled(block.array, along_units, degree))
     return structure.partition.join(blocks)
 
 
-def _require_invertible(symmetry: Symmetry, arrays: Sequence[Any], fold: Fold) -> None:
-    """Refuses a scale that is known to be 0 where something else has to be divided by it."""
-    divided = [leaf for leaf, degree in fold.others if degree > 0]
-    if isinstance(arrays[fold.leaf], Tracer) or not divided:
+def _scaled(array: Array, factors: Array, degree: int) -> Array:
+    """Multiplies by factors, or divides by them if the degree is positive; 0 divided by 0 is 0."""
+    if degree < 0:
+        return array * factors
+    stays = (array == 0) & (factors == 0)
+    return jnp.where(stays, 0, array / jnp.where(stays, 1, factors))
+
+
+def _require_finite(symmetry: Symmetry, fold: Fold, scale: Any, leaf: int, divided: Array) -> None:
+    """Refuses a scale that is known to be 0 where something else has been divided by it."""
+    if isinstance(scale, Tracer) or isinstance(divided, Tracer):
         return
-    is_zero = np.asarray(arrays[fold.leaf]).reshape(-1) == 0
-    for leaf in divided:
-        # What is divided lies along the units, one number for each or more.
-        if is_zero.any() and np.any(np.asarray(arrays[leaf])):
-            units = np.flatnonzero(is_zero).tolist()
-            raise ValueError(
-                f"{fold.path} is 0 at units {units[:8]}, and {symmetry.parts[leaf].path} is added "
-                "to them: the scale can't be made 1. Move its permutations alone: use the symmetry "
-                "without with_rotations()"
-            )
+    is_zero = np.asarray(scale).reshape(-1) == 0
+    if is_zero.any() and np.any(np.isinf(np.asarray(divided))):
+        units = np.flatnonzero(is_zero).tolist()
+        raise ValueError(
+            f"{fold.path} is 0 at units {units[:8]}, and {symmetry.parts[leaf].path} is added "
+            "to them: the scale can't be made 1. Move its permutations alone: use the symmetry "
+            "without with_rotations()"
+        )
 
 
 def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
@@ -147,7 +150,7 @@ def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
     for _, fold in folds_of(symmetry):
         scale = arrays[fold.leaf]
         if not isinstance(scale, Tracer):
-            distance = np.max(np.abs(np.asarray(scale, np.float64) - 1), initial=0)
+            distance = np.max(np.abs(np.asarray(scale, np.complex128) - 1), initial=0)
             if distance > ROUNDING:
                 wrong.append(f"  {fold.path}: up to {distance:.3g} from 1")
     if wrong:

@@ -43,7 +43,11 @@ def match_groups(source: Symmetry, target: Symmetry) -> Symmetry:
     differences += _widths_that_must_not_differ(source, pairs)
     _refuse(differences)
     groups = [_renamed(group, target_group, source_names) for group, target_group in pairs]
-    matched = dataclasses.replace(target, groups=tuple(groups))
+    freedoms = []
+    for freedom in target.freedoms:
+        if freedom.group in source_names:
+            freedoms.append(dataclasses.replace(freedom, group=source_names[freedom.group]))
+    matched = dataclasses.replace(target, groups=tuple(groups), freedoms=tuple(freedoms))
     _refuse(_differences_of_axes(source, matched))
     return matched
 

@@ -258,8 +258,12 @@ class Symmetry(Mapping[str, Group]):
                 # What stays around a group is an axis of its batch like any other.
                 group = dataclasses.replace(group, outer=None)
             groups.append(group)
+        # Folds would divide by scales along units that are known no more.
+        freedoms = [freedom for freedom in self.freedoms if freedom.group in kept_names]
         pinned = (*self.pinned, *pins)
-        return dataclasses.replace(self, groups=tuple(groups), pinned=pinned)
+        return dataclasses.replace(
+            self, groups=tuple(groups), pinned=pinned, freedoms=tuple(freedoms)
+        )
 
     @property
     def rotates(self) -> bool:

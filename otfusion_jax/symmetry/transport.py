@@ -199,7 +199,7 @@ def _moved_along(
         # Heads that do not move one to one take the units in them along, by a plan for each pair
         # of an old and a new head: w[h, g, n, m] = w[h, g] · w[n, m] of that pair.
         outer_weights = _weights(plans[outer_axis.group.name], outer_axis.member.role)
-        inner_weights = _weights(_as_coupling(plan), role)
+        inner_weights = _unit_weights(unit_axis.group, plan, role)
         weights = outer_weights[..., None, None] * inner_weights
         *batch_dims, outer_dim = unit_axis.levels
         dims = (outer_dim, unit_axis.dim)
@@ -212,9 +212,7 @@ def _moved_along(
         if nested.levels[-1] == unit_axis.dim and nested.is_in(block):
             # These heads move together with the units in them, when it is the turn of those.
             return block
-    # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
-    weights = plan if unit_axis.group.rotates else _weights(plan, role)
-    weights = weights.astype(block.array.dtype)
+    weights = _unit_weights(unit_axis.group, plan, role).astype(block.array.dtype)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
 
@@ -246,7 +244,7 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
         outer_plan = plans[group.outer]
         if not is_permutation(outer_plan):
             outer_weights = _weights(outer_plan, outer_role)
-            weights = _weights(_as_coupling(plans[group.name]), role)
+            weights = _unit_weights(group, plans[group.name], role)
             return product("...gn,...gh,...ghnm->...hm", numbers, outer_weights, weights)
         # What is inside of an index goes along with it.
         numbers = jnp.take_along_axis(numbers, outer_plan[..., None], axis=-2)
@@ -255,11 +253,19 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
     plan = plans[group.name]
     if is_permutation(plan):
         return jnp.take_along_axis(numbers, plan, axis=-1)
-    weights = plan if group.rotates else _weights(plan, role)
+    weights = _unit_weights(group, plan, role)
     return product("...n,...nm->...m", numbers, weights)
 
 
 # --- weights of plans
+
+
+def _unit_weights(group: Group, plan: Array, role: Role) -> Array:
+    """Returns by how much old units are in new ones, `[..., n, m]`, in one role."""
+    if group.rotates and not is_permutation(plan):
+        # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
+        return plan
+    return _weights(_as_coupling(plan), role)
 
 
 def _as_coupling(plan: Array) -> Array:

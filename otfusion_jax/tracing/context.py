@@ -395,6 +395,8 @@ class RuleContext(EquationContext):
                 interpreter.note(joined[-1])
             previous, carry = carry, joined
             if all(map(self._is_settled, previous, carry)):
+                for before, after in zip(previous, carry, strict=True):
+                    interpreter.note_again(self, before, after)
                 return carry, results
             rounds_left -= 1
             if rounds_left < 0:

@@ -13,9 +13,11 @@ units instead (a *fold*), units may be rotated once that is done (see `symmetry.
 import functools
 from collections.abc import Collection, Sequence
 
+import jax.numpy as jnp
+
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf
 from otfusion_jax.tracing.algebras import Rotations, Scales, Vector
-from otfusion_jax.tracing.axis import Axis, factors_of
+from otfusion_jax.tracing.axis import Axis, Sum, factors_of
 from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
@@ -24,8 +26,12 @@ from otfusion_jax.tracing.laws import (
     Algebra,
     Standing,
     UnitFlow,
+    adding,
+    div,
     law_of,
     moving,
+    mul,
+    rounds_finely,
 )
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.values import TracedValue
@@ -58,6 +64,11 @@ def find_freedoms(
 
 def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]) -> Freedom:
     """Finds what a group may do, perhaps after some parameters have been made 1."""
+    for member in group.members:
+        leaf = parts[member.leaf]
+        if not rounds_finely(leaf.dtype):
+            reason = f"{member.path} is {leaf.dtype}, too coarse for sums of units"
+            return Freedom(group.name, rotates=False, reason=reason)
     plain = program.rotations(variable, ())
     if plain.refused is None:
         return _rotating(group, plain, ())
@@ -76,6 +87,8 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
         if degrees is None:
             return permuted
         del degrees[number]
+        if not all(_holds_multiples(parts[leaf], parts[number]) for leaf in degrees):
+            return permuted
         folds.append(Fold(number, parts[number].path, tuple(sorted(degrees.items()))))
     return _rotating(group, without, tuple(folds))
 
@@ -89,6 +102,12 @@ def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Fr
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
     """Whether a parameter has one number for each unit, and nothing else."""
     return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
+
+
+def _holds_multiples(leaf: Leaf, scale: Leaf) -> bool:
+    """Whether a parameter can be multiplied by a scale: one that is real not by complex numbers."""
+    is_complex = [jnp.issubdtype(part.dtype, jnp.complexfloating) for part in (leaf, scale)]
+    return is_complex[0] or not is_complex[1]
 
 
 class _Program:
@@ -106,9 +125,12 @@ class _Program:
 
     def _add(self, transfer: Transfer) -> None:
         """Sorts a transfer by the groups whose units go through it."""
-        first = transfer.operands[0].number if transfer.operands else None
         law = law_of(transfer.context.eqn.primitive)
-        if law is moving and transfer.form == "equation" and first in self._zeros:
+        # What is moved is the first operand, others are positions. Of factors one is enough.
+        count = 0
+        if law is not None and transfer.form == "equation":
+            count = {moving: 1, div: 1, mul: 2}.get(law, 0)
+        if any(value.number in self._zeros for value in transfer.operands[:count]):
             self._zeros.update([value.number for value in transfer.results if value.number])
         variables: set[int] = set()
         for value in (*transfer.operands, *transfer.results):
@@ -179,6 +201,7 @@ class _Program:
             standings=tuple([self._standing(value, standings) for value in transfer.operands]),
             operand_dims=self._dims(transfer.operands, variable),
             result_dims=self._dims(transfer.results, variable),
+            may_hold=tuple([self._may_hold(value, variable) for value in transfer.operands]),
         )
         results = self._applied(transfer, flow, algebra)
         for value, standing in zip(transfer.results, results, strict=True):
@@ -188,9 +211,14 @@ class _Program:
     def _applied(self, transfer: Transfer, flow: UnitFlow, algebra: Algebra) -> list[Standing]:
         """Returns how the results of a transfer stand."""
         law = law_of(transfer.context.eqn.primitive)
+        if transfer.form == "again":
+            before, after = flow.standings
+            if type(before) is not type(after):
+                algebra.other(flow.standings)
+            return []
         if transfer.form == "choice":
-            return flow.for_results(algebra.alike(flow.standings))
-        if transfer.form == "call" or law is None:
+            law = adding
+        elif transfer.form == "call" or law is None or flow.quantises():
             # It may make something along these units out of operands that have none of them.
             made = any(flow.result_dims)
             return flow.for_results(algebra.other(flow.standings, unknown=made))
@@ -220,3 +248,26 @@ class _Program:
                 along += [dim] * self._occurrences(axis).count(variable)
             dims.append(tuple(along))
         return tuple(dims)
+
+    def _may_hold(self, value: TracedValue, variable: int) -> bool:
+        """Whether units lie along an axis of a value, or could where it is constant."""
+        unifier = self._interpreter.unifier
+        size = unifier.size(variable)
+        for axis in value.axes:
+            expanded = unifier.expand(axis)
+            if _count(expanded, variable) or _count(expanded, None) >= size:
+                return True
+        return False
+
+
+def _count(axis: Axis, variable: int | None) -> int:
+    """Returns at how many positions of an axis there are units, or constants for None."""
+    size = others = 1
+    for term in axis:
+        if isinstance(term, Sum):
+            count = sum(_count(segment, variable) for segment in term.segments)
+        else:
+            count = term.size if term.variable == variable else 0
+        size *= term.size
+        others *= term.size - count
+    return size - others

@@ -240,6 +240,10 @@ class Interpreter:
         self.transfers.append(Transfer(context, tuple(alternatives), (joined,), "choice"))
         return joined
 
+    def note_again(self, context: RuleContext, before: TracedValue, after: TracedValue) -> None:
+        """Records that what a loop carries out goes in again, where another value stood for it."""
+        self.transfers.append(Transfer(context, (before, after), (), "again"))
+
     def note(self, value: TracedValue) -> Axes:
         """Records the axes of a value, and returns them, those of the loops around it first."""
         axes = (*self.loops, *value.axes)

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from otfusion_jax.tracing import primitives
@@ -87,6 +88,8 @@ class UnitFlow:
         standings: For each operand how it stands to the units.
         operand_dims: For each operand the numbers of the axes that the units lie along.
         result_dims: The same for each result.
+        may_hold: For each operand whether units lie along an axis of it, or could, as they could
+            along one on which it is constant and that is long enough.
     """
 
     params: dict[str, Any]
@@ -94,6 +97,18 @@ class UnitFlow:
     standings: tuple[Standing, ...]
     operand_dims: tuple[tuple[int, ...], ...]
     result_dims: tuple[tuple[int, ...], ...]
+    may_hold: tuple[bool, ...]
+
+    def quantises(self) -> bool:
+        """Whether what differs from unit to unit becomes whole numbers, or others that are few."""
+        if not any(map(_varies, self.standings)):
+            return False
+        is_single = len(self.result_types) == 1
+        for result, dims in zip(self.result_types, self.result_dims, strict=True):
+            # Of several results those without units may come from other operands.
+            if (is_single or dims) and not rounds_finely(result.dtype):
+                return True
+        return False
 
     def all_along_the_same(self) -> bool:
         """Whether all operands that differ from unit to unit lie along the axes of the results."""
@@ -105,6 +120,14 @@ class UnitFlow:
     def for_results(self, standing: Standing) -> list[Standing]:
         """Returns a standing for each result that the units lie along, None for the others."""
         return [standing if dims else None for dims in self.result_dims]
+
+
+def rounds_finely(dtype: Any) -> bool:
+    """Whether a dtype rounds numbers relative to their size, and not by much.
+
+    Eight bits hold so few numbers that what is rotated and rounded is another model.
+    """
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
 
 
 Law = Callable[[UnitFlow, Algebra], list[Standing]]
@@ -139,7 +162,7 @@ def law_of(primitive: core.Primitive) -> Law | None:
 # --- the same numbers, elsewhere
 
 MOVING = named(
-    "broadcast_in_dim copy cumsum dynamic_slice gather imag neg real conj reduce_precision "
+    "broadcast_in_dim convert_element_type copy cumsum dynamic_slice imag neg real conj "
     "reduce_window_sum reshape rev slice split squeeze stop_gradient transpose"
 )
 MOVING += [
@@ -160,13 +183,26 @@ def moving(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     return flow.for_results(first)
 
 
-@law([P.convert_element_type_p])
-def convert_element_type(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
-    """Passed on, to dtypes that round relative to the size of a number; others quantise."""
-    (x,) = flow.standings
-    dtype = flow.result_types[0].dtype
-    rounds = jnp.issubdtype(dtype, jnp.inexact) and jax.dtypes.itemsize_bits(dtype) >= 16
-    return flow.for_results(x if rounds else algebra.other([x]))
+@law([P.gather_p])
+def gather(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on; where positions are out of bounds, numbers that are given may take the place."""
+    fill = flow.params["fill_value"]
+    fills = flow.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    x, positions = flow.standings
+    # NaN, which it is if nothing is said, stays NaN however units are mixed.
+    if not fills or fill is None or fill == 0 or np.isnan(fill):
+        return moving(flow, algebra)
+    return _alternatives(flow, algebra, [x, None], [positions])
+
+
+@law(named("reduce_precision"))
+def reduce_precision(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Passed on, if numbers are rounded no more than half precision does."""
+    coarsest = jnp.finfo(jnp.bfloat16).nmant, jnp.finfo(jnp.float16).nexp
+    bits = flow.params["mantissa_bits"], flow.params["exponent_bits"]
+    if bits[0] < coarsest[0] or bits[1] < coarsest[1]:
+        return flow.for_results(algebra.other(flow.standings))
+    return moving(flow, algebra)
 
 
 @law(ONE_BY_ONE)
@@ -228,8 +264,10 @@ def concatenate(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Put one after the other: units along the axis stay apart, along others they stand alike."""
     along = flow.params["dimension"]
     if set(flow.result_dims[0]) == {along}:
-        # Each segment has units of its own, or none.
-        standings = [standing for standing in flow.standings if _varies(standing)]
+        # Each segment has units of its own, or none. Constants may be read as more of them further
+        # on, as by a reshape of `[units, ones]` to two rows.
+        met = zip(flow.standings, flow.may_hold, strict=True)
+        standings = [standing for standing, may_hold in met if may_hold]
         return flow.for_results(algebra.alike(standings))
     return adding(flow, algebra)
 
@@ -315,7 +353,16 @@ def conv_general_dilated(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     return flow.for_results(algebra.alike(free) if free else None)
 
 
-SINGLE: tuple[Law, ...] = (moving, convert_element_type, one_by_one, tie, reduce_sum, dot_general)
+SINGLE: tuple[Law, ...] = (
+    moving,
+    gather,
+    reduce_precision,
+    one_by_one,
+    tie,
+    reduce_sum,
+    dot_general,
+    conv_general_dilated,
+)
 """Laws of what adds nothing up unit by unit, so that it does not matter which axes units are on."""
 
 

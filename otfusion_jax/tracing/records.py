@@ -60,13 +60,15 @@ class Transfer(NamedTuple):
         operands: Its operands. Each has a number.
         results: Its results. Each has a number.
         form: `"equation"` for an equation by itself; `"choice"` where the single result is one of
-            the operands; `"call"` for results of a call that are no results of the jaxpr within.
+            the operands; `"call"` for results of a call that are no results of the jaxpr within;
+            `"again"` where the second operand goes on in the place of the first, through equations
+            that are not recorded once more.
     """
 
     context: "EquationContext"
     operands: tuple[TracedValue, ...]
     results: tuple[TracedValue, ...]
-    form: Literal["equation", "choice", "call"]
+    form: Literal["equation", "choice", "call", "again"]
 
 
 class Regrouping(NamedTuple):

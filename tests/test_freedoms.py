@@ -1,0 +1,638 @@
+"""Checks which units may be rotated, against the functions themselves.
+
+Where rotations are claimed, random ones must change no output. Where they are refused, rotating the
+units by hand has to change it, even by a matrix that fixes the vector of ones: the refusal is then
+no whim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import array, normals
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+import otfusion_jax as otf
+
+D, ROWS, HEADS, K = 6, 5, 2, 4
+"""The width of the stream, the rows of the input, the heads and what is in each."""
+
+EXACT = 1e-4
+BROKEN = 1e-2
+
+Shapes = dict[str, tuple[int, ...]]
+Axes = dict[str, tuple[int, ...]]
+
+STREAM = {"embed": (3, D), "read": (D, 4)}
+SCALED = STREAM | {"scale": (D,)}
+NORM = SCALED | {"bias": (D,)}
+ALONG: Axes = {"embed": (1,), "read": (0,)}
+"""Where the units of the stream are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A function of `(params, x)` whose stream may be rotated.
+
+    Attributes:
+        fn: The function.
+        shapes: The shapes of its parameters.
+        fixes_ones: Whether rotations have to fix the vector of ones.
+        folds: The parameters that have to be 1.
+        group: The group in question.
+    """
+
+    fn: Callable[..., Any]
+    shapes: Shapes = dataclasses.field(default_factory=lambda: STREAM)
+    fixes_ones: bool = False
+    folds: tuple[str, ...] = ()
+    group: str = "embed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A function of `(params, x)` whose stream may not be rotated, though it may seem so.
+
+    Attributes:
+        fn: The function.
+        shapes: The shapes of its parameters.
+        axes: By the names of parameters the axes along which the units are.
+        group: The group in question; None if the units do not even move.
+        fixes_ones: Whether the matrix that shows why fixes the vector of ones.
+    """
+
+    fn: Callable[..., Any]
+    shapes: Shapes = dataclasses.field(default_factory=lambda: STREAM)
+    axes: Axes = dataclasses.field(default_factory=lambda: ALONG)
+    group: str | None = "embed"
+    fixes_ones: bool = True
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion():
+    """Lets the functions below be written as they are in the world, with `h * scale`."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# --- what functions are made of
+
+
+def rms(h):
+    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
+
+
+def centred(h):
+    return h - jnp.mean(h, -1, keepdims=True)
+
+
+def layer_norm(h):
+    return rms(centred(h))
+
+
+def on_stream(middle):
+    """A function that embeds, does something to the stream, and reads it."""
+
+    def fn(p, x):
+        return middle(p, x @ p["embed"]) @ p["read"]
+
+    return fn
+
+
+def row_by_row(middle):
+    """A function as `on_stream`, where what is done depends on the rows of the input as well."""
+    return lambda p, x: middle(p, x, x @ p["embed"]) @ p["read"]
+
+
+def repeated(step, start):
+    """Goes through a loop three times."""
+    return lax.scan(lambda carry, _: (step(carry), None), start, None, length=3)[0]
+
+
+def attention(of_queries=lambda p, q: q, of_keys=lambda p, k: k, of_logits=lambda p, q, k: 0):
+    def fn(p, x):
+        h = x @ p["embed"]
+        q, k, v = (jnp.einsum("td,dhk->thk", h, p[name]) for name in ("q", "k", "v"))
+        q, k = of_queries(p, q), of_keys(p, k)
+        logits = jnp.einsum("thk,shk->hts", q, k) / 4 + of_logits(p, q, k)
+        mixed = jnp.einsum("hts,shk->thk", jax.nn.softmax(logits), v)
+        return (h + jnp.einsum("thk,hkd->td", mixed, p["out"])) @ p["read"]
+
+    return fn
+
+
+KERNELS = dict.fromkeys(("q", "k", "v"), (D, HEADS, K))
+ATTENTION: Shapes = STREAM | KERNELS | {"out": (HEADS, K, D)}
+PER_UNIT = ATTENTION | {"c": (K,)}
+INNER: Axes = {"q": (2,), "k": (2,)}
+
+
+def per_unit_bias(p, q, k):
+    """A bias of the logits for each head and key, from a vector that keys are multiplied with."""
+    return jnp.einsum("shk,k->hs", k, p["c"])[:, None]
+
+
+def rope(p, x):
+    """Turns pairs of units by angles that grow with the position."""
+    angle = array(np.arange(ROWS))[:, None, None] * array([1, 0.1])
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :2], x[..., 2:]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+IMAGES: Shapes = {"embed": (1, 1, 3, D), "inner": (3, 3, D, D), "read": (1, 1, D, 4)}
+IMAGE_AXES: Axes = {"embed": (3,), "inner": (2, 3), "read": (2,)}
+
+
+def conv(x, kernel, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def on_images(middle):
+    def fn(p, x):
+        h = conv(x.reshape(1, ROWS, 1, 3), p["embed"])
+        return conv(middle(p, h + conv(h, p["inner"])), p["read"])
+
+    return fn
+
+
+def group_norm(h):
+    grouped = h.reshape(*h.shape[:-1], 2, D // 2)
+    grouped = grouped - jnp.mean(grouped, (-3, -1), keepdims=True)
+    grouped = grouped * lax.rsqrt(jnp.mean(grouped**2, (-3, -1), keepdims=True) + 1e-6)
+    return grouped.reshape(h.shape)
+
+
+def pooled(h, how, start):
+    return lax.reduce_window(h, start, how, (1, 2, 1, 1), (1, 2, 1, 1), "VALID")
+
+
+def either(p, x, one, other):
+    """Takes one branch, and then the other one, so that both matter on any input."""
+    both = [lax.cond(x[0, 0] > 0, *pair) for pair in ((one, other), (other, one))]
+    return both[0] + 2 * both[1]
+
+
+def bent(x):
+    return 2 * jnp.tanh(x)
+
+
+def unknown(name: str) -> Primitive:
+    """A primitive that bends units, which the library knows nothing of."""
+    primitive = Primitive(name)
+    primitive.def_impl(bent)
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(primitive, mlir.lower_fun(bent, multiple_results=False))
+    return primitive
+
+
+TWICE_TANH, TWICE = unknown("twice_tanh"), unknown("twice")
+
+
+@otf.register_rule(TWICE_TANH)
+def twice_tanh(ctx, values):
+    """Elementwise, for all that permutations need to know."""
+    return [ctx.join(values)]
+
+
+@otf.register_rule(TWICE)
+def twice(ctx, values):
+    """Says by a linear function how units go through; it is not what the primitive computes."""
+    jaxpr = jax.make_jaxpr(lambda x: 2 * x)(*[var.aval for var in ctx.eqn.invars])
+    return ctx.call(jaxpr, values)
+
+
+# --- where units may be rotated
+
+CLAIMS = {
+    "linear": Claim(on_stream(lambda p, h: h)),
+    "RMSNorm": Claim(on_stream(lambda p, h: rms(h))),
+    "L2 norm": Claim(on_stream(lambda p, h: h / jnp.linalg.norm(h, axis=-1, keepdims=True))),
+    "LayerNorm": Claim(on_stream(lambda p, h: layer_norm(h)), fixes_ones=True),
+    "variance in one pass": Claim(
+        on_stream(lambda p, h: centred(h) / jnp.sqrt(jnp.mean(h * h) - jnp.mean(h) ** 2)),
+        fixes_ones=True,
+    ),
+    "RMSNorm with a scale": Claim(
+        on_stream(lambda p, h: rms(h) * p["scale"]), SCALED, folds=("scale",)
+    ),
+    "LayerNorm with scale and bias": Claim(
+        on_stream(lambda p, h: layer_norm(h) * p["scale"] + p["bias"]), NORM, True, ("scale",)
+    ),
+    "a scale with an axis of size 1 in front": Claim(
+        on_stream(lambda p, h: rms(h) * p["scale"]), STREAM | {"scale": (1, D)}, folds=("scale",)
+    ),
+    "a scale used twice": Claim(
+        on_stream(lambda p, h: rms(h) * p["scale"] * p["scale"]), SCALED, folds=("scale",)
+    ),
+    "a scale before a norm": Claim(
+        on_stream(lambda p, h: rms(h * p["scale"])), SCALED, folds=("scale",)
+    ),
+    "a scale in a branch": Claim(
+        row_by_row(
+            lambda p, x, h: either(p, x, lambda: rms(h) * p["scale"], lambda: h * p["scale"])
+        ),
+        SCALED,
+        folds=("scale",),
+    ),
+    "batch statistics that are subtracted": Claim(on_stream(lambda p, h: h - jnp.mean(h, 0))),
+    "half precision": Claim(
+        on_stream(lambda p, h: (0 * h.astype(jnp.bfloat16)).astype(jnp.float32) + h)
+    ),
+    "rows that are masked": Claim(row_by_row(lambda p, x, h: jnp.where(x[:, :1] > 0, h, 0.0))),
+    "rows that are set to a constant": Claim(
+        row_by_row(lambda p, x, h: jnp.where(x[:, :1] > 0, h, 2.0)), fixes_ones=True
+    ),
+    "rows beyond the last, NaN": Claim(on_stream(lambda p, h: jnp.take(h, array([0, 2], int), 0))),
+    "rows beyond the last, filled": Claim(
+        on_stream(lambda p, h: h.at[array([0, 9], int)].get(mode="fill", fill_value=5.0)),
+        fixes_ones=True,
+    ),
+    "running sums over rows": Claim(on_stream(lambda p, h: jnp.cumsum(h, 0))),
+    "attention between rows": Claim(on_stream(lambda p, h: jax.nn.softmax(h @ h.T) @ h)),
+    "a matrix of units": Claim(on_stream(lambda p, h: h @ (h.T @ h))),
+    "a matrix and its transpose": Claim(
+        on_stream(lambda p, h: h @ (p["m"] + p["m"].T)), STREAM | {"m": (D, D)}
+    ),
+    "an outer product": Claim(
+        on_stream(lambda p, h: jnp.einsum("ni,nj,ijk->nk", h, h, p["m"])),
+        STREAM | {"m": (D, D, D)},
+    ),
+    "constants beside units, read as more of them": Claim(
+        on_stream(
+            lambda p, h: jnp.concatenate([h, 3 * jnp.ones((ROWS, D))], 1).reshape(ROWS, 2, D).sum(1)
+        ),
+        fixes_ones=True,
+    ),
+    "a loop from zeros": Claim(
+        on_stream(lambda p, h: repeated(lambda c: c / 2 + h, jnp.zeros((ROWS, D))))
+    ),
+    "a loop from ones": Claim(
+        on_stream(lambda p, h: repeated(lambda c: c / 2 + h, jnp.ones((ROWS, D)))), fixes_ones=True
+    ),
+    "squares, summed in a loop": Claim(
+        on_stream(
+            lambda p, h: h / repeated(lambda c: c + h * h, jnp.ones_like(h)).sum(1, keepdims=True)
+        )
+    ),
+    "a norm in a loop's condition": Claim(
+        on_stream(lambda p, h: lax.while_loop(lambda c: jnp.sum(c * c) < 900, lambda c: 2 * c, h))
+    ),
+    "a gradient": Claim(on_stream(lambda p, h: jax.grad(lambda h: jnp.sum(rms(h) * h))(h))),
+    "a barrier, with whole numbers beside": Claim(
+        on_stream(lambda p, h: lax.optimization_barrier((h, jnp.arange(3)))[0])
+    ),
+    "checkpoint": Claim(on_stream(lambda p, h: jax.checkpoint(rms)(h))),
+    "convolutions around a skip": Claim(on_images(lambda p, h: h), IMAGES),
+    "average pooling": Claim(on_images(lambda p, h: pooled(h, lax.add, 0.0)), IMAGES),
+    "the stream of attention": Claim(attention(), ATTENTION),
+    "queries and keys": Claim(attention(), ATTENTION, group="q#2"),
+    "values": Claim(attention(), ATTENTION, group="v"),
+    "values beside RoPE": Claim(attention(rope, rope), ATTENTION, group="v"),
+    "queries that are normalised": Claim(
+        attention(lambda p, q: rms(q), lambda p, k: rms(k)), ATTENTION, group="q#2"
+    ),
+    "a bias of queries": Claim(attention(lambda p, q: q + p["c"]), PER_UNIT, group="q#2"),
+    # The vector is rotated along with the keys, whose product with it is what it was.
+    "a bias of logits from a vector": Claim(
+        attention(of_logits=per_unit_bias), PER_UNIT, group="q#2"
+    ),
+}
+
+
+# --- where they may not
+
+REFUSALS = {
+    "ReLU": Refusal(on_stream(lambda p, h: jax.nn.relu(h))),
+    "a LayerNorm that a nonlinearity reads": Refusal(
+        on_stream(lambda p, h: jnp.tanh(layer_norm(h) * p["scale"] + p["bias"])),
+        NORM,
+        ALONG | {"bias": (0,)},
+    ),
+    "a bias that a nonlinearity reads": Refusal(
+        on_stream(lambda p, h: layer_norm(h) + jnp.tanh(p["bias"])),
+        STREAM | {"bias": (D,)},
+        ALONG | {"bias": (0,)},
+    ),
+    "a scale that a nonlinearity reads": Refusal(
+        on_stream(lambda p, h: rms(h) * jnp.exp(p["scale"])), SCALED
+    ),
+    "a scale of 1 and something": Refusal(
+        on_stream(lambda p, h: rms(h) * (1 + p["scale"])), SCALED
+    ),
+    "a scale that is read by its sum as well": Refusal(
+        on_stream(lambda p, h: rms(h) * p["scale"] + jnp.sum(p["scale"])), SCALED
+    ),
+    "a scaled norm that is added to its input": Refusal(
+        on_stream(lambda p, h: rms(h) * p["scale"] + h), SCALED
+    ),
+    "an embedding that is tied, with a scale": Refusal(
+        lambda p, x: (rms(x @ p["embed"]) * p["scale"]) @ p["embed"].T,
+        {"embed": (3, D), "scale": (D,)},
+        {"embed": (1,)},
+    ),
+    "batch norm": Refusal(on_stream(lambda p, h: h * lax.rsqrt(jnp.var(h, 0)))),
+    "softmax over the units": Refusal(on_stream(lambda p, h: jax.nn.softmax(h))),
+    "a norm of absolute values": Refusal(
+        on_stream(lambda p, h: h / jnp.sum(jnp.abs(h), -1, keepdims=True))
+    ),
+    "a clip at 1": Refusal(on_stream(lambda p, h: jnp.clip(h, -1, 1))),
+    "squares that are read": Refusal(on_stream(lambda p, h: h * h)),
+    "a quantised cast": Refusal(
+        on_stream(lambda p, h: (4 * h).astype(jnp.int8).astype(jnp.float32))
+    ),
+    "a cast to 8 bits": Refusal(
+        on_stream(lambda p, h: h.astype(jnp.float8_e4m3fn).astype(jnp.float32))
+    ),
+    "8 bits by another way": Refusal(on_stream(lambda p, h: lax.reduce_precision(h, 4, 3))),
+    "a product in 8 bits": Refusal(
+        lambda p, x: (
+            lax.dot(x, p["embed"], preferred_element_type=jnp.float8_e4m3fn).astype(jnp.float32)
+            @ p["read"]
+        )
+    ),
+    "a mask of units": Refusal(on_stream(lambda p, h: h * array(np.arange(D) > 2)), group=None),
+    "the first units": Refusal(lambda p, x: (x @ p["embed"])[:, :3] @ p["read"][:3], group=None),
+    "the largest of some rows": Refusal(on_stream(lambda p, h: jnp.max(h, 0, keepdims=True))),
+    "rows in order, unit by unit": Refusal(on_stream(lambda p, h: jnp.sort(h, 0)[1:])),
+    "one unit to the next": Refusal(on_stream(lambda p, h: h - jnp.roll(h, 1, 1)), group=None),
+    "attention between units": Refusal(on_stream(lambda p, h: h @ jax.nn.softmax(h.T @ h))),
+    "sums of each unit with each": Refusal(
+        on_stream(
+            lambda p, h: h * jnp.einsum("nij,ij->n", h[:, :, None] + h[:, None], p["m"])[:, None]
+        ),
+        STREAM | {"m": (D, D)},
+        ALONG | {"m": (0, 1)},
+        fixes_ones=False,
+    ),
+    "a matrix that is squared": Refusal(
+        on_stream(lambda p, h: h @ (p["m"] * p["m"])),
+        STREAM | {"m": (D, D)},
+        ALONG | {"m": (0, 1)},
+    ),
+    "a diagonal": Refusal(
+        on_stream(lambda p, h: h * jnp.diagonal(p["m"]) + h @ p["m"]),
+        STREAM | {"m": (D, D)},
+        ALONG | {"m": (0, 1)},
+        group=None,
+    ),
+    "branches along different axes": Refusal(
+        row_by_row(
+            lambda p, x, h: (
+                h
+                @ either(
+                    p,
+                    x,
+                    lambda: jnp.broadcast_to(h[0][:, None], (D, D)),
+                    lambda: jnp.broadcast_to(h[0], (D, D)),
+                )
+            )
+        ),
+        fixes_ones=False,
+    ),
+    "a branch with a nonlinearity": Refusal(
+        row_by_row(lambda p, x, h: either(p, x, lambda: h, lambda: jnp.tanh(h)))
+    ),
+    "a loop that is linear the first time alone": Refusal(
+        on_stream(lambda p, h: repeated(lambda c: c * c + h, jnp.zeros((ROWS, D))))
+    ),
+    # Made 1, the scale is the same at all units as the loop starts, and never again.
+    "a loop that starts from a scale": Refusal(
+        on_stream(
+            lambda p, h: rms(h) * p["scale"] + repeated(lambda c: c * c * p["bias"], p["scale"])
+        ),
+        NORM,
+    ),
+    "products with vectors in a loop": Refusal(
+        on_stream(lambda p, h: repeated(lambda c: c * p["scale"], h)), SCALED
+    ),
+    "custom_jvp": Refusal(on_stream(lambda p, h: jax.nn.silu(jax.nn.relu(h)))),
+    "a primitive of one's own": Refusal(on_stream(lambda p, h: TWICE_TANH.bind(h))),
+    "a rule of one's own that calls": Refusal(on_stream(lambda p, h: TWICE.bind(h))),
+    "max pooling of a stream": Refusal(
+        on_images(lambda p, h: pooled(h, lax.max, -jnp.inf)), IMAGES, IMAGE_AXES
+    ),
+    "GroupNorm and a nonlinearity": Refusal(
+        on_stream(lambda p, h: jax.nn.relu(group_norm(h))), STREAM, ALONG
+    ),
+    "a convolution of each channel": Refusal(
+        on_images(lambda p, h: conv(h, p["each"], groups=D)),
+        IMAGES | {"each": (3, 3, 1, D)},
+        IMAGE_AXES | {"each": (3,)},
+    ),
+    "queries with a scale for each dimension": Refusal(
+        attention(lambda p, q: rms(q) * p["c"], lambda p, k: rms(k)), PER_UNIT, INNER, "q#2"
+    ),
+    "RoPE": Refusal(attention(rope, rope), ATTENTION, INNER, None),
+    "queries and keys that are bent": Refusal(
+        attention(lambda p, q: jnp.tanh(q), lambda p, k: jnp.tanh(k)), ATTENTION, INNER, "q#2"
+    ),
+    "values that are bent": Refusal(
+        lambda p, x: (
+            attention(lambda p, q: q)(p, x) + jnp.tanh(x @ p["embed"] @ p["v"][:, 0])[:, :4]
+        ),
+        ATTENTION,
+        {"v": (2,), "out": (1,)},
+        None,
+    ),
+}
+
+
+def drawn(shapes: Shapes) -> dict[str, jax.Array]:
+    return normals(shapes, seed=1)
+
+
+X = normals({"x": (ROWS, 3)}, seed=2)["x"]
+
+
+@functools.cache
+def rotating(fn: Callable[..., Any], items: tuple[tuple[str, tuple[int, ...]], ...]):
+    return otf.trace_symmetry(fn, drawn(dict(items)), X).with_rotations()
+
+
+def symmetry_of(case: Claim | Refusal) -> otf.Symmetry:
+    return rotating(case.fn, tuple(case.shapes.items()))
+
+
+def orthogonal(n: int, fixes_ones: bool) -> np.ndarray:
+    """Reflects by a vector: at right angles to the ones if these are to be fixed."""
+    normal = np.random.default_rng(n).standard_normal(n)
+    if fixes_ones:
+        normal -= normal.mean()
+    return np.eye(n) - 2 * np.outer(normal, normal) / (normal @ normal)
+
+
+def along(leaf: jax.Array, axes: tuple[int, ...], matrix: np.ndarray) -> jax.Array:
+    """Multiplies an array by a matrix along axes: an oracle that knows nothing of the library."""
+    moved = np.asarray(leaf)
+    for axis in axes:
+        moved = np.moveaxis(np.tensordot(moved, matrix, (axis, 0)), -1, axis)
+    return array(moved)
+
+
+def change(fn: Callable[..., Any], before: Any, after: Any) -> float:
+    old, new = (np.asarray(fn(params, X)) for params in (before, after))
+    return float(np.max(np.abs(new - old)) / np.max(np.abs(old)))
+
+
+# --- what is claimed
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claimed_rotations_change_no_output(name: str):
+    case = CLAIMS[name]
+    symmetry = symmetry_of(case)
+    group = symmetry[case.group]
+    assert (group.rotates, group.fixes_ones) == (True, case.fixes_ones)
+    (freedom,) = [freedom for freedom in symmetry.freedoms if freedom.group == case.group]
+    assert tuple(fold.path for fold in freedom.folds) == case.folds
+    params = drawn(case.shapes)
+    assert otf.check_symmetry(symmetry, case.fn, params, X) < EXACT
+
+
+NEED_ONES = [name for name, case in CLAIMS.items() if case.fixes_ones]
+
+
+@pytest.mark.parametrize("name", NEED_ONES)
+def test_ones_are_fixed_where_that_matters(name: str):
+    case = CLAIMS[name]
+    symmetry = symmetry_of(case)
+    params = otf.canonicalize(symmetry, drawn(case.shapes))
+    group = symmetry[case.group]
+    moved = dict(params)
+    for member in group.members:
+        moved[member.path] = along(moved[member.path], (member.axis,), orthogonal(D, False))
+    assert change(case.fn, params, moved) > BROKEN
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused_would_change_the_output(name: str):
+    case = REFUSALS[name]
+    symmetry = symmetry_of(case)
+    if case.group is None:
+        units = {(path, axis) for path, axes in case.axes.items() for axis in axes}
+        for group in symmetry.groups:
+            touched = {(member.path, member.axis) for member in group.members}
+            assert not (group.rotates and touched & units)
+    else:
+        assert not symmetry[case.group].rotates
+        (freedom,) = [freedom for freedom in symmetry.freedoms if freedom.group == case.group]
+        assert freedom.reason
+    params = drawn(case.shapes)
+    moved = dict(params)
+    for path, axes in case.axes.items():
+        size = params[path].shape[axes[0]]
+        moved[path] = along(params[path], axes, orthogonal(size, case.fixes_ones))
+    assert change(case.fn, params, moved) > BROKEN
+
+
+@pytest.mark.parametrize("name", [*CLAIMS, *REFUSALS])
+def test_all_that_is_claimed_beside_it_holds_as_well(name: str):
+    case = (CLAIMS | REFUSALS)[name]
+    assert otf.check_symmetry(symmetry_of(case), case.fn, drawn(case.shapes), X) < EXACT
+
+
+# --- dropout, several functions, dtypes
+
+
+def test_a_mask_that_is_an_input_keeps_its_units():
+    def dropout(p, x, mask):
+        return jnp.where(mask, x @ p["embed"], 0) @ p["read"]
+
+    params = drawn(STREAM)
+    mask = array(np.random.default_rng(0).random((ROWS, D)) > 0.5, bool)
+    symmetry = otf.trace_symmetry(dropout, params, X, mask)
+    assert "embed" not in symmetry
+    # Of whole rows it says nothing of single units.
+    symmetry = otf.trace_symmetry(dropout, params, X, mask[:, :1]).with_rotations()
+    assert symmetry["embed"].rotates
+    assert otf.check_symmetry(symmetry, dropout, params, X, mask[:, :1]) < EXACT
+
+
+def test_what_one_of_several_functions_does_counts():
+    linear = on_stream(lambda p, h: h)
+    bending = on_stream(lambda p, h: jnp.tanh(h))
+    centring = on_stream(lambda p, h: layer_norm(h))
+    params = drawn(STREAM)
+    symmetry = otf.trace_symmetry([(linear, (X,)), (bending, (X,))], params)
+    assert not symmetry.with_rotations().rotates
+    functions = [(linear, (X,)), (centring, (X,))]
+    symmetry = otf.trace_symmetry(functions, params).with_rotations()
+    assert symmetry["embed"].rotates
+    assert symmetry["embed"].fixes_ones
+    assert otf.check_symmetry(symmetry, functions, params) < EXACT
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_parameters_of_few_bits_are_not_rotated(dtype: str):
+    def fn(p, x):
+        return (rms(x @ p["embed"]) * p["scale"]) @ p["read"].astype(jnp.float32)
+
+    params = drawn(SCALED)
+    params["read"] = params["read"].astype(dtype)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not symmetry.with_rotations().rotates
+    assert otf.check_symmetry(symmetry, fn, params, X) < EXACT
+
+
+def test_complex_scales_are_folded_into_complex_weights_alone():
+    def fn(p, x):
+        h = rms(x @ p["embed"]).astype(jnp.complex64)
+        return (h * p["scale"]) @ p["read"].astype(jnp.complex64)
+
+    params = drawn(SCALED)
+    params["scale"] = normals({"scale": (D,)}, dtype=np.complex64)["scale"] * 1j
+    assert not otf.trace_symmetry(fn, params, X).with_rotations().rotates
+    params["read"] = lax.complex(params["read"], 1 - params["read"])
+    symmetry = otf.trace_symmetry(fn, params, X).with_rotations()
+    assert symmetry["embed"].rotates
+    assert otf.check_symmetry(symmetry, fn, params, X) < EXACT
+    params["scale"] = array(np.full(D, 1 + 0.5j), np.complex64)
+    with pytest.raises(ValueError, match="scale: up to 0.5 from 1"):
+        otf.transport(symmetry, {}, params)
+
+
+# --- what is said of freedoms
+
+
+def test_reasons_name_the_primitive_and_the_line():
+    case = REFUSALS["a clip at 1"]
+    (freedom,) = symmetry_of(case).freedoms
+    assert freedom.reason is not None
+    assert freedom.reason.startswith(("max at", "min at", "clamp at"))
+    assert "test_freedoms.py" in freedom.reason
+    # Two that differ in the line alone are equal.
+    assert freedom == dataclasses.replace(freedom, reason="somewhere else")
+
+
+def test_heads_are_not_mixed_with_each_other():
+    symmetry = symmetry_of(CLAIMS["queries and keys"])
+    assert [group.name for group in symmetry.groups if not group.rotates] == [symmetry["v"].outer]
+    assert symmetry["q#2"].batch == (HEADS,)
+
+
+def test_a_symmetry_without_rotations_is_what_it_was():
+    case = CLAIMS["LayerNorm with scale and bias"]
+    symmetry = otf.trace_symmetry(case.fn, drawn(case.shapes), X)
+    assert not symmetry.rotates
+    plans = symmetry.random(jax.random.key(0))
+    assert all(jnp.issubdtype(plan.dtype, jnp.integer) for plan in plans.values())
+    with_rotations = symmetry.with_rotations()
+    assert with_rotations != symmetry
+    assert with_rotations.with_rotations() == with_rotations
