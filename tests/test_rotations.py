@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.linalg
 from arrays import normal, normals
@@ -249,14 +250,71 @@ def test_models_have_to_be_in_canonical_form():
         otf.align(symmetry, a, params)
 
 
-def test_masses_learning_and_optimizers_know_no_rotations():
+def learned_from(name, seed, steps=150):
+    """A planted element, learned by the loss of the average from where nothing is turned."""
+    fn, symmetry, _, _ = network(name)
+    a, b, plans = planted(name, seed)
+    # Heads and hidden units are where they belong; what rotates has to be learned.
+    start = {key: plan for key, plan in plans.items() if not symmetry[key].rotates}
+
+    def loss(params, batch):
+        return jnp.mean((fn(params, batch) - fn(b, batch)) ** 2)
+
+    batches = np.random.default_rng(2).integers(0, 9, (steps, 8, 5))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.2, steps))
+    found = otf.learn_alignment(
+        symmetry, loss, a, b, batches, start=start, solver=None, optimizer=optimizer
+    )
+    return symmetry, a, b, start, found
+
+
+def test_rotations_are_learned_from_a_loss():
+    symmetry, a, b, start, found = learned_from("gpt", 0)
+    assert found.history[-1] < 0.25 * found.history[0]
+    for group in symmetry.groups:
+        plan = found.plans[group.name]
+        if group.rotates:
+            products = plan @ jnp.swapaxes(plan, -1, -2)
+            assert_allclose(products, np.broadcast_to(np.eye(group.size), plan.shape), atol=1e-5)
+            if group.fixes_ones:
+                assert_allclose(plan.sum(-1), 1, atol=1e-5)
+        else:
+            assert_array_equal(plan, start[group.name])
+    # The plans are those of the last loss: `transport` takes them.
+    assert distance(otf.transport(symmetry, found, a), b) < distance(a, b)
+
+
+def test_soft_permutations_are_learned_beside_rotations():
     fn, symmetry, _, _ = network("gpt")
+    a, b, _ = planted("gpt", 1)
+
+    def loss(params, batch):
+        return jnp.mean((fn(params, batch) - fn(b, batch)) ** 2)
+
+    found = otf.learn_alignment(symmetry, loss, a, b, TOKENS[None])
+    # The start is the planted element; what is left is that plans of hidden units are soft.
+    assert found.history[0] < 0.1 * loss(otf.average([a, b]), TOKENS)
+    assert found.soft["0/up"].shape == (8, 8)
+    assert found.plans["0/up"].shape == (8,)
+
+
+def test_rotations_alone_need_some():
+    fn, symmetry, params, inputs = network("gpt")
+    permuted = otf.trace_symmetry(fn, params, inputs)
+
+    def vanishing(params, batch):
+        return jnp.zeros(())
+
+    with pytest.raises(ValueError, match=r"the symmetry has none; pass a Sinkhorn\(\), or"):
+        otf.learn_alignment(permuted, vanishing, params, params, TOKENS[None], solver=None)
+
+
+def test_masses_and_optimizers_know_no_rotations():
+    _, symmetry, _, _ = network("gpt")
     a, b, plans = planted("gpt", 0)
     masses = {"embedding": jnp.full(WIDTH, 1 / WIDTH)}
     with pytest.raises(ValueError, match="embedding, of the source: its units are rotated"):
         otf.align(symmetry, a, b, marginals=(masses, {}), method=otf.ForwardPass())
-    with pytest.raises(ValueError, match=r"permutations; pass a symmetry without with_rotations"):
-        otf.learn_alignment(symmetry, lambda p, x: fn(p, x).sum(), a, b, TOKENS[None])
     with pytest.raises(ValueError, match="the state of an optimizer can't be rotated"):
         otf.transport_state(symmetry, plans, a)
 

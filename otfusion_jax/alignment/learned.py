@@ -112,9 +112,9 @@ def learn_alignment(
 
     Raises:
         ValueError: If `align` raises it; if the start does not fit or has soft plans; if integers
-            differ between the models; if the models are not in canonical
-            form, where the symmetry has rotations; if the batches have no leading axis of one size; if `t` is
-            not finite.
+            differ between the models; if the models are not in canonical form, where the symmetry
+            has rotations; if the batches have no leading axis of one size; if `t` is not finite; if
+            the solver is None and nothing rotates.
         TypeError: If `align` raises it; if batches are a list, which is to be stacked; if the
             optimizer is none of optax, or `t` is no number.
         FloatingPointError: If the loss or its gradient is not finite, so that no costs are learned.
@@ -316,7 +316,7 @@ def _turned(group: Group, plan: Array, numbers: Array) -> Array:
         Orthogonal matrices, `[*batch, n, n]`.
     """
     skew = _TURN_PER_STEP * (numbers - jnp.swapaxes(numbers, -1, -2))
-    identity = jnp.eye(skew.shape[-1], dtype=skew.dtype)
+    identity = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
     # The Cayley transform, which is orthogonal for every skew-symmetric matrix.
     turn = jnp.linalg.solve(identity - skew, identity + skew)
     if group.fixes_ones:

@@ -220,8 +220,8 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     Returns:
         The sum over all weights that the groups were compared by, float `[]`.
     """
-    # Under a permutation this is linear in the plan: Σ_j <source unit plan[j], target unit j>. So it
-    # is under a rotation: <Q, cross>.
+    # This is linear in the plan: Σ_j <source unit plan[j], target unit j> of a permutation, and
+    # <Q, cross> of a rotation Q.
     root_plan = plans[0]
     total = None
     for inside, plan in zip(grams, plans, strict=True):
