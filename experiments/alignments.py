@@ -2,8 +2,10 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import optax
+from jaxtyping import Array, Int, PyTree
 from ott.geometry import costs
 
 import otfusion_jax as otf
@@ -12,6 +14,9 @@ from experiments.pairs import Pair
 
 # How many images are held in memory at once where features are read.
 _BATCH_SIZE = 250
+# How many steps rotations are learned by, of how many images.
+_LEARNING_STEPS = 600
+_LEARNING_BATCH_SIZE = 64
 
 
 def by_weights(
@@ -135,8 +140,8 @@ def by_descent_from_correlations(pair: Pair) -> PyTree:
     return _by_grams(pair, grams, descent, metric=None)
 
 
-def by_rotated_streams(pair: Pair) -> PyTree:
-    """Moves A by the features of residual streams, and by the weights of all else.
+def by_features(pair: Pair) -> PyTree:
+    """Moves A by the features of residual streams and hidden units, and by the weights of heads.
 
     Args:
         pair: The models, in canonical form.
@@ -144,11 +149,11 @@ def by_rotated_streams(pair: Pair) -> PyTree:
     Returns:
         A, moved.
     """
-    return _by_grams(pair, stream_grams(pair), otf.ForwardPass(), metric=None)
+    return _by_grams(pair, grams_beside_heads(pair), otf.ForwardPass(), metric=None)
 
 
-def by_descent_from_rotated_streams(pair: Pair) -> PyTree:
-    """Moves A by coordinate descent on the weights that starts from features of residual streams.
+def by_descent_from_features(pair: Pair) -> PyTree:
+    """Moves A by coordinate descent on the weights that starts from `by_features`.
 
     Args:
         pair: The models, in canonical form.
@@ -157,24 +162,68 @@ def by_descent_from_rotated_streams(pair: Pair) -> PyTree:
         A, moved.
     """
     descent = otf.CoordinateDescent(starts=("forward",))
-    return _by_grams(pair, stream_grams(pair), descent, metric=None)
+    return _by_grams(pair, grams_beside_heads(pair), descent, metric=None)
 
 
-def stream_grams(pair: Pair) -> dict[str, otf.Gram]:
-    """Compares the features of residual streams, as blocks take them up, minus their mean.
+def by_learned_rotations(pair: Pair) -> PyTree:
+    """Turns A on from where `by_features` has it, until the average answers as the models do.
+
+    No labels are needed: what the average is to predict is the mean of what the two predict.
+
+    Args:
+        pair: The models, in canonical form, and the images to learn on.
+
+    Returns:
+        A, moved.
+    """
+    network = pair.network
+    start = otf.align(
+        network.symmetry,
+        pair.a,
+        pair.b,
+        method=otf.ForwardPass(),
+        grams=grams_beside_heads(pair),
+        leaf_weight=counts,
+    )
+
+    def loss(params: PyTree, chosen: Int[Array, " batch"]) -> Array:
+        images = pair.images[chosen]
+        answers = []
+        for model in (pair.a, pair.b):
+            answers.append(jax.nn.softmax(network.apply(model, images)))
+        answer = (answers[0] + answers[1]) / 2
+        return optax.softmax_cross_entropy(network.apply(params, images), answer).mean()
+
+    shape = (_LEARNING_STEPS, _LEARNING_BATCH_SIZE)
+    batches = jax.random.randint(jax.random.key(0), shape, 0, len(pair.images))
+    # Permutations stay as features have found them.
+    learned = otf.learn_alignment(
+        network.symmetry, loss, pair.a, pair.b, batches, start=start, solver=None
+    )
+    return otf.transport(network.symmetry, learned, pair.a)
+
+
+def grams_beside_heads(pair: Pair) -> dict[str, otf.Gram]:
+    """Compares what residual streams and hidden units put out, minus its mean.
+
+    Heads are left out, and what is in them: their weights tell more.
 
     Args:
         pair: The models, in canonical form.
 
     Returns:
-        The inner products of the groups that rotate and are nested in no others.
+        The inner products of the features of units that rotate, and of others their correlations.
     """
-    grams = activation_grams(pair, len(pair.images))
-    streams = {}
-    for group in pair.network.symmetry.groups:
+    groups = pair.network.symmetry.groups
+    heads = {group.outer for group in groups}
+    grams = {}
+    for name, gram in activation_grams(pair, len(pair.images)).items():
+        group = pair.network.symmetry[name]
         if group.rotates and not group.batch:
-            streams[group.name] = grams[group.name]
-    return streams
+            grams[name] = gram
+        elif name not in heads and group.outer is None:
+            grams[name] = correlations(gram)
+    return grams
 
 
 def correlations(gram: otf.Gram) -> otf.Gram:

@@ -131,6 +131,11 @@ class Method:
         """The name without what stands in brackets."""
         return self.name.partition(" (")[0]
 
+    @property
+    def rotates(self) -> bool:
+        """Whether it rotates units, which few networks allow."""
+        return self.form is in_canonical_form
+
 
 def _weights(
     name: str, metric: costs.CostFn, unit_norm: bool, tabulated: tuple[Correction, ...]
@@ -195,16 +200,22 @@ ROTATED_DESCENT = Method(
     lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
     in_canonical_form,
 )
-ROTATED_STREAMS = Method(
-    "streams by features, with rotations",
+ROTATED_BY_FEATURES = Method(
+    "features, with rotations",
     Needs.IMAGES,
-    alignments.by_rotated_streams,
+    alignments.by_features,
     in_canonical_form,
 )
-ROTATED_DESCENT_FROM_STREAMS = Method(
-    "coordinate descent from streams by features, with rotations",
+ROTATED_DESCENT_FROM_FEATURES = Method(
+    "coordinate descent from features, with rotations",
     Needs.IMAGES,
-    alignments.by_descent_from_rotated_streams,
+    alignments.by_descent_from_features,
+    in_canonical_form,
+)
+LEARNED_ROTATIONS = Method(
+    "learned rotations",
+    Needs.IMAGES,
+    alignments.by_learned_rotations,
     in_canonical_form,
 )
 
@@ -224,8 +235,9 @@ VARIANTS = by_name(
     MATCHING,
     DESCENT_FROM_MATCHING,
     ROTATED_DESCENT,
-    ROTATED_STREAMS,
-    ROTATED_DESCENT_FROM_STREAMS,
+    ROTATED_BY_FEATURES,
+    ROTATED_DESCENT_FROM_FEATURES,
+    LEARNED_ROTATIONS,
 )
 
 

@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 PRIMITIVES = ROOT / "docs" / "primitives.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
-EXECUTED = [ROOT / "docs" / "rules.md", ROOT / "docs" / "architecture.md"]
+EXECUTED = [ROOT / "docs" / name for name in ("rules.md", "architecture.md", "symmetries.md")]
 """Pages whose Python blocks are run, and print what the blocks of text below them say."""
 
 

@@ -53,8 +53,7 @@ class OneShot(PairStudy):
         run.add(judge.measures(pair.b), method="model B", **alone)
         ensemble = judge.ensemble([pair.a, pair.b])
         run.add(ensemble, method="ensemble", **alone)
-        methods = VARIANTS if self.variants else METHODS
-        for method in progress(self.methods or methods.values(), "fusing"):
+        for method in progress(self._methods(run), "fusing"):
             with run.timed(method.name):
                 formed = method.form(pair)
                 moved = jax.block_until_ready(method.move(formed))
@@ -70,6 +69,17 @@ class OneShot(PairStudy):
                     run.add({metric: height}, method=method.name, measure=barrier)
                 for position, values in path.points:
                     run.add(values, method=method.name, measure="path", t=position)
+
+    def _methods(self, run: Run) -> list[Method]:
+        """Returns the methods to compare: those asked for, or all that the network allows."""
+        rotates = run.network.symmetry.with_rotations().rotates
+        if self.methods is None:
+            methods = VARIANTS if self.variants else METHODS
+            return [method for method in methods.values() if rotates or not method.rotates]
+        for method in self.methods:
+            if method.rotates and not rotates:
+                raise ValueError(f"No units of {run.network.config.label} can be rotated: {method}")
+        return list(self.methods)
 
     def tables(self, records: pd.DataFrame) -> list[str]:
         """Shows accuracies and losses, and the barriers of both."""

@@ -100,9 +100,10 @@ def headline(symmetry: "Symmetry") -> str:
     share = 100 * movable / max(1, total)
     groups = counted(len(symmetry.groups), "group", "groups")
     leaves = counted(len(symmetry.leaves), "leaf", "leaves")
+    moved = "moved" if symmetry.rotates else "permuted"
     return (
         f"Symmetry: {groups} over {leaves}; {share:.1f} % of {total:,} "
-        "parameters lie on an axis that can be permuted"
+        f"parameters lie on an axis that can be {moved}"
     )
 
 
