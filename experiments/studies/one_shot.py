@@ -62,7 +62,7 @@ class OneShot(PairStudy):
                     fused = jax.block_until_ready(correction.average(formed, moved, EVENLY))
                 run.add(judge.measures(fused), method=method.name, measure=correction.name)
             # The paths of all variants would take long, and a plot of them show nothing.
-            if method in METHODS.values():
+            if method in METHODS.values() or method.rotates:
                 path = path_judge.path(moved, formed.b, t)
                 for metric, height in path.heights.items():
                     barrier = BARRIERS[metric]

@@ -183,28 +183,30 @@ class Scales(Algebra):
         if degree:
             self.equations.append(degree)
 
-    def degrees_with(self, parameter: int, unscaled: Collection[int]) -> Degree | None:
-        """Solves the equations for a parameter of degree 1.
+    def degrees_with(self, parameters: Collection[int]) -> dict[int, Degree]:
+        """Solves the equations for one parameter of degree 1 after the other, the rest at 0.
 
         Args:
-            parameter: The number of the parameter.
-            unscaled: The numbers of parameters that must have degree 0.
+            parameters: The numbers of the parameters.
 
         Returns:
-            For each parameter that must be scaled along its degree, 1 for the one given. None if
-            there is no such symmetry, or not by whole degrees.
+            For each parameter the degrees of all that must be scaled along with it, its own 1 among
+            them. Parameters for which there is no such symmetry, or not by whole degrees, are left
+            out.
         """
-        rows = []
-        for equation in self.equations:
-            row = {}
-            for number, count in equation.items():
-                if number not in unscaled or number == parameter:
-                    row[number] = Fraction(count)
-            rows.append(row)
-        solution = _solution(rows, parameter)
-        if solution is None or any(degree.denominator != 1 for degree in solution.values()):
-            return None
-        return {number: int(degree) for number, degree in solution.items() if degree}
+        pivots, rest = _eliminated(self.equations, parameters)
+        solved = {}
+        for parameter in parameters:
+            if any(parameter in row for row in rest):
+                continue
+            degrees = {parameter: Fraction(1)}
+            # Unknowns that are still free are 0, so that few parameters are scaled.
+            for unknown, row in pivots.items():
+                if parameter in row:
+                    degrees[unknown] = -row[parameter]
+            if all(degree.denominator == 1 for degree in degrees.values()):
+                solved[parameter] = {number: int(degree) for number, degree in degrees.items()}
+        return solved
 
 
 def _degree(standing: Standing) -> Degree:
@@ -220,38 +222,47 @@ def _sum(x: Degree, y: Degree, factor: int) -> Degree:
     return {number: count for number, count in total.items() if count}
 
 
-def _solution(rows: Sequence[dict[int, Fraction]], parameter: int) -> dict[int, Fraction] | None:
-    """Solves homogeneous linear equations for one unknown of 1, by Gaussian elimination.
+_Row = dict[int, Fraction]
+"""An equation: by the numbers of unknowns their coefficients, none of them 0."""
 
-    Unknowns that are still free are 0, so that few parameters are scaled.
+
+def _eliminated(
+    equations: Sequence[Degree], parameters: Collection[int]
+) -> tuple[dict[int, _Row], list[_Row]]:
+    """Solves homogeneous linear equations for all unknowns but some, by Gaussian elimination.
+
+    Args:
+        equations: The equations.
+        parameters: The unknowns that the others are to be expressed by.
+
+    Returns:
+        For each unknown that is determined its equation, in which it has coefficient 1 and no other
+        such unknown occurs; and the equations that are left between parameters alone.
     """
-    pivots: dict[int, dict[int, Fraction]] = {}
-    for row in rows:
-        reduced = dict(row)
-        for unknown, pivot_row in pivots.items():
-            _eliminate(reduced, pivot_row, unknown)
-        unknowns = [unknown for unknown in reduced if unknown != parameter]
+    pivots: dict[int, _Row] = {}
+    rest = []
+    for equation in equations:
+        row = {unknown: Fraction(count) for unknown, count in equation.items()}
+        for unknown in [unknown for unknown in row if unknown in pivots]:
+            _eliminate(row, pivots[unknown], unknown)
+        unknowns = [unknown for unknown in row if unknown not in parameters]
         if not unknowns:
-            if reduced:
-                return None
+            if row:
+                rest.append(row)
             continue
         pivot = min(unknowns)
-        scale = reduced[pivot]
-        reduced = {unknown: count / scale for unknown, count in reduced.items()}
+        scale = row[pivot]
+        row = {unknown: count / scale for unknown, count in row.items()}
         for pivot_row in pivots.values():
-            _eliminate(pivot_row, reduced, pivot)
-        pivots[pivot] = reduced
-    solution = {parameter: Fraction(1)}
-    for unknown, row in pivots.items():
-        solution[unknown] = -row.get(parameter, Fraction(0))
-    return solution
+            if pivot in pivot_row:
+                _eliminate(pivot_row, row, pivot)
+        pivots[pivot] = row
+    return pivots, rest
 
 
-def _eliminate(row: dict[int, Fraction], pivot_row: dict[int, Fraction], unknown: int) -> None:
+def _eliminate(row: _Row, pivot_row: _Row, unknown: int) -> None:
     """Subtracts from a row the multiple of another that makes one of its unknowns vanish."""
-    factor = row.get(unknown)
-    if factor is None:
-        return
+    factor = row[unknown]
     for other, count in pivot_row.items():
         row[other] = row.get(other, Fraction(0)) - factor * count
         if not row[other]:

@@ -80,16 +80,15 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     without = program.rotations(variable, candidates)
     if without.refused is not None:
         return Freedom(group.name, rotates=False, reason=without.refused)
-    scales = program.scales(variable)
+    solved = program.scales(variable).degrees_with(candidates)
     folds = []
     for number in sorted(candidates):
-        degrees = scales.degrees_with(number, candidates)
-        if degrees is None:
+        if number not in solved:
             return permuted
-        del degrees[number]
-        if not all(_holds_multiples(parts[leaf], parts[number]) for leaf in degrees):
+        others = {leaf: degree for leaf, degree in solved[number].items() if leaf != number}
+        if not all(_holds_multiples(parts[leaf], parts[number]) for leaf in others):
             return permuted
-        folds.append(Fold(number, parts[number].path, tuple(sorted(degrees.items()))))
+        folds.append(Fold(number, parts[number].path, tuple(sorted(others.items()))))
     return _rotating(group, without, tuple(folds))
 
 
