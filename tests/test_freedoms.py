@@ -548,6 +548,84 @@ def test_all_that_is_claimed_beside_it_holds_as_well(name: str):
     assert otf.check_symmetry(symmetry_of(case), case.fn, drawn(case.shapes), X) < EXACT
 
 
+# --- scales of stacked layers
+
+
+LAYERS = STREAM | {"scales": (3, D), "up": (3, D, 7), "down": (3, 7, D), "last": (D,)}
+
+
+def layered(
+    block: Callable[..., Any], after: Callable[..., Any] = lambda p, h, collected: h
+) -> Callable[..., Any]:
+    """A stream that goes through stacked layers: `block` gives what each adds, and collects."""
+
+    def fn(p, x):
+        def body(h, layer):
+            added, collected = block(p, h, layer)
+            return h + added, collected
+
+        h, collected = lax.scan(body, x @ p["embed"], {k: p[k] for k in ("scales", "up", "down")})
+        return rms(after(p, h, collected)) * p["last"] @ p["read"]
+
+    return fn
+
+
+def normed(h: jax.Array, layer: Any) -> jax.Array:
+    return rms(h) * layer["scales"]
+
+
+def hidden(y: jax.Array, layer: Any) -> jax.Array:
+    return jnp.tanh(y @ layer["up"]) @ layer["down"]
+
+
+def test_scales_of_stacked_layers_are_folded_layer_by_layer():
+    fn = layered(lambda p, h, layer: (hidden(normed(h, layer), layer), None))
+    params = drawn(LAYERS)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    folds = {fold.path: fold.layered for fold in symmetry.freedoms[0].folds}
+    assert folds == {"scales": True, "last": False}
+    canonical = otf.canonicalize(symmetry, params)
+    assert (canonical["scales"] == 1).all()
+    expected = params["up"] * params["scales"][:, :, None]
+    np.testing.assert_allclose(canonical["up"], expected, rtol=1e-6)
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+IN_ANOTHER_LAYER = {
+    "collected, and read by one matrix for all": layered(
+        lambda p, h, layer: (hidden(h, layer), normed(h, layer)),
+        lambda p, h, collected: h + collected.sum(0) @ p["embed"].T @ p["embed"],
+    ),
+    "carried on": layered(lambda p, h, layer: (normed(h, layer), None)),
+    "read by a matrix that is not stacked": layered(
+        lambda p, h, layer: (jnp.tanh(normed(h, layer) @ p["read"]) @ p["read"].T, None)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_ANOTHER_LAYER)
+def test_scales_that_another_layer_would_see_stay(name: str):
+    fn = IN_ANOTHER_LAYER[name]
+    params = drawn(LAYERS)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not symmetry["embed"].rotates
+    assert not symmetry.with_rotations()["embed"].rotates
+
+
+def test_matrices_of_other_layers_than_the_scales_are_left_alone():
+    def fn(p, x):
+        def body(h, layer):
+            return h + hidden(normed(h, layer), layer), None
+
+        shifted = {"scales": p["scales"], "up": jnp.roll(p["up"], 1, axis=0), "down": p["down"]}
+        h, _ = lax.scan(body, x @ p["embed"], shifted)
+        return h @ p["read"]
+
+    params = {name: leaf for name, leaf in drawn(LAYERS).items() if name != "last"}
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not symmetry.with_rotations()["embed"].rotates
+
+
 # --- dropout, several functions, dtypes
 
 

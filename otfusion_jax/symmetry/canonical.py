@@ -63,7 +63,9 @@ def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
             for number, unit_axis in enumerate(symmetry.leaf_structures[leaf].unit_axes):
                 if unit_axis.group.name == group:
                     axes.append(number)
-            divided = _divided(structure, arrays[leaf], scale, tuple(axes), degree)
+            divided = _divided(
+                structure, arrays[leaf], scale, tuple(axes), degree, layered=fold.layered
+            )
             _require_finite(symmetry, fold, scale, leaf, divided)
             arrays[leaf] = divided
         arrays[fold.leaf] = jnp.ones_like(scale)
@@ -78,9 +80,14 @@ def folds_of(symmetry: Symmetry) -> list[tuple[str, Fold]]:
     return folds
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "axes", "degree"))
+@functools.partial(jax.jit, static_argnames=("structure", "axes", "degree", "layered"))
 def _divided(
-    structure: LeafStructure, array: Array, scale: Array, axes: tuple[int, ...], degree: int
+    structure: LeafStructure,
+    array: Array,
+    scale: Array,
+    axes: tuple[int, ...],
+    degree: int,
+    layered: bool,
 ) -> Array:
     """Divides units of a parameter by a power of a scale.
 
@@ -90,23 +97,27 @@ def _divided(
         scale: The scale, with one number for each unit.
         axes: Which of the unit axes of the structure the units are.
         degree: The power.
+        layered: Whether the first axis of both are layers.
 
     Returns:
         The parameter. Where the scale is 0, a 0 that would be divided by it stays 0, as a unit that
         nothing is added to takes no part. Anything else becomes infinite: there is no such model.
     """
-    factors = (scale.reshape(-1) ** abs(degree)).astype(array.dtype)
+    layers = scale.shape[:1] if layered else ()
+    factors = (scale.reshape(*layers, -1) ** abs(degree)).astype(array.dtype)
+    # The dimensions that the axis of layers falls into come first in every block.
+    of_layers = len(structure.partition.axes[0][0].dims) if layered else 0
     blocks = structure.partition.split(array)
     for number in axes:
         unit_axis = structure.unit_axes[number]
         for key, block in blocks.items():
             if unit_axis.is_in(block):
-                rank = block.array.ndim
-                along = block.dims.index(unit_axis.dim)
-                shape = [1] * rank
-                shape[along] = len(factors)
-                along_units = factors.reshape(shape)
-                blocks[key] = block._replace(array=_scaled(block.array, along_units, degree))
+                rest = block.array.shape[of_layers:]
+                shape = [1] * len(rest)
+                shape[block.dims.index(unit_axis.dim) - of_layers] = factors.shape[-1]
+                along_units = factors.reshape(*layers, *shape)
+                scaled = _scaled(block.array.reshape(*layers, *rest), along_units, degree)
+                blocks[key] = block._replace(array=scaled.reshape(block.array.shape))
     return structure.partition.join(blocks)
 
 

@@ -130,16 +130,19 @@ class Fold:
     """How a parameter that multiplies units one by one is made 1, and the function kept.
 
     Attributes:
-        leaf: The position of the parameter in `Symmetry.parts`. It has one number for each unit.
+        leaf: The position of the parameter in `Symmetry.parts`. It has one number for each unit, or
+            one for each unit of each layer.
         path: The key path of the parameter.
         others: The positions of the other parameters that change, each with the power of the scale
             by which its units are divided: -1 for weights that read the units, which are then
             multiplied by the scale, and 1 for what is added to them.
+        layered: Whether the first axis of all of these are the layers that a `scan` goes over.
     """
 
     leaf: int
     path: str
     others: tuple[tuple[int, int], ...]
+    layered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,6 +162,14 @@ class EquationContext:
         selection = Selection(axis, tuple(kept), frozenset(found))
         self.interpreter.selections.append(selection)
 
+    def note_sliced(self, value: TracedValue) -> None:
+        """Records that a loop takes slices of an operand along its first axis, one an iteration.
+
+        Args:
+            value: The operand.
+        """
+        self.interpreter.sliced.append((value.number, id(self.eqn)))
+
     def note_consumed(self, position: int, value: TracedValue, dims: Sequence[int]) -> None:
         """Records where features can be read as activations. `contract` does it by itself.
 

@@ -34,6 +34,7 @@ from otfusion_jax.tracing.laws import (
     rounds_finely,
 )
 from otfusion_jax.tracing.records import Transfer
+from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue
 
 
@@ -76,19 +77,26 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     # The fold of units that are nested would be another one at each index of what is around them.
     if group.batch or not plain.in_the_way:
         return permuted
-    candidates = {number for number in plain.in_the_way if _is_vector_of(parts[number], group)}
+    candidates = set()
+    for number in plain.in_the_way:
+        if _is_vector_of(parts[number], group) or program.is_sliced(number):
+            candidates.add(number)
     without = program.rotations(variable, candidates)
     if without.refused is not None:
         return Freedom(group.name, rotates=False, reason=without.refused)
-    solved = program.scales(variable).degrees_with(candidates)
+    scales, standings = program.scales(variable)
+    solved = scales.degrees_with(candidates)
     folds = []
     for number in sorted(candidates):
         if number not in solved:
             return permuted
+        layered = not _is_vector_of(parts[number], group)
+        if layered and not program.stays_in_a_layer(variable, standings, solved[number]):
+            return permuted
         others = {leaf: degree for leaf, degree in solved[number].items() if leaf != number}
         if not all(_holds_multiples(parts[leaf], parts[number]) for leaf in others):
             return permuted
-        folds.append(Fold(number, parts[number].path, tuple(sorted(others.items()))))
+        folds.append(Fold(number, parts[number].path, tuple(sorted(others.items())), layered))
     return _rotating(group, without, tuple(folds))
 
 
@@ -163,11 +171,15 @@ class _Program:
             self._follow(transfer, variable, standings, rotations)
         return rotations
 
-    def scales(self, variable: int) -> Scales:
+    def scales(self, variable: int) -> tuple[Scales, dict[int, Standing]]:
         """Asks how parameters may be scaled unit by unit.
 
         Args:
             variable: The axis variable of the group.
+
+        Returns:
+            The equations between the degrees of parameters, and for each value by its number what
+            its degree is made of.
         """
         standings: dict[int, Standing] = {}
         for number, parameter in self._parameters(variable):
@@ -179,7 +191,44 @@ class _Program:
         scales = Scales()
         for transfer in self._transfers_of[variable]:
             self._follow(transfer, variable, standings, scales)
-        return scales
+        return scales, standings
+
+    def is_sliced(self, parameter: int) -> bool:
+        """Whether a loop takes slices of a parameter, one in each iteration."""
+        sliced = {number for number, _ in self._interpreter.sliced}
+        numbers = self._interpreter.parameters
+        return any(numbers[number] == parameter for number in sliced if number in numbers)
+
+    def stays_in_a_layer(
+        self, variable: int, standings: dict[int, Standing], degrees: dict[int, int]
+    ) -> bool:
+        """Whether a scaling can have other scales in each iteration of a loop.
+
+        It can if all that it scales are slices that one loop takes, and what is made of these
+        within an iteration: nothing of it is carried on, collected, or used outside.
+
+        Args:
+            variable: The axis variable of the group.
+            standings: For each value by its number what its degree is made of.
+            degrees: The degrees of the parameters that are scaled.
+        """
+        scaled = set()
+        for number, standing in standings.items():
+            if sum(count * degrees.get(leaf, 0) for leaf, count in standing.items()):
+                scaled.add(number)
+        loops = set()
+        for transfer in self._transfers_of[variable]:
+            values = (*transfer.operands, *transfer.results)
+            if any(value.number in scaled for value in values):
+                loops.add(_loop_around(transfer))
+        if len(loops) != 1:
+            return False
+        (loop,) = loops
+        slices = set()
+        for number, of_loop in self._interpreter.sliced:
+            if of_loop == loop and number in self._interpreter.parameters:
+                slices.add(self._interpreter.parameters[number])
+        return set(degrees) <= slices
 
     def _parameters(self, variable: int) -> list[tuple[int, int]]:
         """Returns the numbers of the values that are parameters with these units, and which."""
@@ -257,6 +306,14 @@ class _Program:
             if _count(expanded, variable) or _count(expanded, None) >= size:
                 return True
         return False
+
+
+def _loop_around(transfer: Transfer) -> int | None:
+    """Returns the innermost `scan` around an equation, by its identity; None outside of all."""
+    context = transfer.context.caller
+    while context is not None and context.eqn.primitive is not P.scan_p:
+        context = context.caller
+    return None if context is None else id(context.eqn)
 
 
 def _count(axis: Axis, variable: int | None) -> int:

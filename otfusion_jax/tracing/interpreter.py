@@ -63,6 +63,8 @@ class Interpreter:
             was interpreted.
         zeros: The numbers of the values that are 0 throughout, as constants.
         parameters: For the number of a value that is a parameter, which one it is.
+        sliced: The numbers of values of which loops take slices, each with the loop, by the
+            identity of its equation.
     """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
@@ -82,6 +84,7 @@ class Interpreter:
         self.transfers: list[Transfer] = []
         self.zeros: set[int] = set()
         self.parameters: dict[int | None, int] = {}
+        self.sliced: list[tuple[int | None, int]] = []
         self._values_numbered = 0
 
     # --- the pass

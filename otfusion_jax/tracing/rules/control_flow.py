@@ -51,6 +51,7 @@ def scan(ctx: RuleContext, values: Values) -> Values:
     for x in stacked:
         first = x.axes[0]
         ctx.tie([iterations, first], [Kind.CONSTANT, x.kind])
+        ctx.note_sliced(x)
         slices.append(x.without([0]))
 
     def body(carry: Values) -> Values:
