@@ -612,6 +612,15 @@ def test_scales_that_another_layer_would_see_stay(name: str):
     assert not symmetry.with_rotations()["embed"].rotates
 
 
+def test_a_count_that_starts_from_0_is_a_number_after():
+    def fn(p, x):
+        return lax.fori_loop(0, 3, lambda i, h: h + 0.1 * i, x @ p["embed"]) @ p["read"]
+
+    symmetry = otf.trace_symmetry(fn, drawn(STREAM), X).with_rotations()
+    assert symmetry["embed"].fixes_ones
+    assert otf.check_symmetry(symmetry, fn, drawn(STREAM), X) < EXACT
+
+
 def test_matrices_of_other_layers_than_the_scales_are_left_alone():
     def fn(p, x):
         def body(h, layer):

@@ -412,6 +412,9 @@ class RuleContext(EquationContext):
         """Whether a round has changed neither what moves with a value nor what it depends on."""
         if before.kind is not after.kind:
             return False
+        # A count starts from 0, and is not 0 again.
+        if self.interpreter.is_zero(before) and not self.interpreter.is_zero(after):
+            return False
         unifier = self.unifier
         for old, new in zip(before.axes, after.axes, strict=True):
             pinned = unifier.is_pinned(old) and unifier.is_pinned(new)

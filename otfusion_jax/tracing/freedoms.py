@@ -27,10 +27,7 @@ from otfusion_jax.tracing.laws import (
     Standing,
     UnitFlow,
     adding,
-    div,
     law_of,
-    moving,
-    mul,
     rounds_finely,
 )
 from otfusion_jax.tracing.records import Transfer
@@ -126,19 +123,11 @@ class _Program:
         self._groups = frozenset(collected.names)
         self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
-        self._zeros = set(self._interpreter.zeros)
         for transfer in self._interpreter.transfers:
             self._add(transfer)
 
     def _add(self, transfer: Transfer) -> None:
         """Sorts a transfer by the groups whose units go through it."""
-        law = law_of(transfer.context.eqn.primitive)
-        # What is moved is the first operand, others are positions. Of factors one is enough.
-        count = 0
-        if law is not None and transfer.form == "equation":
-            count = {moving: 1, div: 1, mul: 2}.get(law, 0)
-        if any(value.number in self._zeros for value in transfer.operands[:count]):
-            self._zeros.update([value.number for value in transfer.results if value.number])
         variables: set[int] = set()
         for value in (*transfer.operands, *transfer.results):
             for axis in value.axes:
@@ -280,7 +269,7 @@ class _Program:
         return results
 
     def _standing(self, value: TracedValue, standings: dict[int, Standing]) -> Standing:
-        if value.number in self._zeros:
+        if self._interpreter.is_zero(value):
             return ZERO
         return standings.get(value.number) if value.number is not None else None
 

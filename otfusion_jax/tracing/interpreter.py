@@ -20,6 +20,7 @@ from otfusion_jax.tracing.constants import constant_value, is_zero
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
+from otfusion_jax.tracing.laws import keeps_zero
 from otfusion_jax.tracing.records import (
     Interaction,
     Path,
@@ -61,7 +62,7 @@ class Interpreter:
         calls: How many jaxprs within others have been entered.
         transfers: All equations but calls, in dataflow order, those of a loop's body as often as it
             was interpreted.
-        zeros: The numbers of the values that are 0 throughout, as constants.
+        zeros: The numbers of the values that are 0 throughout: constants, and what is made of them.
         parameters: For the number of a value that is a parameter, which one it is.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
             identity of its equation.
@@ -162,6 +163,9 @@ class Interpreter:
         numbered = [self.numbered(value) for value in results]
         form = "call" if is_call else "equation"
         self.transfers.append(Transfer(context, tuple(operands), tuple(numbered), form))
+        # Of a call by a rule from elsewhere, the law of the primitive says nothing.
+        if not is_call and keeps_zero(context.eqn.primitive, list(map(self.is_zero, operands))):
+            self.zeros.update([value.number for value in numbered if value.number is not None])
         return numbered
 
     def _note_lost_axes(
@@ -241,7 +245,13 @@ class Interpreter:
         """Numbers a value that is one of several, and records that; see `RuleContext.one_of`."""
         joined = self.numbered(joined)
         self.transfers.append(Transfer(context, tuple(alternatives), (joined,), "choice"))
+        if joined.number is not None and all(map(self.is_zero, alternatives)):
+            self.zeros.add(joined.number)
         return joined
+
+    def is_zero(self, value: TracedValue) -> bool:
+        """Whether a value is known to be 0 throughout, as far as it has been gone through."""
+        return value.number in self.zeros
 
     def note_again(self, context: RuleContext, before: TracedValue, after: TracedValue) -> None:
         """Records that what a loop carries out goes in again, where another value stood for it."""

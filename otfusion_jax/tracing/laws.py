@@ -366,6 +366,18 @@ SINGLE: tuple[Law, ...] = (
 """Laws of what adds nothing up unit by unit, so that it does not matter which axes units are on."""
 
 
+def keeps_zero(primitive: core.Primitive, zeros: Sequence[bool]) -> bool:
+    """Says whether the results of an equation are 0 for certain.
+
+    Args:
+        primitive: The primitive of the equation.
+        zeros: For each operand whether it is known to be 0.
+    """
+    # What is moved is the first operand, others are positions. Of factors one is enough.
+    counts: dict[Law | None, int] = {moving: 1, div: 1, mul: 2}
+    return any(zeros[: counts.get(law_of(primitive), 0)])
+
+
 def _along(flow: UnitFlow, operand: int, dim: int) -> Standing:
     """Returns how an operand stands along one of its axes; None where the units are elsewhere."""
     return flow.standings[operand] if dim in flow.operand_dims[operand] else None
