@@ -42,7 +42,8 @@ class Case:
         title: What the table calls it.
         network: Makes the network.
         call: `"forward"` and `"identity"` (`align` by Algorithm 1, and by descent from the
-            identity), `"align"` and `"fuse"` with their defaults, or `"check"`.
+            identity), `"align"` and `"fuse"` with their defaults, `"rotate"` (`fuse` with
+            rotations), or `"check"`.
         planted: Whether the second network is the first, permuted.
         peer: Whose code is timed on the same arrays.
         once: Whether the second call is left out.
@@ -66,6 +67,10 @@ CASES = {
     ),
     "vit-align": Case("ViT, 12 blocks of 32, `align`", vit, "align"),
     "vit-fuse": Case("ViT, `fuse`", vit, "fuse"),
+    "vit-rotate": Case("ViT, `fuse` with rotations", vit, "rotate"),
+    "vit-wide-rotate": Case(
+        "ViT, 12 blocks of 192, `fuse` with rotations", lambda: vit(head_units=48), "rotate"
+    ),
     "vit-check": Case("ViT, `check_symmetry`", vit, "check"),
     "resnet-small-align": Case("ResNet18 x 1/8, `align`", lambda: resnet18(8), "align"),
     "resnet-small-fuse": Case("ResNet18 x 1/8, `fuse`", lambda: resnet18(8), "fuse"),
@@ -135,6 +140,7 @@ def time_case(case: Case, weights: list[str] | None) -> dict[str, Any]:
         IDENTITY: lambda: otf.align(symmetry, a, b, method=identity),
         "align": lambda: otf.align(symmetry, a, b),
         "fuse": lambda: otf.fuse(symmetry, [a, b]),
+        "rotate": lambda: otf.fuse(symmetry.with_rotations(), [a, b]),
         "check": lambda: otf.check_symmetry(symmetry, apply, a, x),
     }
     found = None

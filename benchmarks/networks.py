@@ -97,11 +97,23 @@ def mlp(widths: tuple[int, ...]) -> Network:
     return apply, shapes, (1, widths[0])
 
 
-def vit(depth: int = 12) -> Network:
-    """The vision transformer of the studies: 4 heads of 8 units, images of MNIST."""
+def vit(depth: int = 12, head_units: int = 8) -> Network:
+    """The vision transformer of the studies: 4 heads, images of MNIST.
+
+    Args:
+        depth: The number of blocks.
+        head_units: The number of units of each head.
+    """
     from experiments.transformers import ViT
 
-    module = ViT(depth=depth, heads=4, head_units=8, classes=10, use_bias=True, dtype=jnp.float32)
+    module = ViT(
+        depth=depth,
+        heads=4,
+        head_units=head_units,
+        classes=10,
+        use_bias=True,
+        dtype=jnp.float32,
+    )
     size = (1, 28, 28, 1)
     tree = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(size))
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
