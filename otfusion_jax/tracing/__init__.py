@@ -16,8 +16,8 @@ The modules, in the order in which a function passes through them:
   them are brought together, `roles` and `parity` what is produced and what consumed.
 - `leaf_splits` looks for leaves that the program picks apart by index. If there are any, the
   program is rewritten (`split_jaxpr`, `piecewise`, `pieces`) and interpreted again.
-- `freedoms` goes over the equations once more, group by group, and asks by the law of each primitive
-  (`laws`) what units may do beyond being permuted, and what could be made 1 (`algebras`).
+- `freedoms` goes over the equations once more, group by group, and asks by the law of each
+  primitive (`laws`) what units may do beyond being permuted, and what could be made 1 (`algebras`).
 - `occurrences` says where variables lie along an axis, and `nesting` which of them lie within
   others. `group_collection`, `pins` and `views` read off the result: the groups, what stays and
   why, and where features can be read.
