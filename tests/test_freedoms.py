@@ -222,6 +222,12 @@ CLAIMS = {
     "RMSNorm": Claim(on_stream(lambda p, h: rms(h))),
     "L2 norm": Claim(on_stream(lambda p, h: h / jnp.linalg.norm(h, axis=-1, keepdims=True))),
     "LayerNorm": Claim(on_stream(lambda p, h: layer_norm(h)), fixes_ones=True),
+    "a scale that starts from 0": Claim(
+        on_stream(lambda p, h: rms(h) * (1 + p["scale"])), SCALED, folds=("scale",)
+    ),
+    "a bias that 1 is added to": Claim(
+        on_stream(lambda p, h: h + (1 + p["scale"])), SCALED, fixes_ones=True
+    ),
     "variance in one pass": Claim(
         on_stream(lambda p, h: centred(h) / jnp.sqrt(jnp.mean(h * h) - jnp.mean(h) ** 2)),
         fixes_ones=True,
@@ -330,9 +336,6 @@ REFUSALS = {
     "a scale that a nonlinearity reads": Refusal(
         on_stream(lambda p, h: rms(h) * jnp.exp(p["scale"])), SCALED
     ),
-    "a scale of 1 and something": Refusal(
-        on_stream(lambda p, h: rms(h) * (1 + p["scale"])), SCALED
-    ),
     "a scale that is read by its sum as well": Refusal(
         on_stream(lambda p, h: rms(h) * p["scale"] + jnp.sum(p["scale"])), SCALED
     ),
@@ -415,6 +418,15 @@ REFUSALS = {
             lambda p, h: rms(h) * p["scale"] + repeated(lambda c: c * c * p["bias"], p["scale"])
         ),
         NORM,
+    ),
+    "a scale that 1 is added to, and that is read as it is": Refusal(
+        on_stream(lambda p, h: rms(h) * (1 + p["scale"]) + rms(h) * p["scale"]), SCALED
+    ),
+    "a scale that is less than 1 by a parameter": Refusal(
+        on_stream(lambda p, h: rms(h) * (1 - p["scale"])), SCALED
+    ),
+    "a scale that 2 is added to": Refusal(
+        on_stream(lambda p, h: rms(h) * (2 + p["scale"])), SCALED
     ),
     "products with vectors in a loop": Refusal(
         on_stream(lambda p, h: repeated(lambda c: c * p["scale"], h)), SCALED
@@ -595,6 +607,22 @@ def test_scales_of_stacked_layers_are_folded_layer_by_layer():
     expected = params["up"] * params["scales"][:, :, None]
     np.testing.assert_allclose(canonical["up"], expected, rtol=1e-6)
     assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_that_1_is_added_to_become_0():
+    fn = layered(
+        lambda p, h, layer: (hidden(rms(h) * (1 + layer["scales"]), layer), None),
+    )
+    params = drawn(LAYERS)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    canonical = otf.canonicalize(symmetry, params)
+    assert (canonical["scales"] == 0).all()
+    assert (canonical["last"] == 1).all()
+    np.testing.assert_allclose(fn(canonical, X), fn(params, X), rtol=1e-4, atol=1e-4)
+    rotating = symmetry.with_rotations()
+    assert otf.check_symmetry(rotating, fn, params, X) < EXACT
+    with pytest.raises(ValueError, match=r"\n  scales: up to .* from 0"):
+        otf.transport(rotating, {}, params)
 
 
 IN_ANOTHER_LAYER = {

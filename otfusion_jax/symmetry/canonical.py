@@ -56,7 +56,7 @@ def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
         return params
     arrays = symmetry.split(params)
     for group, fold in folds:
-        scale = arrays[fold.leaf]
+        scale = arrays[fold.leaf] + fold.shift if fold.shift else arrays[fold.leaf]
         for leaf, degree in fold.others:
             structure = symmetry.numbered_leaves[leaf].structure
             axes = []
@@ -68,7 +68,7 @@ def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
             )
             _require_finite(symmetry, fold, scale, leaf, divided)
             arrays[leaf] = divided
-        arrays[fold.leaf] = jnp.ones_like(scale)
+        arrays[fold.leaf] = jnp.full_like(scale, 1 - fold.shift)
     return symmetry.join(arrays)
 
 
@@ -161,9 +161,10 @@ def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
     for _, fold in folds_of(symmetry):
         scale = arrays[fold.leaf]
         if not isinstance(scale, Tracer):
-            distance = np.max(np.abs(np.asarray(scale, np.complex128) - 1), initial=0)
+            wanted = 1 - fold.shift
+            distance = np.max(np.abs(np.asarray(scale, np.complex128) - wanted), initial=0)
             if distance > ROUNDING:
-                wrong.append(f"  {fold.path}: up to {distance:.3g} from 1")
+                wrong.append(f"  {fold.path}: up to {distance:.3g} from {wanted}")
     if wrong:
         raise ValueError(
             f"{name} is not in canonical form, in which alone its units can be rotated; pass "

@@ -26,8 +26,8 @@ NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
 UNREAD = "not read on these inputs"
 """Why an axis stays of which the function selects a part alone, or nothing but sums over itself."""
-FOLDED = "1 in canonical form"
-"""Why an axis stays of a parameter that `canonicalize` makes 1."""
+FOLDED = "constant in canonical form"
+"""Why an axis stays of a parameter that `canonicalize` makes 1, or 0 where 1 is added to it."""
 UNMET = "meets nothing but constants on these inputs"
 """Why all axes of a leaf stay: on other inputs it may meet any units, as recurrent weights do that
 a first step multiplies with zeros."""
@@ -127,22 +127,24 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """How a parameter that multiplies units one by one is made 1, and the function kept.
+    """How a scale that multiplies units one by one is made 1, and the function kept.
 
     Attributes:
         leaf: The position of the parameter in `Symmetry.parts`. It has one number for each unit, or
-            one for each unit of each layer.
+            one for each unit of each layer. The scale is this parameter plus `shift`.
         path: The key path of the parameter.
         others: The positions of the other parameters that change, each with the power of the scale
             by which its units are divided: -1 for weights that read the units, which are then
             multiplied by the scale, and 1 for what is added to them.
         layered: Whether the first axis of all of these are the layers that a `scan` goes over.
+        shift: 1 where the function adds 1 to the parameter before it multiplies, otherwise 0.
     """
 
     leaf: int
     path: str
     others: tuple[tuple[int, int], ...]
     layered: bool = False
+    shift: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

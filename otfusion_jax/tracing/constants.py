@@ -46,12 +46,12 @@ def constant_value(unifier: Unifier, array: Any) -> TracedValue:
     return TracedValue(tuple(axes), Kind.CONSTANT)
 
 
-def is_zero(array: Any) -> bool:
-    """Says whether an array that the traced function closes over is known to be 0 throughout."""
+def is_throughout(array: Any, number: int) -> bool:
+    """Says whether all of an array that the traced function closes over is known to be a number."""
     aval = jax.typeof(array)
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or isinstance(array, Tracer):
         return False
-    return not np.any(np.asarray(array))
+    return bool(np.all(np.asarray(array) == number))
 
 
 def _axis_along(array: Any, dim: int, size: int) -> Axis | None:

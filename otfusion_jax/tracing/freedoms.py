@@ -22,6 +22,7 @@ from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
     SINGLE,
+    UNCHANGED,
     ZERO,
     Algebra,
     Standing,
@@ -91,9 +92,12 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
         if layered and not program.stays_in_a_layer(variable, standings, solved[number]):
             return permuted
         others = {leaf: degree for leaf, degree in solved[number].items() if leaf != number}
-        if not all(_holds_multiples(parts[leaf], parts[number]) for leaf in others):
-            return permuted
-        folds.append(Fold(number, parts[number].path, tuple(sorted(others.items())), layered))
+        shift = int(number in program.shifted)
+        for leaf in others:
+            if leaf in program.shifted or not _holds_multiples(parts[leaf], parts[number]):
+                return permuted
+        path = parts[number].path
+        folds.append(Fold(number, path, tuple(sorted(others.items())), layered, shift))
     return _rotating(group, without, tuple(folds))
 
 
@@ -123,6 +127,7 @@ class _Program:
         self._groups = frozenset(collected.names)
         self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
+        self.shifted = self._find_shifted()
         for transfer in self._interpreter.transfers:
             self._add(transfer)
 
@@ -143,6 +148,33 @@ class _Program:
                 found.append(factor.variable)
         return tuple(found)
 
+    def _find_shifted(self) -> dict[int, list[int]]:
+        """Finds the parameters that nothing is done to but to add 1, as some scales start from 0.
+
+        Returns:
+            For each of these parameters the numbers of the values that are 1 more.
+        """
+        # What is a parameter, if in another shape, and what is one plus 1.
+        same = dict(self._interpreter.parameters)
+        shifted: dict[int, list[int]] = {}
+        used_otherwise = set()
+        for transfer in self._interpreter.transfers:
+            numbers = [value.number for value in transfer.operands]
+            parameters = {same[number] for number in numbers if number in same}
+            if not parameters:
+                continue
+            (result, *_) = transfer.results or transfer.operands
+            is_moved = transfer.context.eqn.primitive in UNCHANGED
+            is_sum = transfer.context.eqn.primitive is P.add_p
+            if transfer.form == "equation" and is_moved:
+                same[result.number] = same[numbers[0]]
+            elif transfer.form == "equation" and is_sum and self._interpreter.ones & {*numbers}:
+                (parameter,) = parameters
+                shifted.setdefault(parameter, []).append(result.number or 0)
+            else:
+                used_otherwise |= parameters
+        return {key: found for key, found in shifted.items() if key not in used_otherwise}
+
     def rotations(self, variable: int, ones: Collection[int]) -> Rotations:
         """Asks whether units may be rotated.
 
@@ -151,10 +183,14 @@ class _Program:
             ones: The numbers of parameters that are taken to be 1.
         """
         standings: dict[int, Standing] = {}
-        for number, parameter in self._parameters(variable):
-            if parameter not in ones:
-                standings[number] = Vector(parameter)
         rotations = Rotations()
+        for number, parameter in self._parameters(variable):
+            if parameter in ones:
+                continue
+            standings[number] = Vector(parameter)
+            if parameter in self.shifted:
+                # A vector plus the ones is moved as a vector by what fixes these.
+                rotations.fixes_ones = "1 is added to a parameter"
         for transfer in self._transfers_of[variable]:
             rotations.source = transfer.context.because()
             self._follow(transfer, variable, standings, rotations)
@@ -220,12 +256,17 @@ class _Program:
         return set(degrees) <= slices
 
     def _parameters(self, variable: int) -> list[tuple[int, int]]:
-        """Returns the numbers of the values that are parameters with these units, and which."""
+        """Returns the numbers of the values that are parameters with these units, and which.
+
+        Of a parameter that 1 is added to, it is the sum that counts.
+        """
         found = []
         for number, parameter in self._interpreter.parameters.items():
             axes = self._param_axes[parameter]
-            if number is not None and any(variable in self._occurrences(axis) for axis in axes):
-                found.append((number, parameter))
+            if number is None or not any(variable in self._occurrences(axis) for axis in axes):
+                continue
+            for value in self.shifted.get(parameter, [number]):
+                found.append((value, parameter))
         return found
 
     def _follow(
@@ -243,7 +284,8 @@ class _Program:
         results = self._applied(transfer, flow, algebra)
         for value, standing in zip(transfer.results, results, strict=True):
             if standing is not None and value.number is not None:
-                standings[value.number] = standing
+                # What is a parameter plus 1 has its standing already.
+                standings.setdefault(value.number, standing)
 
     def _applied(self, transfer: Transfer, flow: UnitFlow, algebra: Algebra) -> list[Standing]:
         """Returns how the results of a transfer stand."""

@@ -16,7 +16,7 @@ from jax.extend import core
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Factor, Kind, Sum, constant, factors_of
-from otfusion_jax.tracing.constants import constant_value, is_zero
+from otfusion_jax.tracing.constants import constant_value, is_throughout
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
@@ -63,6 +63,7 @@ class Interpreter:
         transfers: All equations but calls, in dataflow order, those of a loop's body as often as it
             was interpreted.
         zeros: The numbers of the values that are 0 throughout: constants, and what is made of them.
+        ones: The numbers of the constants that are 1 throughout.
         parameters: For the number of a value that is a parameter, which one it is.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
             identity of its equation.
@@ -84,6 +85,7 @@ class Interpreter:
         self.calls = 0
         self.transfers: list[Transfer] = []
         self.zeros: set[int] = set()
+        self.ones: set[int] = set()
         self.parameters: dict[int | None, int] = {}
         self.sliced: list[tuple[int | None, int]] = []
         self._values_numbered = 0
@@ -141,7 +143,10 @@ class Interpreter:
         # An output that nothing depends on, so that its equation was left out. It has to tie and
         # pin nothing: what it meets, as the same output of another branch, may be used elsewhere.
         unused = TracedValue(tuple(map(constant, shape_of(atom))), Kind.CONSTANT)
-        return self._numbered_constant(unused, is_zero=True)
+        unused = self.numbered(unused)
+        if unused.number is not None:
+            self.zeros.add(unused.number)
+        return unused
 
     def _apply_rule(self, context: RuleContext, operands: Values) -> Values:
         """Applies the rule of an equation and records what its results leave out."""
@@ -225,13 +230,10 @@ class Interpreter:
 
     def constant(self, array: Any) -> TracedValue:
         """Describes an array that the traced function closes over."""
-        return self._numbered_constant(constant_value(self.unifier, array), is_zero(array))
-
-    def _numbered_constant(self, value: TracedValue, is_zero: bool) -> TracedValue:
-        """Numbers a constant, and records whether it is 0."""
-        value = self.numbered(value)
-        if is_zero and value.number is not None:
-            self.zeros.add(value.number)
+        value = self.numbered(constant_value(self.unifier, array))
+        for number, values in ((0, self.zeros), (1, self.ones)):
+            if value.number is not None and is_throughout(array, number):
+                values.add(value.number)
         return value
 
     def numbered(self, value: TracedValue) -> TracedValue:

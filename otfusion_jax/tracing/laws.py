@@ -174,6 +174,10 @@ MOVING += [
 """What is linear in its first operand and treats all units alike. Other operands are positions."""
 
 
+UNCHANGED = named("broadcast_in_dim convert_element_type copy reshape squeeze transpose")
+"""What has the same numbers as its operand, all of them."""
+
+
 @law(MOVING)
 def moving(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Passed on: the first operand, in another shape, order or sign."""
