@@ -167,6 +167,34 @@ def test_what_is_added_to_a_scale_of_0_is_in_the_way():
     assert_same_function(moved, net)
 
 
+@pytest.mark.parametrize(("dtype", "scale", "bias"), [("float32", 1e-39, 1), ("float16", 6e-6, 3)])
+def test_a_scale_next_to_0_is_in_the_way_as_well(dtype: str, scale: float, bias: float):
+    net = random_net()
+    net["scale"] = net["scale"].at[2].set(scale)
+    net["bias"] = net["bias"].at[2].set(bias)
+    net = jax.tree.map(lambda leaf: leaf.astype(dtype), net)
+    with pytest.raises(ValueError, match=r"scale is .*e-.* at units \[2\], and bias is added"):
+        otf.canonicalize(symmetry(), net)
+
+
+def test_of_stacked_layers_the_message_names_the_layer():
+    def stacked(p, x):
+        def layer(h, w):
+            return h + jnp.tanh((layer_norm(h) * w["scale"][None] + w["bias"][None]) @ w["up"]) @ (
+                w["down"]
+            ), None
+
+        return lax.scan(layer, x @ p["embed"], p["layers"])[0] @ p["read"]
+
+    layers = normals({"scale": (3, D), "bias": (3, D), "up": (3, D, 8), "down": (3, 8, D)}, 1)
+    net = normals({"embed": (3, D), "read": (D, 4)}, 2) | {"layers": layers}
+    traced = otf.trace_symmetry(stacked, net, X)
+    layers["scale"] = layers["scale"].at[1, 2].set(0)
+    message = r"layers/scale is 0 at \[layer, unit\] \[\[1, 2\]\], and layers/bias is added"
+    with pytest.raises(ValueError, match=message):
+        otf.canonicalize(traced, net)
+
+
 def test_where_that_is_not_known_the_model_is_none():
     net = random_net()
     net["scale"] = net["scale"].at[2].set(0)

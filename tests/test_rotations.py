@@ -332,3 +332,76 @@ def test_rotations_keep_the_number_of_units():
     message = re.escape("down: its units are rotated, which keeps their number")
     with pytest.raises(ValueError, match=message):
         otf.align(symmetries[0], *models, onto=symmetries[1])
+
+
+# --- no way to a wrong model without a word
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap"])
+def test_traced_models_that_are_not_canonical_become_nan(transform):
+    fn, symmetry, params, inputs = network("gpt")
+    a, b, plans = planted("gpt", 1)
+    move = functools.partial(otf.transport, symmetry, plans)
+
+    def moved(model):
+        if transform == "jit":
+            return jax.jit(move)(model)
+        return jax.tree.map(lambda leaf: leaf[0], jax.vmap(move)(otf.stack([model, a])))
+
+    assert distance(moved(a), b) < 1e-8
+    assert np.isnan(fn(moved(params), inputs)).all()
+
+
+def test_features_are_compared_in_canonical_form():
+    fn, symmetry, params, inputs = network("gpt")
+    a, _, _ = planted("gpt", 1)
+    with pytest.raises(ValueError, match="the source is not in canonical form"):
+        otf.feature_gram(symmetry, fn, params, a, [inputs], at="activation")
+    with pytest.raises(ValueError, match="the target is not in canonical form"):
+        otf.feature_gram(symmetry, fn, a, params, [inputs], at="activation")
+
+
+@pytest.mark.parametrize("method", [otf.RestoreStatistics(), otf.LeastSquares()])
+def test_an_original_of_a_rotated_model_repairs_as_the_model_does(method):
+    fn, symmetry, _, inputs = network("gpt")
+    a, b, _ = planted("gpt", 1)
+    drawn = normals({k: v.shape for k, v in b.items()}, seed=3)
+    b = {k: v if "scale" in k else v + 0.1 * drawn[k] for k, v in b.items()}
+    found = otf.align(symmetry, a, b)
+    models = [otf.transport(symmetry, found, a), b]
+    originals = [otf.Original(symmetry, fn, a, found), None]
+    expected = otf.repair(symmetry, fn, models, inputs, method=method)
+    repaired = otf.repair(symmetry, fn, models, inputs, method=method, originals=originals)
+    assert_allclose(fn(repaired, inputs), fn(expected, inputs), atol=1e-3)
+
+
+def test_a_stack_says_which_scale_cannot_be_1():
+    _, symmetry, params, _ = network("vit")
+    wrong = dict(params)
+    wrong["0/scale1"] = params["0/scale1"].at[2].set(0)
+    message = r"model 1: 0/scale1 is 0 at units \[2\], and 0/bias1 is added to them"
+    for models in ([params, wrong], otf.stack([params, wrong])):
+        for combine in (otf.fuse, otf.barycenter):
+            with pytest.raises(ValueError, match=message):
+                combine(symmetry, models)
+
+
+def test_double_precision_is_kept_beside_rotations_of_single_precision():
+    def bottleneck(params, x):
+        return x @ params["down"] @ params["up"]
+
+    with jax.enable_x64(True):
+        shapes = {"down": (9, 5), "up": (5, 8)}
+        a = {k: jnp.asarray(v, jnp.float64) for k, v in normals(shapes, seed=2).items()}
+        x = jnp.ones((2, 9))
+        symmetry = otf.trace_symmetry(bottleneck, a, x).with_rotations()
+        drawn = symmetry.random(jax.random.key(0))
+        found = otf.align(symmetry, a, a)
+        assert otf.compose(symmetry, drawn, found)["down"].dtype == jnp.float64
+
+        def loss(params, x):
+            return jnp.mean((bottleneck(params, x) - bottleneck(a, x)) ** 2)
+
+        learned = otf.learn_alignment(symmetry, loss, a, a, x[None], start=drawn, solver=None)
+        plan = learned.plans["down"]
+        assert plan.dtype == jnp.float64

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
+from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups, target_names
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -69,6 +70,9 @@ def feature_gram(
         onto = symmetry
     require_symmetry(onto, call)
     _refuse_inputs_of_one_batch(batches)
+    # What comes after a scale is other features than those that are to be rotated.
+    require_canonical(symmetry, source, "the source")
+    require_canonical(onto, target, "the target")
     name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
     # Sums over batches: none is kept, and they may come from a generator.

@@ -7,6 +7,7 @@ pytree with leaves `[K, ...]`; `stacked_models` takes either, a list or such a s
 
 import collections
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.known import all_known
+from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_model, require_models
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -148,6 +151,30 @@ def unstacked(models: PyTree, count: int) -> list[PyTree]:
 @jax.jit
 def _entry(leaf: Array, number: int) -> Array:
     return leaf[number]
+
+
+def in_canonical_form(symmetry: Symmetry, models: Any, count: int, stacked: bool) -> Any:
+    """Brings models into the form in which their units can be rotated, see `canonicalize`.
+
+    Args:
+        symmetry: The symmetry of the models.
+        models: The models, a list of pytrees or one pytree with leaves `[K, ...]`.
+        count: The number K of models.
+        stacked: Whether they are one pytree.
+
+    Returns:
+        The models, as they were given.
+
+    Raises:
+        ValueError: If a scale of one of them can't be made 1, as far as that is known.
+    """
+    if stacked and not all_known(models):
+        return jax.vmap(lambda model: canonical(symmetry, model, "a model"))(models)
+    in_form = []
+    # One by one, and so by name: a scale that can't be made 1 is of one of them.
+    for number, model in enumerate(unstacked(models, count) if stacked else models):
+        in_form.append(canonical(symmetry, model, f"model {number}"))
+    return stack_at_once(in_form) if stacked else in_form
 
 
 def _stack_size(symmetry: Symmetry, stacked: PyTree) -> int:

@@ -26,16 +26,15 @@ from otfusion_jax.alignment.costs import squared_norm
 from otfusion_jax.alignment.leaf_weights import leaf_weights, rescaled
 from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import average_of, check_integers, mixture
-from otfusion_jax.averaging.stacking import stacked_models
+from otfusion_jax.averaging.stacking import in_canonical_form, stacked_models
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.scaling import common_exponent, restored
 from otfusion_jax.solvers.exact import Exact
-from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_finite, require_symmetry, warn_without_groups
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import compose
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.symmetry.transport import move_all
 
 # The relative improvement by a round below which the descent ends. Rounding alone makes changes of
 # about 1e-7 in float32, which must not keep it going.
@@ -124,7 +123,7 @@ def barycenter(
     stacked, count = stacked_models(symmetry, models)
     warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
     if symmetry.rotates:
-        stacked = jax.vmap(functools.partial(canonical, symmetry))(stacked)
+        stacked = in_canonical_form(symmetry, stacked, count, stacked=True)
     shares = mixture(weights, count)
     stacked_leaves = jax.tree_util.tree_leaves(stacked)
     check_integers(symmetry.leaves, stacked_leaves, [shares] * len(stacked_leaves))
@@ -164,7 +163,7 @@ def _barycenter(
     plans = _at(jnp.argsort(order), plans)
     # Moved once more, as they were given: not scaled, and in their order, because the integers of
     # an average are those of the last model.
-    moved = jax.lax.map(lambda pair: transport(symmetry, *pair), (plans, stacked))
+    moved = jax.lax.map(lambda pair: move_all(symmetry, *pair), (plans, stacked))
     converged = ~_improved(history, rounds)
     # Rounds that did not take place get the last value. NaN would say more, but `jax_debug_nans`
     # would take it for a fault.
@@ -229,7 +228,7 @@ class _BarycenterDescent:
                 solver=_SOLVER,
                 weights=self.weight_of_leaf,
             )
-            return _Moved(alignment.plans, transport(self.symmetry, alignment.plans, model))
+            return _Moved(alignment.plans, move_all(self.symmetry, alignment.plans, model))
 
         def unfinished(loop: tuple[_Moved, Array, Array]) -> Array:
             _, history, rounds = loop
@@ -264,7 +263,7 @@ class _BarycenterDescent:
             weights=self.weight_of_leaf,
         )
         plans = compose(self.symmetry, _at(number, moved.plans), alignment.plans)
-        model = transport(self.symmetry, alignment.plans, model)
+        model = move_all(self.symmetry, alignment.plans, model)
         return _Moved(_with(number, moved.plans, plans), _with(number, moved.models, model))
 
     def spread(self, models: PyTree) -> Float[Array, ""]:

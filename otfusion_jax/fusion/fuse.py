@@ -30,7 +30,12 @@ from otfusion_jax.averaging.average import (
     checked_average,
     mixtures,
 )
-from otfusion_jax.averaging.stacking import checked_models, stack_at_once, unstacked
+from otfusion_jax.averaging.stacking import (
+    checked_models,
+    in_canonical_form,
+    stack_at_once,
+    unstacked,
+)
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.known import all_known
@@ -133,7 +138,7 @@ def fuse(
         )
     models, count, stacked = checked_models(symmetry, models)
     if symmetry.rotates:
-        models = _in_canonical_form(symmetry, models, stacked)
+        models = in_canonical_form(symmetry, models, count, stacked)
     order = _reference_last(reference, count)
     warn_without_groups(symmetry, models, "the result is the plain average of the models")
     shares = mixtures(weights, count, symmetry.leaves)
@@ -155,13 +160,6 @@ def fuse(
     fused = fusion.in_batches(stack, order, shares, metric, batch_size)
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
-
-
-def _in_canonical_form(symmetry: Symmetry, models: Any, stacked: bool) -> Any:
-    """Brings models into the form in which their units can be rotated."""
-    if stacked:
-        return jax.vmap(functools.partial(canonical, symmetry))(models)
-    return [canonical(symmetry, model) for model in models]
 
 
 def _reference_last(reference: int, count: int) -> np.ndarray:
@@ -198,7 +196,9 @@ def _fuse_widths(
     for number, model in enumerate(models):
         require_model(symmetries[number], model, f"model {number}")
         in_form.append(
-            canonical(symmetries[number], model) if symmetries[number].rotates else model
+            canonical(symmetries[number], model, f"model {number}")
+            if symmetries[number].rotates
+            else model
         )
     models = in_form
     order = _reference_last(reference, count)

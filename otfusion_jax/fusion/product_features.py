@@ -286,9 +286,12 @@ def unit_statistics(
                 outer_role = role
     units = samples_of(features, view, group)
     units = units.astype(accumulation_dtype(units.dtype))
-    mean, spread = jnp.mean(units, axis=-2), deviation(units, axis=-2)
-    role = roles[number]
-    return UnitStatistics(
-        moved_units(group, network.plans, mean, role, outer_role),
-        moved_units(group, network.plans, spread, role, outer_role),
-    )
+
+    def moved(numbers: Array) -> Array:
+        return moved_units(group, network.plans, numbers, roles[number], outer_role)
+
+    if group.rotates:
+        # How far a mixture of units spreads depends on all of them together.
+        units = jax.vmap(moved, in_axes=-2, out_axes=-2)(units)
+        return UnitStatistics(jnp.mean(units, axis=-2), deviation(units, axis=-2))
+    return UnitStatistics(moved(jnp.mean(units, axis=-2)), moved(deviation(units, axis=-2)))

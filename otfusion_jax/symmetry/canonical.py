@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
@@ -40,17 +41,30 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
         it, so that a second call changes nothing.
 
     Raises:
-        ValueError: If the parameters do not fit the symmetry, or a scale is known to be 0 at a unit
-            to which something else is added: it can't be made 1.
+        ValueError: If the parameters do not fit the symmetry, or a scale is known to be 0, or next
+            to it, at a unit to which something else is added: it can't be made 1. Inside `jax.jit`
+            what is added becomes infinite.
         TypeError: If the arguments are in another order, or shapes are in the place of arrays.
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
-    return canonical(symmetry, params)
+    return canonical(symmetry, params, "params")
 
 
-def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
-    """Brings parameters into canonical form, without checks, see `canonicalize`."""
+def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
+    """Brings parameters that fit into canonical form, see `canonicalize`.
+
+    Args:
+        symmetry: The symmetry of the network.
+        params: The parameters.
+        name: What to call them in the message about scales that can't be made 1.
+
+    Returns:
+        The parameters in canonical form.
+
+    Raises:
+        ValueError: If a scale can't be made 1, as far as that is known.
+    """
     folds = folds_of(symmetry)
     if not folds:
         return params
@@ -66,7 +80,8 @@ def canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
             divided = _divided(
                 structure, arrays[leaf], scale, tuple(axes), degree, layered=fold.layered
             )
-            _require_finite(symmetry, fold, scale, leaf, divided)
+            if degree > 0:
+                _require_finite(symmetry, fold, scale, leaf, divided, name)
             arrays[leaf] = divided
         arrays[fold.leaf] = jnp.full_like(scale, 1 - fold.shift)
     return symmetry.join(arrays)
@@ -129,18 +144,26 @@ def _scaled(array: Array, factors: Array, degree: int) -> Array:
     return jnp.where(stays, 0, array / jnp.where(stays, 1, factors))
 
 
-def _require_finite(symmetry: Symmetry, fold: Fold, scale: Any, leaf: int, divided: Array) -> None:
-    """Refuses a scale that is known to be 0 where something else has been divided by it."""
+def _require_finite(
+    symmetry: Symmetry, fold: Fold, scale: Any, leaf: int, divided: Array, name: str
+) -> None:
+    """Refuses a scale that is known to be 0, or next to it, where something was divided by it."""
     if isinstance(scale, Tracer) or isinstance(divided, Tracer):
         return
-    is_zero = np.asarray(scale).reshape(-1) == 0
-    if is_zero.any() and np.any(np.isinf(np.asarray(divided))):
-        units = np.flatnonzero(is_zero).tolist()
-        raise ValueError(
-            f"{fold.path} is 0 at units {units[:8]}, and {symmetry.parts[leaf].path} is added "
-            "to them: the scale can't be made 1. Move its permutations alone: use the symmetry "
-            "without with_rotations()"
-        )
+    if not not_finite(divided):
+        return
+    magnitudes = np.abs(np.asarray(scale, np.complex128))
+    smallest = np.min(magnitudes)
+    units = np.argwhere(magnitudes == smallest).tolist()
+    places = f"[layer, unit] {units[:8]}"
+    if not fold.layered:
+        units = np.flatnonzero(magnitudes == smallest).tolist()
+        places = f"units {units[:8]}"
+    raise ValueError(
+        f"{name}: {fold.path} is {smallest:.3g} at {places}, and {symmetry.parts[leaf].path} is "
+        "added to them: the scale can't be made 1. Move its permutations alone: use the symmetry "
+        "without with_rotations()"
+    )
 
 
 def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
@@ -170,3 +193,24 @@ def require_canonical(symmetry: Symmetry, params: PyTree, name: str) -> None:
             f"{name} is not in canonical form, in which alone its units can be rotated; pass "
             "canonicalize(symmetry, model):\n" + "\n".join(wrong)
         )
+
+
+def nan_unless_canonical(symmetry: Symmetry, params: PyTree) -> PyTree:
+    """Makes NaN of scales that are not 1, where they are traced and `require_canonical` is blind.
+
+    Args:
+        symmetry: The symmetry. Without rotations, every form will do.
+        params: The parameters.
+
+    Returns:
+        The parameters. Better no model at all than another one.
+    """
+    if not symmetry.rotates:
+        return params
+    arrays = symmetry.split(params)
+    traced = [fold for _, fold in folds_of(symmetry) if isinstance(arrays[fold.leaf], Tracer)]
+    for fold in traced:
+        scale = arrays[fold.leaf]
+        is_one = jnp.abs(scale - (1 - fold.shift)) <= ROUNDING
+        arrays[fold.leaf] = jnp.where(is_one, scale, jnp.nan)
+    return symmetry.join(arrays) if traced else params

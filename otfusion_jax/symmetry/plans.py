@@ -171,7 +171,9 @@ def chained(first: Array, then: Array) -> Array:
         # Row i of the second matrix is for the unit that the first plan has brought to i.
         inverse = jnp.argsort(first, axis=-1)
         return jnp.take_along_axis(then, inverse[..., None], axis=-2)
-    return jnp.matmul(first, then, precision=jax.lax.Precision.HIGHEST)
+    # Of a model of float64 plans are found in float64, and `Symmetry.random` draws float32.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.matmul(first, then, precision=jax.lax.Precision.HIGHEST)
 
 
 def _invertible_plans_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans) -> Plans:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, permuted
-from otfusion_jax.symmetry.canonical import require_canonical
+from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
@@ -54,7 +54,9 @@ def transport(
             takes the widths from the plans.
 
     Returns:
-        New parameters of the same structure. Integers, booleans and keys are passed on.
+        New parameters of the same structure. Integers, booleans and keys are passed on. Inside
+        `jax.jit` values cannot be looked at: there the scales of a model that is not in canonical
+        form become NaN, where groups rotate.
 
     Raises:
         ValueError: If plans are of unknown groups, of wrong shapes, or known not to be permutations
@@ -73,7 +75,7 @@ def transport(
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     require_canonical(symmetry, params, "the model")
-    return move_all(symmetry, plans, params, onto)
+    return move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto)
 
 
 def move_all(

@@ -64,7 +64,7 @@ def check_symmetry(
     # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
     _refuse_traced((params, inputs, functions, uniform))
     # Rotations are those of parameters in canonical form, which computes the same as well.
-    in_place = canonical(symmetry, params) if symmetry.rotates else params
+    in_place = canonical(symmetry, params, "params") if symmetry.rotates else params
     moved_models = []
     for plans in (_without_fixed_points(uniform), uniform):
         moved_models.append(transport(symmetry, plans, in_place))
