@@ -17,8 +17,11 @@ from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.averaging.average import average
+from otfusion_jax.averaging.batch_norm import BatchNorm, fold_batch_norm, unfold_batch_norm
+from otfusion_jax.averaging.estimation import estimate_statistics
 from otfusion_jax.averaging.interpolate import interpolate
 from otfusion_jax.averaging.stacking import stack
+from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
@@ -56,6 +59,7 @@ __all__ = [
     "Axis",
     "Barrier",
     "Barycenter",
+    "BatchNorm",
     "CoordinateDescent",
     "Exact",
     "Fold",
@@ -75,6 +79,7 @@ __all__ = [
     "RuleContext",
     "Sinkhorn",
     "Solution",
+    "StatisticsWarning",
     "Symmetry",
     "SymmetryWarning",
     "TracedValue",
@@ -89,9 +94,11 @@ __all__ = [
     "compose",
     "draw",
     "ensemble",
+    "estimate_statistics",
     "feature_gram",
     "feature_importance",
     "features",
+    "fold_batch_norm",
     "functional",
     "fuse",
     "interpolate",
@@ -99,10 +106,12 @@ __all__ = [
     "learn_alignment",
     "register_rule",
     "repair",
+    "running_statistics",
     "stack",
     "together",
     "trace_symmetry",
     "transport",
     "transport_state",
+    "unfold_batch_norm",
     "weight_importance",
 ]
