@@ -19,9 +19,14 @@ from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.averaging.average import average
 from otfusion_jax.averaging.batch_norm import BatchNorm, fold_batch_norm, unfold_batch_norm
 from otfusion_jax.averaging.estimation import estimate_statistics
+from otfusion_jax.averaging.fisher import fisher_average
 from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.averaging.regmean import regmean
+from otfusion_jax.averaging.slerp import slerp
+from otfusion_jax.averaging.soup import Soup, greedy_soup
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
+from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
@@ -79,6 +84,7 @@ __all__ = [
     "RuleContext",
     "Sinkhorn",
     "Solution",
+    "Soup",
     "StatisticsWarning",
     "Symmetry",
     "SymmetryWarning",
@@ -92,22 +98,29 @@ __all__ = [
     "canonicalize",
     "check_symmetry",
     "compose",
+    "dare",
     "draw",
     "ensemble",
     "estimate_statistics",
     "feature_gram",
     "feature_importance",
     "features",
+    "fisher_average",
     "fold_batch_norm",
     "functional",
     "fuse",
+    "greedy_soup",
     "interpolate",
     "invert",
     "learn_alignment",
     "register_rule",
+    "regmean",
     "repair",
     "running_statistics",
+    "slerp",
     "stack",
+    "task_arithmetic",
+    "ties",
     "together",
     "trace_symmetry",
     "transport",
