@@ -16,6 +16,7 @@ from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.averaging.adapters import LowRankPair, average_adapters
 from otfusion_jax.averaging.average import average
 from otfusion_jax.averaging.batch_norm import BatchNorm, fold_batch_norm, unfold_batch_norm
 from otfusion_jax.averaging.estimation import estimate_statistics
@@ -77,6 +78,7 @@ __all__ = [
     "LearnedAlignment",
     "LeastSquares",
     "LowRank",
+    "LowRankPair",
     "Member",
     "Original",
     "Pin",
@@ -93,6 +95,7 @@ __all__ = [
     "UnsupportedPrimitiveError",
     "align",
     "average",
+    "average_adapters",
     "barrier",
     "barycenter",
     "canonicalize",
