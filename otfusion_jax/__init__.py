@@ -34,6 +34,7 @@ from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
@@ -84,6 +85,7 @@ __all__ = [
     "Pin",
     "RestoreStatistics",
     "RuleContext",
+    "SharedFusion",
     "Sinkhorn",
     "Solution",
     "Soup",
@@ -92,6 +94,7 @@ __all__ = [
     "SymmetryWarning",
     "TracedValue",
     "TransportProblem",
+    "Unshared",
     "UnsupportedPrimitiveError",
     "align",
     "average",
@@ -112,6 +115,7 @@ __all__ = [
     "fold_batch_norm",
     "functional",
     "fuse",
+    "fuse_shared",
     "greedy_soup",
     "interpolate",
     "invert",
