@@ -671,6 +671,25 @@ def test_correlations_are_of_units_of_norm_1(heads: int):
     np.testing.assert_array_equal(found.target_sq_norms, 1)
 
 
+# --- merge
+
+
+def test_ways_to_merge_are_compared(tmp_path: Path):
+    records = run(tmp_path, "merge", *SMALL, "--images", "60", "--seeds", "0", "1")
+    found = where(records, metric=ACCURACY)
+    aligned, plain = (where(found, measure=name) for name in ("aligned", "as they are"))
+    assert names(aligned, "method") == names(plain, "method")[2:]
+    assert len(names(aligned, "method")) == 5
+    for method in ("average", "Fisher-weighted average"):
+        assert value(aligned, method=method) > value(plain, method=method)
+    assert value(aligned, method="partial zip, half of the layers") > 50
+
+
+def test_only_known_layers_are_merged(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["merge", "--model", "vit"]) == 2
+    assert "--model mlpnet" in capsys.readouterr().err
+
+
 # --- statistics of batch norm
 
 
