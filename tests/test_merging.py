@@ -390,3 +390,33 @@ def test_inner_products_that_do_not_fit_are_named():
         otf.regmean(MODELS, [good, good])
     with pytest.raises(ValueError, match="off_diagonal is 2.0"):
         otf.regmean(MODELS, [good] * 3, off_diagonal=2.0)
+
+
+# Units in another order
+
+IN_ORDER: dict[str, Callable[[list[Any], Any], Any]] = {
+    "task_arithmetic": lambda models, base: otf.task_arithmetic(models, base, 0.4),
+    "ties": lambda models, base: otf.ties(models, base, density=0.3),
+    "ties, leaf by leaf": lambda models, base: otf.ties(models, base, per_leaf=True),
+    "slerp": lambda models, base: otf.slerp(models[0], base, 0.3),
+    "slerp of whole models": lambda models, base: otf.slerp(models[0], base, 0.3, per_leaf=False),
+    "fisher_average": lambda models, base: otf.fisher_average(
+        models, [jax.tree.map(jnp.square, x) for x in models]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_merged_and_moved_is_moved_and_merged(name: str):
+    def network(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["body"]["w"] + params["body"]["b"][None]) @ params["head"]
+
+    base, *models = [{k: m[k] for k in ("body", "head")} for m in (BASE, *MODELS)]
+    symmetry = otf.trace_symmetry(network, base, jnp.ones((2, 7)))
+    plans = symmetry.random(jax.random.key(0))
+
+    def move(params: Any) -> Any:
+        return otf.transport(symmetry, plans, params)
+
+    merge = IN_ORDER[name]
+    close(merge([move(m) for m in models], move(base)), vector(move(merge(models, base))))

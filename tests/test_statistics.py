@@ -313,12 +313,20 @@ def net(seed: int) -> dict[str, Any]:
 def test_an_average_of_statistics_is_warned_of_once():
     a, b = net(0), net(1)
     symmetry = otf.trace_symmetry(normed, a, BATCHES[0])
+    squared = jax.tree.map(jnp.square, a)
     for average in (
         otf.average,
         functools.partial(otf.fuse, symmetry),
         lambda models: otf.fuse(symmetry, otf.stack(models)),
         lambda models: otf.fuse([symmetry, symmetry], models),
         functools.partial(otf.barycenter, symmetry),
+        functools.partial(otf.fuse_shared, symmetry),
+        functools.partial(otf.task_arithmetic, base=a),
+        functools.partial(otf.ties, base=a),
+        lambda models: otf.slerp(models[0], models[1], 0.5),
+        lambda models: otf.fisher_average(models, [squared, squared]),
+        lambda models: otf.regmean(models, [{}, {}]),
+        lambda models: otf.greedy_soup(models, lambda params: 1.0),
     ):
         with pytest.warns(otf.StatisticsWarning, match="bn/mean\n  bn/var") as caught:
             average([a, b])

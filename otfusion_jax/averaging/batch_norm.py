@@ -60,6 +60,7 @@ def fold_batch_norm(
             which leaves they are.
         epsilon: What the network adds to the variance, above 0 and below 1. No leaf says it; the
             frameworks' default is 1e-5. With another one than the network's, the function changes.
+            Where layers have several, fold those of each by themselves, by `layers`.
 
     Returns:
         A tree of the same structure, shapes and dtypes, computed in float32 or wider and rounded

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from otfusion_jax.averaging.average import accumulation_dtype, columns_of
 from otfusion_jax.averaging.interpolate import checked_positions
 from otfusion_jax.averaging.stacking import require_alike
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import leaves_of
 
@@ -43,6 +44,9 @@ def slerp(a: PyTree, b: PyTree, t: float | Float[Array, "*t"], *, per_leaf: bool
         TypeError: As `interpolate`.
         FloatingPointError: For a result that is out of range.
 
+    Warns:
+        StatisticsWarning: If running statistics that differ are combined, as `average` warns.
+
     Example:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
@@ -58,6 +62,7 @@ def slerp(a: PyTree, b: PyTree, t: float | Float[Array, "*t"], *, per_leaf: bool
     leaves = leaves_of(a)
     columns = columns_of([a, b])
     require_equal_integers(leaves, columns, [False] * len(leaves), "")
+    warn_of_averaged_statistics([a, b], False, [jnp.array([0.5, 0.5])] * len(leaves))
     pairs = []
     for first, second in columns:
         pairs.append((jnp.asarray(first), jnp.asarray(second)))

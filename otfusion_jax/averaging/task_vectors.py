@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.average import accumulation_dtype, check_integers, columns_of
 from otfusion_jax.averaging.stacking import require_alike
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_key
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.checks import require_finite, require_models
@@ -53,6 +54,10 @@ def task_arithmetic(models: Sequence[PyTree], base: PyTree, scale: Scale = 1.0) 
             are no numbers.
         FloatingPointError: For a result that is out of range.
 
+    Warns:
+        StatisticsWarning: If running statistics of batch normalisation that differ are combined, as
+            `average` warns.
+
     Example:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
@@ -64,6 +69,7 @@ def task_arithmetic(models: Sequence[PyTree], base: PyTree, scale: Scale = 1.0) 
         Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023.
     """
     leaves, columns, bases = _checked(models, base)
+    _warn_of_statistics(models, base)
     merged = []
     for leaf, column, start in zip(leaves, columns, bases, strict=True):
         scales = _scales(scale, len(models), leaf.path)
@@ -104,6 +110,9 @@ def ties(
         TypeError: As `task_arithmetic`, and for a density that is no number.
         FloatingPointError: For a result that is out of range.
 
+    Warns:
+        StatisticsWarning: As `task_arithmetic`.
+
     References:
         Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023.
     """
@@ -112,6 +121,7 @@ def ties(
         raise ValueError("density is 0.0; give the share to keep, above 0 and at most 1")
     leaves, columns, bases = _checked(models, base)
     _require_signs(leaves)
+    _warn_of_statistics(models, base)
     thresholds = _thresholds(leaves, columns, bases, density, per_leaf)
     merged = []
     for number, (leaf, column, start) in enumerate(zip(leaves, columns, bases, strict=True)):
@@ -300,6 +310,13 @@ def _checked(
     for column in columns:
         arrays.append(tuple(jnp.asarray(value) for value in column))
     return leaves, arrays, [jnp.asarray(x) for x in jax.tree_util.tree_leaves(base)]
+
+
+def _warn_of_statistics(models: Sequence[PyTree], base: PyTree) -> None:
+    """Warns where running statistics are combined; the warning names the line of the user."""
+    together = [*models, base]
+    uniform = jnp.full(len(together), 1 / len(together), float)
+    warn_of_averaged_statistics(together, False, [uniform] * len(leaves_of(base)), stacklevel=4)
 
 
 def _scales(scale: Any, count: int, path: str) -> Float[Array, " k"]:
