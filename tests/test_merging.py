@@ -420,3 +420,31 @@ def test_merged_and_moved_is_moved_and_merged(name: str):
 
     merge = IN_ORDER[name]
     close(merge([move(m) for m in models], move(base)), vector(move(merge(models, base))))
+
+
+# Integers, by a pair of functions
+
+
+def dequantised(model: Any) -> Any:
+    return jax.tree.map(lambda q, s: q.astype(jnp.float32) * s, model["q"], model["scale"])
+
+
+def quantised(params: Any) -> Any:
+    scale = jax.tree.map(lambda w: jnp.abs(w).max() / 127, params)
+    q = jax.tree.map(lambda w, s: jnp.round(w / s).astype(jnp.int8), params, scale)
+    return {"q": q, "scale": scale}
+
+
+def test_quantised_models_are_fused_between_two_functions():
+    def network(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    a = quantised({"w": normal(7, 5), "v": normal(5, 3)})
+    symmetry = otf.trace_symmetry(network, dequantised(a), jnp.ones((2, 7)))
+    plans = symmetry.random(jax.random.key(1))
+    b = {**a, "q": otf.transport(symmetry, plans, dequantised(a))}
+    b = {**a, "q": jax.tree.map(lambda w, s: jnp.round(w / s).astype(jnp.int8), b["q"], a["scale"])}
+    with pytest.raises(ValueError, match="Make floating-point weights of quantised ones first"):
+        otf.average([a, b])
+    fused = quantised(otf.fuse(symmetry, [dequantised(b), dequantised(a)]))
+    jax.tree.map(np.testing.assert_array_equal, fused["q"], a["q"])

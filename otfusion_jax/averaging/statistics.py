@@ -147,7 +147,7 @@ def warn_of_averaged_statistics(
     for number, leaf in enumerate(leaves_of(model)):
         if leaf.path not in statistics or isinstance(shares[number], Tracer):
             continue
-        if np.max(shares[number]) == 1:
+        if np.max(np.asarray(shares[number])) == 1:
             continue
         values = rows[0][number] if stacked else [row[number] for row in rows]
         if _differ(values):
