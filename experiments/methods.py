@@ -22,7 +22,7 @@ from experiments import alignments, corrections, crossings
 from experiments.corrections import Weights
 from experiments.crossings import Crossing
 from experiments.networks import counts
-from experiments.pairs import Pair, as_it_is, in_canonical_form
+from experiments.pairs import AS_TRAINED, WITH_ROTATIONS, WITH_SCALES, WITH_SIGNS, Form, Pair
 from otfusion_jax.symmetry.groups import Plans
 
 EVENLY: Weights = (0.5, 0.5)
@@ -120,7 +120,7 @@ class Method:
     name: str
     needs: Needs
     move: Callable[[Pair], PyTree]
-    form: Callable[[Pair], Pair] = as_it_is
+    form: Form = AS_TRAINED
     corrections: tuple[Correction, ...] = (AVERAGED, RESTORED, LEAST_SQUARES)
 
     def __str__(self) -> str:
@@ -132,9 +132,9 @@ class Method:
         return self.name.partition(" (")[0]
 
     @property
-    def rotates(self) -> bool:
-        """Whether it rotates units, which few networks allow."""
-        return self.form is in_canonical_form
+    def is_special(self) -> bool:
+        """Whether it moves units in more ways than all networks allow."""
+        return self.form is not AS_TRAINED
 
 
 def _weights(
@@ -198,25 +198,39 @@ ROTATED_DESCENT = Method(
     "coordinate descent, with rotations",
     Needs.NOTHING,
     lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
-    in_canonical_form,
+    WITH_ROTATIONS,
 )
 ROTATED_BY_FEATURES = Method(
     "features, with rotations",
     Needs.IMAGES,
     alignments.by_features,
-    in_canonical_form,
+    WITH_ROTATIONS,
 )
 ROTATED_DESCENT_FROM_FEATURES = Method(
     "coordinate descent from features, with rotations",
     Needs.IMAGES,
     alignments.by_descent_from_features,
-    in_canonical_form,
+    WITH_ROTATIONS,
 )
 LEARNED_ROTATIONS = Method(
     "learned rotations",
     Needs.IMAGES,
     alignments.by_learned_rotations,
-    in_canonical_form,
+    WITH_ROTATIONS,
+)
+
+# Units of odd functions change their signs, those of a ReLU their scales.
+SIGNED_DESCENT = Method(
+    "coordinate descent, with signs",
+    Needs.NOTHING,
+    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
+    WITH_SIGNS,
+)
+SCALED_DESCENT = Method(
+    "coordinate descent, with scales",
+    Needs.NOTHING,
+    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
+    WITH_SCALES,
 )
 
 # Those that every comparison shows.
@@ -238,6 +252,8 @@ VARIANTS = by_name(
     ROTATED_BY_FEATURES,
     ROTATED_DESCENT_FROM_FEATURES,
     LEARNED_ROTATIONS,
+    SIGNED_DESCENT,
+    SCALED_DESCENT,
 )
 
 

@@ -153,6 +153,30 @@ class MLP(nn.Module):
         return dense(x)
 
 
+class LSTM(nn.Module):
+    """A recurrent network that reads an image row by row (Hochreiter and Schmidhuber 1997).
+
+    Attributes:
+        width: The number of cells.
+        classes: The number of logits.
+        dtype: The dtype of the activations; logits are float32.
+    """
+
+    width: int
+    classes: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        del train  # what it computes in training is no different
+        rows = images.reshape((*images.shape[:2], -1))
+        states: Any = nn.RNN(nn.LSTMCell(self.width, dtype=self.dtype), name="rnn")(rows)
+        head = nn.Dense(self.classes, use_bias=False, dtype=self.dtype, name="head")
+        return head(states[:, -1]).astype(jnp.float32)
+
+
 class _Convolutional(nn.Module):
     """What VGG11 and ResNet18 are made of.
 
@@ -281,6 +305,12 @@ def _mlpnet(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     return MLP(widths, classes, config.use_bias, dtype)
 
 
+def _lstm(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
+    """An LSTM of 128 cells, whose gates have biases in any case."""
+    _without_batch_norm(config)
+    return LSTM(_scaled(128, config), classes, dtype)
+
+
 def _vgg11(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
     """VGG11 of Singh & Jaggi 2020: for images of 32x32, which it pools down to one pixel."""
     plan = (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None)
@@ -310,6 +340,7 @@ def _vit(config: ModelConfig, classes: int, dtype: Any) -> nn.Module:
 # The one place that names the models. A new one needs a line here, and a recipe in recipes.py.
 MODELS: dict[str, Callable[[ModelConfig, int, Any], nn.Module]] = {
     "gpt": _gpt,
+    "lstm": _lstm,
     "mlpnet": _mlpnet,
     "resnet18": _resnet18,
     "vgg11": _vgg11,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,27 +36,52 @@ class Pair:
     images: Num[Array, "samples ..."]
 
 
-def as_it_is(pair: Pair) -> Pair:
-    """Leaves a pair in the form in which it was trained."""
-    return pair
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The form that both models of a pair are brought into before one is moved.
 
-
-def in_canonical_form(pair: Pair) -> Pair:
-    """Brings both models into canonical form, in which units may be rotated.
-
-    Args:
-        pair: The models.
-
-    Returns:
-        The same functions, with a network whose symmetry has rotations.
+    Attributes:
+        free: From the symmetry that was traced to that of the form, which may move units in more
+            ways; None for the form in which models were trained.
     """
-    symmetry = pair.network.symmetry.with_rotations()
-    return dataclasses.replace(
-        pair,
-        network=dataclasses.replace(pair.network, symmetry=symmetry),
-        a=otf.canonicalize(symmetry, pair.a),
-        b=otf.canonicalize(symmetry, pair.b),
-    )
+
+    free: Callable[[otf.Symmetry], otf.Symmetry] | None = None
+
+    def suits(self, symmetry: otf.Symmetry) -> bool:
+        """Says whether it is another form than the one in which models were trained.
+
+        Args:
+            symmetry: The symmetry that was traced.
+
+        Returns:
+            Whether any units may move in more ways; always, if it is that form that is meant.
+        """
+        return self.free is None or self.free(symmetry) != symmetry
+
+    def __call__(self, pair: Pair) -> Pair:
+        """Brings both models into this form.
+
+        Args:
+            pair: The models.
+
+        Returns:
+            The same functions, with a network whose symmetry is that of the form.
+        """
+        if self.free is None:
+            return pair
+        symmetry = self.free(pair.network.symmetry)
+        return dataclasses.replace(
+            pair,
+            network=dataclasses.replace(pair.network, symmetry=symmetry),
+            a=otf.canonicalize(symmetry, pair.a),
+            b=otf.canonicalize(symmetry, pair.b),
+        )
+
+
+AS_TRAINED = Form()
+WITH_ROTATIONS = Form(otf.Symmetry.with_rotations)
+WITH_SIGNS = Form(otf.Symmetry.with_signs)
+WITH_SCALES = Form(otf.Symmetry.with_scales)
 
 
 def seen_images(

@@ -39,6 +39,10 @@ RECIPES: dict[tuple[str, str], dict[str, TrainConfig]] = {
     ("mnist", "mlpnet"): {
         "paper": TrainConfig(epochs=10, batch_size=64, learning_rate=0.01, momentum=0.5),
     },
+    # python -m experiments one_shot --dataset mnist --model lstm
+    ("mnist", "lstm"): {
+        "short": dataclasses.replace(_ADAMW, epochs=3, learning_rate=4e-3),
+    },
     ("cifar10", "vgg11"): {
         "short": _ONE_CYCLE,
         # Singh & Jaggi 2020, VGG11.

@@ -95,17 +95,19 @@ def certificate(program: Program) -> Certificate:
             evaluate(move, *jax.tree.leaves(jax.tree.map(plan, identity)), *leaves)
             for plan in (shifted, lambda plan: rng.permuted(plan, axis=-1))
         ]
-        with_rotations = []
+        with_freedoms = []
         if symmetry.with_rotations().rotates:
-            with_rotations.append(rotated(symmetry, params, rng))
+            with_freedoms.append(rotated(symmetry, params, rng))
+        if any(freedom.signs or freedom.scales for freedom in symmetry.freedoms):
+            with_freedoms.append(rescaled(symmetry, params, rng))
         changes = []
         for number, (jaxpr, (_, inputs)) in enumerate(
             zip(jaxprs, (*entries, *unseen), strict=True)
         ):
             before = evaluate(jaxpr, *leaves, *inputs)
             # What a program does with other inputs alone, a function of single units it may be,
-            # tells nothing of itself: rotations are claimed for what was traced.
-            for moved in [*drawn, *with_rotations] if number < len(entries) else drawn:
+            # tells nothing of itself: freedoms are claimed for what was traced.
+            for moved in [*drawn, *with_freedoms] if number < len(entries) else drawn:
                 changes.append(difference(before, evaluate(jaxpr, *moved, *inputs)))
         change = max(changes)
         return Certificate(symmetry, change, count, lost)
@@ -127,6 +129,50 @@ def rotated(symmetry: otf.Symmetry, params: Any, rng: np.random.Generator) -> li
 
     jaxpr = jax.make_jaxpr(move)(plans, params)
     return evaluate(jaxpr, *jax.tree.leaves(plans), *jax.tree.leaves(params))
+
+
+def rescaled(symmetry: otf.Symmetry, params: Any, rng: np.random.Generator) -> list[np.ndarray]:
+    """The leaves with units multiplied by all scales and signs that the symmetry claims."""
+    arrays = symmetry.split(jax.tree.map(np.asarray, params))
+    for freedom in symmetry.freedoms:
+        group = symmetry[freedom.group]
+        shape = (*group.batch, group.size)
+        drawn = [(scaling, 2.0 ** rng.uniform(-1, 1, shape)) for scaling in freedom.scales]
+        drawn += [(scaling, rng.choice([-1.0, 1.0], shape)) for scaling in freedom.signs]
+        for scaling, factors in drawn:
+            for leaf, axis, degree in scaling.degrees:
+                arrays[leaf] = multiplied(
+                    symmetry, group, leaf, axis, arrays[leaf], factors**degree
+                )
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(symmetry.join(arrays))]
+
+
+def multiplied(
+    symmetry: otf.Symmetry, group: otf.Group, leaf: int, axis: int, array: Any, factors: np.ndarray
+) -> np.ndarray:
+    """An array whose units along one axis are multiplied by a number each."""
+    (member,) = [m for m in group.members if (m.leaf, m.axis) == (leaf, axis)]
+    # Positions that hold no units are multiplied by 1, those that do by the factor of their unit.
+    along = np.ones(array.shape)
+    for index in np.ndindex(*group.batch, group.size):
+        along[positions(member, index, array.shape)] *= factors[index]
+    return array * along
+
+
+def positions(
+    member: otf.Member, index: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
+    """Where the unit of an index lies in an array, as an index of the array."""
+    chosen = [np.ones(size, bool) for size in shape]
+    *outer, unit = index
+    at = member.location
+    places = [(at.axis, at.index, unit)]
+    places += [(axis, located, i) for (axis, _, located), i in zip(at.batch, outer, strict=True)]
+    for axis, located, i in places:
+        mask = np.zeros(shape[axis], bool)
+        mask[located.positions(i + 1)[:, i].ravel()] = True
+        chosen[axis] &= mask
+    return np.ix_(*chosen)
 
 
 def rotation(rng: np.random.Generator, group: otf.Group) -> np.ndarray:

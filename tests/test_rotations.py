@@ -15,6 +15,8 @@ from jax import export
 from numpy.testing import assert_allclose, assert_array_equal
 
 import otfusion_jax as otf
+from otfusion_jax.symmetry.balancing import randomly_scaled
+from otfusion_jax.symmetry.groups import Motion
 
 HEADS = 2
 WIDTH = 6
@@ -151,6 +153,49 @@ def test_planted_elements_come_back_20_times_of_20(name):
         assert distance(otf.transport(symmetry, found, a), b) < 1e-10 * distance(a, b)
         assert_allclose(found.objective, 0, atol=1e-10 * distance(a, b))
         for group in symmetry.groups:
+            if not group.rotates:
+                assert_array_equal(found.plans[group.name], plans[group.name])
+
+
+def planted_of_full_group(name, seed):
+    """A network in canonical form, and one after rotations, signs, scales and matrices at once."""
+    _, symmetry, params, _ = network(name)
+    free = symmetry.with_signs().with_scales()
+    plans = free.random(jax.random.key(seed))
+    moved = otf.transport(free, plans, otf.canonicalize(symmetry, params))
+    scaled = randomly_scaled(free, moved, jax.random.key(100 + seed))
+    return free, otf.canonicalize(free, params), otf.canonicalize(free, scaled), plans
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", NETWORKS)
+def test_elements_of_the_full_group_come_back_20_times_of_20(name):
+    fn, _, params, inputs = network(name)
+    for seed in range(20):
+        free, a, b, plans = planted_of_full_group(name, seed)
+        if not seed:
+            motions = {group.motion for group in free.groups}
+            assert (Motion.SIGNED in motions) == (name == "llama")
+            assert any(group.rotates and group.scaled for group in free.groups)
+            assert otf.check_symmetry(free, fn, params, inputs) < 1e-4
+        found = otf.align(free, a, b)
+        assert distance(otf.transport(free, found, a), b) < 1e-9 * distance(a, b)
+        for group in free.groups:
+            if not group.rotates:
+                assert_array_equal(found.plans[group.name], plans[group.name])
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_noise_moves_elements_of_the_full_group_by_as_much(name, noise):
+    for seed in range(3):
+        free, a, b, plans = planted_of_full_group(name, seed)
+        drawn = normals({k: v.shape for k, v in b.items()}, seed=seed)
+        noisy = {k: v if "scale" in k else v + noise * drawn[k] for k, v in b.items()}
+        found = otf.align(free, a, otf.canonicalize(free, noisy))
+        size = sum(v.size for v in b.values())
+        assert distance(otf.transport(free, found, a), b) < 20 * noise**2 * size
+        for group in free.groups:
             if not group.rotates:
                 assert_array_equal(found.plans[group.name], plans[group.name])
 

@@ -62,7 +62,7 @@ class OneShot(PairStudy):
                     fused = jax.block_until_ready(correction.average(formed, moved, EVENLY))
                 run.add(judge.measures(fused), method=method.name, measure=correction.name)
             # The paths of all variants would take long, and a plot of them show nothing.
-            if method in METHODS.values() or method.rotates:
+            if method in METHODS.values() or method.is_special:
                 path = path_judge.path(moved, formed.b, t)
                 for metric, height in path.heights.items():
                     barrier = BARRIERS[metric]
@@ -72,13 +72,14 @@ class OneShot(PairStudy):
 
     def _methods(self, run: Run) -> list[Method]:
         """Returns the methods to compare: those asked for, or all that the network allows."""
-        rotates = run.network.symmetry.with_rotations().rotates
+        symmetry = run.network.symmetry
         if self.methods is None:
             methods = VARIANTS if self.variants else METHODS
-            return [method for method in methods.values() if rotates or not method.rotates]
+            return [method for method in methods.values() if method.form.suits(symmetry)]
         for method in self.methods:
-            if method.rotates and not rotates:
-                raise ValueError(f"No units of {run.network.config.label} can be rotated: {method}")
+            if not method.form.suits(symmetry):
+                label = run.network.config.label
+                raise ValueError(f"The units of {label} can only be permuted: {method}")
         return list(self.methods)
 
     def tables(self, records: pd.DataFrame) -> list[str]:

@@ -136,6 +136,12 @@ def _problem_of_gram(group: Group, target_group: Group, given: Gram) -> str | No
         expected = (*group.batch, group.size, target_group.batch[-1], target_group.size)
     if given.cross.shape != expected:
         return f"shape {given.cross.shape}, expected {expected}"
+    if group.signed and given.even is None:
+        return (
+            "its units may change their signs, and it is not known which of the activations do "
+            "with them; use the grams of feature_gram with this symmetry, or one without "
+            "with_signs()"
+        )
     # Inside `jax.jit` there are no values to look at.
     known = [x for x in jax.tree.leaves(given) if not isinstance(x, Tracer)]
     if any(not_finite_counts(known)):
@@ -176,8 +182,9 @@ def require_marginals(symmetry: Symmetry, onto: Symmetry, marginals: Any) -> Non
         for name, given in masses.items():
             if name not in by_name:
                 problem = "no such group"
-            elif by_name[name].rotates:
-                problem = "its units are rotated, which gives all of them the same mass"
+            elif by_name[name].orthogonal:
+                kind = by_name[name].motion.value
+                problem = f"its units are {kind}, which gives all of them the same mass"
             elif name in outer_names:
                 problem = "groups are nested in it, so that it is matched one to one"
             else:

@@ -88,7 +88,7 @@ class CoordinateDescent(AbstractMethod):
         # widths have couplings in any case, and are accepted by the objective alone.
         for group in problem.symmetry.groups:
             same_size = group.size == problem.target_groups[group.name].size
-            is_soft = not group.rotates and not is_permutation(initial.plans[group.name])
+            is_soft = not group.orthogonal and not is_permutation(initial.plans[group.name])
             if same_size and is_soft:
                 raise ValueError(
                     "coordinate descent composes permutations, and "
@@ -270,8 +270,8 @@ class DescentSweep(AbstractSweep):
 
 
 def _keeps_norms(group: Group, plan: Array) -> bool:
-    """Whether units keep their norms along a plan: it permutes or rotates them."""
-    return group.rotates or is_permutation(plan)
+    """Whether units keep their norms along a plan: it is orthogonal, or permutes them."""
+    return group.orthogonal or is_permutation(plan)
 
 
 @jax.jit

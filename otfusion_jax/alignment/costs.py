@@ -34,12 +34,15 @@ class Gram:
         intra: The inner products among the source's units and among the target's, float
             `[*batch, n, n]` and `[*batch, m, m]`, which quadratic solvers need. None if they were
             not asked for.
+        even: Of units that may change their signs, the inner products of what does not change with
+            them, of the shape of `cross`, which then has the others alone. None for other units.
     """
 
     source_sq_norms: Float[Array, "*batch n"]
     target_sq_norms: Float[Array, "*others m"]
     cross: Float[Array, "*pairs m"]
     intra: tuple[Float[Array, "*batch n n"], Float[Array, "*others m m"]] | None = None
+    even: Float[Array, "*pairs m"] | None = None
 
     def __add__(self, other: "Gram") -> "Gram":
         return jax.tree.map(jnp.add, self, other)
@@ -61,11 +64,33 @@ class Gram:
         columns = jnp.expand_dims(target_numbers, range(-2 * indices, -indices))
         return rows * columns
 
+    def told_apart(self, odd: bool) -> "Gram":
+        """Notes whether what was compared changes its sign with the units.
+
+        Args:
+            odd: Whether it does.
+
+        Returns:
+            The inner products, with those that do not change in `even`.
+        """
+        nothing = jnp.zeros_like(self.cross)
+        cross, even = (self.cross, nothing) if odd else (nothing, self.cross)
+        return dataclasses.replace(self, cross=cross, even=even)
+
+    def with_best_signs(self) -> "Gram":
+        """Returns the inner products of each pair of units by the sign that makes it largest."""
+        if self.even is None:
+            return self
+        return dataclasses.replace(self, cross=self.even + jnp.abs(self.cross), even=None)
+
     def normalised(self) -> "Gram":
         """Returns the inner products of units scaled to norm 1; units that are 0 stay so."""
         source_norms_inverse = _inverse_norms(self.source_sq_norms)
         target_norms_inverse = _inverse_norms(self.target_sq_norms)
-        intra = self.intra
+        intra, even = self.intra, self.even
+        inverses = self.pairwise(source_norms_inverse, target_norms_inverse)
+        if even is not None:
+            even = even * inverses
         if intra is not None:
             intra = (
                 intra[0] * all_products(source_norms_inverse),
@@ -74,8 +99,9 @@ class Gram:
         return Gram(
             self.source_sq_norms * source_norms_inverse * source_norms_inverse,
             self.target_sq_norms * target_norms_inverse * target_norms_inverse,
-            self.cross * self.pairwise(source_norms_inverse, target_norms_inverse),
+            self.cross * inverses,
             intra,
+            even,
         )
 
 

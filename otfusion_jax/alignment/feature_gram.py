@@ -56,7 +56,9 @@ def feature_gram(
             solvers (`GromovWasserstein`) need.
 
     Returns:
-        The inner products by the names of groups, ready for `align(..., grams=...)`.
+        The inner products by the names of groups, ready for `align(..., grams=...)`. Signed groups
+        of which some members do not change their signs, as the gates of an LSTM, are left out: it
+        is not known whether what is read does.
 
     Raises:
         ValueError: If there are no batches, if the networks differ in more than widths, or if
@@ -81,6 +83,8 @@ def feature_gram(
         source_features = features(symmetry, fn, source, *batch, at=at)
         target_features = features(onto, target_fn, target, *batch, at=at)
         for group in symmetry.groups:
+            if group.signed and not all(member.odd for member in group.members):
+                continue
             # Features are [*batch, samples, units]; a unit is a vector of samples.
             source_units = jnp.swapaxes(source_features[group.name], -1, -2)
             target_units = jnp.swapaxes(target_features[name_in_target[group.name]], -1, -2)
@@ -96,7 +100,8 @@ def feature_gram(
     grams = {}
     # Means are known only after the last batch, so that they are subtracted from the sums.
     for name, sums in totals.items():
-        grams[name] = _centered(sums) if center else sums.gram
+        gram = _centered(sums) if center else sums.gram
+        grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
     return grams
 
 

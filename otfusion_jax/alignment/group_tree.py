@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from otfusion_jax.symmetry.groups import Group, Member
+from otfusion_jax.symmetry.groups import Group, Member, Motion
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -28,12 +28,9 @@ class GroupTree:
     siblings: tuple[Group, ...] = ()
 
     @property
-    def turns(self) -> tuple[bool | None, ...]:
-        """For each group whether its rotations fix the vector of ones; None if it has none."""
-        turns = []
-        for group in self.groups:
-            turns.append(group.fixes_ones if group.rotates else None)
-        return tuple(turns)
+    def motions(self) -> tuple[Motion, ...]:
+        """By which matrices the units of each group are multiplied."""
+        return tuple([group.motion for group in self.groups])
 
     def root_members_around(self, member: Member) -> list[Member]:
         """Finds the members of the root that say in which of its indices some units are.

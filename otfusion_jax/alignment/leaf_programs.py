@@ -88,6 +88,20 @@ def added(total: Gram, term: Gram) -> Gram:
     return total + term
 
 
+@functools.partial(jax.jit, static_argnames=("odd",))
+def told_apart(grams: Gram, *, odd: bool) -> Gram:
+    """Notes whether what was compared changes its sign with the units, see `Gram.told_apart`.
+
+    Args:
+        grams: The inner products.
+        odd: Whether it does.
+
+    Returns:
+        The inner products.
+    """
+    return grams.told_apart(odd)
+
+
 @functools.partial(jax.jit, donate_argnames=("moved",))
 def in_place(moved: Gram, inverse: Array) -> Gram:
     """Brings inner products of units that have moved into the order that the units came from.

@@ -371,7 +371,8 @@ def _costs(
         grams = problem.compare(tree, plans, members)
         for group, group_grams in zip(tree.groups, grams, strict=True):
             has_nested = group is root and nested
-            if group.rotates:
+            if group.orthogonal:
+                # Rotations are learned as they are, signs stay as the start has them.
                 continue
             if has_nested or any(member.role == "both" for member in group.members):
                 # Only permutations can move these.

@@ -27,6 +27,7 @@ from otfusion_jax.alignment.leaf_programs import (
     carried_plan,
     closeness,
     in_place,
+    told_apart,
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
@@ -104,10 +105,14 @@ class AlignmentProblem:
             total = None
             for unit_axis in unit_axes:
                 term = self._compare_along(tree, unit_axis, plans)
+                if group.signed:
+                    term = told_apart(term, odd=unit_axis.member.odd)
                 total = term if total is None else added(total, term)
             if total is None:
                 # Nothing but nested units: the root's have no cost of their own.
                 total = self._compare_along_nothing(group)
+                if group.signed:
+                    total = told_apart(total, odd=True)
             grams.append(total)
         return grams
 

@@ -6,6 +6,7 @@ heads, and each head keeps the match that it was chosen for. A group without any
 single transport problem, or a batch of them.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -20,15 +21,16 @@ from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.procrustes import procrustes
 from otfusion_jax.solvers.stack import solve_stack
+from otfusion_jax.symmetry.groups import Motion
 from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.signs import signed_matrix
+
+ROTATIONS = (Motion.ROTATED, Motion.ROTATED_ABOUT_ONES)
+"""The motions whose matrices are solved for by Procrustes."""
 
 Masses = tuple[Array | None, Array | None]
 """The masses of a group's units in the source and in the target, float `[*batch, n]` and `[*batch,
 m]`; None where they are uniform."""
-
-Turn = bool | None
-"""Whether the rotations of a group have to fix the vector of ones; None for a group that does not
-rotate."""
 
 CostOf = Callable[[Gram], Array]
 """The ground cost between all pairs of units, as a function of their inner products."""
@@ -39,7 +41,7 @@ def solve_group_tree(
     cost_of: CostOf,
     grams: Sequence[Gram],
     masses: Sequence[Masses],
-    turns: Sequence[Turn],
+    motions: Sequence[Motion],
 ) -> list[Solution]:
     """Matches a group jointly with what is nested in it.
 
@@ -49,30 +51,42 @@ def solve_group_tree(
         cost_of: The ground cost between all pairs of units, as a function of their inner products.
         grams: The inner products of the root's units, then of those of each nested group.
         masses: The masses of the units of each of these groups.
-        turns: For each of these groups whether it rotates. Such a group is brought as close as can
-            be in squared distance, whatever solver and ground cost are.
+        motions: By which matrices the units of each of these groups are multiplied. Those that are
+            rotated are brought as close as can be in squared distance, whatever solver and ground
+            cost are, and those that are signed are matched exactly.
 
     Returns:
         For each group its solution, values summed up over its batch. Inside of heads that do not
         move one to one, plans are for all pairs of heads.
     """
-    root_grams, *nested_grams = grams
-    if turns[0] is not None:
-        return [_summed(_rotated(root_grams, root_grams.cross, turns[0]))]
+    # The better sign of each pair of units is chosen before they are matched.
+    root_grams, *nested_grams = [inside.with_best_signs() for inside in grams]
+    if motions[0] in ROTATIONS:
+        return [_summed(_rotated(root_grams, root_grams.cross, motions[0]))]
     if not nested_grams:
+        if motions[0] is Motion.SIGNED:
+            matched = solve_stack(Exact(), TransportProblem(cost_of(root_grams)))
+            return [_summed(_with_signs(matched, grams[0].cross))]
         cost = cost_of(root_grams)
         intra = None if root_grams.intra is None else intra_costs(cost_of, root_grams)
         problem = TransportProblem(cost, *masses[0], intra)
         return [_summed(solve_stack(solver, problem))]
     # The match inside of heads i and j depends on these two alone, so all pairs are solved first.
     pair_problems = []
-    for inside, inside_masses, turn in zip(nested_grams, masses[1:], turns[1:], strict=True):
-        if turn is None:
+    for inside, inside_masses, motion in zip(nested_grams, masses[1:], motions[1:], strict=True):
+        if motion is Motion.PERMUTED:
             pair_problems.append(_problems_of_pairs(cost_of, inside, inside_masses))
     permuted = iter(_solve_alike_at_once(solver, pair_problems))
     pair_solutions = []
-    for inside, turn in zip(nested_grams, turns[1:], strict=True):
-        pair_solutions.append(next(permuted) if turn is None else _rotated_pairs(inside, turn))
+    for number, (inside, motion) in enumerate(zip(nested_grams, motions[1:], strict=True), 1):
+        if motion is Motion.PERMUTED:
+            pair_solutions.append(next(permuted))
+        elif motion is Motion.SIGNED:
+            problem = _problems_of_pairs(cost_of, inside, (None, None))
+            cross = jnp.moveaxis(grams[number].cross, -3, -2)
+            pair_solutions.append(_with_signs(solve_stack(Exact(), problem), cross))
+        else:
+            pair_solutions.append(_rotated_pairs(inside, motion))
     cost = cost_of(root_grams)
     for inside, solution in zip(nested_grams, pair_solutions, strict=True):
         # The masses of a problem's units sum up to 1, those of a head to its number of units.
@@ -99,19 +113,35 @@ def _summed(solution: Solution) -> Solution:
     )
 
 
-def _rotated(grams: Gram, cross: Array, fixes_ones: bool) -> Solution:
+def _with_signs(solution: Solution, cross: Array) -> Solution:
+    """Makes matrices of permutations, with the signs by which matched units are alike.
+
+    Args:
+        solution: The solutions, whose plans are permutations `[*batch, n]`.
+        cross: The inner products of what changes with the signs, `[*batch, n, n]`.
+
+    Returns:
+        The solutions with plans `[*batch, n, n]`.
+    """
+    index = solution.plan[..., None, :]
+    matched = jnp.take_along_axis(cross, index, axis=-2, mode="fill").squeeze(-2)
+    signs = jnp.where(matched < 0, -1, 1).astype(cross.dtype)
+    return dataclasses.replace(solution, plan=signed_matrix(solution.plan, signs))
+
+
+def _rotated(grams: Gram, cross: Array, motion: Motion) -> Solution:
     """Rotates units as close as possible to those of the target.
 
     Args:
         grams: The inner products, of which the squared norms are used.
         cross: The inner products of source and target, `[*batch, n, m]`, the batch of the norms.
-        fixes_ones: Whether the vector of ones has to stay.
+        motion: Whether the vector of ones has to stay.
 
     Returns:
         The solutions, `[*batch]`. Their value is the squared distance of the rotated units to those
         of the target over the number of units, as it is for permutations.
     """
-    solution = procrustes(cross, fixes_ones=fixes_ones)
+    solution = procrustes(cross, fixes_ones=motion is Motion.ROTATED_ABOUT_ONES)
     source_sq_norm = jnp.sum(grams.source_sq_norms, axis=-1)
     target_sq_norm = jnp.sum(grams.target_sq_norms, axis=-1)
     n = cross.shape[-1]
@@ -120,7 +150,7 @@ def _rotated(grams: Gram, cross: Array, fixes_ones: bool) -> Solution:
     return Solution(solution.plan, value, solution.converged, 2 * solution.gap / n)
 
 
-def _rotated_pairs(grams: Gram, fixes_ones: bool) -> Solution:
+def _rotated_pairs(grams: Gram, motion: Motion) -> Solution:
     """Rotates the units of every head as close as possible to those of every head of the target."""
     # From [*batch, heads, n, heads of the target, m].
     cross = jnp.moveaxis(grams.cross, -3, -2)
@@ -130,7 +160,7 @@ def _rotated_pairs(grams: Gram, fixes_ones: bool) -> Solution:
         _for_each_source_head(grams.target_sq_norms, pairs),
         cross,
     )
-    return _rotated(of_pairs, cross, fixes_ones)
+    return _rotated(of_pairs, cross, motion)
 
 
 def _problems_of_pairs(cost_of: CostOf, grams: Gram, masses: Masses) -> TransportProblem:
@@ -215,7 +245,7 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
 
     Args:
         grams: The inner products of a group's units, then of those of each group nested in it.
-        plans: The plans of these groups, permutations or rotations.
+        plans: The plans of these groups, permutations or orthogonal matrices.
 
     Returns:
         The sum over all weights that the groups were compared by, float `[]`.
@@ -225,16 +255,21 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     root_plan = plans[0]
     total = None
     for inside, plan in zip(grams, plans, strict=True):
-        cross = inside.cross
-        if total is not None:
-            # Nested units: of each head of the target, those of the head that goes there.
-            cross = picked(jnp.moveaxis(cross, -3, -2), root_plan)
-        if is_permutation(plan):
-            # cross[..., plan[..., j], j] for all j.
-            matched = jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill")
-        else:
-            matched = cross * plan
-        term = jnp.sum(matched)
+        term = _matched(inside.cross, plan, root_plan if total is not None else None)
+        if inside.even is not None:
+            unsigned = plan if is_permutation(plan) else jnp.abs(plan)
+            term += _matched(inside.even, unsigned, root_plan if total is not None else None)
         total = term if total is None else total + term
     assert total is not None
     return total
+
+
+def _matched(cross: Array, plan: Array, root_plan: Array | None) -> Array:
+    """Sums up the inner products of units that a plan brings together."""
+    if root_plan is not None:
+        # Nested units: of each head of the target, those of the head that goes there.
+        cross = picked(jnp.moveaxis(cross, -3, -2), root_plan)
+    if is_permutation(plan):
+        # cross[..., plan[..., j], j] for all j.
+        return jnp.sum(jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill"))
+    return jnp.sum(cross * plan)

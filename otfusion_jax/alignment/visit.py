@@ -23,10 +23,11 @@ from otfusion_jax.alignment.costs import Gram, ground_cost
 from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.alignment.solve_tree import CostOf, Masses, Turn, solve_group_tree
+from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
 from otfusion_jax.solvers.base import AbstractSolver, Solution
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.padding import solve_assignment
+from otfusion_jax.symmetry.groups import Motion
 
 
 class AbstractSweep(abc.ABC):
@@ -130,7 +131,7 @@ def _visit_known(
         else:
             masses = _masses(problem, tree)
             solutions = _solved(
-                problem.solver, problem.dtype, sweep.metric, grams, masses, tree.turns
+                problem.solver, problem.dtype, sweep.metric, grams, masses, tree.motions
             )
         state = sweep.accept(tree, state, grams, solutions)
     return state
@@ -141,7 +142,7 @@ def _assignment_solver(problem: AlignmentProblem, tree: GroupTree) -> Exact | No
     group, *nested = tree.groups
     same_size = group.size == problem.target_groups[group.name].size
     has_masses = any(group.name in masses for masses in problem.marginals)
-    if nested or group.batch or not same_size or has_masses or group.rotates:
+    if nested or group.batch or not same_size or has_masses or group.orthogonal:
         return None
     return problem.solver if isinstance(problem.solver, Exact) else None
 
@@ -152,21 +153,21 @@ def _cost(dtype: Any, metric: costs.CostFn, grams: Gram) -> Array:
     return ground_cost(metric, jax.tree.map(lambda x: x.astype(dtype), grams))
 
 
-@functools.partial(jax.jit, static_argnames=("solver", "dtype", "turns"))
+@functools.partial(jax.jit, static_argnames=("solver", "dtype", "motions"))
 def _solved(
     solver: AbstractSolver,
     dtype: Any,
     metric: costs.CostFn,
     grams: list[Gram],
     masses: list[Masses],
-    turns: tuple[Turn, ...],
+    motions: tuple[Motion, ...],
 ) -> list[Solution]:
     """Solves a group tree, by a program that all trees of the same sizes share."""
     # Grams of activations are in the dtype of these.
     convert = functools.partial(jax.lax.convert_element_type, new_dtype=dtype)
     grams, masses = jax.tree.map(convert, (grams, masses))
     cost_of = functools.partial(ground_cost, metric)
-    return solve_group_tree(solver, cost_of, grams, masses, turns)
+    return solve_group_tree(solver, cost_of, grams, masses, motions)
 
 
 def _masses(problem: AlignmentProblem, tree: GroupTree) -> list[Masses]:
@@ -208,7 +209,7 @@ def _sorted_by_shape(problem: AlignmentProblem) -> list[_TreesOfOneShape]:
             has_masses = group.name in source_masses, group.name in target_masses
             # Inside of another group, units of all its indices are compared with each other.
             shape.append((sizes, group.outer is None, has_masses))
-        shapes.append((tree.turns, *shape))
+        shapes.append((tree.motions, *shape))
     kinds = []
     for shape in dict.fromkeys(shapes):
         kind = _TreesOfOneShape([], [], [])
@@ -276,8 +277,8 @@ class _Visit:
                 branches.append(functools.partial(sweep.accept, tree))
             accepts.append(functools.partial(jax.lax.switch, self.which, branches))
         grams, masses = jax.lax.switch(index, compares, state)
-        turns = trees[0].turns
-        solutions = solve_group_tree(self.problem.solver, self.cost_of, grams, masses, turns)
+        motions = trees[0].motions
+        solutions = solve_group_tree(self.problem.solver, self.cost_of, grams, masses, motions)
         return jax.lax.switch(index, accepts, state, grams, solutions)
 
     def compare(self, tree: GroupTree, state: DescentState) -> tuple[list[Gram], list[Masses]]:

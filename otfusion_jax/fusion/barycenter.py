@@ -124,7 +124,7 @@ def barycenter(
         require_function(leaf_weight, "barycenter(..., leaf_weight=lambda path: 1.0)")
     stacked, count = stacked_models(symmetry, models)
     warn_without_groups(symmetry, stacked, "the result is the plain average of the models")
-    if symmetry.rotates:
+    if symmetry.has_form:
         stacked = in_canonical_form(symmetry, stacked, count, stacked=True)
     shares = mixture(weights, count)
     stacked_leaves = jax.tree_util.tree_leaves(stacked)

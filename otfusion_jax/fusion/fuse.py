@@ -140,7 +140,7 @@ def fuse(
             leaf_weight=leaf_weight,
         )
     models, count, stacked = checked_models(symmetry, models)
-    if symmetry.rotates:
+    if symmetry.has_form:
         models = in_canonical_form(symmetry, models, count, stacked)
     order = _reference_last(reference, count)
     warn_without_groups(symmetry, models, "the result is the plain average of the models")
@@ -201,7 +201,7 @@ def _fuse_widths(
         require_model(symmetries[number], model, f"model {number}")
         in_form.append(
             canonical(symmetries[number], model, f"model {number}")
-            if symmetries[number].rotates
+            if symmetries[number].has_form
             else model
         )
     models = in_form

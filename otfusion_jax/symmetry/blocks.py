@@ -62,6 +62,28 @@ def permuted(
     return block._replace(array=array)
 
 
+def multiplied(
+    block: Block, dim: BlockDim, batch_dims: Sequence[BlockDim], factors: Array
+) -> Block:
+    """Multiplies the units along a dimension by a number each.
+
+    Args:
+        block: A block that has this dimension, and those of the batch.
+        dim: The dimension of the units.
+        batch_dims: For each axis of the batch of the factors, the dimension that it is.
+        factors: `[*batch, size]`.
+
+    Returns:
+        The block with its units multiplied.
+    """
+    rank = block.array.ndim
+    axes = [block.dims.index(other) for other in (*batch_dims, dim)]
+    # As in `permuted`: the axes in the order of the block's, and of size 1 where there is none.
+    in_order = factors.transpose(np.argsort(axes))
+    absent = [i for i in range(rank) if i not in axes]
+    return block._replace(array=block.array * jnp.expand_dims(in_order, absent))
+
+
 def mixed(
     block: Block, dims: Sequence[BlockDim], batch_dims: Sequence[BlockDim], weights: Array
 ) -> Block:

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.finiteness import not_finite
+from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
@@ -26,14 +27,20 @@ ROUNDING = 1e-4
 
 
 def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
-    """Makes the scales of normalisations 1, by multiplying them into the weights that read them.
+    """Chooses among the parameters of a function those that can be compared with another model's.
+
+    The scales of normalisations become 1, by being multiplied into the weights that read them. With
+    scales (see `Symmetry.with_scales`), units that may be scaled are balanced as well: what
+    produces a unit of a ReLU gets the norm of what reads it, and what two matrices compute
+    together, as queries and keys do, is shared evenly between them. Of all parameters that scales
+    can lead to, these have the smallest norm.
 
     The function stays the same, up to rounding. Leaves stay in their places, so that the result can
     be used wherever the parameters were. `symmetry.freedoms` lists what is changed. A pytree
     transform; also works inside `jax.jit` and under `jax.vmap`.
 
     Args:
-        symmetry: The symmetry of the network, with rotations or without.
+        symmetry: The symmetry of the network, with rotations or without, with scales or without.
         params: The parameters of the network. They are not changed.
 
     Returns:
@@ -48,11 +55,11 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
-    return canonical(symmetry, params, "params")
+    return balanced(symmetry, folded(symmetry, params, "params"))
 
 
 def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
-    """Brings parameters that fit into canonical form, see `canonicalize`.
+    """Brings parameters that fit into the form in which the units of a symmetry are compared.
 
     Args:
         symmetry: The symmetry of the network.
@@ -60,7 +67,26 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
         name: What to call them in the message about scales that can't be made 1.
 
     Returns:
-        The parameters in canonical form.
+        The parameters, with scales made 1 if groups rotate, and units balanced that are scaled.
+
+    Raises:
+        ValueError: If a scale can't be made 1, as far as that is known.
+    """
+    if symmetry.rotates:
+        params = folded(symmetry, params, name)
+    return balanced(symmetry, params)
+
+
+def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
+    """Makes scales 1 that are read by weights alone, see `canonicalize`.
+
+    Args:
+        symmetry: The symmetry of the network.
+        params: The parameters.
+        name: What to call them in the message about scales that can't be made 1.
+
+    Returns:
+        The parameters with these scales 1.
 
     Raises:
         ValueError: If a scale can't be made 1, as far as that is known.

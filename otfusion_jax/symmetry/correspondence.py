@@ -264,13 +264,17 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
     for group, partner in pairs:
         reason = reasons.get(group.name)
         sizes_differ = group.size != partner.size
-        if group.rotates or partner.rotates:
-            reason = "its units are rotated, which keeps their number"
+        if group.orthogonal or partner.orthogonal:
+            kind = (group if group.orthogonal else partner).motion.value
+            reason = f"its units are {kind}, which keeps their number"
             sizes_differ = (group.batch, group.size) != (partner.batch, partner.size)
         if reason is not None and sizes_differ:
             lines.append(f"  {group.name}: {reason}")
-        elif group.rotates != partner.rotates:
-            lines.append(f"  {group.name}: its units are rotated in one of the two alone")
+        elif group.motion is not partner.motion:
+            kinds = (
+                f"{group.motion.value} in one of the two and {partner.motion.value} in the other"
+            )
+            lines.append(f"  {group.name}: its units are {kinds}")
     return lines
 
 

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from otfusion_jax.symmetry.folding import Row, aligned, fold, fold_rows
-from otfusion_jax.symmetry.groups import Group, Member
+from otfusion_jax.symmetry.groups import Freedom, Group, Member
 
 if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
@@ -24,7 +24,7 @@ def table(symmetry: "Symmetry") -> str:
         The table of `print(symmetry)`.
     """
     blocks = [_block_of(symmetry, group) for group in symmetry.groups]
-    columns = ("group", "units", "move") if symmetry.rotates else ("group", "units")
+    columns = ("group", "units", "move") if _shows_motions(symmetry) else ("group", "units")
     rows: list[Row] = [(*columns, "role", "leaf", "axis")]
     for header, *members in fold(blocks):
         for member in fold_rows(members):
@@ -100,7 +100,7 @@ def headline(symmetry: "Symmetry") -> str:
     share = 100 * movable / max(1, total)
     groups = counted(len(symmetry.groups), "group", "groups")
     leaves = counted(len(symmetry.leaves), "leaf", "leaves")
-    moved = "moved" if symmetry.rotates else "permuted"
+    moved = "moved" if symmetry.orthogonal else "permuted"
     return (
         f"Symmetry: {groups} over {leaves}; {share:.1f} % of {total:,} "
         f"parameters lie on an axis that can be {moved}"
@@ -140,7 +140,7 @@ def units(group: Group) -> str:
 def _block_of(symmetry: "Symmetry", group: Group) -> list[Row]:
     """Returns the rows of a group: its name and size, and a row for each member."""
     header: Row = (group.name, units(group))
-    if symmetry.rotates:
+    if _shows_motions(symmetry):
         header = (*header, _moves_in_words(group))
     rows: list[Row] = [header]
     for member in group.members:
@@ -181,9 +181,14 @@ def _axis_in_words(member: Member, size: int) -> str:
 
 def _moves_in_words(group: Group) -> str:
     """Says how the units of a group move."""
-    if not group.rotates:
-        return "permuted"
-    return "rotated about the ones" if group.fixes_ones else "rotated"
+    if group.scaled:
+        return "linear" if group.rotates else f"{group.motion.value}, scaled"
+    return group.motion.value
+
+
+def _shows_motions(symmetry: "Symmetry") -> bool:
+    """Whether there are groups that do more than to be permuted."""
+    return symmetry.orthogonal or symmetry.has_form
 
 
 def _batch_in_words(group: Group) -> str:
@@ -201,26 +206,29 @@ def _batch_in_words(group: Group) -> str:
 def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
     """Returns a row for each way in which groups may move, and for what keeps others from it.
 
-    Of rotations it counts the degrees of freedom, `n (n - 1) / 2` of `n` units.
+    It counts the degrees of freedom: of `n` units `n (n - 1) / 2` of rotations, `n^2` of matrices.
     """
     counts: collections.Counter[Row] = collections.Counter()
     dimensions: collections.Counter[Row] = collections.Counter()
     folds = 0
+    is_more = False
     for freedom in symmetry.freedoms:
         if freedom.group not in symmetry:
             continue
         group = symmetry[freedom.group]
-        row: Row = ("permuted", freedom.reason or "")
-        if freedom.rotates:
+        row: Row = (_freedom_in_words(freedom), freedom.reason or "")
+        count = math.prod(group.batch)
+        if freedom.linear:
+            dimensions[row] += count * group.size**2
+        else:
             n = group.size - 1 if freedom.fixes_ones else group.size
-            row = ("rotated about the ones", freedom.reason or "")
-            if not freedom.fixes_ones:
-                row = ("rotated", "")
-            dimensions[row] += math.prod(group.batch) * n * (n - 1) // 2
-            folds += len(freedom.folds)
+            dimensions[row] += count * n * (n - 1) // 2 if freedom.rotates else 0
+            dimensions[row] += count * group.size * len(freedom.scales)
+        folds += len(freedom.folds)
+        is_more = is_more or freedom.rotates or bool(freedom.scales or freedom.signs)
         counts[row] += 1
     # Of networks whose units are permuted alone there is nothing to say.
-    if not dimensions:
+    if not is_more:
         return []
     rows: list[Row] = []
     for (moves, why), count in counts.items():
@@ -231,6 +239,18 @@ def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
         scales = counted(folds, "scale", "scales")
         rows.append(("", "", f"with_rotations() makes {scales} 1, see canonicalize"))
     return rows
+
+
+def _freedom_in_words(freedom: Freedom) -> str:
+    """Says how units may move, and be scaled."""
+    words = "permuted"
+    if freedom.linear:
+        return "linear"
+    if freedom.rotates:
+        words = "rotated about the ones" if freedom.fixes_ones else "rotated"
+    elif freedom.signs:
+        words = "permuted with signs"
+    return f"{words}, scaled" if freedom.scales else words
 
 
 # --- pins

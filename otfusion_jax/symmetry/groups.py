@@ -7,6 +7,7 @@ static: frozen, hashable, and without arrays.
 """
 
 import dataclasses
+import enum
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from otfusion_jax.symmetry.location import UnitLocation
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
-the group's batch. Of a group that rotates, a float `[n, n]` is an orthogonal matrix."""
+the group's batch. Of a group that rotates or is signed, a float `[n, n]` is orthogonal."""
 
 NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
@@ -33,6 +34,15 @@ UNMET = "meets nothing but constants on these inputs"
 a first step multiplies with zeros."""
 
 
+class Motion(enum.Enum):
+    """By which matrices the units of a group are multiplied."""
+
+    PERMUTED = "permuted"
+    SIGNED = "permuted, with signs"
+    ROTATED = "rotated"
+    ROTATED_ABOUT_ONES = "rotated about the ones"
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """One parameter axis, or one part of it, that a group's units index.
@@ -43,12 +53,15 @@ class Member:
         path: The key path of the parameter, as in `"params/Dense_0/kernel"`, or of a part of it.
         location: The positions of the parameter at which the units lie.
         role: `"produces"`, `"consumes"`, or `"both"` (a tied embedding).
+        odd: Whether its numbers change their signs where the units do, in a group that is signed.
+            The gates of an LSTM do not, though its cells do.
     """
 
     leaf: int
     path: str
     location: UnitLocation
     role: Role
+    odd: bool = False
 
     @property
     def axis(self) -> int:
@@ -82,6 +95,10 @@ class Group:
         rotates: Whether the units are multiplied by orthogonal matrices, and not permuted alone:
             only in what `Symmetry.with_rotations` returns.
         fixes_ones: Whether these matrices leave the vector of ones as it is.
+        signed: Whether units may change their signs as they are permuted: only in what
+            `Symmetry.with_signs` returns.
+        scaled: Whether the positive scales of units are balanced before they are compared: only in
+            what `Symmetry.with_scales` returns.
     """
 
     name: str
@@ -91,6 +108,20 @@ class Group:
     outer: str | None = None
     rotates: bool = False
     fixes_ones: bool = False
+    signed: bool = False
+    scaled: bool = False
+
+    @property
+    def motion(self) -> Motion:
+        """By which matrices the units are multiplied."""
+        if self.rotates:
+            return Motion.ROTATED_ABOUT_ONES if self.fixes_ones else Motion.ROTATED
+        return Motion.SIGNED if self.signed else Motion.PERMUTED
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether a plan may be an orthogonal matrix: of a group that rotates or is signed."""
+        return self.rotates or self.signed
 
     def having(self, role: Role) -> tuple[Member, ...]:
         """Returns the members of one role.
@@ -148,6 +179,19 @@ class Fold:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How parameters may be multiplied unit by unit, and the function kept.
+
+    Attributes:
+        degrees: The position of each parameter in `Symmetry.parts`, its axis, and the power of the
+            scale by which its units are multiplied: 1 for weights that produce the units of a
+            ReLU, -1 for those that consume them. Of signs the powers are all 1.
+    """
+
+    degrees: tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Freedom:
     """What the units of a group may do.
 
@@ -158,6 +202,11 @@ class Freedom:
         fixes_ones: Whether the matrix must leave the vector of ones as it is, as where a mean over
             the units is subtracted.
         folds: The parameters that have to be 1 before.
+        scales: By which powers of a positive scale parameters may be multiplied unit by unit.
+            There may be several such scalings, each with scales of its own.
+        signs: Which parameters may be multiplied by -1 unit by unit, likewise.
+        linear: Whether units may be multiplied by any invertible matrix, as those of queries may if
+            the keys are multiplied by its inverse transpose: they rotate, and may all be scaled.
         reason: The primitive and the source line that stand in the way of rotations, or of those
             that do not fix the ones; None if nothing does. Two freedoms that differ in this alone
             are equal.
@@ -167,6 +216,9 @@ class Freedom:
     rotates: bool
     fixes_ones: bool = False
     folds: tuple[Fold, ...] = ()
+    scales: tuple[Scaling, ...] = ()
+    signs: tuple[Scaling, ...] = ()
+    linear: bool = False
     reason: str | None = dataclasses.field(default=None, compare=False)
 
 

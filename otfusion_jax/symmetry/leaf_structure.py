@@ -136,10 +136,8 @@ def numbered_leaf(shape: tuple[int, ...], structure: LeafStructure) -> NumberedL
         outer = None
         if group.outer is not None:
             outer = numbers.setdefault(group.outer, str(len(numbers)))
-        numbered_group = Group(
-            name, group.size, (), group.batch, outer, group.rotates, group.fixes_ones
-        )
-        numbered_member = Member(0, "", member.location, member.role)
+        numbered_group = dataclasses.replace(group, name=name, members=(), outer=outer)
+        numbered_member = dataclasses.replace(member, leaf=0, path="")
         members.append((numbered_group, numbered_member))
     return NumberedLeaf(_shared_structure(shape, tuple(members)), tuple(numbers))
 

@@ -184,7 +184,7 @@ def _invertible_plans_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans)
     # What several units have been mixed into does not tell them apart again.
     soft = []
     for name, plan in plans.items():
-        if not is_permutation(plan) and not symmetry[name].rotates:
+        if not is_permutation(plan) and not symmetry[name].orthogonal:
             soft.append(name)
     if soft:
         raise ValueError(f"only permutations can be chained or turned around; soft: {soft}")
@@ -268,7 +268,7 @@ def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dic
     problems = {}
     for name, reason in permutable_only(symmetry).items():
         is_soft = name in plans and not is_permutation(plans[name])
-        if is_soft and not symmetry[name].rotates:
+        if is_soft and not symmetry[name].orthogonal:
             problems[name] = reason
     return problems
 
@@ -311,14 +311,15 @@ def _problem_of_plan(
         outer_plan = plans.get(group.outer)
     is_array = isinstance(outer_plan, jax.Array | np.ndarray)
     if is_array and not is_permutation(outer_plan):
-        if group.rotates:
-            return f"its units are rotated inside of {group.outer}, which may only be permuted"
+        if group.orthogonal:
+            kind = group.motion.value
+            return f"its units are {kind} inside of {group.outer}, which may only be permuted"
         # The units inside of an old index are matched anew with those of each new one.
         batch = (*batch, outer_plan.shape[-1])
         note = f", one for every pair of what {group.outer} moves from and to"
     if is_permutation(plan):
         return _problem_of_permutation(group, plan, batch, note, target_size)
-    if group.rotates:
+    if group.orthogonal:
         return _problem_of_rotation(group, plan, batch, target_size)
     return _problem_of_coupling(group, plan, batch, note, target_size)
 
@@ -364,10 +365,11 @@ def _problem_of_rotation(
     """Says what is wrong with a plan that should be orthogonal matrices `[*batch, n, n]`."""
     n = group.size
     if target_size not in (None, n):
-        return f"{n} units become {target_size}, but rotations keep the number of units"
+        return f"{n} units become {target_size}, but these units keep their number"
     expected = (*batch, n, n)
     if plan.shape != expected:
-        return f"shape {plan.shape}, expected {expected} for a rotation or int {expected[:-1]}"
+        kind = "a permutation with signs" if group.signed else "a rotation"
+        return f"shape {plan.shape}, expected {expected} for {kind} or int {expected[:-1]}"
     if not jnp.issubdtype(plan.dtype, jnp.floating):
         return f"dtype {plan.dtype}, but a rotation is floating-point"
     if isinstance(plan, Tracer):
@@ -378,6 +380,8 @@ def _problem_of_rotation(
     products = matrices @ np.swapaxes(matrices, -1, -2)
     if np.max(np.abs(products - np.eye(n)), initial=0) > LARGEST_ERROR:
         return "a matrix that is not orthogonal; the units of this group are rotated"
+    if group.signed and np.max(np.abs(np.abs(matrices) - np.round(np.abs(matrices)))) > 0:
+        return "a matrix of more than ones and minus ones; the units change their signs alone"
     changes = np.abs(np.sum(matrices, axis=-1) - 1)
     if group.fixes_ones and np.max(changes, initial=0) > LARGEST_ERROR * np.sqrt(n):
         return "a rotation that moves the vector of ones, over which a mean is taken"

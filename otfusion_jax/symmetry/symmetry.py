@@ -47,6 +47,7 @@ from otfusion_jax.symmetry.leaf_structure import (
     numbered_leaf,
 )
 from otfusion_jax.symmetry.rotation import random_rotation
+from otfusion_jax.symmetry.signs import signed_matrix
 from otfusion_jax.symmetry.validation import require_fitting
 
 
@@ -270,6 +271,16 @@ class Symmetry(Mapping[str, Group]):
         """Whether units of any group are rotated, and not permuted alone."""
         return any(group.rotates for group in self.groups)
 
+    @property
+    def orthogonal(self) -> bool:
+        """Whether units of any group are rotated or change their signs."""
+        return any(group.orthogonal for group in self.groups)
+
+    @property
+    def has_form(self) -> bool:
+        """Whether models are brought into canonical form before they are compared."""
+        return any(group.rotates or group.scaled for group in self.groups)
+
     def with_rotations(self) -> "Symmetry":
         """Lets units be multiplied by orthogonal matrices where the function allows it.
 
@@ -297,12 +308,81 @@ class Symmetry(Mapping[str, Group]):
                     pins.append(Pin(member.path, member.axis, group.size, FOLDED))
                 else:
                     members.append(member)
+            # Rotations have signs among them.
+            members = [dataclasses.replace(member, odd=False) for member in members]
             rotating = dataclasses.replace(
-                group, members=tuple(members), rotates=True, fixes_ones=freedom.fixes_ones
+                group,
+                members=tuple(members),
+                rotates=True,
+                fixes_ones=freedom.fixes_ones,
+                signed=False,
+                scaled=group.scaled and freedom.linear,
             )
             groups.append(rotating)
         pinned = (*self.pinned, *pins)
         return dataclasses.replace(self, groups=tuple(groups), pinned=pinned)
+
+    def with_signs(self) -> "Symmetry":
+        """Lets units change their signs as they are permuted, where the function allows it.
+
+        The units of a tanh do: `tanh(-x) = -tanh(x)`, so that a unit may be turned around if all
+        that reads it is. `print` of the result shows which groups are signed.
+
+        Returns:
+            The symmetry whose groups are signed where `freedoms` says so, by the first of the
+            scalings there. Those that rotate already have signs among their matrices. Equal to this
+            one if no group may change signs.
+        """
+        signs_of = {freedom.group: freedom.signs for freedom in self.freedoms if freedom.signs}
+        groups = []
+        for group in self.groups:
+            if group.name not in signs_of or group.orthogonal:
+                groups.append(group)
+                continue
+            turned = {(leaf, axis) for leaf, axis, _ in signs_of[group.name][0].degrees}
+            members = []
+            for member in group.members:
+                odd = (member.leaf, member.axis) in turned
+                members.append(dataclasses.replace(member, odd=odd))
+            groups.append(dataclasses.replace(group, members=tuple(members), signed=True))
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def with_scales(self) -> "Symmetry":
+        """Lets the positive scales of units be balanced, where the function allows it.
+
+        The units of a ReLU may be scaled by any positive number, if all that reads them is divided
+        by it, and queries multiplied by any matrix, if the keys are by its inverse transpose.
+        `canonicalize` chooses the scales by which a model has the smallest weights.
+
+        Returns:
+            The symmetry of parameters in that form. Equal to this one if no group may be scaled.
+        """
+        freedom_of = {freedom.group: freedom for freedom in self.freedoms if freedom.scales}
+        groups = []
+        for group in self.groups:
+            freedom = freedom_of.get(group.name)
+            # What rotates can be scaled by matrices alone.
+            scaled = freedom is not None and (freedom.linear or not group.rotates)
+            groups.append(dataclasses.replace(group, scaled=scaled))
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def as_free_as(self, other: "Symmetry") -> "Symmetry":
+        """Lets units move in the ways in which those of another symmetry do.
+
+        Args:
+            other: The other symmetry.
+
+        Returns:
+            The symmetry with rotations, signs and scales, as far as the other one has them.
+        """
+        result = self
+        if other.rotates:
+            result = result.with_rotations()
+        if any(group.signed for group in other.groups):
+            result = result.with_signs()
+        if any(group.scaled for group in other.groups):
+            result = result.with_scales()
+        return result
 
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
@@ -316,13 +396,14 @@ class Symmetry(Mapping[str, Group]):
         return plans
 
     def random(self, key: Array) -> Plans:
-        """Draws a uniform permutation of every group, an orthogonal matrix of those that rotate.
+        """Draws a uniform permutation of every group, or a matrix of those that have one.
 
         Args:
             key: A single key of `jax.random`.
 
         Returns:
-            The plans, int32 `[*batch, n]` each; of groups that rotate float32 `[*batch, n, n]`.
+            The plans, int32 `[*batch, n]` each; of groups that rotate or are signed, orthogonal
+            matrices, float32 `[*batch, n, n]`.
 
         Raises:
             TypeError: If a number is given in place of a key, or a batch of keys.
@@ -338,7 +419,11 @@ class Symmetry(Mapping[str, Group]):
                     group_key, group.size, group.batch, fixes_ones=group.fixes_ones
                 )
                 continue
-            plans[name] = jax.random.permutation(group_key, identity, axis=-1, independent=True)
+            plan = jax.random.permutation(group_key, identity, axis=-1, independent=True)
+            if group.signed:
+                signs = jax.random.rademacher(group_key, plan.shape, jnp.float32)
+                plan = signed_matrix(plan, signs)
+            plans[name] = plan
         return plans
 
     def validate(self, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()) -> None:

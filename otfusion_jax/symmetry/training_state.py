@@ -67,11 +67,11 @@ def transport_state(
     call = "transport_state(symmetry, plans, state, onto=symmetry_of_the_target)"
     require_symmetry(symmetry, call)
     plans = plans_of(plans)
-    if symmetry.rotates:
+    if symmetry.orthogonal:
         raise ValueError(
-            "the state of an optimizer can't be rotated: it has a moment for each number. "
-            "Start it anew from the moved parameters (`optimizer.init`), or move along "
-            "permutations, by a symmetry without with_rotations()"
+            "the state of an optimizer can't be rotated or change signs: it has a moment for each "
+            "number. Start it anew from the moved parameters (`optimizer.init`), or move along "
+            "permutations, by a symmetry without with_rotations() and with_signs()"
         )
     if onto is not None:
         require_symmetry(onto, call)

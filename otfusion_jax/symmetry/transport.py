@@ -4,7 +4,8 @@ A plan P of the units of a group, with marginals a = P 1 and b = Pᵀ 1, says ho
 unit j is the average of the old units that map to it, so an axis that *produces* units is
 multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
 so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
-Units of a group that rotates are multiplied by an orthogonal matrix in either role.
+Units of a group that rotates are multiplied by an orthogonal matrix in either role, and those of
+one that is signed are permuted and then multiplied by signs, where a member changes them.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, permuted
+from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, multiplied, permuted
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
@@ -23,6 +24,7 @@ from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.partition import BlockPartition
 from otfusion_jax.symmetry.plans import HasPlans, is_permutation, new_sizes, plans_of, require_plans
+from otfusion_jax.symmetry.signs import permutation_of, signs_of
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -48,7 +50,9 @@ def transport(
             pair of an old and a new head: `[*batch, g, n]` or `[*batch, g, n, m]`, where the last
             axis of the batch counts the old heads. Of a group that rotates (see
             `Symmetry.with_rotations`), a float plan is an orthogonal matrix `Q` `[n, n]`: new unit
-            `j` is the sum of `Q[i, j]` times old unit `i`. Groups that are left out stay.
+            `j` is the sum of `Q[i, j]` times old unit `i`. Of a group that is signed (see
+            `Symmetry.with_signs`), it is a permutation whose ones may be minus ones. Groups that
+            are left out stay.
         params: The parameters of the network. They are not changed.
         onto: The symmetry of the network that the plans lead to, if its widths are others. None
             takes the widths from the plans.
@@ -208,6 +212,12 @@ def _moved_along(
         return mixed(block, dims, batch_dims, weights.astype(block.array.dtype))
     if is_permutation(plan):
         return permuted(block, unit_axis.dim, unit_axis.levels, plan)
+    if unit_axis.group.signed:
+        block = permuted(block, unit_axis.dim, unit_axis.levels, permutation_of(plan))
+        if not unit_axis.member.odd:
+            return block
+        signs = signs_of(plan).astype(block.array.dtype)
+        return multiplied(block, unit_axis.dim, unit_axis.levels, signs)
     for nested in moving:
         if nested.group.outer != unit_axis.group.name:
             continue
@@ -264,7 +274,7 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
 
 def _unit_weights(group: Group, plan: Array, role: Role) -> Array:
     """Returns by how much old units are in new ones, `[..., n, m]`, in one role."""
-    if group.rotates and not is_permutation(plan):
+    if group.orthogonal and not is_permutation(plan):
         # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
         return plan
     return _weights(_as_coupling(plan), role)

@@ -230,7 +230,7 @@ def retrace(
     """
     # Whoever has this symmetry may have pinned on demand, too, which gives the same groups then.
     traced = trace(fn, params, *inputs, on_unsupported="pin")
-    found = traced.symmetry.with_rotations() if symmetry.rotates else traced.symmetry
+    found = traced.symmetry.as_free_as(symmetry)
     if found.groups != symmetry.groups:
         raise ValueError(
             "this function on these inputs has other groups than the symmetry given; trace it "

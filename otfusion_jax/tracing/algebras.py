@@ -1,4 +1,4 @@
-"""What is asked of the laws of a program: how far units may be mixed, and how they may be scaled.
+"""What is asked of the laws of a program: how far units may be mixed, scaled and turned around.
 
 `Rotations` asks whether units may be multiplied by any orthogonal matrix. A value that lies along
 the units is then a *vector*, which the matrix multiplies, or a *pair*, the product of two vectors
@@ -7,14 +7,16 @@ unit by unit. Nothing can be done to a pair but to sum it over all units: `<g x,
 `Scales` asks by which powers of a scale each parameter may be multiplied unit by unit: it is the
 inference of units of measurement. A product adds the degrees of its factors, terms of a sum have
 one degree, a contraction has degree 0. These are linear equations, and what solves them is a
-symmetry of the program.
+symmetry of the program. It allows any scales; `PositiveScales` asks the same of positive ones
+alone, which a ReLU passes on, and `Signs` of 1 and -1, for which degrees count modulo 2.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from otfusion_jax.tracing.laws import ZERO, Algebra, Standing
+from otfusion_jax.tracing.laws import ZERO, Algebra, Form, PerAxis, Standing
 
 
 class Vector(NamedTuple):
@@ -124,8 +126,9 @@ class Rotations(Algebra):
         self.fixes_ones = self.fixes_ones or self.source
 
 
-Degree = dict[int, int]
-"""By the numbers of parameters how often the degree of each counts in that of a value."""
+Degree = dict[int, int | Fraction]
+"""By the numbers of unknowns how often each counts in the degree of a value. An unknown is the
+degree of a parameter, or of one of its axes if the units lie along several."""
 
 
 class Scales(Algebra):
@@ -172,8 +175,17 @@ class Scales(Algebra):
     def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
         """See `Algebra.other`. What is made of values without degree has none."""
         for standing in standings:
-            self._demand(_degree(standing))
+            if isinstance(standing, PerAxis):
+                for _, along in standing.standings:
+                    self._demand(_degree(along))
+            else:
+                self._demand(_degree(standing))
         return None
+
+    def alternatives(self, choices: Sequence[Standing], cases: Sequence[Standing]) -> Standing:
+        """See `Algebra.alternatives`. A choice that no scale changes stays the same."""
+        self.other(choices)
+        return self.alike(cases)
 
     def along_several(self, standings: Sequence[Standing]) -> Standing:
         """See `Algebra.along_several`. Each axis may have a degree of its own: none is allowed."""
@@ -183,7 +195,7 @@ class Scales(Algebra):
         if degree:
             self.equations.append(degree)
 
-    def degrees_with(self, parameters: Collection[int]) -> dict[int, Degree]:
+    def degrees_with(self, parameters: Collection[int]) -> dict[int, dict[int, int]]:
         """Solves the equations for one parameter of degree 1 after the other, the rest at 0.
 
         Args:
@@ -209,12 +221,108 @@ class Scales(Algebra):
         return solved
 
 
+class PositiveScales(Scales):
+    """By which powers of a positive scale parameters may be multiplied, unit by unit."""
+
+    def function(self, x: Standing, form: Form) -> Standing:
+        """See `Algebra.function`. A power of the scale is taken out, if there is one."""
+        if form.degree is None:
+            return self.other([x])
+        return _sum({}, _degree(x), form.degree)
+
+    def extremum(self, standings: Sequence[Standing]) -> Standing:
+        """See `Algebra.extremum`. What is the largest is so after all are multiplied."""
+        return self.alike(standings)
+
+    def compared(self, standings: Sequence[Standing], *, ordered: bool) -> Standing:
+        """See `Algebra.compared`."""
+        self.alike(standings)
+        return None
+
+    def independent(self, unknowns: Sequence[int]) -> list[dict[int, int]]:
+        """Solves the equations.
+
+        Args:
+            unknowns: All unknowns there are.
+
+        Returns:
+            Independent solutions, from which all others are combined: for each the unknowns whose
+            degree is not 0, and their degrees, of which the first is positive.
+        """
+        pivots, _ = _eliminated(self._distinct(), ())
+        solutions = []
+        for free in unknowns:
+            if free in pivots:
+                continue
+            degrees = {free: Fraction(1)}
+            for unknown, row in pivots.items():
+                if free in row:
+                    degrees[unknown] = -row[free]
+            factor = math.lcm(*[degree.denominator for degree in degrees.values()])
+            if degrees[min(degrees)] < 0:
+                factor = -factor
+            solutions.append({number: int(factor * degrees[number]) for number in sorted(degrees)})
+        return solutions
+
+    def _distinct(self) -> list[Degree]:
+        """Returns the equations, each once: equal blocks of a network make equal ones."""
+        return list({frozenset(row.items()): row for row in self.equations}.values())
+
+
+class Signs(Scales):
+    """Which parameters may be multiplied by -1, unit by unit."""
+
+    def function(self, x: Standing, form: Form) -> Standing:
+        """See `Algebra.function`. An odd function hands the sign on, an even one drops it."""
+        if form.parity is None:
+            return self.other([x])
+        return _sum({}, _degree(x), form.parity)
+
+    def compared(self, standings: Sequence[Standing], *, ordered: bool) -> Standing:
+        """See `Algebra.compared`."""
+        if ordered:
+            return self.other(standings)
+        self.alike(standings)
+        return None
+
+    def independent(self, unknowns: Sequence[int]) -> list[dict[int, int]]:
+        """Solves the equations modulo 2.
+
+        Args:
+            unknowns: All unknowns there are.
+
+        Returns:
+            Independent solutions, from which all others are combined: for each the unknowns that
+            change signs, each with a 1.
+        """
+        # For each unknown that is determined the others that it is the sum of.
+        pivots: dict[int, set[int]] = {}
+        for equation in self.equations:
+            row = {number for number, count in equation.items() if count % 2}
+            for pivot in row & pivots.keys():
+                row ^= {pivot} | pivots[pivot]
+            if not row:
+                continue
+            pivot = min(row)
+            row.remove(pivot)
+            for others in pivots.values():
+                if pivot in others:
+                    others ^= {pivot} | row
+            pivots[pivot] = row
+        solutions = []
+        for free in unknowns:
+            if free not in pivots:
+                turned = {free} | {pivot for pivot, others in pivots.items() if free in others}
+                solutions.append(dict.fromkeys(sorted(turned), 1))
+        return solutions
+
+
 def _degree(standing: Standing) -> Degree:
     """Returns the degree of a value; 0 where it is the same at all units."""
     return {} if standing is None or standing is ZERO else standing
 
 
-def _sum(x: Degree, y: Degree, factor: int) -> Degree:
+def _sum(x: Degree, y: Degree, factor: int | Fraction) -> Degree:
     """Adds a multiple of a degree to another; what cancels is left out."""
     total = dict(x)
     for number, count in y.items():

@@ -8,23 +8,31 @@ nonlinearity looks at each of them by itself.
 Often a single parameter is in the way, the scale of a normalisation, which multiplies units one by
 one. If it can be made 1 without changing the function, by multiplying the weights that read these
 units instead (a *fold*), units may be rotated once that is done (see `symmetry.canonical`).
+
+What a nonlinearity looks at may still be scaled, if a ReLU is what looks, or change its sign, if
+that is an odd function. Both are solutions of linear equations between the degrees of parameters.
 """
 
+import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 
-from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf
-from otfusion_jax.tracing.algebras import Rotations, Scales, Vector
+from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Scaling
+from otfusion_jax.tracing.algebras import PositiveScales, Rotations, Scales, Signs, Vector
 from otfusion_jax.tracing.axis import Axis, Sum, factors_of
 from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
+    AXIS_BY_AXIS,
+    COMPARISONS,
     SINGLE,
     UNCHANGED,
     ZERO,
     Algebra,
+    Law,
+    PerAxis,
     Standing,
     UnitFlow,
     adding,
@@ -56,18 +64,45 @@ def find_freedoms(
         if group.name in outer_names:
             # Mixed heads would have no units of their own, which move in another way in each.
             freedoms.append(Freedom(group.name, rotates=False, reason="others nested in it"))
+        elif (coarse := _too_coarse(group, parts)) is not None:
+            freedoms.append(Freedom(group.name, rotates=False, reason=coarse))
         else:
-            freedoms.append(_freedom_of(program, variable, group, parts))
+            freedom = _freedom_of(program, variable, group, parts)
+            scales = program.scalings(variable, PositiveScales())
+            signs = program.scalings(variable, Signs())
+            linear = _is_linear(group, freedom, scales)
+            freedom = dataclasses.replace(freedom, scales=scales, signs=signs, linear=linear)
+            freedoms.append(freedom)
     return tuple(freedoms)
 
 
-def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]) -> Freedom:
-    """Finds what a group may do, perhaps after some parameters have been made 1."""
+def _is_linear(group: Group, freedom: Freedom, scales: Sequence[Scaling]) -> bool:
+    """Whether units may be multiplied by any invertible matrix.
+
+    Every such matrix is a rotation, positive scales, and another rotation. So it is allowed if both
+    are, and if each member is multiplied either by the scales or by their inverses: then the whole
+    multiplies the one by a matrix, and the other by its inverse transpose.
+    """
+    if not freedom.rotates or freedom.fixes_ones or freedom.folds or len(scales) != 1:
+        return False
+    degrees = {(leaf, axis): degree for leaf, axis, degree in scales[0].degrees}
+    for member in group.members:
+        if degrees.get((member.leaf, member.axis)) not in (1, -1):
+            return False
+    return True
+
+
+def _too_coarse(group: Group, parts: Sequence[Leaf]) -> str | None:
+    """Says which parameter of a group rounds too much to be mixed or scaled; None if none does."""
     for member in group.members:
         leaf = parts[member.leaf]
         if not rounds_finely(leaf.dtype):
-            reason = f"{member.path} is {leaf.dtype}, too coarse for sums of units"
-            return Freedom(group.name, rotates=False, reason=reason)
+            return f"{member.path} is {leaf.dtype}, too coarse for sums of units"
+    return None
+
+
+def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]) -> Freedom:
+    """Finds how a group may rotate, perhaps after some parameters have been made 1."""
     plain = program.rotations(variable, ())
     if plain.refused is None:
         return _rotating(group, plain, ())
@@ -104,7 +139,7 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
 def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Freedom:
     """Describes a group whose units may be rotated."""
     fixes_ones = rotations.fixes_ones is not None
-    return Freedom(group.name, True, fixes_ones, folds, rotations.fixes_ones)
+    return Freedom(group.name, True, fixes_ones, folds, reason=rotations.fixes_ones)
 
 
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
@@ -218,6 +253,36 @@ class _Program:
             self._follow(transfer, variable, standings, scales)
         return scales, standings
 
+    def scalings(self, variable: int, algebra: PositiveScales | Signs) -> tuple[Scaling, ...]:
+        """Finds how parameters may be scaled unit by unit, by positive numbers or by signs.
+
+        Args:
+            variable: The axis variable of the group.
+            algebra: The question, which nothing has been asked yet.
+
+        Returns:
+            Independent scalings, from which all others are combined.
+        """
+        # Of units along two axes of a parameter, as of recurrent weights, each has a degree.
+        unknowns: list[tuple[int, int]] = []
+        standings: dict[int, Standing] = {}
+        for number, parameter in self._parameters(variable):
+            dims = self._dims_of(self._param_axes[parameter], variable)
+            along = []
+            for dim in dims if len(set(dims)) == len(dims) else ():
+                if (parameter, dim) not in unknowns:
+                    unknowns.append((parameter, dim))
+                along.append((dim, {unknowns.index((parameter, dim)): 1}))
+            if along:
+                standings[number] = along[0][1] if len(along) == 1 else PerAxis(tuple(along))
+        for transfer in self._transfers_of[variable]:
+            self._follow(transfer, variable, standings, algebra)
+        scalings = []
+        for solution in algebra.independent(range(len(unknowns))):
+            degrees = [(*unknowns[unknown], degree) for unknown, degree in solution.items()]
+            scalings.append(Scaling(tuple(sorted(degrees))))
+        return tuple(scalings)
+
     def is_sliced(self, parameter: int) -> bool:
         """Whether a loop takes slices of a parameter, one in each iteration."""
         sliced = {number for number, _ in self._interpreter.sliced}
@@ -273,11 +338,18 @@ class _Program:
         self, transfer: Transfer, variable: int, standings: dict[int, Standing], algebra: Algebra
     ) -> None:
         """Applies the law of a transfer, and notes how its results stand."""
+        operand_dims = self._dims(transfer.operands, variable)
         flow = UnitFlow(
+            name=transfer.context.eqn.primitive.name,
             params=transfer.context.eqn.params,
             result_types=tuple([var.aval for var in transfer.context.eqn.outvars]),
-            standings=tuple([self._standing(value, standings) for value in transfer.operands]),
-            operand_dims=self._dims(transfer.operands, variable),
+            standings=tuple(
+                [
+                    self._standing(value, dims, standings, algebra)
+                    for value, dims in zip(transfer.operands, operand_dims, strict=True)
+                ]
+            ),
+            operand_dims=operand_dims,
             result_dims=self._dims(transfer.results, variable),
             may_hold=tuple([self._may_hold(value, variable) for value in transfer.operands]),
         )
@@ -297,36 +369,67 @@ class _Program:
             return []
         if transfer.form == "choice":
             law = adding
-        elif transfer.form == "call" or law is None or flow.quantises():
+        elif transfer.form == "call" or law is None or self._is_rough(law, flow):
             # It may make something along these units out of operands that have none of them.
             made = any(flow.result_dims)
             return flow.for_results(algebra.other(flow.standings, unknown=made))
+        if law not in AXIS_BY_AXIS and any(isinstance(x, PerAxis) for x in flow.standings):
+            return flow.for_results(algebra.other(flow.standings))
         results = law(flow, algebra)
-        counts = map(len, (*flow.operand_dims, *flow.result_dims))
+        counts = [len(dims) for dims in (*flow.operand_dims, *flow.result_dims)]
         if max(counts, default=0) > 1:
+            if isinstance(algebra, Scales) and self._axes_told_apart(counts, flow, results):
+                return results
             # Of `x[:, None] + y[None, :]` each term is the same along one of the axes.
             if law not in SINGLE and not flow.all_along_the_same():
                 return flow.for_results(algebra.other(flow.standings))
             return flow.for_results(algebra.along_several([*flow.standings, *results]))
         return results
 
-    def _standing(self, value: TracedValue, standings: dict[int, Standing]) -> Standing:
+    def _is_rough(self, law: Law, flow: UnitFlow) -> bool:
+        """Whether an equation rounds, other than to tell which of two numbers is larger."""
+        return law not in COMPARISONS and flow.quantises()
+
+    def _axes_told_apart(
+        self, counts: Sequence[int], flow: UnitFlow, results: Sequence[Standing]
+    ) -> bool:
+        """Whether of all values with units along several axes it is known how each one stands."""
+        for count, standing in zip(counts, (*flow.standings, *results), strict=True):
+            if count > 1 and standing is not None and not isinstance(standing, PerAxis):
+                return False
+        return True
+
+    def _standing(
+        self,
+        value: TracedValue,
+        dims: tuple[int, ...],
+        standings: dict[int, Standing],
+        algebra: Algebra,
+    ) -> Standing:
+        """Returns how an operand stands, of which the units lie along some axes."""
         if self._interpreter.is_zero(value):
             return ZERO
-        return standings.get(value.number) if value.number is not None else None
+        standing = standings.get(value.number) if value.number is not None else None
+        if not isinstance(standing, PerAxis):
+            return standing
+        if len(dims) != len(standing.standings):
+            return algebra.other([standing])
+        # A slice that a loop takes goes by the number of the whole, and has one axis less.
+        along = [by_itself for _, by_itself in standing.standings]
+        return PerAxis(tuple(zip(dims, along, strict=True)))
 
     def _dims(self, values: Sequence[TracedValue], variable: int) -> tuple[tuple[int, ...], ...]:
         """Returns for each value the numbers of the axes that the units lie along.
 
         An axis is listed once for each time that it has the units, as a product of two may.
         """
-        dims = []
-        for value in values:
-            along: list[int] = []
-            for dim, axis in enumerate(value.axes):
-                along += [dim] * self._occurrences(axis).count(variable)
-            dims.append(tuple(along))
-        return tuple(dims)
+        return tuple([self._dims_of(value.axes, variable) for value in values])
+
+    def _dims_of(self, axes: Sequence[Axis], variable: int) -> tuple[int, ...]:
+        along: list[int] = []
+        for dim, axis in enumerate(axes):
+            along += [dim] * self._occurrences(axis).count(variable)
+        return tuple(along)
 
     def _may_hold(self, value: TracedValue, variable: int) -> bool:
         """Whether units lie along an axis of a value, or could where it is constant."""

@@ -7,6 +7,9 @@ is written in the words of an `Algebra`, one for each question that is asked of 
 - `alike`: values are added unit by unit, or are alternatives. All have to stand alike.
 - `product`, `quotient`, `power`: values are multiplied unit by unit.
 - `contracted`, `summed`: products, or values, are summed over the units.
+- `function`, `extremum`, `compared`: a function of single values that is odd or even, or that takes
+  positive factors out; the largest or smallest of values; whether one is larger than another.
+- `alternatives`: one of several values is taken, and which one is said by another value.
 - `other`: any other function. It demands that units are permuted at most.
 
 A primitive without a law is `other`: what is not stated is not allowed. So the table in this module
@@ -15,8 +18,10 @@ is the whole of what is claimed. docs/rules.md says how to add to it.
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +42,34 @@ ZERO = Zero()
 Standing = Any
 """How a value stands to the units of a group, as an algebra says it. None where the value is the
 same at all units, or does not lie along them; `ZERO` where it is 0."""
+
+
+class Form(NamedTuple):
+    """What a function of single numbers does to signs and to positive factors.
+
+    Attributes:
+        parity: 1 of an odd function, `f(-x) = -f(x)`; 0 of an even one, `f(-x) = f(x)`; None of one
+            that is neither.
+        degree: The d of `f(c x) = c^d f(x)` for all `c > 0`; None if there is none.
+    """
+
+    parity: int | None = None
+    degree: Fraction | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PerAxis:
+    """How a value stands to units that lie along several of its axes, along each by itself.
+
+    Attributes:
+        standings: The numbers of these axes, each with how the value stands along it.
+    """
+
+    standings: tuple[tuple[int, Standing], ...]
+
+    def along(self, dim: int) -> Standing:
+        """Returns how the value stands along one of its axes."""
+        return dict(self.standings).get(dim)
 
 
 class Algebra(abc.ABC):
@@ -73,6 +106,24 @@ class Algebra(abc.ABC):
     def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
         """Anything else is done to values; what comes of it may be unknown altogether."""
 
+    def function(self, x: Standing, form: Form) -> Standing:
+        """A function of single values is applied, unit by unit."""
+        return self.other([x])
+
+    def extremum(self, standings: Sequence[Standing]) -> Standing:
+        """The largest or the smallest of values is taken, unit by unit."""
+        return self.other(standings)
+
+    def compared(self, standings: Sequence[Standing], *, ordered: bool) -> Standing:
+        """Values are compared unit by unit: which is larger, or whether they are equal."""
+        return self.other(standings)
+
+    def alternatives(self, choices: Sequence[Standing], cases: Sequence[Standing]) -> Standing:
+        """One of several values is taken, unit by unit, as other values say."""
+        if any(map(_varies, choices)):
+            return self.other([*choices, *cases])
+        return self.alike(cases)
+
     @abc.abstractmethod
     def along_several(self, standings: Sequence[Standing]) -> Standing:
         """The units lie along several axes of a value, as of a kernel from units to themselves."""
@@ -83,6 +134,7 @@ class UnitFlow:
     """How the units of one group go through one equation.
 
     Attributes:
+        name: The name of the primitive.
         params: The parameters of the equation.
         result_types: For each result its abstract value, with a dtype.
         standings: For each operand how it stands to the units.
@@ -92,6 +144,7 @@ class UnitFlow:
             along one on which it is constant and that is long enough.
     """
 
+    name: str
     params: dict[str, Any]
     result_types: tuple[Any, ...]
     standings: tuple[Standing, ...]
@@ -184,7 +237,20 @@ def moving(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     first, *positions = flow.standings
     if any(_varies(position) for position in positions):
         return flow.for_results(algebra.other(flow.standings))
+    if isinstance(first, PerAxis):
+        return flow.for_results(_moved_axes(flow, first, algebra))
     return flow.for_results(first)
+
+
+def _moved_axes(flow: UnitFlow, x: PerAxis, algebra: Algebra) -> Standing:
+    """Follows axes through what transposes, or leaves axes where they are."""
+    permutation = flow.params.get("permutation")
+    if permutation is not None:
+        moved = [(permutation.index(dim), standing) for dim, standing in x.standings]
+        return PerAxis(tuple(sorted(moved, key=operator.itemgetter(0))))
+    if len(flow.result_dims) == 1 and flow.result_dims[0] == flow.operand_dims[0]:
+        return x
+    return algebra.other([x])
 
 
 @law([P.gather_p])
@@ -232,7 +298,7 @@ def adding(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
 
 @law([P.select_n_p])
 def select_n(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
-    """One of several is taken: these stand alike, and the choice is the same for all units."""
+    """One of several is taken, and the first operand says which."""
     choice, *cases = flow.standings
     return _alternatives(flow, algebra, cases, [choice])
 
@@ -257,10 +323,8 @@ def _alternatives(
     cases: Sequence[Standing],
     positions: Sequence[Standing],
 ) -> list[Standing]:
-    """Ties alternatives, if what chooses between them is the same for all units."""
-    if any(map(_varies, positions)):
-        return flow.for_results(algebra.other(flow.standings))
-    return flow.for_results(algebra.alike(cases))
+    """Takes one of several cases."""
+    return flow.for_results(algebra.alternatives(positions, cases))
 
 
 @law([P.concatenate_p])
@@ -303,6 +367,57 @@ def integer_pow(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     return flow.for_results(algebra.power(flow.standings[0], flow.params["y"]))
 
 
+# --- functions of single values
+
+FORMS: dict[str, Form] = {
+    "abs": Form(0, 1),
+    "sign": Form(1, 0),
+    "cbrt": Form(1, Fraction(1, 3)),
+    "sqrt": Form(None, Fraction(1, 2)),
+    "rsqrt": Form(None, Fraction(-1, 2)),
+    **dict.fromkeys(("sin", "asin", "sinh", "asinh", "tan", "atan", "tanh", "atanh"), Form(1)),
+    **dict.fromkeys(("erf", "erf_inv", "round"), Form(1)),
+    **dict.fromkeys(("cos", "cosh"), Form(0)),
+}
+"""What functions do to signs and factors, by the names of primitives. Others do neither."""
+
+
+@law(named(" ".join(FORMS)))
+def function(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """A function of each value by itself."""
+    return flow.for_results(algebra.function(flow.standings[0], FORMS[flow.name]))
+
+
+@law(named("max min clamp"))
+def extremum(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """The largest or the smallest, unit by unit."""
+    return flow.for_results(algebra.extremum(flow.standings))
+
+
+@law(named("reduce_max reduce_min reduce_window_max reduce_window_min"))
+def extremum_along_others(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """The largest or the smallest along axes without units; among units it is another function."""
+    if flow.operand_dims[0] and not flow.result_dims[0]:
+        return flow.for_results(algebra.other(flow.standings))
+    return flow.for_results(algebra.extremum(flow.standings))
+
+
+@law(named("gt lt ge le"))
+def ordered(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Which of two is larger."""
+    return flow.for_results(algebra.compared(flow.standings, ordered=True))
+
+
+@law(named("eq ne"))
+def equal(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Whether two are equal."""
+    return flow.for_results(algebra.compared(flow.standings, ordered=False))
+
+
+COMPARISONS: tuple[Law, ...] = (ordered, equal)
+"""Laws of what makes truth values of numbers, which are meant to be few."""
+
+
 # --- sums over units
 
 
@@ -321,11 +436,12 @@ def dot_general(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Contracted, multiplied along batch axes, passed on along free ones."""
     contracted, batch = flow.params["dimension_numbers"]
     free: list[Standing] = []
-    for standing, dims, over, along in zip(
-        flow.standings, flow.operand_dims, contracted, batch, strict=True
+    for operand, (dims, over, along) in enumerate(
+        zip(flow.operand_dims, contracted, batch, strict=True)
     ):
-        if set(dims).difference(over, along):
-            free.append(standing)
+        # Each axis that is left goes on as it is. Of several the same is said, or none is right.
+        for dim in sorted(set(dims).difference(over, along)):
+            free.append(_along(flow, operand, dim))
     for i, j in zip(*contracted, strict=True):
         pair = _along(flow, 0, i), _along(flow, 1, j)
         if any(map(_varies, pair)):
@@ -340,7 +456,6 @@ def dot_general(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
 @law([P.conv_general_dilated_p])
 def conv_general_dilated(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Input channels are contracted, output channels and samples passed on; in groups, other."""
-    x, kernel = flow.standings
     numbers = flow.params["dimension_numbers"]
     if flow.params["feature_group_count"] > 1 or flow.params["batch_group_count"] > 1:
         return flow.for_results(algebra.other(flow.standings))
@@ -350,10 +465,10 @@ def conv_general_dilated(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     if any(map(_varies, pair)):
         algebra.contracted(*pair)
     free: list[Standing] = []
-    if set(flow.operand_dims[0]) - {channels}:
-        free.append(x)
+    for dim in sorted(set(flow.operand_dims[0]) - {channels}):
+        free.append(_along(flow, 0, dim))
     if outputs in flow.operand_dims[1]:
-        free.append(kernel)
+        free.append(_along(flow, 1, outputs))
     return flow.for_results(algebra.alike(free) if free else None)
 
 
@@ -370,6 +485,10 @@ SINGLE: tuple[Law, ...] = (
 """Laws of what adds nothing up unit by unit, so that it does not matter which axes units are on."""
 
 
+AXIS_BY_AXIS: tuple[Law, ...] = (moving, dot_general, conv_general_dilated)
+"""Laws that say of each axis of an operand what becomes of it, see `PerAxis`."""
+
+
 def keeps_zero(primitive: core.Primitive, zeros: Sequence[bool]) -> bool:
     """Says whether the results of an equation are 0 for certain.
 
@@ -384,7 +503,13 @@ def keeps_zero(primitive: core.Primitive, zeros: Sequence[bool]) -> bool:
 
 def _along(flow: UnitFlow, operand: int, dim: int) -> Standing:
     """Returns how an operand stands along one of its axes; None where the units are elsewhere."""
-    return flow.standings[operand] if dim in flow.operand_dims[operand] else None
+    standing = flow.standings[operand]
+    if standing is ZERO:
+        # Wherever the units lie that it will meet, it is 0 for all of them.
+        return ZERO
+    if dim not in flow.operand_dims[operand]:
+        return None
+    return standing.along(dim) if isinstance(standing, PerAxis) else standing
 
 
 def _varies(standing: Standing) -> bool:

@@ -8,7 +8,8 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_arrays
-from otfusion_jax.symmetry.canonical import canonical
+from otfusion_jax.symmetry.balancing import randomly_scaled
+from otfusion_jax.symmetry.canonical import folded
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import is_permutation
@@ -31,7 +32,9 @@ def check_symmetry(
     """Certifies a symmetry: moves every group at random, all at once, and compares the outputs.
 
     Twice: by permutations that leave no unit in place, and by uniform ones. Groups that rotate (see
-    `Symmetry.with_rotations`) are multiplied by random orthogonal matrices, after `canonicalize`.
+    `Symmetry.with_rotations`) are multiplied by random orthogonal matrices, after `canonicalize`,
+    those that are signed change their signs at random, and those that are scaled are multiplied by
+    scales between 1/2 and 2.
 
     Args:
         symmetry: The symmetry to be certified.
@@ -60,14 +63,16 @@ def check_symmetry(
         require_samples(inputs_of_fn)
     # A member that is left behind shows best if every unit moves. Such permutations are single
     # cycles, so that uniform ones are tried as well.
-    uniform = symmetry.random(jax.random.key(0) if key is None else key)
+    key = jax.random.key(0) if key is None else key
+    uniform = symmetry.random(key)
     # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
     _refuse_traced((params, inputs, functions, uniform))
     # Rotations are those of parameters in canonical form, which computes the same as well.
-    in_place = canonical(symmetry, params, "params") if symmetry.rotates else params
+    in_place = folded(symmetry, params, "params") if symmetry.rotates else params
     moved_models = []
     for plans in (_without_fixed_points(uniform), uniform):
-        moved_models.append(transport(symmetry, plans, in_place))
+        moved = transport(symmetry, plans, in_place)
+        moved_models.append(randomly_scaled(symmetry, moved, key))
     errors = []
     for entry_point in functions:
         before = _evaluate(entry_point, params)

@@ -1,0 +1,404 @@
+"""Positive scales of units: by how much to multiply what produces them and divide what reads them.
+
+A unit of a ReLU may be multiplied by any positive number, if the weights that read it are divided
+by it. What is left of this freedom is nothing once a model has the smallest weights that compute
+its function: then the weights that produce a unit have the same norm as those that read it. This
+is convex in the logarithms of the scales, so that there is one such model, and it is found by going
+from group to group until nothing changes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from otfusion_jax.symmetry.blocks import mixed, multiplied
+from otfusion_jax.symmetry.groups import Group
+from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
+from otfusion_jax.symmetry.rotation import random_rotation
+from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.units import units_in
+
+MOST_SWEEPS = 1000
+"""How often to go over all groups at most."""
+
+SMALLEST_CHANGE = 1e-6
+"""Of the logarithm of a scale: less is rounding, and balancing has come to its end."""
+
+
+ROUNDS = 20
+"""How often to balance scales and matrices in turn, where these meet in one parameter."""
+
+SMALLEST_SHARE = 1e-6
+"""By how much the units of a pair may differ in size, so that matrices of them can be inverted."""
+
+
+class Balance(NamedTuple):
+    """A scaling whose smallest weights are known in a formula.
+
+    Attributes:
+        group: The group whose units are scaled.
+        up: The leaves and axes that are multiplied by powers of the scale, all by one power.
+        down: Those that are divided by a power of it, likewise.
+        powers: These two powers, both positive.
+    """
+
+    group: Group
+    up: tuple[tuple[int, int], ...]
+    down: tuple[tuple[int, int], ...]
+    powers: tuple[int, int]
+
+
+def balances_of(symmetry: Symmetry) -> list[Balance]:
+    """Lists the scalings of all groups by which weights are balanced.
+
+    Args:
+        symmetry: The symmetry.
+
+    Returns:
+        Those with one power up and one down. Of others, as of weights that a normalisation follows,
+        smaller weights have no end, or are in no formula: they stay as they are.
+    """
+    balances = []
+    for freedom in symmetry.freedoms:
+        if freedom.group not in symmetry or not symmetry[freedom.group].scaled:
+            continue
+        if symmetry[freedom.group].rotates:
+            continue
+        for scaling in freedom.scales:
+            up = {degree for *_, degree in scaling.degrees if degree > 0}
+            down = {-degree for *_, degree in scaling.degrees if degree < 0}
+            if len(up) == len(down) == 1:
+                rising = [(leaf, axis) for leaf, axis, degree in scaling.degrees if degree > 0]
+                falling = [(leaf, axis) for leaf, axis, degree in scaling.degrees if degree < 0]
+                powers = up.pop(), down.pop()
+                group = symmetry[freedom.group]
+                balances.append(Balance(group, tuple(rising), tuple(falling), powers))
+    return balances
+
+
+class LinearPair(NamedTuple):
+    """A group whose units may be multiplied by any invertible matrix.
+
+    Attributes:
+        group: The group.
+        up: The leaves and axes that are multiplied by the matrix.
+        down: Those that are multiplied by its inverse transpose.
+    """
+
+    group: Group
+    up: tuple[tuple[int, int], ...]
+    down: tuple[tuple[int, int], ...]
+
+
+def linear_pairs_of(symmetry: Symmetry) -> list[LinearPair]:
+    """Lists the groups that are scaled by matrices.
+
+    Args:
+        symmetry: The symmetry.
+
+    Returns:
+        The groups that rotate and are scaled, of those that something produces and something reads.
+    """
+    pairs = []
+    for freedom in symmetry.freedoms:
+        if not freedom.linear or freedom.group not in symmetry:
+            continue
+        group = symmetry[freedom.group]
+        if not (group.rotates and group.scaled):
+            continue
+        up = [(leaf, axis) for leaf, axis, degree in freedom.scales[0].degrees if degree > 0]
+        down = [(leaf, axis) for leaf, axis, degree in freedom.scales[0].degrees if degree < 0]
+        if up and down:
+            pairs.append(LinearPair(group, tuple(up), tuple(down)))
+    return pairs
+
+
+def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
+    """Scales units so that the weights that produce them and those that read them have one norm.
+
+    Args:
+        symmetry: The symmetry. Only groups that are scaled change.
+        params: Parameters that fit.
+
+    Returns:
+        The parameters of the smallest norm that units can be scaled to. Units that nothing
+        produces, or that nothing reads, stay as they are.
+    """
+    balances, pairs = balances_of(symmetry), linear_pairs_of(symmetry)
+    if not balances and not pairs:
+        return params
+    arrays = symmetry.split(params)
+    touched = {leaf for item in (*balances, *pairs) for leaf, _ in (*item.up, *item.down)}
+    leaves = tuple(sorted(touched))
+    changed = _balanced(symmetry, leaves, [jnp.asarray(arrays[leaf]) for leaf in leaves])
+    for leaf, array in zip(leaves, changed, strict=True):
+        arrays[leaf] = array
+    return symmetry.join(arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("symmetry", "leaves"))
+def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
+    """Balances the leaves that are touched, see `balanced`."""
+    pairs = linear_pairs_of(symmetry)
+    by_leaf = dict(zip(leaves, arrays, strict=True))
+
+    def once(by_leaf: dict[int, Array]) -> dict[int, Array]:
+        by_leaf = _with_balanced_units(symmetry, by_leaf)
+        for pair in pairs:
+            by_leaf = _shared_evenly(symmetry, pair, by_leaf)
+        return by_leaf
+
+    # Where none of these meets another, each has one solution that does not depend on the others.
+    in_pairs = [leaf for pair in pairs for leaf, _ in (*pair.up, *pair.down)]
+    in_balances = {leaf for item in balances_of(symmetry) for leaf, _ in (*item.up, *item.down)}
+    if len(set(in_pairs)) < len(in_pairs) or in_balances.intersection(in_pairs):
+        by_leaf = jax.lax.fori_loop(0, ROUNDS, lambda _, x: once(x), by_leaf)
+    else:
+        by_leaf = once(by_leaf)
+    return [by_leaf[leaf] for leaf in leaves]
+
+
+def _shared_evenly(
+    symmetry: Symmetry, pair: LinearPair, by_leaf: dict[int, Array]
+) -> dict[int, Array]:
+    """Multiplies two sides of a product by matrices, so that both have the same Gram matrix.
+
+    Of A W and A^-T V, with the Gram matrices M of W and N of V, `X = A^T A` has to satisfy
+    `X M X = N`: it is the geometric mean of the inverse of M, and N. The symmetric root of it turns
+    with the units if these are rotated.
+    """
+    risen, fallen = (
+        _gram_of_units(symmetry, pair.group, members, by_leaf) for members in (pair.up, pair.down)
+    )
+    values, vectors = jnp.linalg.eigh(risen)
+    fallen_values = jnp.linalg.eigvalsh(fallen)
+    # A side that does not reach all dimensions has no inverse, and stays as it is.
+    is_regular = (values[..., 0] > SMALLEST_SHARE * values[..., -1]) & (
+        fallen_values[..., 0] > SMALLEST_SHARE * fallen_values[..., -1]
+    )
+    root = _function_of(jnp.where(is_regular[..., None], jnp.sqrt(values), 1), vectors)
+    inverse_root = _function_of(jnp.where(is_regular[..., None], values**-0.5, 1), vectors)
+    middle_values, middle_vectors = jnp.linalg.eigh(_product(root, fallen, root))
+    middle = _function_of(jnp.sqrt(jnp.maximum(middle_values, 0)), middle_vectors)
+    mean_values, mean_vectors = jnp.linalg.eigh(_product(inverse_root, middle, inverse_root))
+    mean_values = jnp.where(is_regular[..., None], mean_values, 1)
+    # Exactly the identity where there is nothing to be done.
+    identity = jnp.eye(values.shape[-1], dtype=values.dtype)
+    is_regular = is_regular[..., None, None]
+    matrix = jnp.where(is_regular, _function_of(mean_values**0.5, mean_vectors), identity)
+    inverse = jnp.where(is_regular, _function_of(mean_values**-0.5, mean_vectors), identity)
+    return _mixed_pair(symmetry, pair, by_leaf, matrix, inverse)
+
+
+def _mixed_pair(
+    symmetry: Symmetry,
+    pair: LinearPair,
+    by_leaf: dict[int, Array],
+    matrix: Float[Array, "*batch n n"],
+    inverse: Float[Array, "*batch n n"],
+) -> dict[int, Array]:
+    """Multiplies one side by the transpose of a matrix, and the other by its inverse.
+
+    Unit j becomes the sum of `matrix[i, j]` times unit i, and on the other side of `inverse[j, i]`.
+    """
+    by_leaf = dict(by_leaf)
+    for members, factor in ((pair.up, matrix), (pair.down, jnp.swapaxes(inverse, -1, -2))):
+        for leaf, axis in members:
+            structure = symmetry.leaf_structures[leaf]
+            blocks = structure.partition.split(by_leaf[leaf])
+            for unit_axis in _unit_axes(structure, pair.group, axis):
+                for key, block in blocks.items():
+                    if unit_axis.is_in(block):
+                        cast = factor.astype(block.array.dtype)
+                        blocks[key] = mixed(block, (unit_axis.dim,), unit_axis.levels, cast)
+            by_leaf[leaf] = structure.partition.join(blocks)
+    return by_leaf
+
+
+def _gram_of_units(
+    symmetry: Symmetry,
+    group: Group,
+    members: tuple[tuple[int, int], ...],
+    by_leaf: dict[int, Array],
+) -> Float[Array, "*batch n n"]:
+    """Sums up the inner products among units over some members."""
+    total = None
+    for leaf, axis in members:
+        structure = symmetry.leaf_structures[leaf]
+        blocks = structure.partition.split(by_leaf[leaf])
+        (unit_axis,) = _unit_axes(structure, group, axis)
+        units = units_in(blocks, [*unit_axis.levels, unit_axis.dim])
+        wide = units.dtype if units.dtype == jnp.float64 else jnp.float32
+        units = units.astype(wide)
+        term = _product(units, jnp.swapaxes(units, -1, -2))
+        total = term if total is None else total + term
+    assert total is not None, "each side of a pair has members"
+    return total
+
+
+def _function_of(values: Array, vectors: Array) -> Array:
+    """Makes a symmetric matrix of its eigenvalues and eigenvectors."""
+    return _product(vectors * values[..., None, :], jnp.swapaxes(vectors, -1, -2))
+
+
+def _product(*matrices: Array) -> Array:
+    return functools.reduce(
+        functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST), matrices
+    )
+
+
+def _unit_axes(structure: LeafStructure, group: Group, axis: int) -> list[UnitAxis]:
+    """Returns the unit axes of a group along one axis of a leaf."""
+    found = []
+    for unit_axis in structure.unit_axes:
+        if unit_axis.group.name == group.name and unit_axis.member.axis == axis:
+            found.append(unit_axis)
+    return found
+
+
+def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[int, Array]:
+    """Scales units of all groups until nothing changes."""
+    balances = balances_of(symmetry)
+    if not balances:
+        return by_leaf
+    squares = {}
+    for leaf, array in by_leaf.items():
+        magnitudes = jnp.abs(array)
+        wide = magnitudes.dtype if magnitudes.dtype == jnp.float64 else jnp.float32
+        squares[leaf] = magnitudes.astype(wide) ** 2
+
+    def sweep(carry: tuple[list[Array], Array, Array]) -> tuple[list[Array], Array, Array]:
+        logs, _, number = carry
+        logs = list(logs)
+        largest = jnp.zeros(())
+        for position, balance in enumerate(balances):
+            old = logs[position]
+            logs[position] = old + _step(symmetry, balances, balance, squares, logs)
+            change = jnp.max(jnp.abs(logs[position] - old), initial=0)
+            largest = jnp.maximum(largest, change.astype(jnp.float32))
+        return logs, largest, number + 1
+
+    def is_unfinished(carry: tuple[list[Array], Array, Array]) -> Array:
+        _, largest, number = carry
+        return (largest > SMALLEST_CHANGE) & (number < MOST_SWEEPS)
+
+    start = []
+    for balance in balances:
+        dtype = jnp.result_type(*[squares[leaf] for leaf, _ in balance.up])
+        start.append(jnp.zeros((*balance.group.batch, balance.group.size), dtype))
+    logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, (start, jnp.array(jnp.inf), jnp.array(0)))
+    scales = [jnp.exp(log) for log in logs]
+    changed = {}
+    for leaf, array in by_leaf.items():
+        changed[leaf] = _scaled_leaf(symmetry, balances, leaf, array, scales)
+    return changed
+
+
+def _step(
+    symmetry: Symmetry,
+    balances: list[Balance],
+    balance: Balance,
+    squares: dict[int, Array],
+    logs: list[Array],
+) -> Array:
+    """Returns by how much the logarithms of the scales of one group have to change."""
+    scales = [jnp.exp(2 * log) for log in logs]
+    sides = []
+    for members in (balance.up, balance.down):
+        total = None
+        for leaf, axis in members:
+            array = _scaled_leaf(symmetry, balances, leaf, squares[leaf], scales)
+            structure = symmetry.leaf_structures[leaf]
+            term = _sums_over_units(structure, balance.group, axis, array)
+            total = term if total is None else total + term
+        sides.append(total)
+    rising, falling = sides
+    p, q = balance.powers
+    # The derivative of |up|^2 c^(2p) + |down|^2 c^(-2q) by c vanishes here.
+    is_alive = (rising > 0) & (falling > 0)
+    ratio = jnp.where(is_alive, q * falling, p) / jnp.where(is_alive, p * rising, p)
+    return jnp.log(ratio) / (2 * (p + q))
+
+
+def _sums_over_units(structure: LeafStructure, group: Group, axis: int, array: Array) -> Array:
+    """Sums up an array over all but the units of a group, `[*batch, n]`."""
+    (unit_axis,) = _unit_axes(structure, group, axis)
+    blocks = structure.partition.split(array)
+    return jnp.sum(units_in(blocks, [*unit_axis.levels, unit_axis.dim]), axis=-1)
+
+
+def _scaled_leaf(
+    symmetry: Symmetry,
+    balances: list[Balance],
+    leaf: int,
+    array: Array,
+    scales: list[Array],
+) -> Array:
+    """Multiplies a parameter by the scales of all groups in it."""
+    for balance, scale in zip(balances, scales, strict=True):
+        up, down = balance.powers
+        for member in balance.up:
+            if member[0] == leaf:
+                array = _multiplied(symmetry, balance.group, member, array, scale**up)
+        for member in balance.down:
+            if member[0] == leaf:
+                array = _multiplied(symmetry, balance.group, member, array, scale**-down)
+    return array
+
+
+def _multiplied(
+    symmetry: Symmetry, group: Group, member: tuple[int, int], array: Array, factors: Array
+) -> Array:
+    """Multiplies the units of a group along one axis of a parameter by a number each."""
+    leaf, axis = member
+    structure = symmetry.leaf_structures[leaf]
+    blocks = structure.partition.split(array)
+    for unit_axis in _unit_axes(structure, group, axis):
+        for key, block in blocks.items():
+            if unit_axis.is_in(block):
+                cast = factors.astype(block.array.dtype)
+                blocks[key] = multiplied(block, unit_axis.dim, unit_axis.levels, cast)
+    return structure.partition.join(blocks)
+
+
+def randomly_scaled(symmetry: Symmetry, params: PyTree, key: Array) -> PyTree:
+    """Multiplies the units of groups that are scaled by random positive numbers.
+
+    Args:
+        symmetry: The symmetry.
+        params: Parameters that fit.
+        key: A key of `jax.random`.
+
+    Returns:
+        The parameters of another model of the same function, by scales between 1/2 and 2.
+    """
+    arrays = symmetry.split(params)
+    for number, freedom in enumerate(symmetry.freedoms):
+        if freedom.group not in symmetry or not symmetry[freedom.group].scaled:
+            continue
+        group = symmetry[freedom.group]
+        if group.rotates:
+            continue
+        for position, scaling in enumerate(freedom.scales):
+            scaling_key = jax.random.fold_in(jax.random.fold_in(key, number), position)
+            shape = (*group.batch, group.size)
+            factors = 2 ** jax.random.uniform(scaling_key, shape, minval=-1, maxval=1)
+            for leaf, axis, degree in scaling.degrees:
+                array = jnp.asarray(arrays[leaf])
+                powers = factors**degree
+                arrays[leaf] = _multiplied(symmetry, group, (leaf, axis), array, powers)
+    by_leaf = {number: jnp.asarray(array) for number, array in enumerate(arrays)}
+    for number, pair in enumerate(linear_pairs_of(symmetry)):
+        pair_key = jax.random.fold_in(key, number)
+        first, last = (
+            random_rotation(jax.random.fold_in(pair_key, side), pair.group.size, pair.group.batch)
+            for side in range(2)
+        )
+        shape = (*pair.group.batch, 1, pair.group.size)
+        scales = 2 ** jax.random.uniform(pair_key, shape, minval=-1, maxval=1)
+        inverse = jnp.swapaxes(_product(first / scales, last), -1, -2)
+        by_leaf = _mixed_pair(symmetry, pair, by_leaf, _product(first * scales, last), inverse)
+    return symmetry.join([by_leaf[number] for number in range(len(arrays))])

@@ -1,0 +1,499 @@
+"""Checks which units may be scaled or turned around, against the functions themselves.
+
+Where signs or scales are claimed, random ones must change no output. Where they are refused, doing
+it by hand has to change it: the refusal is then no whim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from arrays import array, normal, normals
+from flax import linen as nn
+from jax import lax
+from numpy.testing import assert_allclose, assert_array_equal
+
+import otfusion_jax as otf
+from otfusion_jax.symmetry.balancing import randomly_scaled
+from otfusion_jax.symmetry.groups import Motion
+
+N, EXACT, BROKEN = 6, 1e-5, 1e-2
+X = normal(5, 3, seed=2)
+
+Degrees = dict[tuple[str, int], int]
+"""By the names of parameters and their axes the power of the scale, or 1 for what changes signs."""
+
+UNITS: Degrees = {("w", 1): 1, ("b", 0): 1, ("v", 0): -1}
+SHAPES: dict[str, tuple[int, ...]] = {"w": (3, N), "b": (N,), "v": (N, 4)}
+TWO = {"w": (3, N), "u": (3, N), "v": (N, 4)}
+LOOP = SHAPES | {"r": (N, N)}
+GATED: Degrees = {("u", 1): 1, ("v", 0): -1}
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion():
+    """Lets the functions below be written as they are in the world, with `h + b`."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def hidden(act):
+    """A function that makes units, does something to them, and reads them."""
+    return lambda p, x: act(p, x @ p["w"] + p["b"]) @ p["v"]
+
+
+def gated(act):
+    return lambda p, x: (act(x @ p["w"]) * (x @ p["u"])) @ p["v"]
+
+
+def recurrent(act):
+    def fn(p, x):
+        def step(h, xt):
+            h = act(xt @ p["w"] + h @ p["r"] + p["b"])
+            return h, jnp.mean(h * h)
+
+        h, _ = lax.scan(step, jnp.zeros(N), x)
+        return h @ p["v"]
+
+    return fn
+
+
+def positive(degrees: Degrees) -> Degrees:
+    """The same for signs."""
+    return dict.fromkeys(degrees, 1)
+
+
+def batch_normed(p, h):
+    return jax.nn.relu((h - p["mean"]) * lax.rsqrt(p["var"] + 1e-3) * p["gamma"] + p["beta"])
+
+
+NORMED: dict[str, tuple[int, ...]] = SHAPES | dict.fromkeys(("mean", "var", "gamma", "beta"), (N,))
+BEFORE_NORM: Degrees = {("w", 1): 1, ("b", 0): 1, ("mean", 0): 1}
+AFTER_NORM: Degrees = {("gamma", 0): 1, ("beta", 0): 1, ("v", 0): -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A function of `(params, x)`, and all by which its units may be multiplied.
+
+    Attributes:
+        fn: The function.
+        scales: Independent positive scalings.
+        signs: Independent changes of signs.
+        shapes: The shapes of its parameters.
+        group: The group in question.
+    """
+
+    fn: Callable[..., Any]
+    scales: tuple[Degrees, ...] = ()
+    signs: tuple[Degrees, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: SHAPES)
+    group: str = "w"
+
+
+BOTH = (UNITS,), (positive(UNITS),)
+RECURRENT: Degrees = UNITS | {("r", 0): -1, ("r", 1): 1}
+
+CLAIMS = {
+    "ReLU": Claim(hidden(lambda p, h: jax.nn.relu(h)), (UNITS,)),
+    "leaky ReLU": Claim(hidden(lambda p, h: jax.nn.leaky_relu(h)), (UNITS,)),
+    "a clip at 0": Claim(hidden(lambda p, h: jnp.clip(h, min=0)), (UNITS,)),
+    "square root of ReLU": Claim(
+        hidden(lambda p, h: jnp.sqrt(jax.nn.relu(h) + 0 * h)),
+        ({("w", 1): 2, ("b", 0): 2, ("v", 0): -1},),
+    ),
+    "squared ReLU": Claim(
+        hidden(lambda p, h: jax.nn.relu(h) ** 2), ({("w", 1): 1, ("b", 0): 1, ("v", 0): -2},)
+    ),
+    "absolute values": Claim(
+        hidden(lambda p, h: jnp.abs(h)), (UNITS,), ({("w", 1): 1, ("b", 0): 1},)
+    ),
+    "tanh": Claim(hidden(lambda p, h: jnp.tanh(h)), (), (positive(UNITS),)),
+    "sine": Claim(hidden(lambda p, h: jnp.sin(h)), (), (positive(UNITS),)),
+    "cosine": Claim(hidden(lambda p, h: jnp.cos(h)), (), ({("w", 1): 1, ("b", 0): 1},)),
+    "cube": Claim(
+        hidden(lambda p, h: h**3),
+        ({("w", 1): 1, ("b", 0): 1, ("v", 0): -3},),
+        (positive(UNITS),),
+    ),
+    "softsign": Claim(hidden(lambda p, h: jax.nn.soft_sign(h)), (), (positive(UNITS),)),
+    "a tanh of squares": Claim(
+        hidden(lambda p, h: jnp.tanh(h * h)), (), ({("w", 1): 1, ("b", 0): 1},)
+    ),
+    "linear": Claim(hidden(lambda p, h: h), *BOTH),
+    "a gate": Claim(gated(jax.nn.silu), (GATED,), (positive(GATED),), TWO),
+    "a product of two": Claim(
+        gated(lambda h: h),
+        (GATED, {("u", 1): 1, ("w", 1): -1}),
+        (positive(GATED), {("u", 1): 1, ("w", 1): 1}),
+        TWO,
+    ),
+    "the largest of two": Claim(
+        lambda p, x: jnp.maximum(x @ p["w"], x @ p["u"]) @ p["v"],
+        ({("w", 1): 1, ("u", 1): 1, ("v", 0): -1},),
+        (),
+        TWO,
+    ),
+    "the larger chosen": Claim(
+        lambda p, x: jnp.where(x @ p["w"] > x @ p["u"], x @ p["w"], x @ p["u"]) @ p["v"],
+        ({("w", 1): 1, ("u", 1): 1, ("v", 0): -1},),
+        (),
+        TWO,
+    ),
+    "the largest of some rows": Claim(
+        hidden(lambda p, h: jnp.max(h, 0, keepdims=True)), (UNITS,), ()
+    ),
+    "batch norm in use": Claim(
+        hidden(batch_normed),
+        (
+            BEFORE_NORM | {("gamma", 0): -1},
+            AFTER_NORM,
+        ),
+        (positive(BEFORE_NORM | {("gamma", 0): 1}),),
+        NORMED,
+    ),
+    "a recurrent tanh": Claim(recurrent(jnp.tanh), (), (positive(RECURRENT),), LOOP),
+    "a recurrent kernel, transposed": Claim(
+        lambda p, x: recurrent(jnp.tanh)(p | {"r": p["r"].T.T.T}, x),
+        (),
+        (positive(RECURRENT),),
+        LOOP,
+    ),
+}
+
+
+def turned_by_hand(params, degrees: Degrees, factors: np.ndarray):
+    """Multiplies parameters unit by unit: an oracle that knows nothing of the library."""
+    moved = dict(params)
+    for (name, axis), degree in degrees.items():
+        shape = [1] * moved[name].ndim
+        shape[axis] = len(factors)
+        moved[name] = array(np.asarray(moved[name]) * (factors**degree).reshape(shape))
+    return moved
+
+
+def change(fn: Callable[..., Any], before: Any, after: Any) -> float:
+    old, new = (np.asarray(fn(params, X)) for params in (before, after))
+    return float(np.max(np.abs(new - old)) / np.max(np.abs(old)))
+
+
+SCALES = np.array([0.5, 2, 1, 1.5, 0.7, 3])
+SIGNS = np.array([-1.0, 1, 1, -1, -1, 1])
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", CLAIMS)
+def test_all_that_is_claimed_changes_no_output(name: str):
+    case = CLAIMS[name]
+    params = normals(case.shapes, seed=1)
+    params = {k: jnp.abs(v) if k == "var" else v for k, v in params.items()}
+    symmetry = otf.trace_symmetry(case.fn, params, X)
+    (freedom,) = [freedom for freedom in symmetry.freedoms if freedom.group == case.group]
+    for found, expected, factors in (
+        (freedom.scales, case.scales, SCALES),
+        (freedom.signs, case.signs, SIGNS),
+    ):
+        named = []
+        for scaling in found:
+            named.append(
+                {(symmetry.parts[leaf].path, axis): d for leaf, axis, d in scaling.degrees}
+            )
+        assert len(named) == len(expected)
+        for degrees in expected:
+            assert degrees in named
+        for degrees in named:
+            assert change(case.fn, params, turned_by_hand(params, degrees, factors)) < EXACT
+    free = symmetry.with_signs().with_scales()
+    assert otf.check_symmetry(free, case.fn, params, X) < EXACT
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A function whose units may not be scaled or turned around, though it may seem so.
+
+    Attributes:
+        fn: The function.
+        degrees: What would have to be multiplied.
+        factors: By what.
+        shapes: The shapes of its parameters.
+    """
+
+    fn: Callable[..., Any]
+    degrees: Degrees
+    factors: np.ndarray
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: SHAPES)
+
+
+def normalised(h):
+    h = h - jnp.mean(h, -1, keepdims=True)
+    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)
+
+
+REFUSALS = {
+    "scales of tanh": Refusal(hidden(lambda p, h: jnp.tanh(h)), UNITS, SCALES),
+    "scales of GELU": Refusal(hidden(lambda p, h: jax.nn.gelu(h)), UNITS, SCALES),
+    "scales of a clip at 1": Refusal(hidden(lambda p, h: jnp.clip(h, 0, 1)), UNITS, SCALES),
+    "scales of ReLU6": Refusal(hidden(lambda p, h: jax.nn.relu6(4 * h)), UNITS, SCALES),
+    "scales of ELU": Refusal(hidden(lambda p, h: jax.nn.elu(h)), UNITS, SCALES),
+    "scales and a constant": Refusal(hidden(lambda p, h: jax.nn.relu(h) + 1.0), UNITS, SCALES),
+    "scales of what is normalised": Refusal(
+        hidden(lambda p, h: normalised(jax.nn.relu(h))), UNITS, SCALES
+    ),
+    "scales of a softmax": Refusal(hidden(lambda p, h: jax.nn.softmax(h)), UNITS, SCALES),
+    "scales of the norm of batches": Refusal(
+        hidden(lambda p, h: jax.nn.relu(h * lax.rsqrt(jnp.var(h, 0) + 1.0))), UNITS, SCALES
+    ),
+    "scales of units that are also summed": Refusal(
+        hidden(lambda p, h: jax.nn.relu(h) * jnp.sum(h, -1, keepdims=True)), UNITS, SCALES
+    ),
+    "scales of whole numbers": Refusal(
+        hidden(lambda p, h: (3 * jax.nn.relu(h)).astype(int).astype(float)), UNITS, SCALES
+    ),
+    "scales of a gate": Refusal(gated(jax.nn.silu), {("w", 1): 1, ("v", 0): -1}, SCALES, TWO),
+    "scales of a recurrent ReLU with a norm": Refusal(
+        recurrent(lambda h: jax.nn.relu(normalised(h))), RECURRENT, SCALES, LOOP
+    ),
+    "signs of ReLU": Refusal(hidden(lambda p, h: jax.nn.relu(h)), UNITS, SIGNS),
+    "signs of GELU": Refusal(hidden(lambda p, h: jax.nn.gelu(h)), UNITS, SIGNS),
+    "signs of a sigmoid": Refusal(hidden(lambda p, h: jax.nn.sigmoid(h)), UNITS, SIGNS),
+    "signs and a constant": Refusal(hidden(lambda p, h: jnp.tanh(h) + 0.5), UNITS, SIGNS),
+    "signs of the largest of rows": Refusal(
+        hidden(lambda p, h: jnp.max(jnp.tanh(h), 0, keepdims=True)), UNITS, SIGNS
+    ),
+    "signs of which is larger": Refusal(
+        hidden(lambda p, h: jnp.where(h > 0, h, 0.5 * h)), UNITS, SIGNS
+    ),
+    "signs of units that are also summed": Refusal(
+        hidden(lambda p, h: jnp.tanh(h) * jnp.sum(h, -1, keepdims=True)), UNITS, SIGNS
+    ),
+    "signs of a tanh without its bias": Refusal(
+        hidden(lambda p, h: jnp.tanh(h - p["b"]) + jax.nn.relu(p["b"])), UNITS, SIGNS
+    ),
+    "signs of a product with even units": Refusal(
+        hidden(lambda p, h: jnp.tanh(h) * jnp.exp(h)), UNITS, SIGNS
+    ),
+}
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused_would_change_the_output(name: str):
+    case = REFUSALS[name]
+    params = normals(case.shapes, seed=1)
+    symmetry = otf.trace_symmetry(case.fn, params, X)
+    touched = set(case.degrees)
+    for freedom in symmetry.freedoms:
+        for scaling in freedom.scales if np.all(case.factors > 0) else freedom.signs:
+            claimed = {(symmetry.parts[leaf].path, axis) for leaf, axis, _ in scaling.degrees}
+            assert claimed != touched
+    moved = turned_by_hand(params, case.degrees, case.factors)
+    assert change(case.fn, params, moved) > BROKEN
+
+
+# --- recurrent cells
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        states: Any = nn.RNN(nn.LSTMCell(N), name="rnn")(x)
+        return nn.Dense(3, name="head")(states[:, -1])
+
+
+def test_the_cells_of_an_lstm_change_signs_and_its_gates_do_not():
+    x = normal(2, 4, 3)
+    model = Recurrent()
+    params = model.init(jax.random.key(0), x)
+    symmetry = otf.trace_symmetry(model.apply, params, x).with_signs()
+    (group,) = symmetry.groups
+    assert group.motion is Motion.SIGNED
+    odd = {(member.path.split("/")[-2], member.axis) for member in group.members if member.odd}
+    reads = {(f"h{gate}", 0) for gate in "ifgo"} | {("head", 0)}
+    # Of the kernels by which a bias stands, the bias is on axis 0 as well.
+    assert odd == reads | {("hg", 0), ("hg", 1), ("ig", 1)}
+    biases = {m.path.split("/")[-2]: m.odd for m in group.members if m.path.endswith("bias")}
+    assert biases == {"hi": False, "hf": False, "hg": True, "ho": False}
+    assert otf.check_symmetry(symmetry, model.apply, params, x) < EXACT
+
+
+# --- moving along signs
+
+
+def deep_tanh(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["u"]) @ p["v"]
+
+
+DEEP = {"w": (3, 8), "b": (8,), "u": (8, 7), "v": (7, 4)}
+
+
+def signed_pair():
+    params = normals(DEEP, seed=1)
+    symmetry = otf.trace_symmetry(deep_tanh, params, X).with_signs()
+    plans = symmetry.random(jax.random.key(3))
+    return symmetry, params, otf.transport(symmetry, plans, params), plans
+
+
+@pytest.mark.parametrize("method", [otf.CoordinateDescent(), otf.ForwardPass()])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_planted_signs_come_back(method, jitted):
+    symmetry, a, b, plans = signed_pair()
+    align = jax.jit(otf.align, static_argnames=("symmetry", "method")) if jitted else otf.align
+    found = align(symmetry, a, b, method=method)
+    assert {plan.dtype for plan in found.plans.values()} == {jnp.dtype(jnp.float32)}
+    for name, plan in plans.items():
+        assert_array_equal(found.plans[name], plan)
+    assert_array_equal(otf.transport(symmetry, found, a)["u"], b["u"])
+    assert_allclose(float(found.objective), 0, atol=1e-10)
+
+
+def test_signs_come_back_from_features():
+    symmetry, a, b, plans = signed_pair()
+    grams = otf.feature_gram(symmetry, deep_tanh, a, b, [normal(50, 3)])
+    found = otf.align(symmetry, a, b, grams=grams, method=otf.ForwardPass())
+    for name, plan in plans.items():
+        assert_array_equal(found.plans[name], plan)
+
+
+def test_one_group_with_signs_is_an_assignment_of_absolute_values():
+    from scipy.optimize import linear_sum_assignment
+
+    symmetry, a, _, _ = signed_pair()
+    b = normals(DEEP, seed=5)
+    symmetry = symmetry.only(lambda name: name == "w")
+    found = otf.align(symmetry, a, b).plans["w"]
+    cross = np.asarray(a["w"]).T @ b["w"] + np.outer(a["b"], b["b"]) + np.asarray(a["u"]) @ b["u"].T
+    rows, columns = linear_sum_assignment(-np.abs(cross))
+    expected = np.zeros((8, 8))
+    expected[rows, columns] = np.sign(cross[rows, columns])
+    assert_array_equal(found, expected)
+
+
+def test_signs_are_chained_and_turned_around():
+    symmetry, a, b, plans = signed_pair()
+    back = otf.transport(symmetry, otf.invert(symmetry, plans), b)
+    other = symmetry.random(jax.random.key(9))
+    both = otf.compose(symmetry, plans, other)
+    for name in DEEP:
+        assert_array_equal(back[name], a[name])
+        assert_array_equal(
+            otf.transport(symmetry, both, a)[name], otf.transport(symmetry, other, b)[name]
+        )
+
+
+def test_signs_are_fused_by_all_who_average():
+    symmetry, a, b, _ = signed_pair()
+    for fused in (otf.fuse(symmetry, [a, b]), otf.barycenter(symmetry, [a, b]).params):
+        assert_allclose(deep_tanh(fused, X), deep_tanh(b, X), atol=1e-5)
+    third = otf.transport(symmetry, symmetry.random(jax.random.key(4)), a)
+    assert_allclose(deep_tanh(otf.fuse(symmetry, [a, third, b]), X), deep_tanh(a, X), atol=1e-5)
+
+
+def test_what_cannot_have_signs_says_so():
+    symmetry, a, b, plans = signed_pair()
+    with pytest.raises(ValueError, match="w: a matrix that is not orthogonal"):
+        otf.transport(symmetry, plans | {"w": jnp.full((8, 8), 1 / 8)}, a)
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))
+    with pytest.raises(ValueError, match="w: a matrix of more than ones and minus ones"):
+        otf.transport(symmetry, plans | {"w": array(q)}, a)
+    with pytest.raises(ValueError, match="can't be rotated or change signs"):
+        otf.transport_state(symmetry, plans, optax.adam(1e-3).init(a))
+    plain = otf.trace_symmetry(deep_tanh, a, X)
+    grams = otf.feature_gram(plain, deep_tanh, a, b, [X])
+    with pytest.raises(ValueError, match="w: its units may change their signs"):
+        otf.align(symmetry, a, b, grams=grams)
+    masses = {"w": jnp.full(8, 1 / 8)}
+    with pytest.raises(ValueError, match="permuted, with signs, which gives all"):
+        otf.align(symmetry, a, b, marginals=(masses, {}), method=otf.ForwardPass())
+
+
+# --- balancing
+
+
+def relu_net(p, x):
+    return jax.nn.relu(jax.nn.relu(x @ p["w"] + p["b"]) @ p["u"]) @ p["v"]
+
+
+@pytest.mark.compatibility
+def test_balancing_finds_the_smallest_weights():
+    params = normals(DEEP, seed=1)
+    params["w"] = params["w"] * jnp.exp(normal(8))[None]
+    symmetry = otf.trace_symmetry(relu_net, params, X).with_scales()
+    assert otf.check_symmetry(symmetry, relu_net, params, X) < EXACT
+    balanced = otf.canonicalize(symmetry, params)
+    assert change(relu_net, params, balanced) < EXACT
+    # Stationary: what produces a unit has the norm of what reads it.
+    produced = np.sum(np.square(balanced["w"]), 0) + np.square(balanced["b"])
+    assert_allclose(produced, np.sum(np.square(balanced["u"]), 1), rtol=1e-4)
+    assert_allclose(
+        np.sum(np.square(balanced["u"]), 0), np.sum(np.square(balanced["v"]), 1), rtol=1e-4
+    )
+    scaled = randomly_scaled(symmetry, params, jax.random.key(0))
+    for again in (
+        otf.canonicalize(symmetry, balanced),
+        otf.canonicalize(symmetry, scaled),
+        jax.jit(otf.canonicalize, static_argnums=0)(symmetry, params),
+    ):
+        for name, leaf in balanced.items():
+            assert_allclose(again[name], leaf, rtol=2e-4, atol=1e-6)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), params, scaled)
+    both = jax.vmap(lambda model: otf.canonicalize(symmetry, model))(stacked)
+    assert_allclose(both["u"][1], balanced["u"], rtol=2e-4, atol=1e-6)
+
+
+def test_dead_units_stay_as_they_are():
+    params = normals(DEEP, seed=1)
+    params["w"] = params["w"].at[:, 0].set(0)
+    params["b"] = params["b"].at[0].set(0)
+    symmetry = otf.trace_symmetry(relu_net, params, X).with_scales()
+    balanced = otf.canonicalize(symmetry, params)
+    assert_array_equal(balanced["w"][:, 0], 0)
+    assert all(np.isfinite(leaf).all() for leaf in balanced.values())
+    assert change(relu_net, params, balanced) < EXACT
+
+
+def bottleneck(p, x):
+    return (x @ p["down"]) @ p["up"]
+
+
+def test_two_matrices_share_their_product_evenly():
+    params = normals({"down": (9, 4), "up": (4, 7)}, seed=1)
+    params["down"] = params["down"] @ normal(4, 4)
+    x = normal(5, 9)
+    symmetry = otf.trace_symmetry(bottleneck, params, x)
+    (freedom,) = symmetry.freedoms
+    assert freedom.linear
+    free = symmetry.with_rotations().with_scales()
+    assert "linear" in str(free)
+    assert "linear, 16 dimensions" in symmetry.summary()
+    assert otf.check_symmetry(free, bottleneck, params, x) < EXACT
+    even = otf.canonicalize(free, params)
+    assert_allclose(bottleneck(even, x), bottleneck(params, x), rtol=1e-4, atol=1e-4)
+    down, up = np.asarray(even["down"]), np.asarray(even["up"])
+    assert_allclose(down.T @ down, up @ up.T, rtol=1e-3, atol=1e-3)
+    # The nuclear norm of the product, twice: no factors have a smaller sum of squares.
+    product = np.asarray(params["down"]) @ params["up"]
+    assert_allclose(np.sum(down**2) + np.sum(up**2), 2 * np.linalg.norm(product, "nuc"), rtol=1e-4)
+    # Another model of the same product is the same, up to a rotation.
+    other = randomly_scaled(free, params, jax.random.key(1))
+    found = otf.align(free, otf.canonicalize(free, other), even)
+    assert float(found.objective) < 1e-6 * float(np.sum(down**2))
+
+
+def test_matrices_without_an_inverse_stay_as_they_are():
+    params = normals({"down": (9, 4), "up": (4, 7)}, seed=1)
+    params["down"] = params["down"].at[:, 0].set(params["down"][:, 1])
+    x = normal(5, 9)
+    free = otf.trace_symmetry(bottleneck, params, x).with_rotations().with_scales()
+    assert_array_equal(otf.canonicalize(free, params)["down"], params["down"])
+
+
+def test_without_freedoms_these_are_the_same_symmetry():
+    params = normals(SHAPES)
+    symmetry = otf.trace_symmetry(hidden(lambda p, h: jax.nn.gelu(h)), params, X)
+    assert symmetry.with_signs().with_scales() == symmetry
+    assert otf.canonicalize(symmetry.with_scales(), params)["w"] is params["w"]
