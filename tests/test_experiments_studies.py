@@ -671,11 +671,11 @@ def test_correlations_are_of_units_of_norm_1(heads: int):
     np.testing.assert_array_equal(found.target_sq_norms, 1)
 
 
-# --- merge
+# --- soups
 
 
 def test_ways_to_merge_are_compared(tmp_path: Path):
-    records = run(tmp_path, "merge", *SMALL, "--images", "60", "--seeds", "0", "1")
+    records = run(tmp_path, "soups", *SMALL, "--images", "60", "--seeds", "0", "1")
     found = where(records, metric=ACCURACY)
     aligned, plain = (where(found, measure=name) for name in ("aligned", "as they are"))
     assert names(aligned, "method") == names(plain, "method")[2:]
@@ -686,7 +686,7 @@ def test_ways_to_merge_are_compared(tmp_path: Path):
 
 
 def test_only_known_layers_are_merged(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["merge", "--model", "vit"]) == 2
+    assert cli.main(["soups", "--model", "vit"]) == 2
     assert "--model mlpnet" in capsys.readouterr().err
 
 

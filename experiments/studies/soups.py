@@ -26,10 +26,10 @@ _AT_ONCE = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge(Study):
+class Soups(Study):
     """Compare ways to merge several models, with the same data."""
 
-    command: ClassVar[str] = "merge"
+    command: ClassVar[str] = "soups"
 
     images: int = 500
     """Training images that inner products, gradients and the scores of soups are of."""
