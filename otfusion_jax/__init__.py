@@ -22,7 +22,10 @@ from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
+from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.merge import merge
+from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
@@ -67,10 +70,13 @@ __all__ = [
     "Kind",
     "LearnedAlignment",
     "LeastSquares",
+    "Line",
     "LowRank",
     "Member",
+    "Merged",
     "Original",
     "Pin",
+    "Report",
     "RestoreStatistics",
     "RuleContext",
     "Sinkhorn",
@@ -79,6 +85,7 @@ __all__ = [
     "SymmetryWarning",
     "TracedValue",
     "TransportProblem",
+    "Trial",
     "UnsupportedPrimitiveError",
     "align",
     "average",
@@ -87,6 +94,7 @@ __all__ = [
     "canonicalize",
     "check_symmetry",
     "compose",
+    "distill",
     "draw",
     "ensemble",
     "feature_gram",
@@ -97,6 +105,7 @@ __all__ = [
     "interpolate",
     "invert",
     "learn_alignment",
+    "merge",
     "register_rule",
     "repair",
     "stack",
