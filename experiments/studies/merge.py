@@ -40,8 +40,8 @@ class Merge(Study):
     """Seeds of the models, two for each pair."""
     images: int = 1000
     """Training images, without labels, for methods that use data."""
-    polish: int = 300
-    """Steps of distillation at the end; 0 leaves them out."""
+    polish: int = 0
+    """Steps of distillation to try at the end."""
     methods: Annotated[
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
         tyro.conf.arg(metavar="METHOD [METHOD ...]", help=f"Of {listed(VARIANTS)}."),
@@ -95,12 +95,9 @@ class Merge(Study):
             _UNDATED: {"inputs": images[:2]},
             f"{len(images):,} images": {"batches": [images]},
         }
-        if self.polish:
-            for name, given in list(settings.items()):
-                settings[f"{name}, polished"] = {**given, "polish": self.polish}
         for name, given in settings.items():
             with run.timed(f"{_MERGED}, {name}"):
-                merged = merge(pair, **given)
+                merged = merge(pair, polish=self.polish, **given)
             run.add(judge.accuracy(merged.params), method=f"{_MERGED}, {name}", pair=label)
             file = f"{_MERGED}-{label}-{name}.txt".replace(", ", "-").replace(" ", "-")
             run.study.folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
@@ -135,6 +136,25 @@ def _by_features(task: Task) -> list[PyTree]:
     return task.moved(task.by_features)
 
 
+def _by_preactivations(task: Task) -> list[PyTree]:
+    """Algorithm 1 of the paper with activations: its features and its metric."""
+    assert task.samples is not None
+    alignments = []
+    for model in task.models[:-1]:
+        grams = feature_gram(task.symmetry, task.fn, model, task.models[-1], task.samples.batches())
+        found = align(
+            task.symmetry,
+            model,
+            task.models[-1],
+            method=ForwardPass(),
+            metric=costs.Euclidean(),
+            grams=grams,
+            leaf_weight=task.leaf_weight,
+        )
+        alignments.append(found)
+    return task.moved(alignments)
+
+
 def _by_features_then_weights(task: Task) -> list[PyTree]:
     # Features make the start alone; what descends is the cost of the weights.
     from_features = CoordinateDescent(starts=("forward",))
@@ -199,6 +219,7 @@ class Candidate:
         looks_at_inputs: Whether it needs inputs.
         moves: Whether anything is moved, so that the form of the models matters.
         rotates: Whether it is about rotations alone.
+        permutes: Whether it is about permutations alone.
         least_models: How many models it makes a difference for, at least.
     """
 
@@ -207,12 +228,14 @@ class Candidate:
     looks_at_inputs: bool = False
     moves: bool = True
     rotates: bool = False
+    permutes: bool = False
     least_models: int = 2
 
 
 _ALL = (
     Candidate("as they are", _as_they_are, moves=False),
     Candidate("weights", _by_weights),
+    Candidate("preactivations", _by_preactivations, looks_at_inputs=True, permutes=True),
     Candidate("features", _by_features, looks_at_inputs=True),
     Candidate("features, then weights", _by_features_then_weights, looks_at_inputs=True),
     Candidate("learned rotations", _by_learned_rotations, looks_at_inputs=True, rotates=True),

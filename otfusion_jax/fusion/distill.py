@@ -59,7 +59,7 @@ def distill(
         weights: The K weights of the teachers in the mean, summing to 1; uniform if None.
         steps: The number of steps, 1 or more.
         batch_size: The number of samples of a step, drawn anew with replacement.
-        optimizer: An optimizer of optax. None means Adam with steps of 1e-3 that fall to 0 as a
+        optimizer: An optimizer of optax. None means Adam with steps of 1e-4 that fall to 0 as a
             cosine.
         trains: A function from the key path of a parameter to whether it is trained; None trains
             all that are floating-point. Running statistics of batch norm are best left out.
@@ -83,7 +83,7 @@ def distill(
         >>> import otfusion_jax as otf
         >>> line, x = (lambda params, x: params * x), jnp.ones((8, 1))
         >>> between = otf.distill(line, jnp.array(0.0), [jnp.array(0.2), jnp.array(0.4)], [x],
-        ...                       outputs="values", steps=500)
+        ...                       outputs="values", optimizer=optax.adam(0.01))
         >>> print(between.round(2))
         0.3
     """
@@ -167,7 +167,7 @@ def trained(
 @functools.lru_cache
 def _adam(steps: int) -> optax.GradientTransformation:
     """The default; one object for each number of steps, so that nothing is compiled twice."""
-    return optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+    return optax.adam(optax.cosine_decay_schedule(1e-4, steps))
 
 
 @functools.partial(jax.jit, static_argnames="optimizer")

@@ -41,6 +41,7 @@ _DRAWN = 1000
 _NOTHING = "nothing"
 _POLISHED = "distilled"
 _AS_THEY_ARE = "as they are"
+_WEIGHTS = "weights"
 _TOKENS = (
     "Only floating-point inputs can be drawn at random: the weights alone have decided. Pass "
     "batches of inputs, or of tokens drawn from the range that they have."
@@ -75,7 +76,7 @@ def merge(
     learned rotations where units can be rotated; each average is scored as it is and after each
     repair; and of all of them that is kept which answers most like the models do on average, on
     inputs that nothing was fitted to. No labels are needed. A trial that fails is a row of the
-    report that says why.
+    report that says why. In the end, the repair that was chosen is made once more, on all inputs.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by. Where they cannot be drawn, as they are tokens, the
@@ -102,10 +103,13 @@ def merge(
             1; uniform if None.
         leaf_weight: How much each parameter counts, see `align`. Those that count 0 are not
             polished either. Batch norm's running statistics are best left out.
-        candidates: What to match by, some of `"as they are"`, `"weights"` (as `fuse`),
-            `"features"`, `"features, then weights"`, `"learned rotations"` (which takes longest)
-            and `"barycenter"` (of three models or more). None tries all that apply. Where units can
-            be rotated, models are matched with rotations, and by weights without them as well.
+        candidates: What to match by: some of `"as they are"`; `"weights"`, as `fuse`;
+            `"preactivations"`, Algorithm 1 of the paper with activations; `"features"`, which are
+            correlations after the nonlinearity, and features themselves of units that rotate;
+            `"features, then weights"`, coordinate descent from there; `"learned rotations"`, which
+            takes longest; and `"barycenter"`, of three models or more. None tries all that apply.
+            Where units can be rotated, models are matched with rotations, and by weights and
+            preactivations without them as well.
         repairs: The repairs to try on each average, instances; `()` tries none. All features of the
             inputs that are fitted to are in memory at once, see `repair`.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
@@ -187,12 +191,14 @@ class _Known(NamedTuple):
         example: Shapes of the inputs, two samples or more.
         fit: The inputs to fit to; None if there are none.
         held_out: The inputs to choose by; None if there are none.
+        whole: Both together, to repair the result on; None if they are of two kinds.
         notes: What there is to say of them.
     """
 
     example: tuple[PyTree, ...]
     fit: Samples | None
     held_out: Samples | None
+    whole: Samples | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -201,8 +207,9 @@ def _known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> _Known:
     if batches is not None:
         if inputs is not None:
             raise ValueError("both batches and inputs are given; inputs is for want of batches")
-        fit, held_out = divided(read_samples(batches, most), _HELD_OUT, jax.random.fold_in(key, 0))
-        return _Known(_as_shapes(fit.inputs), fit, held_out)
+        samples = read_samples(batches, most)
+        fit, held_out = divided(samples, _HELD_OUT, jax.random.fold_in(key, 0))
+        return _Known(_as_shapes(fit.inputs), fit, held_out, samples)
     if inputs is None:
         raise ValueError(
             "neither batches nor inputs are given; pass inputs=jax.ShapeDtypeStruct((2, 28, 28), "
@@ -210,12 +217,9 @@ def _known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> _Known:
         )
     example = _as_shapes(inputs if isinstance(inputs, tuple) else (inputs,))
     if not can_be_drawn(example):
-        return _Known(example, None, None, (_TOKENS,))
+        return _Known(example, None, None, notes=(_TOKENS,))
     fit, held_out = drawn_samples(example, _DRAWN, jax.random.fold_in(key, 0))
-    note = (
-        "Inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
-    )
-    return _Known(example, fit, held_out, (note,))
+    return _Known(example, fit, held_out, notes=(_DRAWN_AT_RANDOM,))
 
 
 def _as_shapes(inputs: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -302,6 +306,11 @@ class _Setting:
     repairs: tuple[AbstractRepair, ...]
     key: Array
 
+    @property
+    def rotating(self) -> Symmetry:
+        """The symmetry with rotations; the same as without, if there are none."""
+        return self.symmetry.with_rotations()
+
     def judge(self) -> Judge | Spread:
         """Returns what scores averages."""
         if self.objective is None or self.known.held_out is None:
@@ -346,28 +355,42 @@ class _Step(NamedTuple):
 
 def _plan(candidates: list[Candidate], asked_for: bool, setting: _Setting) -> list[_Step]:
     """Says which candidates are tried, and with which symmetry; refuses those that do not apply."""
-    plain, rotating = setting.symmetry, setting.symmetry.with_rotations()
-    has_inputs = setting.known.fit is not None
     steps = []
     for candidate in candidates:
-        problem = ""
-        if candidate.rotates and not rotating.rotates:
-            problem = "no units of this network can be rotated"
-        elif candidate.looks_at_inputs and not has_inputs:
-            problem = "there are no inputs to look at"
-        elif candidate.least_models > len(setting.models) and not asked_for:
-            continue
+        problem = _why_not(candidate, setting)
         if problem and asked_for:
             raise ValueError(f"the candidate {candidate.name!r} does not apply: {problem}")
-        if problem:
-            continue
-        # Distances of weights can be compared in one form alone.
-        one_form = rotating.rotates and not has_inputs
-        if not one_form and (candidate.name in (_AS_THEY_ARE, "weights") or not rotating.rotates):
-            steps.append(_Step(candidate, plain))
-        if rotating.rotates and (one_form or candidate.moves):
-            steps.append(_Step(candidate, rotating))
+        if not problem:
+            for symmetry in _forms(candidate, setting):
+                steps.append(_Step(candidate, symmetry))
     return steps
+
+
+def _why_not(candidate: Candidate, setting: _Setting) -> str:
+    """Says why a candidate does not apply; nothing if it does."""
+    if candidate.rotates and not setting.rotating.rotates:
+        return "no units of this network can be rotated"
+    if candidate.looks_at_inputs and setting.known.fit is None:
+        return "there are no inputs to look at"
+    if candidate.permutes and setting.symmetry.rotates:
+        return "the symmetry has rotations; pass it without them"
+    if candidate.least_models > len(setting.models):
+        return f"of {len(setting.models)} models it makes what 'weights' makes"
+    return ""
+
+
+def _forms(candidate: Candidate, setting: _Setting) -> list[Symmetry]:
+    """Says with which symmetries a candidate is tried: with rotations, without, or both."""
+    plain, rotating = setting.symmetry, setting.rotating
+    if not rotating.rotates:
+        return [plain]
+    if setting.known.fit is None:
+        # Distances of weights can be compared in one form alone.
+        return [rotating]
+    if candidate.permutes or not candidate.moves:
+        return [plain]
+    # What `fuse` does unless it is told otherwise is tried beside the same with rotations.
+    return [plain, rotating] if candidate.name == _WEIGHTS and not plain.rotates else [rotating]
 
 
 class _Found(NamedTuple):
@@ -377,11 +400,15 @@ class _Found(NamedTuple):
         params: The parameters.
         task: The models in the form that they were moved in.
         moved: The models as they were moved.
+        method: The repair of their average; None for none.
+        steps: How many steps it was polished for.
     """
 
     params: PyTree
     task: Task
     moved: list[PyTree]
+    method: AbstractRepair | None = None
+    steps: int = 0
 
 
 class _Search:
@@ -459,36 +486,53 @@ class _Search:
         moved = step.candidate.move(task)
         return _Found(average(moved, self.setting.weights.tolist()), task, moved)
 
-    def _repaired(self, averaged: _Found, method: AbstractRepair) -> _Found:
-        """Repairs an average on the inputs that are fitted to."""
-        setting = self.setting
-        assert setting.known.fit is not None
+    def _repaired(
+        self, averaged: _Found, method: AbstractRepair, samples: Samples | None = None
+    ) -> _Found:
+        """Repairs an average on some inputs, or on those that are fitted to."""
+        samples = self.setting.known.fit if samples is None else samples
+        assert samples is not None
         params = repair(
             averaged.task.symmetry,
-            setting.fn,
+            self.setting.fn,
             averaged.moved,
-            *setting.known.fit.on_device(),
-            weights=setting.weights.tolist(),
+            *samples.on_device(),
+            weights=self.setting.weights.tolist(),
             method=method,
         )
-        return averaged._replace(params=params)
+        return averaged._replace(params=params, method=method)
 
-    def _polished(self, best: _Found, steps: int) -> _Found:
-        """Trains the best towards the mean prediction of the models."""
+    def _polished(self, found: _Found, steps: int, samples: Samples | None = None) -> _Found:
+        """Trains a model towards the mean prediction of all."""
         setting = self.setting
+        samples = setting.known.fit if samples is None else samples
         assert setting.objective is not None
-        assert setting.known.fit is not None
+        assert samples is not None
         params = trained(
             setting.objective,
-            best.params,
+            found.params,
             setting.models,
             setting.weights,
-            setting.known.fit,
+            samples,
             steps=steps,
             trains=setting.leaf_weight,
             key=jax.random.fold_in(setting.key, 2),
         )
-        return best._replace(params=params)
+        return found._replace(params=params, steps=steps)
+
+    def _on_all(self, best: _Found) -> _Found:
+        """Does what was chosen once more, on all inputs: now that nothing is chosen any more."""
+        whole = self.setting.known.whole
+        if whole is None:
+            return best
+        if best.method is not None:
+            steps = best.steps
+            best = self._repaired(best, best.method, whole)
+            return self._polished(best, steps, whole) if steps else best
+        if best.steps:
+            averaged = average(best.moved, self.setting.weights.tolist())
+            return self._polished(best._replace(params=averaged), best.steps, whole)
+        return best
 
     def result(self, points: int, began: float) -> Merged:
         """Puts together what was found.
@@ -503,6 +547,7 @@ class _Search:
         assert self.best is not None
         assert self.chosen is not None
         setting, known = self.setting, self.setting.known
+        best = self._on_all(self.best)
         self.rows[self.chosen] = dataclasses.replace(self.rows[self.chosen], chosen=True)
         parents, lines = [], []
         if isinstance(self.judge, Judge):
@@ -511,7 +556,7 @@ class _Search:
                 lines.extend(self._lines(_AS_THEY_ARE, setting.models, points))
                 start = self.rows[self.chosen].start
                 if start != _AS_THEY_ARE:
-                    lines.extend(self._lines(start, self.best.moved, points))
+                    lines.extend(self._lines(start, best.moved, points))
         report = Report(
             rows=tuple(self.rows),
             models=len(setting.models),
@@ -523,7 +568,7 @@ class _Search:
             path=tuple(lines),
             seconds=time.perf_counter() - began,
         )
-        return Merged(self.best.params, report, self.best.task.symmetry, self.best.moved)
+        return Merged(best.params, report, best.task.symmetry, best.moved)
 
     def _lines(self, start: str, moved: list[PyTree], points: int) -> list[Line]:
         """Takes scores along the lines from each model to the last."""
