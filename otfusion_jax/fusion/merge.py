@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.averaging.interpolate import interpolate
@@ -298,7 +298,7 @@ class _Setting:
 
     fn: Callable[..., Any]
     models: list[PyTree]
-    weights: Float[Array, " k"]
+    weights: Array
     leaf_weight: Callable[[str], Any] | None
     symmetry: Symmetry
     known: _Known
