@@ -99,12 +99,16 @@ class Merge(Study):
             with run.timed(f"{_MERGED}, {name}"):
                 merged = merge(pair, polish=self.polish, **given)
             run.add(judge.accuracy(merged.params), method=f"{_MERGED}, {name}", pair=label)
-            file = f"{_MERGED}-{label}-{name}.txt".replace(", ", "-").replace(" ", "-")
+            file = (
+                f"{_MERGED}-{label}-{name}.txt".replace(", ", "-")
+                .replace(",", "")
+                .replace(" ", "-")
+            )
             run.study.folder.mkdir(parents=True, exist_ok=True)
             (run.study.folder / file).write_text(f"{merged.report}\n")
 
     def tables(self, records: pd.DataFrame) -> list[str]:
-        """Shows the accuracy of each method on each pair, and how long the calls took."""
+        """Shows the accuracy of each method on each pair."""
         return [table(pivot(where(records, metric=ACCURACY), "method", "pair", mean()), ACCURACY)]
 
     def plot(self, records: pd.DataFrame, path: Path) -> None:
