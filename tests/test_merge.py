@@ -155,6 +155,13 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(residual(merged.params, x), residual(a, x), rtol=0, atol=1e-3)
     assert merged.report.chosen.units == "rotations"
     assert merged.symmetry == rotating
+    # Without data the weights decide about rotations, in one form.
+    blind = otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few[:1])
+    np.testing.assert_allclose(residual(blind.params, x), residual(a, x), rtol=0, atol=1e-3)
+    assert [(row.units, row.repair) for row in blind.report.rows] == [("rotations", "nothing")]
+    assert "the weights have decided" in str(blind.report).replace("\n", " ")
+    with pytest.raises(ValueError, match="drawn at random does not hold"):
+        otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few)
     tried = [(row.start, row.units) for row in merged.report.rows]
     assert ("weights", "permutations") in tried
     assert ("weights", "rotations") in tried

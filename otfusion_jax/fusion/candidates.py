@@ -220,6 +220,7 @@ class Candidate:
         moves: Whether anything is moved, so that the form of the models matters.
         rotates: Whether it is about rotations alone.
         permutes: Whether it is about permutations alone.
+        learns: Whether it fits inputs so closely that they must not be drawn at random.
         least_models: How many models it makes a difference for, at least.
     """
 
@@ -229,6 +230,7 @@ class Candidate:
     moves: bool = True
     rotates: bool = False
     permutes: bool = False
+    learns: bool = False
     least_models: int = 2
 
 
@@ -238,7 +240,13 @@ _ALL = (
     Candidate("preactivations", _by_preactivations, looks_at_inputs=True, permutes=True),
     Candidate("features", _by_features, looks_at_inputs=True),
     Candidate("features, then weights", _by_features_then_weights, looks_at_inputs=True),
-    Candidate("learned rotations", _by_learned_rotations, looks_at_inputs=True, rotates=True),
+    Candidate(
+        "learned rotations",
+        _by_learned_rotations,
+        looks_at_inputs=True,
+        rotates=True,
+        learns=True,
+    ),
     Candidate("barycenter", _at_the_barycenter, least_models=3),
 )
 

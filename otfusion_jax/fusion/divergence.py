@@ -155,6 +155,11 @@ class Judge:
             return "divergence from the models' mean prediction (nats)"
         return "squared difference from the models' mean prediction"
 
+    @property
+    def count(self) -> int:
+        """How many inputs are looked at."""
+        return sum(samples.count for samples in self.samples)
+
     def score(self, params: PyTree, moved: Sequence[PyTree] = ()) -> float:
         """Takes the mean of the objective, batch by batch.
 
@@ -190,6 +195,11 @@ class Spread:
     def measure(self) -> str:
         """What scores are, in words."""
         return "mean squared distance of the models, as moved, to their average"
+
+    @property
+    def count(self) -> int:
+        """How many inputs are looked at: none."""
+        return 0
 
     def score(self, params: PyTree, moved: Sequence[PyTree]) -> float:
         """Takes the weighted mean of the squared distances of models to their average.

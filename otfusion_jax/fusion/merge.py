@@ -49,6 +49,10 @@ _TOKENS = (
 _DRAWN_AT_RANDOM = (
     "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
 )
+_ROTATED = (
+    "The inputs to match features by were drawn at random. Units are rotated, and so the weights "
+    "have decided: what such an average answers to noise says little."
+)
 
 
 def merge(
@@ -79,8 +83,9 @@ def merge(
     report that says why. In the end, the repair that was chosen is made once more, on all inputs.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
-    fit to, and smooth noise to choose by. Where they cannot be drawn, as they are tokens, the
-    weights alone decide, and nothing is repaired.
+    fit to, and smooth noise to choose by. Where units can be rotated, noise serves to match
+    features alone; the weights decide, and nothing is repaired. So do they where inputs cannot be
+    drawn, as they are tokens.
 
     Args:
         fn: The function of all models, `fn(params, *inputs)` of a batch of inputs, hashable.
@@ -107,9 +112,9 @@ def merge(
             `"preactivations"`, Algorithm 1 of the paper with activations; `"features"`, which are
             correlations after the nonlinearity, and features themselves of units that rotate;
             `"features, then weights"`, coordinate descent from there; `"learned rotations"`, which
-            takes longest; and `"barycenter"`, of three models or more. None tries all that apply.
-            Where units can be rotated, models are matched with rotations, and by weights and
-            preactivations without them as well.
+            takes longest and needs batches; and `"barycenter"`, of three models or more. None tries
+            all that apply. Where units can be rotated, models are matched with rotations, and by
+            weights and preactivations without them as well.
         repairs: The repairs to try on each average, instances; `()` tries none. All features of the
             inputs that are fitted to are in memory at once, see `repair`.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
@@ -192,14 +197,12 @@ class _Known(NamedTuple):
         fit: The inputs to fit to; None if there are none.
         held_out: The inputs to choose by; None if there are none.
         whole: Both together, to repair the result on; None if they are of two kinds.
-        notes: What there is to say of them.
     """
 
     example: tuple[PyTree, ...]
     fit: Samples | None
     held_out: Samples | None
     whole: Samples | None = None
-    notes: tuple[str, ...] = ()
 
 
 def _known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> _Known:
@@ -217,9 +220,9 @@ def _known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> _Known:
         )
     example = _as_shapes(inputs if isinstance(inputs, tuple) else (inputs,))
     if not can_be_drawn(example):
-        return _Known(example, None, None, notes=(_TOKENS,))
+        return _Known(example, None, None)
     fit, held_out = drawn_samples(example, _DRAWN, jax.random.fold_in(key, 0))
-    return _Known(example, fit, held_out, notes=(_DRAWN_AT_RANDOM,))
+    return _Known(example, fit, held_out)
 
 
 def _as_shapes(inputs: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -311,9 +314,27 @@ class _Setting:
         """The symmetry with rotations; the same as without, if there are none."""
         return self.symmetry.with_rotations()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the inputs."""
+        if self.known.whole is not None:
+            return ()
+        if self.known.fit is None:
+            return (_TOKENS,)
+        return (_ROTATED,) if self.weights_decide else (_DRAWN_AT_RANDOM,)
+
+    @property
+    def weights_decide(self) -> bool:
+        """Whether weights alone decide.
+
+        Where units rotate, as in transformers, what an average answers to noise says nothing of
+        what it answers to data, and least squares on noise hurt it.
+        """
+        return self.known.whole is None and (self.known.fit is None or self.rotating.rotates)
+
     def judge(self) -> Judge | Spread:
         """Returns what scores averages."""
-        if self.objective is None or self.known.held_out is None:
+        if self.weights_decide or self.objective is None or self.known.held_out is None:
             return Spread(self.weights, self.leaf_weight)
         return Judge(self.objective, self.models, self.weights, [self.known.held_out])
 
@@ -372,6 +393,8 @@ def _why_not(candidate: Candidate, setting: _Setting) -> str:
         return "no units of this network can be rotated"
     if candidate.looks_at_inputs and setting.known.fit is None:
         return "there are no inputs to look at"
+    if candidate.learns and setting.known.whole is None:
+        return "what is learned on inputs drawn at random does not hold for others; pass batches"
     if candidate.permutes and setting.symmetry.rotates:
         return "the symmetry has rotations; pass it without them"
     if candidate.least_models > len(setting.models):
@@ -384,7 +407,7 @@ def _forms(candidate: Candidate, setting: _Setting) -> list[Symmetry]:
     plain, rotating = setting.symmetry, setting.rotating
     if not rotating.rotates:
         return [plain]
-    if setting.known.fit is None:
+    if setting.weights_decide:
         # Distances of weights can be compared in one form alone.
         return [rotating]
     if candidate.permutes or not candidate.moves:
@@ -444,7 +467,7 @@ class _Search:
         """
         for step in bar(steps):
             averaged = self._try(step, _NOTHING, functools.partial(self._averaged, step))
-            if averaged is None or self.setting.known.fit is None:
+            if averaged is None or self.setting.weights_decide:
                 continue
             for method in self.setting.repairs:
                 repaired = functools.partial(self._repaired, averaged, method)
@@ -452,7 +475,7 @@ class _Search:
         if self.best is None or self.chosen is None:
             problems = "\n".join(f"  {row.start}: {row.problem}" for row in self.rows)
             raise ValueError(f"every trial has failed:\n{problems}")
-        if polish and self.setting.known.fit is not None:
+        if polish and not self.setting.weights_decide:
             was = self.rows[self.chosen]
             then = _POLISHED if was.repair == _NOTHING else f"{was.repair}, {_POLISHED}"
             polished = functools.partial(self._polished, self.best, polish)
@@ -563,8 +586,8 @@ class _Search:
             parents=tuple(parents),
             measure=self.judge.measure,
             fitted=0 if known.fit is None else known.fit.count,
-            held_out=0 if known.held_out is None else known.held_out.count,
-            notes=known.notes,
+            held_out=self.judge.count,
+            notes=setting.notes,
             path=tuple(lines),
             seconds=time.perf_counter() - began,
         )

@@ -106,6 +106,7 @@ class Report:
     def _heading(self) -> str:
         heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
         if not self.held_out:
+            heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
             return f"{heading}; * has the least {self.measure}"
         return (
             f"{heading}, fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
