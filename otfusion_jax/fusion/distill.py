@@ -80,12 +80,13 @@ def distill(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import optax
         >>> import otfusion_jax as otf
         >>> line, x = (lambda params, x: params * x), jnp.ones((8, 1))
         >>> between = otf.distill(line, jnp.array(0.0), [jnp.array(0.2), jnp.array(0.4)], [x],
         ...                       outputs="values", optimizer=optax.adam(0.01))
-        >>> print(between.round(2))
-        0.3
+        >>> print(f"{float(between):.2f}")
+        0.30
     """
     require_function(fn, _CALL)
     objective = objective_of(fn, outputs, loss, _CALL)
