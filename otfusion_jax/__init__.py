@@ -31,7 +31,10 @@ from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
+from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.merge import merge
+from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
@@ -78,11 +81,14 @@ __all__ = [
     "Kind",
     "LearnedAlignment",
     "LeastSquares",
+    "Line",
     "LowRank",
     "LowRankPair",
     "Member",
+    "Merged",
     "Original",
     "Pin",
+    "Report",
     "RestoreStatistics",
     "RuleContext",
     "SharedFusion",
@@ -95,6 +101,7 @@ __all__ = [
     "TracedValue",
     "TransportProblem",
     "Unshared",
+    "Trial",
     "UnsupportedPrimitiveError",
     "align",
     "average",
@@ -105,6 +112,7 @@ __all__ = [
     "check_symmetry",
     "compose",
     "dare",
+    "distill",
     "draw",
     "ensemble",
     "estimate_statistics",
@@ -120,6 +128,7 @@ __all__ = [
     "interpolate",
     "invert",
     "learn_alignment",
+    "merge",
     "register_rule",
     "regmean",
     "repair",

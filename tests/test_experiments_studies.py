@@ -79,6 +79,36 @@ def digits() -> Dataset:
     return load_dataset("digits")
 
 
+# --- merge
+
+
+def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
+    method = "coordinate descent (fuse)"
+    records = run(tmp_path, "merge", *SMALL, "--images", "200", "--methods", method)
+    assert names(records, "method") == [
+        "model A",
+        "model B",
+        "ensemble",
+        "coordinate descent",
+        "coordinate descent, statistics restored",
+        "coordinate descent, least squares",
+        "the best single method, weights alone",
+        "the best single method, images without labels",
+        "merge, no data",
+        "merge, 200 images",
+    ]
+    single = value(records, method="coordinate descent")
+    assert value(records, method="the best single method, weights alone") == single
+    assert value(records, method="merge, 200 images") > single - 5
+    report = (tmp_path / "merge-0-1-200-images.txt").read_text()
+    assert "fitted to 160 inputs" in report
+
+
+def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["merge", "--seeds", "0", "1", "2"]) == 2
+    assert "two for each pair" in capsys.readouterr().err
+
+
 # --- one_shot
 
 

@@ -7,6 +7,7 @@ from experiments.studies.federated import Federated
 from experiments.studies.fine_tune import FineTune
 from experiments.studies.learn import Learn
 from experiments.studies.many import Many
+from experiments.studies.merge import Merge
 from experiments.studies.non_iid import NonIid
 from experiments.studies.one_shot import OneShot
 from experiments.studies.prune import Prune
@@ -27,5 +28,6 @@ STUDIES: dict[str, type[Study]] = {
         Learn,
         Many,
         Soups,
+        Merge,
     )
 }
