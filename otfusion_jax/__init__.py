@@ -25,6 +25,7 @@ from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.repair_programs import RepairWarning
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
@@ -71,6 +72,7 @@ __all__ = [
     "Member",
     "Original",
     "Pin",
+    "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
     "Sinkhorn",
