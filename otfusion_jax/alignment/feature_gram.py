@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram

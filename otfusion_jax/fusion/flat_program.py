@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array, Int
 
+from otfusion_jax.fusion.linear_form import PRODUCTS, multiplied
 from otfusion_jax.fusion.side_by_side import Network
 from otfusion_jax.tracing.activations import Path
 
@@ -197,12 +198,12 @@ def _value(
     return reference.value
 
 
-def _results(
-    network: Network, step: Step, operands: list[Any], positions: Array
-) -> Sequence[Any]:
+def _results(network: Network, step: Step, operands: list[Any], positions: Array) -> Sequence[Any]:
     """Evaluates a step in a network."""
     if step.kind == "equation":
         eqn = network.equations[step.path].eqn
+        if eqn.primitive in PRODUCTS:
+            return [multiplied(eqn.primitive, eqn.params, *operands)]
         results = eqn.primitive.bind(*operands, **eqn.params)
         return results if eqn.primitive.multiple_results else [results]
     if step.kind == "copy":

@@ -92,9 +92,7 @@ class Mover(NamedTuple):
         return self.target.partition.join(blocks)
 
 
-def mover_of(
-    network: Network, average: Network, path: Path, roles: Sequence[Role]
-) -> Mover | None:
+def mover_of(network: Network, average: Network, path: Path, roles: Sequence[Role]) -> Mover | None:
     """Works out how the features of a network are moved to where they are in the average.
 
     Args:

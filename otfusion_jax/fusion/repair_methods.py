@@ -1,10 +1,10 @@
 """How a parameter of an average is corrected, once it is known what features it should produce.
 
-A repair (see `repair_pass`) comes to one product of features with a parameter after the other, batch
-by batch. A method, a subclass of `AbstractRepair`, sums up what it has to know of them: of each
-batch it is given a `Product`, and it returns sums whose size does not depend on how many samples
-there are. From the sums of all batches it makes the corrected parameter, and what a bias that
-follows should add.
+A repair (see `repair_pass`) comes to one product of features with a parameter after the other,
+batch by batch. A method, a subclass of `AbstractRepair`, sums up what it has to know of them: of
+each batch it is given a `Product`, and it returns sums whose size does not depend on how many
+samples there are. From the sums of all batches it makes the corrected parameter, and what a bias
+that follows should add.
 """
 
 import abc
@@ -67,9 +67,7 @@ class Moments(NamedTuple):
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
         difference = other.mean - self.mean
-        within = jnp.hypot(
-            jnp.sqrt(1 - share) * self.deviation, jnp.sqrt(share) * other.deviation
-        )
+        within = jnp.hypot(jnp.sqrt(1 - share) * self.deviation, jnp.sqrt(share) * other.deviation)
         between = jnp.sqrt(share * (1 - share)) * difference
         return Moments(count, self.mean + share * difference, jnp.hypot(within, between))
 

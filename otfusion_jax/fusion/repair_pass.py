@@ -26,6 +26,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import branch_taken, run_chunk
 from otfusion_jax.fusion.linear_form import LinearForm, form_of
 from otfusion_jax.fusion.product_features import (
@@ -46,7 +47,7 @@ from otfusion_jax.fusion.repair_methods import (
     combine_units,
     members_at,
 )
-from otfusion_jax.fusion.repair_plan import Correction, Occurrence, Piece, RepairPlan
+from otfusion_jax.fusion.repair_plan import RepairPlan
 from otfusion_jax.fusion.side_by_side import GroupView, without_first_axes
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 
@@ -109,7 +110,9 @@ def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) ->
     average = plan.networks[-1]
     views = average.produced.get(path, [])
     leaf = correction.piece.leaf
-    roles = [role_of_units(group, leaf, view.location.index) for group, view in views]
+    roles: list[Role] = []
+    for group, view in views:
+        roles.append(role_of_units(group, leaf, view.location.index))
     movers = [mover_of(network, average, path, roles) for network in plan.networks[:-1]]
     parts = []
     if method.looks_at_units:
@@ -124,9 +127,7 @@ def _unit_site(
     """Gathers what is static of some units that come out of a product."""
     networks = []
     for network in plan.networks:
-        networks.append(
-            network_units(network, correction.path, number, roles, correction.scans)
-        )
+        networks.append(network_units(network, correction.path, number, roles, correction.scans))
     found = functools.partial(_members, view, roles[number], correction.scans)
     receivers = tuple([found(piece) for piece in correction.receivers])
     group = view.within(correction.scans).group
@@ -187,9 +188,7 @@ def _summed(
         for network, own_plans, output in zip(part.networks, [*plans, {}], outputs, strict=True):
             moments.append(network.moments(own_plans, output))
         units.append(tuple(moments))
-    product = Product(
-        pieces[-1], site.forms[-1], features[-1], tuple(moved), weights, tuple(units)
-    )
+    product = Product(pieces[-1], site.forms[-1], features[-1], tuple(moved), weights, tuple(units))
     sums = site.method.summed(product)
     if not branches:
         return sums
@@ -375,9 +374,7 @@ class RepairRun:
         made = run_chunk(call.chunk, leaves, read, _as_positions(call.positions))
         slots.update(zip(call.results, made, strict=True))
 
-    def _summed(
-        self, prepared: Prepared, number: int, occurrence: Occurrence, slots: Slots
-    ) -> Any:
+    def _summed(self, prepared: Prepared, number: int, occurrence: Occurrence, slots: Slots) -> Any:
         """Sums up what a method has to know of one product."""
         piece = prepared.plan.corrections[number].piece
         conditions = occurrence.conditions
@@ -401,9 +398,7 @@ class RepairRun:
             site, average[leaf], _as_positions(indices), sums, self.plans, self.weights
         )
         for part, amount in zip(site.parts, shifts, strict=True):
-            for (leaf, indices), members in zip(
-                correction.receivers, part.receivers, strict=True
-            ):
+            for (leaf, indices), members in zip(correction.receivers, part.receivers, strict=True):
                 if amount is not None and members:
                     average[leaf] = _shifted(
                         part.group, members, average[leaf], _as_positions(indices), amount
