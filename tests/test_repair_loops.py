@@ -1,6 +1,7 @@
 """Repairs inside of `scan`, `cond`, `vmap` and calls, and what they say where they cannot go."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from arrays import normal, normals
 
 import otfusion_jax as otf
+from otfusion_jax.fusion.flat_program import run_chunk
 
 METHODS = pytest.mark.parametrize(
     "method",
@@ -58,8 +60,7 @@ def test_scanned_layers_are_repaired_like_a_loop_of_python(reverse, method):
 
 
 def test_iterations_share_what_is_compiled():
-    from otfusion_jax.fusion.flat_program import run_chunk
-
+    compiled: Any = run_chunk
     counts = []
     for depth in (3, 9):
         shapes = SHAPES | {"w": (depth, 6, 8), "b": (depth, 8), "v": (depth, 8, 6)}
@@ -67,7 +68,7 @@ def test_iterations_share_what_is_compiled():
         symmetry = otf.trace_symmetry(scanned, nets[0], x)
         jax.clear_caches()
         otf.repair(symmetry, scanned, nets, x, method=otf.LeastSquares())
-        counts.append(run_chunk._cache_size())
+        counts.append(compiled._cache_size())
     assert counts[0] == counts[1]
 
 
@@ -169,9 +170,13 @@ def test_what_lies_in_a_while_loop_is_named():
         otf.repair(symmetry, endless, nets, x, method=otf.LeastSquares())
 
 
+def scaling(p, x):
+    return x * p["scale"][None]
+
+
 def test_a_repair_of_nothing_says_so():
     nets, x = drawn({"scale": (4,)}), normal(32, 4, seed=2)
-    symmetry = otf.trace_symmetry(lambda p, x: x * p["scale"], nets[0], x)
-    message = r"(?s)corrects nothing.*scale: it is first used in `.*no product"
+    symmetry = otf.trace_symmetry(scaling, nets[0], x)
+    message = r"(?s)corrects nothing.*scale: it is first used in `mul` at .*no product"
     with pytest.warns(otf.RepairWarning, match=message):
-        otf.repair(symmetry, lambda p, x: x * p["scale"], nets, x)
+        otf.repair(symmetry, scaling, nets, x)
