@@ -37,6 +37,7 @@ from otfusion_jax.fusion.merge import merge
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.repair_programs import RepairWarning
 from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
@@ -89,6 +90,7 @@ __all__ = [
     "Original",
     "Pin",
     "Report",
+    "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
     "SharedFusion",

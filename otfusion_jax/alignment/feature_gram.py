@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
@@ -18,7 +17,12 @@ from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups, target_names
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.tracing.activations import At, batches_of, features
+from otfusion_jax.tracing.activations import (
+    At,
+    batches_of,
+    features,
+    refuse_inputs_of_one_batch,
+)
 
 
 def feature_gram(
@@ -71,7 +75,7 @@ def feature_gram(
     if onto is None:
         onto = symmetry
     require_symmetry(onto, call)
-    _refuse_inputs_of_one_batch(batches)
+    refuse_inputs_of_one_batch(batches)
     # What comes after a scale is other features than those that are to be rotated.
     require_canonical(symmetry, source, "the source")
     require_canonical(onto, target, "the target")
@@ -103,22 +107,6 @@ def feature_gram(
         gram = _centered(sums) if center else sums.gram
         grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
     return grams
-
-
-def _refuse_inputs_of_one_batch(batches: Any) -> None:
-    """Refuses a tuple of arrays: in place of a list of batches it is most likely one batch.
-
-    Each input would be taken for a batch of its own.
-    """
-    if not isinstance(batches, tuple):
-        return
-    for batch in batches:
-        if isinstance(batch, jax.Array | np.ndarray):
-            raise TypeError(
-                f"batches is a tuple of {len(batches)}, of arrays, which may be one batch of "
-                "several inputs or several batches of one input; pass [(x, y)] for one batch of "
-                "two inputs, and [x, y] for two batches of one input"
-            )
 
 
 @jax.tree_util.register_dataclass
