@@ -135,6 +135,25 @@ def residual_params(seed: int):
     return {"blocks": blocks, "embed": kernel(6, width), "head": kernel(width, 4)}
 
 
+def odd(params, x):
+    *hidden, last = params
+    for kernel in hidden:
+        x = jnp.tanh(x @ kernel)
+    return x @ last
+
+
+def test_signs_are_found():
+    a = draw(0)
+    signed = otf.trace_symmetry(odd, a, SHAPE).with_signs()
+    b = otf.transport(signed, signed.random(jax.random.key(0)), a)
+    x = data()
+    merged = otf.merge(odd, [a, b], [x], outputs="values", repairs=(), candidates=["weights"])
+    close(odd(merged.params, x), odd(a, x))
+    assert [row.units for row in merged.report.rows] == ["permutations", "signs"]
+    assert merged.report.chosen.units == "signs"
+    assert merged.symmetry == signed
+
+
 def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
     a = residual_params(0)
@@ -226,14 +245,14 @@ def test_a_loss_takes_the_place_of_the_divergence():
 
 
 @dataclasses.dataclass(frozen=True)
-class Harmful(otf.AbstractRepair):
-    def correct(self, product):
-        return 0 * product.leaf, (None,) * len(product.parts)
+class Harmful(otf.RestoreStatistics):
+    def correct(self, correctable, sums):
+        return 0 * correctable.leaf, (None,) * len(correctable.parts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Failing(otf.AbstractRepair):
-    def correct(self, product):
+class Failing(otf.RestoreStatistics):
+    def correct(self, correctable, sums):
         raise ValueError("more samples are needed\nthan there are")
 
 
