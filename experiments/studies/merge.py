@@ -44,9 +44,11 @@ class Merge(Study):
     """Steps of distillation to try at the end."""
     methods: Annotated[
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
-        tyro.conf.arg(metavar="METHOD [METHOD ...]", help=f"Of {listed(VARIANTS)}."),
+        tyro.conf.arg(
+            metavar="METHOD [METHOD ...]",
+            help=f"Single methods to compare with, with all corrections, of {listed(VARIANTS)}.",
+        ),
     ] = tuple(METHODS.values())
-    """Single methods to compare with, each with all of its corrections."""
 
     def check(self) -> None:
         """Refuses seeds that make no pairs."""

@@ -61,8 +61,8 @@ def feature_gram(
 
     Returns:
         The inner products by the names of groups, ready for `align(..., grams=...)`. Signed groups
-        of which some members do not change their signs, as the gates of an LSTM, are left out: it
-        is not known whether what is read does.
+        are left out if it is not known whether what is read changes its sign with the units: the
+        preactivations of an LSTM, some of which belong to gates.
 
     Raises:
         ValueError: If there are no batches, if the networks differ in more than widths, or if
@@ -81,13 +81,14 @@ def feature_gram(
     require_canonical(onto, target, "the target")
     name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
+    left_out = _of_unknown_signs(symmetry, at)
     # Sums over batches: none is kept, and they may come from a generator.
     totals: dict[str, _Sums] = {}
     for batch in batches_of(batches):
         source_features = features(symmetry, fn, source, *batch, at=at)
         target_features = features(onto, target_fn, target, *batch, at=at)
         for group in symmetry.groups:
-            if group.signed and not all(member.odd for member in group.members):
+            if group.name in left_out:
                 continue
             # Features are [*batch, samples, units]; a unit is a vector of samples.
             source_units = jnp.swapaxes(source_features[group.name], -1, -2)
@@ -107,6 +108,25 @@ def feature_gram(
         gram = _centered(sums) if center else sums.gram
         grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
     return grams
+
+
+def _of_unknown_signs(symmetry: Symmetry, at: At) -> set[str]:
+    """Returns the groups whose features may change signs or not, and all matched with these.
+
+    A sum over the units has no sign, so that what is contracted with a parameter changes as that
+    does; and what a contraction with a parameter puts out changes as the parameter does.
+    """
+    unknown = set()
+    for group in symmetry.groups:
+        met = group.having("consumes" if at == "activation" else "produces")
+        if group.signed and not (met and all(member.odd for member in met)):
+            unknown.add(group.name)
+    # What is nested is compared together with what is around it.
+    roots = {symmetry[name].outer or name for name in unknown}
+    for group in symmetry.groups:
+        if group.outer in roots or group.name in roots:
+            unknown.add(group.name)
+    return unknown
 
 
 @jax.tree_util.register_dataclass

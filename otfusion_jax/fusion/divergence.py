@@ -56,6 +56,7 @@ class Objective:
         """
         if self.loss is not None:
             return jnp.asarray(self.loss(params, *inputs))
+        # Unrolled, not under `vmap`: there are few teachers, and their answers fit one by one.
         answers = [self.fn(teacher, *inputs) for teacher in teachers]
         answer = self.fn(params, *inputs)
         if self.outputs == "logits":
@@ -63,6 +64,7 @@ class Objective:
         total = jnp.zeros(())
         arrays = [jax.tree.leaves(tree) for tree in (answer, *answers)]
         for own, *others in zip(*arrays, strict=True):
+            # Differences of near numbers in half precision would be rounding.
             wide = accumulation_dtype(own.dtype)
             mean = _weighted(weights, [other.astype(wide) for other in others])
             difference = jnp.abs(own.astype(wide) - mean)
@@ -173,6 +175,7 @@ class Judge:
         total = 0.0
         for samples in self.samples:
             for inputs in samples.batches():
+                # The last batch may be smaller, and counts for less.
                 size = len(jax.tree.leaves(inputs)[0])
                 found = _score(self.objective, params, list(self.teachers), self.weights, inputs)
                 total += float(found) * size / samples.count
@@ -217,6 +220,7 @@ class Spread:
                 jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(model), strict=True
             )
             for (path, mean), leaf in pairs:
+                # Counters and keys are at no distance from each other.
                 if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
                     counts = 1.0 if self.leaf_weight is None else float(self.leaf_weight(name))

@@ -250,6 +250,7 @@ class Search:
             ValueError: If every trial has failed.
         """
         for step in bar(steps):
+            # A candidate that has failed leaves nothing to be repaired.
             averaged = self._try(step, _NOTHING, functools.partial(self._averaged, step))
             if averaged is None or self.setting.weights_decide:
                 continue
@@ -287,6 +288,7 @@ class Search:
 
     def _averaged(self, step: _Step) -> _Found:
         """Moves the models by a candidate, and averages them."""
+        # What several candidates need, such as inner products of features, is kept by the task.
         if step.symmetry not in self._tasks:
             self._tasks[step.symmetry] = self.setting.task(step.symmetry)
         task = self._tasks[step.symmetry]
@@ -297,6 +299,7 @@ class Search:
         self, averaged: _Found, method: AbstractRepair, samples: Samples | None = None
     ) -> _Found:
         """Repairs an average on some inputs, or on those that are fitted to."""
+        # Of what is held out no repair may see anything, until all is chosen.
         samples = self.setting.known.fit if samples is None else samples
         assert samples is not None
         params = repair(
@@ -330,6 +333,7 @@ class Search:
     def _on_all(self, best: _Found) -> _Found:
         """Does what was chosen once more, on all inputs: now that nothing is chosen any more."""
         whole = self.setting.known.whole
+        # Inputs that were drawn are of two kinds, and the one to choose by is not to be fitted to.
         if whole is None:
             return best
         if best.method is not None:
@@ -359,6 +363,7 @@ class Search:
         parents, lines = [], []
         if isinstance(self.judge, Judge):
             parents = [self.judge.score(model) for model in setting.models]
+            # The path as the models were, beside that as they were moved.
             if points:
                 lines.extend(self._lines(_AS_THEY_ARE, setting.models, points))
                 start = self.rows[self.chosen].start
