@@ -1,0 +1,46 @@
+"""What a command says: progress and warnings on the error stream, results on the output."""
+
+import dataclasses
+import sys
+
+
+@dataclasses.dataclass(frozen=True)
+class Console:
+    """Where a command's words go. Nothing else in the library writes to a stream.
+
+    Attributes:
+        quiet: Whether progress is left out.
+        command: The words of the command line.
+        warnings: The warnings so far, for the report.
+    """
+
+    quiet: bool
+    command: tuple[str, ...]
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def step(self, text: str) -> None:
+        """Says what is being done.
+
+        Args:
+            text: One line.
+        """
+        if not self.quiet:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """Warns, and keeps the warning for the report.
+
+        Args:
+            text: The warning.
+        """
+        self.warnings.append(text)
+        sys.stderr.write(f"warning: {text}\n")
+
+    def show(self, text: str) -> None:
+        """Shows a result.
+
+        Args:
+            text: Any number of lines.
+        """
+        sys.stdout.write(text.rstrip("\n") + "\n")
