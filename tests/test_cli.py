@@ -543,4 +543,4 @@ def test_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture):
             printed = capsys.readouterr().out
         elif language == "text":
             assert printed == text, f"docs/files.md, the block at line {line}"
-    assert commands >= 5
+    assert commands == 4

@@ -73,11 +73,13 @@ class Checkpoint:
         return self.layout.format in ("msgpack", "orbax")
 
     def digests(self) -> dict[str, str]:
-        """Returns the SHA-256 of every file by its name, in hexadecimal."""
+        """Returns the SHA-256 of every file, in hexadecimal, by its name in the folder."""
+        folder = self.path if self.path.is_dir() else self.path.parent
         digests = {}
         for file in self.files:
+            name = file.relative_to(folder).as_posix()
             with file.open("rb") as opened:
-                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+                digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
         return digests
 
 

@@ -91,6 +91,7 @@ def _require_leaves(tree: Any, leaves: Sequence[Leaf], treedef: Any) -> None:
 def _parts_of(leaves: Sequence[Leaf], leaf_splits: Sequence[LeafSplit]) -> list[Leaf]:
     """Returns the parts of all leaves, as `Symmetry.parts` does, once the splits are checked."""
     split_of: dict[int, LeafSplit] = {}
+    total = 0
     for number, leaf_split in enumerate(leaf_splits):
         where = f"leaf_splits[{number}]"
         leaf = leaf_split.leaf
@@ -99,7 +100,8 @@ def _parts_of(leaves: Sequence[Leaf], leaf_splits: Sequence[LeafSplit]) -> list[
         shape = leaves[leaf].shape
         axis, count = leaf_split.axis, leaf_split.count
         _require(0 <= axis < len(shape), f"{where}.axis", axis, f"an axis of shape {shape}")
-        is_whole = 1 <= count <= _MOST_PARTS and shape[axis] % count == 0
+        total += count
+        is_whole = count >= 1 and total <= _MOST_PARTS and shape[axis] % count == 0
         _require(is_whole, f"{where}.count", count, f"a divisor of {shape[axis]}")
         split_of[leaf] = leaf_split
     parts: list[Leaf] = []
