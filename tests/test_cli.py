@@ -205,10 +205,13 @@ def test_a_saved_symmetry_needs_no_code(folder: Path, capsys: pytest.CaptureFixt
     (folder / "network.py").unlink()
     run("fuse", a, b, "--symmetry", "s.json", "--out", "f.safetensors")
     run("compare", a, b, "--symmetry", "s.json", "--report", "c")
+    assert (folder / "c.report.md").exists()
     # Names are key paths, in whichever format they are.
-    c, d = write_npz("c", 0), write_npz("d", 1)
-    assert main(["fuse", c, d, "--symmetry", "s.json", "--out", "f.npz"]) == 2
-    assert "steps: missing; in" not in capsys.readouterr().err
+    for seed, name in enumerate("cd"):
+        np.savez(name, allow_pickle=False, steps=np.array(seed), **params(seed))
+    run("fuse", "c.npz", "d.npz", "--symmetry", "s.json", "--out", "f.npz")
+    for name, array in load_file("f.safetensors").items():
+        np.testing.assert_array_equal(read_back("f.npz")[name], array)
 
 
 @pytest.mark.usefixtures("default_promotion")
@@ -468,6 +471,24 @@ def test_unknown_words_are_refused():
             main(words)
 
 
+@pytest.mark.usefixtures("default_promotion")
+def test_warnings_are_in_the_report(capsys: pytest.CaptureFixture):
+    for seed, name in enumerate("ab"):
+        save_file(params(seed) | {"idle": np.ones(7, np.float32)}, f"{name}.safetensors")
+    run("fuse", "a.safetensors", "b.safetensors", *FLAT, "--out", "f.safetensors")
+    assert "warning: the function does not use these parameters" in capsys.readouterr().err
+    (warning,) = json.loads(Path("f.safetensors.report.json").read_text())["warnings"]
+    assert "  idle: shape (7,)" in warning
+
+
+def test_names_that_a_terminal_would_obey_are_escaped(capsys: pytest.CaptureFixture):
+    save_file({"\x1b[2J|\n": np.ones(3)}, "a.safetensors")
+    run("inspect", "a.safetensors")
+    shown = capsys.readouterr().out
+    assert "| \\x1b[2J\\|\\n | (3,) |" in shown
+    assert "\x1b" not in shown
+
+
 # --- the process
 
 
@@ -497,10 +518,10 @@ def test_the_library_needs_nothing_of_the_command_line():
     assert 'needs the package tyro: pip install "otfusion-jax[cli]"' in done.stderr
 
 
+@pytest.mark.usefixtures("default_promotion")
 def test_a_killed_command_leaves_nothing_under_the_name(folder: Path):
-    """It is killed at some time while it runs, three times, and then left to its end."""
     a, b = write_safetensors("a", 0), write_safetensors("b", 1)
-    (folder / "s.json").write_text(traced_without(folder).to_json())
+    (folder / "s.json").write_text(traced_with_steps().to_json())
     words = ["fuse", a, b, "--symmetry", "s.json", "--out", "f.safetensors"]
     command = [sys.executable, "-m", "otfusion_jax", *words]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
@@ -511,14 +532,13 @@ def test_a_killed_command_leaves_nothing_under_the_name(folder: Path):
                 process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not list(folder.glob("f.safetensors*"))
-    subprocess.run(command, check=True, env=environment(), capture_output=True)
+    run(*words)
     assert set(load_file("f.safetensors")) == {*SIZES, "steps"}
 
 
-def traced_without(folder: Path) -> otf.Symmetry:
+def traced_with_steps() -> otf.Symmetry:
     model = params(0) | {"steps": np.array(0)}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return otf.trace_symmetry(network().flat, model, jnp.ones((2, 6)))
+    return otf.trace_symmetry(network().flat, model, jnp.ones((2, 6)))
 
 
 # --- the page

@@ -317,6 +317,7 @@ SAFETENSORS = {
     "is no JSON: .*decode": safetensors_of(b'{"\xff": 1}'),
     "is no JSON: .*recursion": safetensors_of(b"[" * 100_000),
     "has more entries than": safetensors_of(b"{" * 5_000_000),
+    "is no JSON: .*surrogates": safetensors_of(b'{"\\ud800": 1}'),
     "is no JSON object": safetensors_of([]),
     "has the same key twice": safetensors_of(b'{"a": 1, "a": 2}'),
     "metadata of .* is no object of texts": safetensors_of({"__metadata__": {"a": 1}}),

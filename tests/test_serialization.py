@@ -18,6 +18,8 @@ from zoo import CASES, Case
 
 import otfusion_jax as otf
 
+pytestmark = pytest.mark.compatibility
+
 # Of heads in layers, flattened convolutions, fused projections, tied embeddings, stacked leaves.
 STORED = [
     name

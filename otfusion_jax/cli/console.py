@@ -25,7 +25,7 @@ class Console:
             text: One line.
         """
         if not self.quiet:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(printable(text) + "\n")
             sys.stderr.flush()
 
     def warn(self, text: str) -> None:
@@ -35,7 +35,7 @@ class Console:
             text: The warning.
         """
         self.warnings.append(text)
-        sys.stderr.write(f"warning: {text}\n")
+        sys.stderr.write(printable(f"warning: {text}\n"))
 
     def show(self, text: str) -> None:
         """Shows a result.
@@ -43,4 +43,22 @@ class Console:
         Args:
             text: Any number of lines.
         """
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.write(printable(text.rstrip("\n")) + "\n")
+
+
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey: the names in a file may be anything.
+
+    Args:
+        text: Any number of lines.
+
+    Returns:
+        The text with control escaped, but for the ends of lines.
+    """
+    characters = []
+    for character in text:
+        if character.isprintable() or character == "\n":
+            characters.append(character)
+        else:
+            characters.append(repr(character)[1:-1])
+    return "".join(characters)

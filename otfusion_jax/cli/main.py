@@ -4,11 +4,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from otfusion_jax.cli.console import printable
 from otfusion_jax.files.extras import require_package
 from otfusion_jax.tracing.registry import UnsupportedPrimitiveError
 
-_SHOWN = (ValueError, TypeError, FloatingPointError, ImportError, OSError)
-_SHOWN += (UnsupportedPrimitiveError,)
+# What callers and their files can cause. All else is a mistake of ours, and has its traceback.
+_SHOWN = (ValueError, FloatingPointError, ImportError, OSError, UnsupportedPrimitiveError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = importlib.import_module("otfusion_jax.cli.commands")
         return commands.run(words)
     except _SHOWN as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; nothing was written under the result's name\n")

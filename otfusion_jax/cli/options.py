@@ -10,7 +10,7 @@ import jax
 import tyro
 
 from otfusion_jax.cli.console import Console
-from otfusion_jax.cli.functions import calling, load_function, parse_inputs
+from otfusion_jax.cli.functions import FunctionError, calling, load_function, parse_inputs
 from otfusion_jax.cli.models import Naming
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError, require_regular
 from otfusion_jax.files.formats import read_checkpoint
@@ -18,7 +18,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.trace import trace_symmetry
 
 # Of a network of a thousand layers it is a few megabytes.
-_LONGEST_SYMMETRY = 2**28
+_LONGEST_SYMMETRY = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,10 @@ class CommandWithSymmetry(Command):
         console.step(f"tracing {name}")
         # First without the library: what fails then is the function's, or its inputs'.
         calling(name, lambda: jax.eval_shape(fn, params, *inputs))
-        return trace_symmetry(fn, params, *inputs)
+        try:
+            return trace_symmetry(fn, params, *inputs)
+        except TypeError as error:  # a function of other arguments, or that returns no arrays
+            raise FunctionError(f"{name} can't be traced: {error}") from error
 
 
 def read_symmetry(path: Path) -> Symmetry:

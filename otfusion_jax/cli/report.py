@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from otfusion_jax.cli.console import printable
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.files.writing import require_free, written_whole
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -162,4 +163,5 @@ def _shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return str(value)
+    # The names in a file may have the ends of lines.
+    return printable(str(value)).replace("\n", "\\n")

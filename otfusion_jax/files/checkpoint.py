@@ -128,6 +128,10 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) < len(pairs):
             raise CheckpointError(f"{what} has the same key twice")
+        # JSON can spell halves of characters, which no file could be given as a name.
+        for text in (*record, *record.values()):
+            if isinstance(text, str):
+                text.encode("utf-8")
         return record
 
     try:

@@ -128,7 +128,7 @@ class ShardedLayout(AbstractLayout):
                 if self.index["weight_map"][name] == shard:
                     inside[name] = array
             layout.write(inside, path / shard)
-        text = json.dumps(self.index, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.index, indent=2) + "\n"
         (path / self.index_name).write_text(text, encoding="utf-8")
 
 
