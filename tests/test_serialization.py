@@ -181,6 +181,7 @@ LOCATION = (*MEMBER, "location")
         (edit("groups", 0, "rotates", value=0), r"groups\[0\]\.rotates is 0, expected true"),
         (edit("groups", 1, "name", value="in"), r"groups\[1\]\.name is 'in', expected a name of"),
         (edit("groups", 0, "outer", value="x"), r"groups\[0\]\.outer is 'x', expected the name"),
+        (edit("groups", 0, "outer", value="in"), r"groups\[0\]\.batch is \(\), expected \(6,\)"),
         (edit("groups", 0, "batch", value=[2]), r"location\.batch is 'of 0 entries'"),
         (edit(*MEMBER, "role", value="eats"), r"members\[0\]\.role is 'eats', expected one of"),
         (edit(*MEMBER, "leaf", value=99), r"members\[0\]\.leaf is 99, expected less than"),

@@ -77,18 +77,29 @@ def table_of_norms(
         A row for each parameter that moves: its key path, its shape, and the norms over the mean
         norm of the models (None where that is 0).
     """
-    columns = []
-    for model in (*models, averaged, fused):
-        columns.append(jax.tree_util.tree_leaves(model))
+    leaves_of_models = [jax.tree_util.tree_leaves(model) for model in models]
+    averaged_leaves = jax.tree_util.tree_leaves(averaged)
+    fused_leaves = jax.tree_util.tree_leaves(fused)
     rows = []
     for number, leaf in enumerate(symmetry.leaves):
-        if leaf.moves:
-            norms = [_norm(column[number]) for column in columns]
-            mean = np.mean(norms[:-2])
-            shares = [finite(norm / mean) if mean > 0 else None for norm in norms[-2:]]
-            rows.append((leaf.path, str(leaf.shape), *shares))
-    columns_of = ("parameter", "shape", "norm left in the plain average", "norm left in the result")
-    return Table(columns_of, tuple(rows))
+        if not leaf.moves:
+            continue
+        norms = [_norm(leaves[number]) for leaves in leaves_of_models]
+        mean = np.mean(norms)
+        left = [None, None]
+        if mean > 0:
+            left = [
+                finite(_norm(averaged_leaves[number]) / mean),
+                finite(_norm(fused_leaves[number]) / mean),
+            ]
+        rows.append((leaf.path, str(leaf.shape), *left))
+    columns = (
+        "parameter",
+        "shape",
+        "norm left in the plain average",
+        "norm left in the result",
+    )
+    return Table(columns, tuple(rows))
 
 
 def _norm(array: Any) -> float:
