@@ -89,7 +89,7 @@ def _grams(
 ) -> dict[str, otf.Gram]:
     """Compares the units of both models on some of the pair's images, batch by batch."""
     network = pair.network
-    batches = _batches(pair.images[:samples])
+    batches = batches_of(pair.images[:samples])
     return otf.feature_gram(
         network.symmetry, network.apply, pair.a, pair.b, batches, at=at, center=center
     )
@@ -259,5 +259,13 @@ def _by_grams(
     return otf.transport(symmetry, plans, pair.a)
 
 
-def _batches(images: Array) -> list[Array]:
+def batches_of(images: Array) -> list[Array]:
+    """Cuts images into batches of which features are held in memory at once.
+
+    Args:
+        images: The images.
+
+    Returns:
+        The batches; the last one may be smaller.
+    """
     return [images[first : first + _BATCH_SIZE] for first in range(0, len(images), _BATCH_SIZE)]

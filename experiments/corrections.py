@@ -3,6 +3,7 @@
 from jaxtyping import PyTree
 
 import otfusion_jax as otf
+from experiments.alignments import batches_of
 from experiments.networks import reestimated
 from experiments.pairs import Pair
 
@@ -55,7 +56,7 @@ def regressed(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
     Returns:
         The average, corrected.
     """
-    return _repaired(pair, moved, weights, otf.LeastSquares())
+    return _repaired(pair, moved, weights, otf.LeastSquares(ridge=pair.ridge))
 
 
 def _repaired(pair: Pair, moved: PyTree, weights: Weights, method: otf.AbstractRepair) -> PyTree:
@@ -64,7 +65,7 @@ def _repaired(pair: Pair, moved: PyTree, weights: Weights, method: otf.AbstractR
         network.symmetry,
         network.apply,
         [moved, pair.b],
-        pair.images,
+        batches=batches_of(pair.images),
         weights=weights,
         method=method,
     )

@@ -226,6 +226,9 @@ SIGNED_DESCENT = Method(
     lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
     WITH_SIGNS,
 )
+SIGNED_MATCHING = Method(
+    "activation matching, with signs", Needs.IMAGES, alignments.by_correlations, WITH_SIGNS
+)
 SCALED_DESCENT = Method(
     "coordinate descent, with scales",
     Needs.NOTHING,
@@ -253,6 +256,7 @@ VARIANTS = by_name(
     ROTATED_DESCENT_FROM_FEATURES,
     LEARNED_ROTATIONS,
     SIGNED_DESCENT,
+    SIGNED_MATCHING,
     SCALED_DESCENT,
 )
 

@@ -28,12 +28,14 @@ class Pair:
         a: The variables of the model that is moved.
         b: The variables of the model that it is moved onto.
         images: Images without labels, drawn by the seeds: of the training split, or of nothing.
+        ridge: The penalty of least squares.
     """
 
     network: Network
     a: PyTree
     b: PyTree
     images: Num[Array, "samples ..."]
+    ridge: float = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,8 @@ class PairStudy(Study):
     """Safetensors or npz with PyTorch's names and layouts, instead of training."""
     images: int = 1000
     """Training images, without labels, for methods that use data."""
+    ridge: float = 0.01
+    """The penalty of least squares, in units of the mean eigenvalue."""
     synthetic: bool = False
     """Images of dead leaves instead, so that no method uses data."""
 
@@ -154,4 +158,4 @@ class PairStudy(Study):
         """
         a, b = models
         images = seen_images(dataset or run.dataset, seeds, self.images, draw, self.synthetic)
-        return Pair(run.network, a, b, images)
+        return Pair(run.network, a, b, images, self.ridge)

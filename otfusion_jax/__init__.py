@@ -16,15 +16,29 @@ from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.averaging.adapters import LowRankPair, average_adapters
 from otfusion_jax.averaging.average import average
+from otfusion_jax.averaging.batch_norm import BatchNorm, fold_batch_norm, unfold_batch_norm
+from otfusion_jax.averaging.estimation import estimate_statistics
+from otfusion_jax.averaging.fisher import fisher_average
 from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.averaging.regmean import regmean
+from otfusion_jax.averaging.slerp import slerp
+from otfusion_jax.averaging.soup import Soup, greedy_soup
 from otfusion_jax.averaging.stacking import stack
+from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
+from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
+from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.merge import merge
+from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.repair_programs import RepairWarning
+from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
@@ -56,6 +70,7 @@ __all__ = [
     "Axis",
     "Barrier",
     "Barycenter",
+    "BatchNorm",
     "CoordinateDescent",
     "Exact",
     "Fold",
@@ -67,42 +82,67 @@ __all__ = [
     "Kind",
     "LearnedAlignment",
     "LeastSquares",
+    "Line",
     "LowRank",
+    "LowRankPair",
     "Member",
+    "Merged",
     "Original",
     "Pin",
+    "Report",
+    "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
+    "SharedFusion",
     "Sinkhorn",
     "Solution",
+    "Soup",
+    "StatisticsWarning",
     "Symmetry",
     "SymmetryWarning",
     "TracedValue",
     "TransportProblem",
+    "Unshared",
+    "Trial",
     "UnsupportedPrimitiveError",
     "align",
     "average",
+    "average_adapters",
     "barrier",
     "barycenter",
     "canonicalize",
     "check_symmetry",
     "compose",
+    "dare",
+    "distill",
     "draw",
     "ensemble",
+    "estimate_statistics",
     "feature_gram",
     "feature_importance",
     "features",
+    "fisher_average",
+    "fold_batch_norm",
     "functional",
     "fuse",
+    "fuse_shared",
+    "greedy_soup",
     "interpolate",
     "invert",
     "learn_alignment",
+    "merge",
     "register_rule",
+    "regmean",
     "repair",
+    "running_statistics",
+    "slerp",
     "stack",
+    "task_arithmetic",
+    "ties",
     "together",
     "trace_symmetry",
     "transport",
     "transport_state",
+    "unfold_batch_norm",
     "weight_importance",
 ]

@@ -45,6 +45,7 @@ NO_SYMMETRY: dict[str, Call] = {
     "align(onto)": lambda s: otf.align(S, A, B, onto=s),
     "fuse": lambda s: otf.fuse(s, [A, B]),
     "fuse(list)": lambda s: otf.fuse([S, s], [A, B]),
+    "fuse_shared": lambda s: otf.fuse_shared(s, [A, B]),
     "barycenter": lambda s: otf.barycenter(s, [A, B]),
     "transport": lambda s: otf.transport(s, {}, A),
     "transport(onto)": lambda s: otf.transport(S, {}, A, onto=s),
@@ -65,11 +66,23 @@ NO_ARRAYS: dict[str, Call] = {
     "align(source)": lambda p: otf.align(S, p, B),
     "align(target)": lambda p: otf.align(S, A, p),
     "average": lambda p: otf.average([A, p]),
+    "task_arithmetic": lambda p: otf.task_arithmetic([A, p], B),
+    "task_arithmetic(base)": lambda p: otf.task_arithmetic([A, B], p),
+    "ties": lambda p: otf.ties([A, p], B),
+    "dare": lambda p: otf.dare([A, p], B, jax.random.key(0)),
+    "slerp": lambda p: otf.slerp(A, p, 0.5),
+    "greedy_soup": lambda p: otf.greedy_soup([A, p], lambda q: q["w"].sum()),
+    "fisher_average": lambda p: otf.fisher_average([A, p], [A, A]),
+    "regmean": lambda p: otf.regmean([A, p], [{}, {}]),
+    "estimate_statistics": lambda p: otf.estimate_statistics(lambda q, x: q, p, [X]),
+    "fold_batch_norm": lambda p: otf.fold_batch_norm(p),
     "stack": lambda p: otf.stack([A, p]),
     "ensemble": lambda p: otf.ensemble(fn, [A, p], X),
     "interpolate": lambda p: otf.interpolate(A, p, 0.5),
     "barrier": lambda p: otf.barrier(lambda q: q["w"].sum(), A, p),
     "fuse": lambda p: otf.fuse(S, [A, p]),
+    "fuse_shared": lambda p: otf.fuse_shared(S, [p, A]),
+    "average_adapters": lambda p: otf.average_adapters([A, p]),
     "barycenter": lambda p: otf.barycenter(S, [A, p]),
     "transport": lambda p: otf.transport(S, {}, p),
     "repair": lambda p: otf.repair(S, fn, [A, p], X),
@@ -236,6 +249,38 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "a seed for a key": (
         lambda: any_otf.check_symmetry(S, fn, A, X, key=0),
         r"TypeError: key is 0; pass a single key, as jax.random.key\(0\) is one",
+    ),
+    "a seed for what is dropped": (
+        lambda: any_otf.dare([A], B, 0),
+        "TypeError: key is 0; pass a single key",
+    ),
+    "one model where several are merged": (
+        lambda: any_otf.ties(A, B),
+        "TypeError: models is a dict; pass a list of pytrees",
+    ),
+    "a name for a scale": (
+        lambda: any_otf.task_arithmetic([A], B, "half"),
+        "TypeError: scale is 'half', of type str; give a number",
+    ),
+    "a whole number for a density": (
+        lambda: otf.ties([A], B, density=0),
+        "ValueError: density is 0",
+    ),
+    "models before the score": (
+        lambda: any_otf.greedy_soup(lambda q: 0, [A, B]),
+        r"TypeError: a list was given where a function is wanted: call greedy_soup\(models, score",
+    ),
+    "inner products that are one dict": (
+        lambda: any_otf.regmean([A, B], {"w": jnp.eye(6)}),
+        "TypeError: grams is a dict; pass a list of dicts",
+    ),
+    "an epsilon that is an array": (
+        lambda: any_otf.fold_batch_norm(A, epsilon=X),
+        "TypeError: epsilon is .*; give the network's, a number|ValueError: no layer of batch",
+    ),
+    "a batch for batches of statistics": (
+        lambda: any_otf.estimate_statistics(lambda q, x: q, A, X),
+        r"TypeError: batches is an array of shape \(4, 6\)",
     ),
     "a seed for random plans": (
         lambda: S.random(0),  # pyright: ignore[reportArgumentType]

@@ -385,9 +385,11 @@ def test_only_what_is_permuted_may_differ_in_width():
     plan = jnp.full((HIDDEN, HIDDEN + 1), 1 / (HIDDEN * (HIDDEN + 1)))
     moved = otf.transport(rotating(), rotations(0) | {"up": plan}, canonical_net(), onto=wide)
     assert moved["up"].shape == (D, HIDDEN + 1)
-    with pytest.raises(ValueError, match="embed: its units are rotated, which keeps their number"):
+    with pytest.raises(
+        ValueError, match="embed: its units are rotated about the ones, which keeps"
+    ):
         match_groups(rotating(), of_width(stream=D + 1))
-    with pytest.raises(ValueError, match="its units are rotated in one of the two alone"):
+    with pytest.raises(ValueError, match="v: its units are rotated in one of the two and permuted"):
         match_groups(rotating(), symmetry())
 
 

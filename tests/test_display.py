@@ -115,6 +115,10 @@ def test_a_drawing_has_a_patch_for_each_leaf_of_each_group():
     assert len(ax.patches) == len(pairs)
     assert [t.get_text() for t in ax.get_yticklabels()] == [leaf.path for leaf in symmetry.leaves]
     assert ax.get_xticklabels()[2].get_text() == "0/qkv#2 (2 x 16)"
+    moving = otf.draw(symmetry.with_rotations()).get_xticklabels()
+    motions = {str(t.get_text()).partition(", ")[2]: t.get_color() for t in moving}
+    assert motions["permuted)"] == "black"
+    assert len(set(motions.values())) == len(motions) > 1
     _, other = plt.subplots()
     assert otf.draw(symmetry, other) is other
     plt.close("all")

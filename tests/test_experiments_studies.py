@@ -79,6 +79,36 @@ def digits() -> Dataset:
     return load_dataset("digits")
 
 
+# --- merge
+
+
+def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
+    method = "coordinate descent (fuse)"
+    records = run(tmp_path, "merge", *SMALL, "--images", "200", "--methods", method)
+    assert names(records, "method") == [
+        "model A",
+        "model B",
+        "ensemble",
+        "coordinate descent",
+        "coordinate descent, statistics restored",
+        "coordinate descent, least squares",
+        "the best single method, weights alone",
+        "the best single method, images without labels",
+        "merge, no data",
+        "merge, 200 images",
+    ]
+    single = value(records, method="coordinate descent")
+    assert value(records, method="the best single method, weights alone") == single
+    assert value(records, method="merge, 200 images") > single - 5
+    report = (tmp_path / "merge-0-1-200-images.txt").read_text()
+    assert "fitted to 160 inputs" in report
+
+
+def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["merge", "--seeds", "0", "1", "2"]) == 2
+    assert "two for each pair" in capsys.readouterr().err
+
+
 # --- one_shot
 
 
@@ -669,6 +699,25 @@ def test_correlations_are_of_units_of_norm_1(heads: int):
     )
     np.testing.assert_allclose(found.cross, expected.cross, atol=1e-5)
     np.testing.assert_array_equal(found.target_sq_norms, 1)
+
+
+# --- soups
+
+
+def test_ways_to_merge_are_compared(tmp_path: Path):
+    records = run(tmp_path, "soups", *SMALL, "--images", "60", "--seeds", "0", "1")
+    found = where(records, metric=ACCURACY)
+    aligned, plain = (where(found, measure=name) for name in ("aligned", "as they are"))
+    assert names(aligned, "method") == names(plain, "method")[2:]
+    assert len(names(aligned, "method")) == 5
+    for method in ("average", "Fisher-weighted average"):
+        assert value(aligned, method=method) > value(plain, method=method)
+    assert value(aligned, method="partial zip, half of the layers") > 50
+
+
+def test_only_known_layers_are_merged(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["soups", "--model", "vit"]) == 2
+    assert "--model mlpnet" in capsys.readouterr().err
 
 
 # --- statistics of batch norm

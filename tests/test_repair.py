@@ -241,6 +241,8 @@ def test_an_original_may_be_of_another_precision(method, default_promotion):
 
 
 @METHODS
+# Without a group there are no units whose statistics could be restored.
+@pytest.mark.filterwarnings("ignore:repair corrects nothing:otfusion_jax.RepairWarning")
 def test_quantised_weights_stay(method):
     def quantised(params, x):
         return jnp.tanh(x @ params["w"]) @ params["q"].astype(jnp.float32)

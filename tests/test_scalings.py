@@ -321,6 +321,21 @@ def test_the_cells_of_an_lstm_change_signs_and_its_gates_do_not():
     assert otf.check_symmetry(symmetry, model.apply, params, x) < EXACT
 
 
+def test_the_outputs_of_an_lstm_tell_signs_and_its_preactivations_do_not():
+    x = normal(20, 4, 3)
+    model = Recurrent()
+    drawn = model.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), drawn)
+    symmetry = otf.trace_symmetry(model.apply, params, x).with_signs()
+    plans = symmetry.random(jax.random.key(1))
+    other = otf.transport(symmetry, plans, params)
+    grams = otf.feature_gram(symmetry, model.apply, params, other, [x], at="activation")
+    found = otf.align(symmetry, params, other, grams=grams, method=otf.ForwardPass())
+    for name, plan in plans.items():
+        assert_array_equal(found.plans[name], plan)
+    assert not otf.feature_gram(symmetry, model.apply, params, other, [x], at="preactivation")
+
+
 # --- moving along signs
 
 

@@ -7,9 +7,11 @@ from experiments.studies.federated import Federated
 from experiments.studies.fine_tune import FineTune
 from experiments.studies.learn import Learn
 from experiments.studies.many import Many
+from experiments.studies.merge import Merge
 from experiments.studies.non_iid import NonIid
 from experiments.studies.one_shot import OneShot
 from experiments.studies.prune import Prune
+from experiments.studies.soups import Soups
 from experiments.studies.widths import Widths
 
 STUDIES: dict[str, type[Study]] = {
@@ -25,5 +27,7 @@ STUDIES: dict[str, type[Study]] = {
         Distill,
         Learn,
         Many,
+        Soups,
+        Merge,
     )
 }

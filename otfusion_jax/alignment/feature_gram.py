@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
@@ -18,7 +17,12 @@ from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups, target_names
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.tracing.activations import At, batches_of, features
+from otfusion_jax.tracing.activations import (
+    At,
+    batches_of,
+    features,
+    refuse_inputs_of_one_batch,
+)
 
 
 def feature_gram(
@@ -57,8 +61,8 @@ def feature_gram(
 
     Returns:
         The inner products by the names of groups, ready for `align(..., grams=...)`. Signed groups
-        of which some members do not change their signs, as the gates of an LSTM, are left out: it
-        is not known whether what is read does.
+        are left out if it is not known whether what is read changes its sign with the units: the
+        preactivations of an LSTM, some of which belong to gates.
 
     Raises:
         ValueError: If there are no batches, if the networks differ in more than widths, or if
@@ -71,19 +75,20 @@ def feature_gram(
     if onto is None:
         onto = symmetry
     require_symmetry(onto, call)
-    _refuse_inputs_of_one_batch(batches)
+    refuse_inputs_of_one_batch(batches)
     # What comes after a scale is other features than those that are to be rotated.
     require_canonical(symmetry, source, "the source")
     require_canonical(onto, target, "the target")
     name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
+    left_out = _of_unknown_signs(symmetry, at)
     # Sums over batches: none is kept, and they may come from a generator.
     totals: dict[str, _Sums] = {}
     for batch in batches_of(batches):
         source_features = features(symmetry, fn, source, *batch, at=at)
         target_features = features(onto, target_fn, target, *batch, at=at)
         for group in symmetry.groups:
-            if group.signed and not all(member.odd for member in group.members):
+            if group.name in left_out:
                 continue
             # Features are [*batch, samples, units]; a unit is a vector of samples.
             source_units = jnp.swapaxes(source_features[group.name], -1, -2)
@@ -105,20 +110,23 @@ def feature_gram(
     return grams
 
 
-def _refuse_inputs_of_one_batch(batches: Any) -> None:
-    """Refuses a tuple of arrays: in place of a list of batches it is most likely one batch.
+def _of_unknown_signs(symmetry: Symmetry, at: At) -> set[str]:
+    """Returns the groups whose features may change signs or not, and all matched with these.
 
-    Each input would be taken for a batch of its own.
+    A sum over the units has no sign, so that what is contracted with a parameter changes as that
+    does; and what a contraction with a parameter puts out changes as the parameter does.
     """
-    if not isinstance(batches, tuple):
-        return
-    for batch in batches:
-        if isinstance(batch, jax.Array | np.ndarray):
-            raise TypeError(
-                f"batches is a tuple of {len(batches)}, of arrays, which may be one batch of "
-                "several inputs or several batches of one input; pass [(x, y)] for one batch of "
-                "two inputs, and [x, y] for two batches of one input"
-            )
+    unknown = set()
+    for group in symmetry.groups:
+        met = group.having("consumes" if at == "activation" else "produces")
+        if group.signed and not (met and all(member.odd for member in met)):
+            unknown.add(group.name)
+    # What is nested is compared together with what is around it.
+    roots = {symmetry[name].outer or name for name in unknown}
+    for group in symmetry.groups:
+        if group.outer in roots or group.name in roots:
+            unknown.add(group.name)
+    return unknown
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.stacking import require_alike
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
@@ -47,10 +48,15 @@ def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
             differ, or integers that can't be averaged, listing every offender by key path.
         TypeError: For what is no list of models, and for shapes in place of arrays.
         FloatingPointError: For an average that is out of range.
+
+    Warns:
+        StatisticsWarning: If running statistics of batch normalisation that differ are averaged,
+            listing each by key path: estimate them anew, see `estimate_statistics`.
     """
     require_alike(models)
     leaves = leaves_of(models[0])
     shares = mixtures(weights, len(models), leaves)
+    warn_of_averaged_statistics(models, False, shares)
     return checked_average(leaves, models, shares, "averaging")
 
 

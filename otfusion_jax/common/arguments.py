@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -141,6 +142,26 @@ def checked_count(value: Any, name: str, remedy: str) -> int:
     if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value}; give {remedy}")
     return int(value)
+
+
+def require_key(key: Any) -> None:
+    """Refuses what is not a single key of `jax.random`.
+
+    Args:
+        key: The argument that was given.
+
+    Raises:
+        TypeError: If it is a number, or a batch of keys.
+    """
+    if isinstance(key, jax.Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if is_typed and key.ndim == 0:
+            return
+        # `jax.random.PRNGKey` makes keys that are vectors of integers.
+        if key.dtype == np.uint32 and key.ndim == 1:
+            return
+    given = repr(key)[:_SHOWN_CHARACTERS]
+    raise TypeError(f"key is {given}; pass a single key, as jax.random.key(0) is one")
 
 
 # --- settings

@@ -27,6 +27,7 @@ from otfusion_jax.alignment.leaf_weights import leaf_weights, rescaled
 from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import average_of, check_integers, mixture
 from otfusion_jax.averaging.stacking import in_canonical_form, stacked_models
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.scaling import common_exponent, restored
 from otfusion_jax.solvers.exact import Exact
@@ -107,6 +108,7 @@ def barycenter(
 
     Warns:
         SymmetryWarning: If the symmetry has no groups: the result is the plain average.
+        StatisticsWarning: If running statistics that differ are averaged, as `fuse`.
 
     References:
         Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 3 (MergeMany); the
@@ -127,6 +129,7 @@ def barycenter(
     shares = mixture(weights, count)
     stacked_leaves = jax.tree_util.tree_leaves(stacked)
     check_integers(symmetry.leaves, stacked_leaves, [shares] * len(stacked_leaves))
+    warn_of_averaged_statistics(stacked, True, [shares] * len(stacked_leaves))
     weight_of_leaf = leaf_weights(symmetry, leaf_weight)
     result = _barycenter(symmetry, method, weight_of_leaf, max_rounds, stacked, shares, metric)
     require_finite(symmetry.leaves, result.params, "the barycenter")

@@ -36,6 +36,7 @@ from otfusion_jax.averaging.stacking import (
     stack_at_once,
     unstacked,
 )
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.known import all_known
@@ -107,6 +108,8 @@ def fuse(
 
     Warns:
         SymmetryWarning: If the symmetry has no groups: the result is the plain average.
+        StatisticsWarning: If running statistics of batch normalisation that differ are averaged,
+            listing each by key path: estimate them anew, see `estimate_statistics`.
     """
     require_settings(method, metric, solver)
     if metric is None:
@@ -157,6 +160,7 @@ def fuse(
         return fusion.one_by_one(models, order, shares, metric)
     stack = models if stacked else stack_at_once(list(models))
     check_integers(symmetry.leaves, jax.tree_util.tree_leaves(stack), shares)
+    warn_of_averaged_statistics(stack, True, shares)
     fused = fusion.in_batches(stack, order, shares, metric, batch_size)
     require_finite(symmetry.leaves, fused, "fusing")
     return fused
@@ -220,6 +224,7 @@ def _fuse_widths(
         )
         moved.append(transport(source_symmetry, alignment, source, onto=onto))
     ordered_shares = [leaf_shares[order] for leaf_shares in shares]
+    warn_of_averaged_statistics([*moved, target], False, ordered_shares, stacklevel=4)
     return checked_average(onto.leaves, [*moved, target], ordered_shares, "fusing")
 
 
@@ -267,6 +272,8 @@ class _Fusion:
             moved.append(self.moved_onto(target, models[number], metric))
         # The reference goes last: integers, booleans and keys are taken from there.
         ordered_shares = [leaf_shares[order] for leaf_shares in shares]
+        # As they were moved: copies of one network have the same statistics then.
+        warn_of_averaged_statistics([*moved, target], False, ordered_shares, stacklevel=4)
         return checked_average(self.symmetry.leaves, [*moved, target], ordered_shares, "fusing")
 
     @functools.partial(jax.jit, static_argnames=("self", "batch_size"))

@@ -9,28 +9,34 @@ architecture of the models: every correction is folded into the weights.
 A model that plans merge or split units of computes something else after the move. Then its original
 runs beside the others, and it is the features of this one that are moved.
 
-This module has the function and its checks. The pass over the program is in `repair_pass`, what
-runs in it in `side_by_side`, what it reads off a product in `product_features`, and the methods are
-in `repair_methods`.
+This module has the function and its checks. What is corrected, and in what order, is read off the
+program once (`repair_plan`, which makes a `flat_program` of it). The passes over the data are in
+`repair_pass`, and the methods in `repair_methods`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from otfusion_jax.averaging.average import average, mixture
-from otfusion_jax.common.arguments import require_function, require_kind
+from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.fusion.passes import Passes, passes_of
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
-from otfusion_jax.fusion.repair_pass import RepairPass
-from otfusion_jax.fusion.side_by_side import Origin, Value, network_of, require_same_programs
+from otfusion_jax.fusion.repair_pass import Prepared, RepairRun
+from otfusion_jax.fusion.repair_programs import (
+    Aval,
+    Programs,
+    Settings,
+    prepared_for,
+    warn_of_what_stays,
+)
 from otfusion_jax.symmetry.checks import (
     require_finite,
     require_model,
@@ -40,7 +46,7 @@ from otfusion_jax.symmetry.checks import (
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import HasPlans, plans_of
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.tracing.activations import check_inputs, interpret, retrace
+from otfusion_jax.tracing.activations import check_inputs
 from otfusion_jax.tracing.programs import Program, as_function
 
 
@@ -67,23 +73,34 @@ def repair(
     fn: Program,
     models: Sequence[PyTree],
     *inputs: PyTree,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
     weights: Sequence[float] | None = None,
     method: AbstractRepair = RestoreStatistics(),
     originals: Sequence[Original | None] | None = None,
+    keep_bytes: int = 2**30,
 ) -> PyTree:
     """Averages aligned models and corrects the average on data, without labels.
 
-    Parameters are corrected one after the other in dataflow order, each at its first use. Those
-    that take part in no product with features, or are computed from several leaves on the way
-    there, are averaged only. Inside of loops and branches nothing is corrected. A network with
-    batch norm wants its running statistics estimated anew instead, which needs its training mode.
+    Parameters are corrected in dataflow order, each at its first use. Those that take part in no
+    product with features, or are computed from several leaves on the way there, are averaged only.
+    In a `scan`, the slices of stacked weights are corrected one by one, and weights that all
+    iterations share from the features of all of them; in a `cond`, weights are corrected from the
+    samples with which all models take their branch. A `while_loop` is left alone, and so is every
+    loop and branch where there are originals. A network with batch norm wants its running
+    statistics estimated anew instead, which needs its training mode.
 
     Args:
         symmetry: The symmetry that the models were traced with.
         fn: The function that was traced, `fn(params, *inputs)`, or the list of functions and
             inputs.
         models: A list of the K models' parameters, aligned: `[transport(symmetry, plans, a), b]`.
-        *inputs: A batch of inputs. All of its features are in memory at once; 1,000 images do.
+        *inputs: A single batch of inputs. What a layer computes of it is in memory at once.
+        batches: Any number of batches in place of the one: arrays, or tuples of arrays for
+            functions of several inputs. Each layer, or each set of layers that do not depend on one
+            another, takes a pass over all of them. So give a list, anything else that can be gone
+            through again, or a function that returns an iterator. A generator can be gone through
+            once, and its batches are copied to the memory of the host. Results are those of one
+            batch of all samples, up to rounding. Batches of one shape share what is compiled.
         weights: The K weights of the models in the average, summing to 1; uniform if None.
         method: The method that corrects a parameter, an instance: `RestoreStatistics()`, or
             `LeastSquares()`, which corrects far more.
@@ -91,76 +108,122 @@ def repair(
             computes the same. Soft plans, and plans from one width to another, merge units: what is
             to be matched are then the features of the original, moved along the plans, and for
             statistics the means over the units that were merged.
+        keep_bytes: How many bytes of features may be kept from pass to pass, at least 1. What is
+            not kept is computed again. The first batch is kept in any case.
 
     Returns:
         The parameters of the repaired average, a pytree of the models' structure and shapes, in the
-        dtypes of `average`. Corrections are computed in float32 or wider and rounded once.
+        dtypes of `average`. Corrections are computed in float32 or wider and rounded once. Beside
+        models and kept features, memory is one batch's, and the sums of one pass: for each layer
+        that it corrects the squared width of what its weights are multiplied by.
 
     Raises:
         ValueError: If models do not fit the symmetry or are not finite, listing every offender by
-            key path; if `fn` and `inputs` give another symmetry; if a batch is empty; if weights do
-            not fit; if integers can't be averaged; if an original is of another architecture.
+            key path; if `fn` and inputs give another symmetry; if there are no batches, or one is
+            empty, or one pass has more of them than another; if weights do not fit; if integers
+            can't be averaged; if an original is of another architecture.
         TypeError: If arguments are in another order or of another type: shapes in place of arrays,
-            a class or a name in place of a method, a single original in place of a list.
+            a class or a name in place of a method, a single original in place of a list, a single
+            array in place of batches, or both inputs and batches.
         FloatingPointError: If features or their squares are out of range, or inputs are not finite.
+
+    Warns:
+        RepairWarning: If nothing is corrected, or parameters in a loop or a branch are not, with
+            the reason for each parameter.
     """
     require_symmetry(symmetry, "repair(symmetry, fn, models, *inputs)")
+    if batches is not None and inputs:
+        raise TypeError(f"{len(inputs)} inputs and batches were given; pass one or the other")
     fn, inputs = as_function(fn, inputs)
     require_kind(method, AbstractRepair, "method", "RestoreStatistics() or LeastSquares()")
+    keep_bytes = checked_count(keep_bytes, "keep_bytes", "a number of bytes")
     require_models(models)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
-    check_inputs(inputs)
+    one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
     shares = mixture(weights, len(models))
-    average_params = average(models, weights)
-
-    # What runs in place of each model: a program is static, parameters and plans are arrays.
-    programs, params_and_plans = [], []
+    average_parts = _arrays(symmetry.split(average(models, weights)))
+    parts_of_networks, plans = [], []
     for model, original in zip(models, checked_originals, strict=True):
-        if original is None:
-            # The model computes what it did before the move, so its features are to be matched.
-            programs.append(None)
-            params_and_plans.append((symmetry.split(model), {}))
-        else:
-            programs.append((original.symmetry, original.fn))
-            original_params = original.symmetry.split(original.params)
-            params_and_plans.append((original_params, plans_of(original.plans)))
-    repaired_parts = _repair(
+        # The model computes what it did before the move, so its features are to be matched.
+        parts = symmetry.split(model)
+        if original is not None:
+            parts = original.symmetry.split(original.params)
+        # One program runs in all: a model of another precision is run in that of the average.
+        parts_of_networks.append(_cast_like(average_parts, _arrays(parts)))
+        plans.append({} if original is None else plans_of(original.plans))
+    programs = Programs(
         symmetry,
         fn,
+        tuple([original and (original.symmetry, original.fn) for original in checked_originals]),
+        tuple([bool(own_plans) for own_plans in plans]),
+        Aval.of_all(average_parts),
+        tuple([Aval.of_all(parts) for parts in parts_of_networks]),
         method,
-        tuple(programs),
-        symmetry.split(average_params),
-        params_and_plans,
-        shares,
-        inputs,
+        Settings.now(),
     )
+    run = RepairRun([*parts_of_networks, average_parts], plans, shares, keep_bytes)
+    _run_passes(run, programs, one_pass)
     try:
-        require_finite(symmetry.parts, repaired_parts, "repairing")
+        require_finite(symmetry.parts, average_parts, "repairing")
     except FloatingPointError:
         # Numbers on the way are to blame only if all were finite that came in.
-        _require_finite_inputs(inputs)
+        _require_finite_inputs(one_pass)
         raise
-    return symmetry.join(repaired_parts)
+    return symmetry.join(average_parts)
 
 
-def _require_finite_inputs(inputs: tuple[PyTree, ...]) -> None:
+def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
+    """Goes over the batches until every parameter is corrected."""
+    known: list[Prepared] = []
+
+    def prepared_batches(is_first: bool) -> Iterator[tuple[Prepared, list[Any]]]:
+        for batch in passes.batches():
+            if is_first:
+                check_inputs(batch)
+            arrays, structure = jax.tree_util.tree_flatten(batch)
+            prepared = prepared_for(programs, Aval.of_all(arrays), structure)
+            if not known:
+                warn_of_what_stays(prepared, programs)
+                known.append(prepared)
+            yield prepared, _arrays(arrays)
+
+    first_count = run.run_pass(prepared_batches(is_first=True), 0)
+    for stage in range(1, known[0].plan.stages):
+        count = run.run_pass(prepared_batches(is_first=False), stage)
+        if count != first_count:
+            raise ValueError(
+                f"the first pass had {first_count} batches and a later one {count}; give what can "
+                "be gone through again: a list, or a function that returns an iterator"
+            )
+
+
+def _require_finite_inputs(passes: Passes) -> None:
     """Refuses inputs that are known not to be finite, naming each of them."""
-    names, values = [], []
-    for path, value in jax.tree_util.tree_flatten_with_path(inputs)[0]:
-        if jnp.issubdtype(jnp.result_type(value), jnp.inexact) and not isinstance(value, Tracer):
-            names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-            values.append(value)
     wrong = []
-    for name, value, count in zip(names, values, not_finite_counts(values), strict=True):
-        if count:
-            wrong.append(f"  input {name}: {count} of {np.size(value)} values not finite")
+    for number, batch in enumerate(passes.batches()):
+        names, values = [], []
+        for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
+            is_number = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+            if is_number and not isinstance(value, Tracer):
+                names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+                values.append(value)
+        place = "" if passes.is_single else f"batch {number}, "
+        for name, value, count in zip(names, values, not_finite_counts(values), strict=True):
+            if count:
+                size = np.size(value)
+                wrong.append(f"  {place}input {name}: {count} of {size} values not finite")
     if wrong:
         raise FloatingPointError(
             "repairing gave values that are not finite, of inputs that are not; leave these "
             "samples out:\n" + "\n".join(wrong)
         )
+
+
+def _arrays(values: Iterable[Any]) -> list[Array]:
+    """Brings values to the device, once for all that is computed with them."""
+    return [jnp.asarray(value) for value in values]
 
 
 def _cast_like(expected: Sequence[Array], arrays: Sequence[Array]) -> list[Array]:
@@ -190,45 +253,3 @@ def _checked_originals(originals: Any, count: int) -> list[Original | None]:
             require_function(original.fn, "Original(symmetry, fn, params, plans)")
             require_model(original.symmetry, original.params, f"original {number}")
     return list(originals)
-
-
-@functools.partial(jax.jit, static_argnames=("symmetry", "fn", "method", "programs"))
-def _repair(
-    symmetry: Symmetry,
-    fn: Callable[..., Any],
-    method: AbstractRepair,
-    programs: tuple[tuple[Symmetry, Callable[..., Any]] | None, ...],
-    average_parts: list[Array],
-    params_and_plans: list[tuple[list[Array], Plans]],
-    weights: Float[Array, " k"],
-    inputs: tuple[PyTree, ...],
-) -> list[Array]:
-    """Sets up the networks, and goes through the program of the average."""
-    average_trace = retrace(symmetry, fn, symmetry.join(average_parts), inputs)
-    networks = []
-    parts_of_networks = []
-    for program, (parts, plans) in zip(programs, params_and_plans, strict=True):
-        # One program runs in all: a model of another precision is run in that of the average.
-        parts = _cast_like(average_parts, parts)
-        parts_of_networks.append(parts)
-        # A model of the average's own widths runs the average's program: one trace does for both.
-        trace = average_trace
-        if program is not None:
-            original_symmetry, original_fn = program
-            params = original_symmetry.join(parts)
-            trace = retrace(original_symmetry, original_fn, params, inputs)
-        networks.append(network_of(trace, symmetry, plans))
-    networks.append(network_of(average_trace, symmetry, {}))
-    require_same_programs(networks)
-
-    # A jaxpr takes the parameters first, as `Symmetry.split` takes them apart, then the inputs.
-    arguments = []
-    parts_of_networks.append(average_parts)
-    for number, arrays in enumerate(zip(*parts_of_networks, strict=True)):
-        arguments.append(Value(arrays, origin=Origin(number)))
-    for array in jax.tree_util.tree_leaves(inputs):
-        arguments.append(Value((array,) * len(networks), is_feature=True))
-    # A list of its own: the pass replaces its entries.
-    repair_pass = RepairPass(networks, method, weights, list(average_parts))
-    interpret(average_trace.jaxpr, arguments, (), repair_pass.step, repair_pass.enter)
-    return repair_pass.parameters

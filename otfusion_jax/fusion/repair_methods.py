@@ -1,27 +1,28 @@
 """How a parameter of an average is corrected, once it is known what features it should produce.
 
-A repair (see `repair_pass`) comes to one product of features with a parameter after the other. It
-describes each by a `Product`, and a method, a subclass of `AbstractRepair`, answers with the
-corrected parameter and with what a bias that follows should add.
+A repair (see `repair_pass`) comes to one product of features with a parameter after the other,
+batch by batch. A method, a subclass of `AbstractRepair`, sums up what it has to know of them: of
+each batch it is given a `Product`, and it returns sums whose size does not depend on how many
+samples there are. From the sums of all batches it makes the corrected parameter, and what a bias
+that follows should add.
 """
 
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.common.scaling import common_exponent, deviation, scaled
+from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 from otfusion_jax.symmetry.groups import Group, Member, Role
 from otfusion_jax.symmetry.location import StridedIndex
 from otfusion_jax.symmetry.units import units_of, with_units
-from otfusion_jax.tracing.activations import samples_of
-from otfusion_jax.tracing.views import View
 
 
 class UnitStatistics(NamedTuple):
@@ -36,51 +37,92 @@ class UnitStatistics(NamedTuple):
     deviation: Array
 
 
+class Moments(NamedTuple):
+    """Statistics that those of other samples can be added to.
+
+    Attributes:
+        count: How many samples there were, float `[]`.
+        mean: The mean of each unit over them, float `[*batch, units]`.
+        deviation: The standard deviation of each unit over them, float `[*batch, units]`.
+    """
+
+    count: Array
+    mean: Array
+    deviation: Array
+
+    @staticmethod
+    def of(units: Float[Array, "*batch samples units"]) -> "Moments":
+        """Takes the moments of some samples."""
+        count = jnp.asarray(units.shape[-2], units.dtype)
+        return Moments(count, jnp.mean(units, axis=-2), deviation(units, axis=-2))
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Returns the moments of the samples of both.
+
+        References:
+            Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample
+            variances, COMPSTAT 1982. Deviations are added as lengths are, so that no square is out
+            of range.
+        """
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+        difference = other.mean - self.mean
+        within = jnp.hypot(jnp.sqrt(1 - share) * self.deviation, jnp.sqrt(share) * other.deviation)
+        between = jnp.sqrt(share * (1 - share)) * difference
+        return Moments(count, self.mean + share * difference, jnp.hypot(within, between))
+
+
+class Product(NamedTuple):
+    """A product of features with a parameter in all models and in their average, on one batch.
+
+    Attributes:
+        leaf: The parameter of the average, any shape; in a loop over layers, that of one layer.
+        form: The product as a linear function of the parameter.
+        features: The features of the average that the parameter is multiplied by.
+        model_features: What comes out in each model, K arrays of one shape. That of a model of
+            other widths has been moved along its plans.
+        weights: The weights of the models, float `[K]`.
+        units: For each part of what comes out that belongs to a group the moments of its units in
+            each model and, last, in the average. No feature is in two parts. Empty if the method
+            does not look at units.
+    """
+
+    leaf: Array
+    form: LinearForm
+    features: Array
+    model_features: tuple[Array, ...]
+    weights: Float[Array, " k"]
+    units: tuple[tuple[Moments, ...], ...]
+
+
 class Part(NamedTuple):
     """Units that come out of a product.
 
     Attributes:
         group: The group of the units.
-        view: Where the units are in the features.
-        role: The role of the features, as units of the group.
-        statistics: The statistics of the units of each model, K of them. Where plans merge or split
-            the units of a model, they are means over the statistics of its own units.
         members: The axes of the parameter that the units lie along.
+        statistics: From the moments of the units in each model, K of them, to their statistics as
+            units of the average. Where plans merge or split the units of a model, these are means
+            over the statistics of its own units.
     """
 
     group: Group
-    view: View
-    role: Role
-    statistics: tuple[UnitStatistics, ...]
     members: tuple[Member, ...]
-
-    def units(self, features: Array) -> Float[Array, "*batch samples units"]:
-        """Brings features of the product to `[*batch, samples, units]`."""
-        return samples_of(features, self.view, self.group)
+    statistics: Callable[[tuple[Moments, ...]], tuple[UnitStatistics, ...]]
 
 
-class Product(NamedTuple):
-    """A product of features with a parameter, in all models and in their average.
+class Correctable(NamedTuple):
+    """A parameter that is to be corrected, when its product has been seen on all batches.
 
     Attributes:
         leaf: The parameter of the average, any shape.
-        compute: The product as a linear function, from a parameter of this shape and dtype to the
-            features that the average has.
-        widened: From a parameter, or features, to the same numbers in float32 or wider.
-        compute_wide: The same linear function, from a widened parameter to widened features.
-        normal: `compute_wide`, followed by its transpose: from a widened parameter to another.
-        model_features: The features of each model, K arrays of one shape. Those of a model of other
-            widths have been moved along its plans.
+        form: The product as a linear function of the parameter.
         weights: The weights of the models, float `[K]`.
-        parts: The features that belong to groups. No feature is in two parts.
+        parts: What comes out and belongs to groups. Empty if the method does not look at units.
     """
 
     leaf: Array
-    compute: Callable[[Array], Array]
-    widened: Callable[[Array], Array]
-    compute_wide: Callable[[Array], Array]
-    normal: Callable[[Array], Array]
-    model_features: tuple[Array, ...]
+    form: LinearForm
     weights: Float[Array, " k"]
     parts: tuple[Part, ...]
 
@@ -91,14 +133,39 @@ Shifts = tuple[Float[Array, "*batch units"] | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRepair(abc.ABC):
-    """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses."""
+    """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses.
+
+    All of it is traced: called under `jax.jit`.
+
+    Attributes:
+        looks_at_units: Whether the method asks for the units of groups, and corrects nothing where
+            there are none. Without it, layers of one shape share what is compiled.
+    """
+
+    looks_at_units: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def correct(self, product: Product) -> tuple[Array, Shifts]:
-        """Corrects one parameter. Traced: called under `jax.jit`.
+    def summed(self, product: Product) -> Any:
+        """Sums up what is needed of one batch.
 
         Args:
             product: The product in which the parameter is used first.
+
+        Returns:
+            A pytree of arrays. Zeros in place of all of them stand for no samples.
+        """
+
+    @abc.abstractmethod
+    def added(self, one: Any, other: Any) -> Any:
+        """Adds up the sums of some batches and of others."""
+
+    @abc.abstractmethod
+    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
+        """Corrects one parameter.
+
+        Args:
+            correctable: The parameter.
+            sums: The sums over all batches.
 
         Returns:
             The corrected parameter, and for each part of the product what a bias is to add to its
@@ -117,29 +184,51 @@ class RestoreStatistics(AbstractRepair):
         Jordan, Sedghi, Saukh, Entezari and Neyshabur, REPAIR, ICLR 2023, section 4.
     """
 
-    def correct(self, product: Product) -> tuple[Array, Shifts]:
+    def summed(self, product: Product) -> tuple[tuple[Moments, ...], ...]:
+        """See `AbstractRepair.summed`."""
+        return product.units
+
+    def added(self, one: Any, other: Any) -> tuple[tuple[Moments, ...], ...]:
+        """See `AbstractRepair.added`."""
+        added = []
+        for parts in zip(one, other, strict=True):
+            added.append(tuple([first.plus(second) for first, second in zip(*parts, strict=True)]))
+        return tuple(added)
+
+    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
-        leaf = product.leaf
-        features = product.compute(leaf)
+        leaf = correctable.leaf
         shifts: list[Array | None] = []
-        for part in product.parts:
-            means, deviations = zip(*part.statistics, strict=True)
-            weights = product.weights.astype(deviations[0].dtype)
+        for part, (*theirs, ours) in zip(correctable.parts, sums, strict=True):
+            means, deviations = zip(*part.statistics(tuple(theirs)), strict=True)
+            weights = correctable.weights.astype(deviations[0].dtype)
             target_mean = jnp.tensordot(weights.astype(means[0].dtype), jnp.stack(means), axes=1)
             target_deviation = jnp.tensordot(weights, jnp.stack(deviations), axes=1)
-            units = part.units(features)
-            units = units.astype(accumulation_dtype(units.dtype))
-            unit_deviation = deviation(units, axis=-2)
             # A unit that never varies cannot be made to, whatever it is multiplied by.
-            varies = unit_deviation > 0
-            scale = jnp.where(varies, target_deviation / jnp.where(varies, unit_deviation, 1), 1)
+            varies = ours.deviation > 0
+            scale = jnp.where(varies, target_deviation / jnp.where(varies, ours.deviation, 1), 1)
             for member in part.members:
                 leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
             # scale * x + shift has the mean that is wanted.
-            shift = target_mean - scale * jnp.mean(units, axis=-2)
+            shift = target_mean - scale * ours.mean
             # Without an axis of the parameter the units have not been scaled.
             shifts.append(shift if part.members else None)
         return leaf, tuple(shifts)
+
+
+class NormalSums(NamedTuple):
+    """The sums that make up normal equations: X are the rows that a parameter is multiplied by.
+
+    Attributes:
+        gram: XᵀX, float `[groups, width, width]`.
+        right_side: Xᵀ times what is missing from the features that are wanted, with the average's
+            parameter, float `[groups, width, units]`.
+        is_any: Whether there is anything but zeros in X.
+    """
+
+    gram: Array
+    right_side: Array
+    is_any: Bool[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +238,10 @@ class LeastSquares(AbstractRepair):
     The parameter is the one that comes closest to the mean of the models' features from the
     features that the average itself has there, with a penalty on the distance from the average. The
     outputs of the network are products too: they come close to the models' mean. Solved by
-    conjugate gradients, so that neither shapes nor partitions matter. Layer by layer it is the
-    regression of Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models
-    (RegMean), ICLR 2023, on the features of the merged model instead of those of each parent.
+    conjugate gradients on the normal equations, so that neither shapes nor partitions matter. Layer
+    by layer it is the regression of Jin et al., Dataless Knowledge Fusion by Merging Weights of
+    Language Models (RegMean), ICLR 2023, on the features of the merged model instead of those of
+    each parent.
 
     Attributes:
         ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
@@ -160,6 +250,8 @@ class LeastSquares(AbstractRepair):
             too.
     """
 
+    looks_at_units: ClassVar[bool] = False
+
     ridge: float = 0.01
     steps: int = 20
 
@@ -167,15 +259,36 @@ class LeastSquares(AbstractRepair):
         require_number(self, "ridge", least=0, finite=True)
         require_number(self, "steps", least=1, whole=True)
 
-    def correct(self, product: Product) -> tuple[Array, Shifts]:
+    def summed(self, product: Product) -> NormalSums:
+        """See `AbstractRepair.summed`."""
+        form = product.form
+        missing = -form.compute_wide(product.features, product.leaf)
+        for weight, features in zip(product.weights, product.model_features, strict=True):
+            missing += weight.astype(missing.dtype) * form.widened(features)
+        rows = form.rows(product.features)
+        right_side = rows_times(rows, form.columns(missing))
+        return NormalSums(row_gram(rows), right_side, jnp.any(rows != 0))
+
+    def added(self, one: Any, other: Any) -> NormalSums:
+        """See `AbstractRepair.added`."""
+        gram, right_side = one.gram + other.gram, one.right_side + other.right_side
+        return NormalSums(gram, right_side, one.is_any | other.is_any)
+
+    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
         """See `AbstractRepair.correct`."""
         # In float32 or wider; what is found is rounded once, to the precision of the parameter.
-        leaf = product.widened(product.leaf)
-        # Hutchinson's estimate: of random z, |A z|² is the trace of AᵀA on average. Divided by |z|²
-        # it is the mean eigenvalue.
+        form = correctable.form
+        leaf = form.widened(correctable.leaf)
+        transpose = form.transposed_matrix(leaf)
+
+        def normal(parameter: Array) -> Array:
+            highest = jax.lax.Precision.HIGHEST
+            return transpose(jnp.matmul(sums.gram, form.matrix(parameter), precision=highest))
+
+        # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
+        # |z|² it is the mean eigenvalue.
         random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-        random_features = product.compute_wide(random)
-        trace = _squared_length(random_features)
+        trace = jnp.sum(random * normal(random))
         mean_eigenvalue = trace / _squared_length(random)
         penalty = self.ridge * mean_eigenvalue
         # Conjugate gradients square both sides once more: these are brought to the range of the
@@ -183,22 +296,18 @@ class LeastSquares(AbstractRepair):
         k = common_exponent([mean_eigenvalue])
 
         def penalised_normal(change: Array) -> Array:
-            return scaled(product.normal(change) + penalty * change, -k)
+            return scaled(normal(change) + penalty * change, -k)
 
         # (AᵀA + penalty) change = Aᵀ (target - A leaf), with the change from the average unknown.
-        missing = -product.compute_wide(leaf)
-        for weight, features in zip(product.weights, product.model_features, strict=True):
-            missing += weight.astype(missing.dtype) * product.widened(features)
-        (right_side,) = jax.linear_transpose(product.compute_wide, leaf)(missing)
-        right_side = scaled(right_side, -k)
+        right_side = scaled(transpose(sums.right_side), -k)
         change, _ = jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=self.steps)
         # Where numbers are out of range, conjugate gradients stop before their first step. To
         # return the average, unchanged, would hide it.
         first_step = jnp.sum(right_side * penalised_normal(right_side))
         is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
-        vanishes = (trace == 0) & jnp.any(random_features != 0)
+        vanishes = (trace == 0) & sums.is_any
         change = jnp.where(is_finite & ~vanishes, change, jnp.nan)
-        return (leaf + change).astype(product.leaf.dtype), (None,) * len(product.parts)
+        return (leaf + change).astype(correctable.leaf.dtype), ()
 
 
 def _squared_length(x: Array) -> Array:

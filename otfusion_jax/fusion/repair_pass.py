@@ -1,221 +1,429 @@
-"""The pass over a program in which the parameters of an average are corrected.
+"""The passes over batches of inputs in which the parameters of an average are corrected.
 
-1. The models and their average run side by side over a batch of inputs, equation by equation, in
-   dataflow order. In place of a model whose units plans have merged or split runs its original.
-2. A parameter is followed through reshapes, transposes and casts. Where it is used, the average
-   computes with the parameter as corrected by then.
-3. Where features meet a parameter for the first time in a product, the method corrects the
-   parameter: from the features of the models, moved along their plans, and from the features that
-   the average itself has by now.
-4. What the method would add to the units of the product waits for the first bias that is added to
-   them, and goes into that.
-5. A parameter that is used first in any other way stays as the average has it.
-6. A parameter is settled by its first use. Later uses, of shared parameters, take it as it is.
+1. The models and their average run side by side over a batch, chunk by chunk. In place of a model
+   whose units plans have merged or split runs its original.
+2. At the products of the stage that is due, the method sums up what it has to know of their
+   features. Chunks that lead to later products alone are not run.
+3. After the last batch of a pass, the parameters of the stage are corrected, and the biases that
+   take what is to be added to their units. The next pass computes with them.
 
-So what follows a correction sees the features that come of it, and the pass returns parameters of
-the same architecture.
+So what follows a correction sees the features that come of it, and the result has the architecture
+of the models.
+
+What a batch has come to by the first product that is not corrected yet need not be computed anew in
+the next pass. It is kept as long as that takes no more memory than allowed; of the first batch,
+always.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.extend.core import primitives as P
-from jaxtyping import Array, Float
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
 
+from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
+from otfusion_jax.fusion.flat_program import branch_taken, run_chunk
+from otfusion_jax.fusion.linear_form import LinearForm, form_of
 from otfusion_jax.fusion.product_features import (
-    LinearProduct,
+    Mover,
+    NetworkUnits,
     innermost,
-    moved_features,
+    mover_of,
+    network_units,
     role_of_units,
-    row_gram_of,
-    unit_statistics,
 )
 from otfusion_jax.fusion.repair_methods import (
     AbstractRepair,
+    Correctable,
+    Moments,
     Part,
     Product,
+    UnitStatistics,
     combine_units,
     members_at,
 )
-from otfusion_jax.fusion.side_by_side import (
-    ARRANGEMENTS,
-    Network,
-    Shift,
-    Value,
-    evaluated,
-    lifted,
-)
-from otfusion_jax.symmetry.groups import Role
-from otfusion_jax.tracing.activations import Path
+from otfusion_jax.fusion.repair_plan import RepairPlan
+from otfusion_jax.fusion.side_by_side import GroupView, without_first_axes
+from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 
-_PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
+Slots = dict[int, tuple[Array, ...]]
+"""Arrays by the numbers of their slots, each in all networks."""
+
+# --- what is static at the site of a correction
+
+
+class UnitSite(NamedTuple):
+    """Units that come out of a product.
+
+    Attributes:
+        group: The group of the units in the average, in one iteration of the scans around.
+        members: The axes of the parameter that they lie along.
+        networks: The units in each network, the average last.
+        receivers: For each bias that takes a shift, the axes that the units lie along in it.
+    """
+
+    group: Group
+    members: tuple[Member, ...]
+    networks: tuple[NetworkUnits, ...]
+    receivers: tuple[tuple[Member, ...], ...]
+
+
+class Site(NamedTuple):
+    """What is known of a product before any array is; equal ones share what is compiled.
+
+    Attributes:
+        method: The method that corrects the parameter.
+        forms: The product in each network, the average last.
+        movers: How what comes out of each model is moved.
+        parts: The units that come out.
+    """
+
+    method: AbstractRepair
+    forms: tuple[LinearForm, ...]
+    movers: tuple[Mover | None, ...]
+    parts: tuple[UnitSite, ...]
+
+
+def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) -> Site:
+    """Gathers what is static of a correction.
+
+    Args:
+        plan: The plan that the correction is of.
+        correction: The correction.
+        method: The method that corrects the parameter.
+
+    Returns:
+        The site.
+    """
+    path = correction.path
+    arranging = [step for step in correction.parameter.steps if step is not None]
+    forms = []
+    for network in plan.networks:
+        # A cast before a slice does the same behind it.
+        eqns = [network.equations[step].eqn for step in arranging]
+        forms.append(form_of(network.equations[path].eqn, correction.position, eqns))
+    average = plan.networks[-1]
+    views = average.produced.get(path, [])
+    leaf = correction.piece.leaf
+    roles: list[Role] = []
+    for group, view in views:
+        roles.append(role_of_units(group, leaf, view.location.index))
+    movers = [mover_of(network, average, path, roles) for network in plan.networks[:-1]]
+    parts = []
+    if method.looks_at_units:
+        for number in innermost(views):
+            parts.append(_unit_site(plan, correction, views[number], number, roles))
+    return Site(method, tuple(forms), tuple(movers), tuple(parts))
+
+
+def _unit_site(
+    plan: RepairPlan, correction: Correction, view: GroupView, number: int, roles: list[Role]
+) -> UnitSite:
+    """Gathers what is static of some units that come out of a product."""
+    networks = []
+    for network in plan.networks:
+        networks.append(network_units(network, correction.path, number, roles, correction.scans))
+    found = functools.partial(_members, view, roles[number], correction.scans)
+    receivers = tuple([found(piece) for piece in correction.receivers])
+    group = view.within(correction.scans).group
+    return UnitSite(group, found(correction.piece), tuple(networks), receivers)
+
+
+def _members(view: GroupView, role: Role, scans: int, piece: Piece) -> tuple[Member, ...]:
+    """Returns the axes of a piece of a parameter that units of features lie along."""
+    units = without_first_axes(view.group, view.view.location, scans)
+    members = []
+    for member in members_at(view.group, piece.leaf, role, view.view.location.index):
+        sliced = without_first_axes(view.group, member.location, len(piece.indices))
+        # A batch that is there in one of the two alone has other numbers than units.
+        if units is not None and sliced is not None and sliced.kept == units.kept:
+            members.append(dataclasses.replace(member, location=sliced.location))
+    return tuple(members)
+
+
+# --- the compiled parts
+
+
+@functools.partial(jax.jit, static_argnames=("site", "branches"))
+def _summed(
+    site: Site,
+    branches: tuple[tuple[int, int], ...],
+    leaves: tuple[Array, ...],
+    positions: Int[Array, " n"],
+    features: tuple[Array, ...],
+    choices: list[tuple[Array, ...]],
+    plans: list[Plans],
+    weights: Float[Array, " k"],
+) -> Any:
+    """Sums up what a method has to know of a product on one batch.
+
+    Args:
+        site: The product.
+        branches: The branches that it is in, each with how many there are.
+        leaves: The parameter in each network, whole.
+        positions: Which slice of it is meant.
+        features: The features that it is multiplied by, in each network.
+        choices: For each of these branches which one each network takes.
+        plans: The plans that each model is moved along.
+        weights: The weights of the models.
+
+    Returns:
+        The sums of the method: zeros if some network takes another branch.
+    """
+    pieces = [_sliced(leaf, positions) for leaf in leaves]
+    outputs = []
+    for form, x, piece in zip(site.forms, features, pieces, strict=True):
+        outputs.append(form.compute(x, piece))
+    moved = []
+    for mover, own_plans, output in zip(site.movers, plans, outputs, strict=False):
+        moved.append(output if mover is None else mover.move(own_plans, output))
+    units = []
+    for part in site.parts:
+        moments: list[Moments] = []
+        for network, own_plans, output in zip(part.networks, [*plans, {}], outputs, strict=True):
+            moments.append(network.moments(own_plans, output))
+        units.append(tuple(moments))
+    product = Product(pieces[-1], site.forms[-1], features[-1], tuple(moved), weights, tuple(units))
+    sums = site.method.summed(product)
+    if not branches:
+        return sums
+    is_taken = jnp.asarray(True)
+    for (branch, count), chosen in zip(branches, choices, strict=True):
+        for which in chosen:
+            is_taken &= branch_taken(which, count) == branch
+    # What a branch computes that is not taken may be anything.
+    return jax.tree.map(lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), sums)
+
+
+@functools.partial(jax.jit, static_argnames=("method",))
+def _added(method: AbstractRepair, one: Any, other: Any) -> Any:
+    return method.added(one, other)
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def _corrected(
+    site: Site,
+    leaf: Array,
+    positions: Int[Array, " n"],
+    sums: Any,
+    plans: list[Plans],
+    weights: Float[Array, " k"],
+) -> tuple[Array, tuple[Array | None, ...]]:
+    """Corrects a parameter from the sums over all batches.
+
+    Returns:
+        The parameter, whole, and what a bias is to add to the units of each part.
+    """
+    parts = []
+    for part in site.parts:
+        parts.append(Part(part.group, part.members, functools.partial(_statistics, part, plans)))
+    piece = _sliced(leaf, positions)
+    correctable = Correctable(piece, site.forms[-1], weights, tuple(parts))
+    corrected, shifts = site.method.correct(correctable, sums)
+    return _with_slice(leaf, positions, corrected), shifts
+
+
+def _statistics(
+    part: UnitSite, plans: list[Plans], moments: tuple[Moments, ...]
+) -> tuple[UnitStatistics, ...]:
+    """Returns the statistics of units of each model as units of the average."""
+    statistics = []
+    for network, own_plans, own in zip(part.networks, plans, moments, strict=False):
+        statistics.append(network.statistics(own_plans, own))
+    return tuple(statistics)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "members"))
+def _shifted(
+    group: Group,
+    members: tuple[Member, ...],
+    bias: Array,
+    positions: Int[Array, " n"],
+    amount: Array,
+) -> Array:
+    """Adds to a bias what is to be added to the units that lie along its axes."""
+    piece = _sliced(bias, positions)
+    for member in members:
+        piece = combine_units(jnp.add, piece, member, group, amount)
+    return _with_slice(bias, positions, piece)
+
+
+def _sliced(leaf: Array, positions: Int[Array, " n"]) -> Array:
+    """Takes a slice along the first axes."""
+    for number in range(len(positions)):
+        leaf = jax.lax.dynamic_index_in_dim(leaf, positions[number], 0, keepdims=False)
+    return leaf
+
+
+def _with_slice(leaf: Array, positions: Int[Array, " n"], piece: Array) -> Array:
+    """Puts a slice along the first axes in its place."""
+    if not len(positions):
+        return piece
+    return leaf.at[tuple(positions)].set(piece)
+
+
+# --- the passes
+
+
+class _Kept(NamedTuple):
+    """What a batch has come to by some product.
+
+    Attributes:
+        cut: The number of the chunk that leads to the product.
+        slots: The arrays that are needed from there on.
+    """
+
+    cut: int
+    slots: Slots
+
+
+class Prepared(NamedTuple):
+    """A plan with its sites: all that is static about batches of one shape.
+
+    Attributes:
+        plan: The plan.
+        sites: The site of each of its corrections.
+    """
+
+    plan: RepairPlan
+    sites: tuple[Site, ...]
 
 
 @dataclasses.dataclass(eq=False)
-class RepairPass:
-    """The state of a repair on its way through the program.
-
-    `step` and `enter` are what `interpret` asks for: how an equation is evaluated, and what a call
-    hands to its body.
+class RepairRun:
+    """The state of a repair on its way through the passes.
 
     Attributes:
-        networks: The networks that run side by side, one for each model, and the average last.
-        method: The method that corrects a parameter.
+        parts_of_networks: The parameters of each network. Those of the average, which are last, are
+            corrected in place.
+        plans: The plans that each model is moved along, empty for those that stay.
         weights: The weights of the models, float `[K]`.
-        parameters: The parameters of the average, as corrected up to here.
-        settled: The positions of the parameters that do not change any more.
+        most_kept: How many bytes of features may be kept from pass to pass.
+        kept: What is kept, by the number of the batch.
     """
 
-    networks: Sequence[Network]
-    method: AbstractRepair
+    parts_of_networks: list[list[Array]]
+    plans: list[Plans]
     weights: Float[Array, " k"]
-    parameters: list[Array]
-    settled: set[int] = dataclasses.field(default_factory=set)
+    most_kept: int
+    kept: dict[int, _Kept] = dataclasses.field(default_factory=dict)
 
-    def enter(self, path: Path, operands: list[Any]) -> list[Any]:
-        """Returns what the body of a call runs on: the operands of the call, as values."""
-        return lifted(self.networks, path, operands)
+    def run_pass(self, batches: Iterable[tuple[Prepared, list[Any]]], stage: int) -> int:
+        """Sums up what a stage has to know over all batches, and corrects its parameters.
 
-    def step(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
-        """Evaluates an equation in every network, and corrects the parameter that it uses first."""
-        values = [self._latest(value) for value in lifted(self.networks, path, operands)]
-        if eqn.primitive in _PRODUCTS:
-            position = self._unsettled_factor(values)
-            if position is not None:
-                return [self._corrected_product(eqn, path, values, position)]
-        if eqn.primitive is P.add_p:
-            values = self._with_shifted_bias(values)
-        if eqn.primitive not in ARRANGEMENTS:
-            # From here on the networks have computed with these parameters. To change them later
-            # would make that untrue of the average.
-            for value in values:
-                if value.origin is not None:
-                    self.settled.add(value.origin.leaf)
-        return evaluated(self.networks, path, values)
-
-    def _latest(self, value: Value) -> Value:
-        """Returns the same value, computed from the average's parameters as they are by now."""
-        origin = value.origin
-        if origin is None or origin.leaf not in self.settled:
-            return value
-        return value.with_average(origin.arrange(self.parameters[origin.leaf]))
-
-    # --- products
-
-    def _unsettled_factor(self, values: list[Value]) -> int | None:
-        """Returns which factor of features is a parameter that is used for the first time."""
-        first, second = values
-        # Two parameters multiplied with each other have no features to be matched, and two features
-        # no parameter to be corrected.
-        if first.is_feature == second.is_feature:
-            return None
-        position = 1 if first.is_feature else 0
-        origin = values[position].origin
-        if origin is None or origin.leaf in self.settled:
-            return None
-        # Quantised weights stay, as they do in an average.
-        is_number = jnp.issubdtype(self.parameters[origin.leaf].dtype, jnp.inexact)
-        return position if is_number else None
-
-    def _corrected_product(
-        self, eqn: core.JaxprEqn, path: Path, values: list[Value], position: int
-    ) -> Value:
-        """Corrects a parameter, and evaluates the product with it in every network."""
-        origin = values[position].origin
-        assert origin is not None, "the caller has chosen a parameter"
-        leaf = origin.leaf
-        operands = values[0].arrays[-1], values[1].arrays[-1]
-        row_gram = row_gram_of(eqn, operands[1 - position], position)
-        linear = LinearProduct(eqn, operands, position, origin, row_gram)
-        features = self._features_of_models(path, values)
-        roles = self._roles(path, leaf)
-        parts = self._parts(path, leaf, roles, features)
-        average = self.networks[-1]
-        moved = []
-        # There are features of all networks but the last, the average.
-        for network, model_features in zip(self.networks, features, strict=False):
-            moved.append(moved_features(network, average, path, roles, model_features))
-
-        product = Product(
-            leaf=self.parameters[leaf],
-            compute=linear.compute,
-            widened=linear.widened,
-            compute_wide=linear.compute_wide,
-            normal=linear.normal,
-            model_features=tuple(moved),
-            weights=self.weights,
-            parts=parts,
-        )
-        self.parameters[leaf], amounts = self.method.correct(product)
-        self.settled.add(leaf)
-
-        shifts = []
-        for part, amount in zip(parts, amounts, strict=True):
-            if amount is not None:
-                shifts.append(Shift(part.group, part.view, part.role, amount))
-        # Each model goes on with its own features, not with those that were moved.
-        arrays = *features, linear.compute(self.parameters[leaf])
-        return Value(arrays, is_feature=True, shifts=tuple(shifts))
-
-    def _features_of_models(self, path: Path, values: list[Value]) -> list[Array]:
-        """Evaluates a product in every network but the average."""
-        features = []
-        for number, network in enumerate(self.networks[:-1]):
-            eqn = network.equations[path].eqn
-            first, second = values
-            features.append(
-                eqn.primitive.bind(first.arrays[number], second.arrays[number], **eqn.params)
-            )
-        return features
-
-    def _roles(self, path: Path, leaf: int) -> list[Role]:
-        """Returns the role of a product's features for each group among them."""
-        roles = []
-        for group, view in self.networks[-1].produced.get(path, []):
-            roles.append(role_of_units(group, leaf, view.location.index))
-        return roles
-
-    def _parts(
-        self, path: Path, leaf: int, roles: list[Role], features: list[Array]
-    ) -> tuple[Part, ...]:
-        """Returns the units that come out of a product, with their statistics in every model."""
-        views = self.networks[-1].produced.get(path, [])
-        parts = []
-        for number in innermost(views):
-            group, view = views[number]
-            role = roles[number]
-            statistics = []
-            for network, model_features in zip(self.networks, features, strict=False):
-                statistics.append(unit_statistics(network, path, number, roles, model_features))
-            members = members_at(group, leaf, role, view.location.index)
-            parts.append(Part(group, view, role, tuple(statistics), members))
-        return tuple(parts)
-
-    # --- biases
-
-    def _with_shifted_bias(self, values: list[Value]) -> list[Value]:
-        """Adds pending shifts to a bias that is about to be added to the features that need them.
+        Args:
+            batches: The batches: what is prepared for their shapes, and the arrays of each.
+            stage: The stage.
 
         Returns:
-            The operands of the addition, with the bias as it is then.
+            How many batches there were.
         """
-        first, second = values
-        # The bias may be either operand of the sum.
-        for features, bias in ((first, second), (second, first)):
-            if not features.shifts or bias.origin is None or bias.origin.leaf in self.settled:
-                continue
-            self._shift_parameter(bias.origin.leaf, features.shifts)
-            # The operand is an arrangement of the parameter as it was before.
-            values = [self._latest(value) for value in values]
-        return values
+        sums: dict[int, Any] = {}
+        count = 0
+        prepared = None
+        for batch, (prepared, arrays) in enumerate(batches):
+            self._run_batch(prepared, batch, arrays, stage, sums)
+            # Without it, all batches would be on their way at a time.
+            if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(sums)):
+                jax.block_until_ready(sums)
+            count += 1
+        if prepared is not None:
+            for number, correction_sums in sums.items():
+                self._correct(prepared, number, correction_sums)
+        return count
 
-    def _shift_parameter(self, leaf: int, shifts: Sequence[Shift]) -> None:
-        """Adds to a parameter what is to be added to the units that lie along its axes."""
-        for group, view, role, amount in shifts:
-            for member in members_at(group, leaf, role, view.location.index):
-                shifted = combine_units(jnp.add, self.parameters[leaf], member, group, amount)
-                self.parameters[leaf] = shifted
-        self.settled.add(leaf)
+    def _run_batch(
+        self, prepared: Prepared, batch: int, arrays: list[Any], stage: int, sums: dict[int, Any]
+    ) -> None:
+        """Runs one batch up to the last product of a stage, and adds to its sums."""
+        plan = prepared.plan
+        due = plan.cuts_of(stage)
+        if not due:
+            return
+        kept = self.kept.pop(batch, None)
+        count = len(plan.networks)
+        slots = {number: (array,) * count for number, array in enumerate(arrays)}
+        start = 0 if kept is None else kept.cut
+        if kept is not None:
+            slots = dict(kept.slots)
+        resume = plan.first_cut_from(stage)
+        for cut in range(start, due[-1] + 1):
+            if kept is None or cut > start:
+                self._run_chunk(plan, cut, slots)
+            for slot in [slot for slot in slots if plan.last_read.get(slot, -1) < cut]:
+                del slots[slot]
+            if cut == resume:
+                self._keep(batch, _Kept(cut, dict(slots)))
+            number, occurrence = plan.cuts[cut]
+            if plan.corrections[number].stage == stage:
+                found = self._summed(prepared, number, occurrence, slots)
+                if number in sums:
+                    found = _added(prepared.sites[number].method, sums[number], found)
+                sums[number] = found
+
+    def _run_chunk(self, plan: RepairPlan, cut: int, slots: Slots) -> None:
+        """Runs a chunk, and adds what it makes to the slots."""
+        call = plan.calls[cut]
+        leaves = [self._in_all_networks(leaf) for leaf in call.leaves]
+        read = [slots[slot] for slot in call.slots]
+        made = run_chunk(call.chunk, leaves, read, _as_positions(call.positions))
+        slots.update(zip(call.results, made, strict=True))
+
+    def _summed(self, prepared: Prepared, number: int, occurrence: Occurrence, slots: Slots) -> Any:
+        """Sums up what a method has to know of one product."""
+        piece = prepared.plan.corrections[number].piece
+        conditions = occurrence.conditions
+        return _summed(
+            prepared.sites[number],
+            tuple([(condition.branch, condition.count) for condition in conditions]),
+            self._in_all_networks(piece.leaf),
+            _as_positions(piece.indices),
+            slots[occurrence.features],
+            [slots[condition.which] for condition in conditions],
+            self.plans,
+            self.weights,
+        )
+
+    def _correct(self, prepared: Prepared, number: int, sums: Any) -> None:
+        """Corrects a parameter, and the biases that follow."""
+        correction, site = prepared.plan.corrections[number], prepared.sites[number]
+        average = self.parts_of_networks[-1]
+        leaf, indices = correction.piece
+        average[leaf], shifts = _corrected(
+            site, average[leaf], _as_positions(indices), sums, self.plans, self.weights
+        )
+        for part, amount in zip(site.parts, shifts, strict=True):
+            for (leaf, indices), members in zip(correction.receivers, part.receivers, strict=True):
+                if amount is not None and members:
+                    average[leaf] = _shifted(
+                        part.group, members, average[leaf], _as_positions(indices), amount
+                    )
+
+    def _in_all_networks(self, leaf: int) -> tuple[Array, ...]:
+        return tuple([parts[leaf] for parts in self.parts_of_networks])
+
+    def _keep(self, batch: int, kept: _Kept) -> None:
+        """Keeps what a batch has come to, if there is room for it."""
+        held = sum(_byte_count(other) for other in self.kept.values())
+        if batch == 0 or held + _byte_count(kept) <= self.most_kept:
+            self.kept[batch] = kept
+
+
+def _byte_count(kept: _Kept) -> int:
+    """Returns how much memory arrays take; what all networks share counts once."""
+    arrays = {id(array): array for slot in kept.slots.values() for array in slot}
+    return sum(np.size(array) * _item_size(array) for array in arrays.values())
+
+
+def _item_size(array: Any) -> int:
+    dtype = jnp.result_type(array)
+    return dtype.itemsize
+
+
+def _as_positions(indices: Sequence[int]) -> Int[np.ndarray, " n"]:
+    return np.asarray(indices, np.int32)

@@ -2,26 +2,26 @@
 
 Networks of one architecture do the same things in the same order, whatever their widths. So it is
 enough to go through the program of one of them. A `Network` holds its own equations by their paths,
-with which the step that is due is done in each network. A `Value` is what flows from equation to
-equation: the arrays of all networks, and what has to be known about where they come from.
+with which the step that is due is done in each network.
 
 The last network is the average of the others. What is said of parameters, of features and of units
 without naming a network is about the average.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core
 from jax.extend.core import primitives as P
-from jaxtyping import Array
 
 from otfusion_jax.symmetry.correspondence import match_groups, target_names
-from otfusion_jax.symmetry.groups import Group, Plans, Role
+from otfusion_jax.symmetry.groups import Group
+from otfusion_jax.symmetry.location import UnitLocation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.activations import Path
-from otfusion_jax.tracing.jaxprs import body
+from otfusion_jax.tracing.jaxprs import body, closed
 from otfusion_jax.tracing.trace import Trace
 from otfusion_jax.tracing.views import View
 
@@ -59,6 +59,52 @@ class GroupView(NamedTuple):
     group: Group
     view: View
 
+    def within(self, scans: int) -> "GroupView":
+        """Returns the view of a single iteration of the scans around the equation.
+
+        Args:
+            scans: How many scans there are. Each has an axis in front.
+        """
+        sliced = without_first_axes(self.group, self.view.location, scans)
+        assert sliced is not None, "units do not lie along the iterations of a loop"
+        return GroupView(sliced.group, View(self.view.site, sliced.location))
+
+
+class SlicedUnits(NamedTuple):
+    """Units in a slice of an array along its first axes.
+
+    Attributes:
+        group: The group, without the axes of its batch that lie along the first axes.
+        location: Where its units are in the slice.
+        kept: For each axis of the group's batch whether it is still there.
+    """
+
+    group: Group
+    location: UnitLocation
+    kept: tuple[bool, ...]
+
+
+def without_first_axes(group: Group, location: UnitLocation, count: int) -> SlicedUnits | None:
+    """Says where units are in a slice of an array.
+
+    Args:
+        group: The group of the units.
+        location: Where they are in the array.
+        count: How many axes the array has more than the slice, in front.
+
+    Returns:
+        The units; None if they lie along one of these axes themselves.
+    """
+    if location.axis < count:
+        return None
+    kept = tuple([axis >= count for axis, _, _ in location.batch])
+    sizes = tuple(itertools.compress(group.batch, kept))
+    batch = []
+    for axis, length, index in itertools.compress(location.batch, kept):
+        batch.append((axis - count, length, index))
+    sliced = dataclasses.replace(location, axis=location.axis - count, batch=tuple(batch))
+    return SlicedUnits(dataclasses.replace(group, batch=sizes), sliced, kept)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
@@ -68,24 +114,24 @@ class Network:
         equations: Its equations, those inside of calls included, by path.
         produced: The groups whose units an equation puts out, by path. Groups that are nested in
             others come last.
-        plans: The plans that its features are moved along; empty if its units are those of the
-            average.
+        is_moved: Whether there are plans that its features are moved along. If not, its units are
+            those of the average.
         average_names: For the name of each of its groups the name of that group in the average.
     """
 
     equations: dict[Path, NetworkEquation]
     produced: dict[Path, list[GroupView]]
-    plans: Plans
+    is_moved: bool
     average_names: dict[str, str]
 
 
-def network_of(trace: Trace, average_symmetry: Symmetry, plans: Plans) -> Network:
+def network_of(trace: Trace, average_symmetry: Symmetry, is_moved: bool) -> Network:
     """Reads off a trace what running side by side needs.
 
     Args:
         trace: The trace of the network.
         average_symmetry: The symmetry of the average.
-        plans: The plans from the groups of the network to those of the average.
+        is_moved: Whether plans move its features to the groups of the average.
 
     Returns:
         The network.
@@ -101,7 +147,7 @@ def network_of(trace: Trace, average_symmetry: Symmetry, plans: Plans) -> Networ
             produced.setdefault(view.site.path, []).append(GroupView(group, view))
     matched = match_groups(trace.symmetry, average_symmetry)
     equations = _equations_of(trace.jaxpr, ())
-    return Network(equations, produced, plans, target_names(matched, average_symmetry))
+    return Network(equations, produced, is_moved, target_names(matched, average_symmetry))
 
 
 def _equations_of(jaxpr: core.ClosedJaxpr, path: Path) -> dict[Path, NetworkEquation]:
@@ -110,10 +156,29 @@ def _equations_of(jaxpr: core.ClosedJaxpr, path: Path) -> dict[Path, NetworkEqua
     equations: dict[Path, NetworkEquation] = {}
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
         equations[*path, index] = NetworkEquation(eqn, constants)
-        inner = body(eqn)
-        if inner is not None:
-            equations |= _equations_of(inner, (*path, index))
+        for suffix, inner in inner_jaxprs(eqn):
+            equations |= _equations_of(inner, (*path, index, *suffix))
     return equations
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> list[tuple[Path, core.ClosedJaxpr]]:
+    """Returns what an equation evaluates that a repair can follow: calls, scans and branches.
+
+    Args:
+        eqn: An equation of any primitive.
+
+    Returns:
+        Each jaxpr with what its path has behind that of the equation: nothing for the body of a
+        call or a scan, for a branch its number.
+    """
+    inner = body(eqn)
+    if inner is not None:
+        return [((), inner)]
+    if eqn.primitive is P.scan_p:
+        return [((), closed(eqn.params["jaxpr"]))]
+    if eqn.primitive is P.cond_p:
+        return [((number,), closed(branch)) for number, branch in enumerate(eqn.params["branches"])]
+    return []
 
 
 def require_same_programs(networks: Sequence[Network]) -> None:
@@ -141,130 +206,3 @@ def require_same_programs(networks: Sequence[Network]) -> None:
 def _operation_at(path: Path, equations: dict[Path, NetworkEquation]) -> Any:
     """Returns the primitive of an equation, None where there is no equation."""
     return equations[path].eqn.primitive if path in equations else None
-
-
-# Compared by identity: an equation cannot be hashed, and JAX hashes the methods that it is given.
-@dataclasses.dataclass(frozen=True, eq=False)
-class Origin:
-    """Says that a value is a single parameter in another arrangement.
-
-    Attributes:
-        leaf: The position of the parameter among the parts of the symmetry.
-        steps: The equations that arrange it, first to last.
-    """
-
-    leaf: int
-    steps: tuple[core.JaxprEqn, ...] = ()
-
-    def arrange(self, parameter: Array) -> Array:
-        """Arranges the parameter, or any array of its shape, as the value is arranged."""
-        for eqn in self.steps:
-            parameter = eqn.primitive.bind(parameter, **eqn.params)
-        return parameter
-
-
-class Shift(NamedTuple):
-    """What is still to be added to some units of the average, by a bias that comes later.
-
-    Attributes:
-        group: The group of the units.
-        view: Where the units are in the features.
-        role: The role of the features, as units of the group.
-        amount: What is to be added to each unit, float `[*batch, units]`.
-    """
-
-    group: Group
-    view: View
-    role: Role
-    amount: Array
-
-
-class Value(NamedTuple):
-    """A value in every network.
-
-    Attributes:
-        arrays: The arrays that it is in the networks, the average's last.
-        is_feature: Whether it depends on the inputs.
-        origin: The parameter that it is an arrangement of, if it is nothing else.
-        shifts: What is still to be added to its units in the average.
-    """
-
-    arrays: tuple[Any, ...]
-    is_feature: bool = False
-    origin: Origin | None = None
-    shifts: tuple[Shift, ...] = ()
-
-    def with_average(self, array: Array) -> "Value":
-        """Returns the same value with another array in the average."""
-        return self._replace(arrays=(*self.arrays[:-1], array))
-
-
-def lifted(networks: Sequence[Network], path: Path, operands: Sequence[Any]) -> list[Value]:
-    """Makes values of constants and literals among the operands of an equation.
-
-    These may differ from network to network: a mean divides by the width.
-
-    Args:
-        networks: The networks.
-        path: Where the equation stands.
-        operands: Its operands: values, and constants as they are in the last network.
-
-    Returns:
-        The operands, values all of them.
-    """
-    values = []
-    for position, operand in enumerate(operands):
-        if not isinstance(operand, Value):
-            arrays = [_constant_in(network, path, position, operand) for network in networks]
-            operand = Value(tuple(arrays))
-        values.append(operand)
-    return values
-
-
-def _constant_in(network: Network, path: Path, position: int, otherwise: Any) -> Any:
-    """Returns an operand that is a constant, as it is in a network."""
-    eqn, constants = network.equations[path]
-    atom = eqn.invars[position]
-    if isinstance(atom, core.Literal):
-        return atom.val
-    # Inside of a call, a constant may have been an operand of the call.
-    return constants.get(atom, otherwise)
-
-
-def evaluated(networks: Sequence[Network], path: Path, values: Sequence[Value]) -> list[Value]:
-    """Evaluates an equation in every network.
-
-    Args:
-        networks: The networks.
-        path: Where the equation stands.
-        values: Its operands.
-
-    Returns:
-        Its results.
-    """
-    results_by_network = []
-    for number, network in enumerate(networks):
-        eqn = network.equations[path].eqn
-        result = eqn.primitive.bind(*[value.arrays[number] for value in values], **eqn.params)
-        results_by_network.append(result if eqn.primitive.multiple_results else [result])
-    is_feature = any(value.is_feature for value in values)
-    origin, shifts = _passed_on(networks[-1].equations[path].eqn, values)
-    results = []
-    for arrays in zip(*results_by_network, strict=True):
-        results.append(Value(arrays, is_feature, origin, shifts))
-    return results
-
-
-def _passed_on(
-    eqn: core.JaxprEqn, values: Sequence[Value]
-) -> tuple[Origin | None, tuple[Shift, ...]]:
-    """Returns which parameter the result of an equation is, and what is still to be added to it."""
-    if eqn.primitive not in ARRANGEMENTS or len(values) != 1:
-        return None, ()
-    (value,) = values
-    # The views of shifts say where units are in the features as the product put them out. A cast
-    # alone leaves them there.
-    shifts = value.shifts if eqn.primitive is P.convert_element_type_p else ()
-    if value.origin is None:
-        return None, shifts
-    return Origin(value.origin.leaf, (*value.origin.steps, eqn)), shifts

@@ -66,6 +66,7 @@ def balances_of(symmetry: Symmetry) -> list[Balance]:
         if freedom.group not in symmetry or not symmetry[freedom.group].scaled:
             continue
         if symmetry[freedom.group].rotates:
+            # Scales of single units would be mixed by the rotations; see `linear_pairs_of`.
             continue
         for scaling in freedom.scales:
             up = {degree for *_, degree in scaling.degrees if degree > 0}
@@ -130,6 +131,7 @@ def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
     balances, pairs = balances_of(symmetry), linear_pairs_of(symmetry)
     if not balances and not pairs:
         return params
+    # Only what changes goes into the program, and comes out: the rest may be of any dtype.
     arrays = symmetry.split(params)
     touched = {leaf for item in (*balances, *pairs) for leaf, _ in (*item.up, *item.down)}
     leaves = tuple(sorted(touched))
@@ -179,6 +181,7 @@ def _shared_evenly(
     is_regular = (values[..., 0] > SMALLEST_SHARE * values[..., -1]) & (
         fallen_values[..., 0] > SMALLEST_SHARE * fallen_values[..., -1]
     )
+    # X = M^-1/2 (M^1/2 N M^1/2)^1/2 M^-1/2. Where M is not regular, anything finite will do.
     root = _function_of(jnp.where(is_regular[..., None], jnp.sqrt(values), 1), vectors)
     inverse_root = _function_of(jnp.where(is_regular[..., None], values**-0.5, 1), vectors)
     middle_values, middle_vectors = jnp.linalg.eigh(_product(root, fallen, root))
@@ -231,6 +234,10 @@ def _gram_of_units(
         blocks = structure.partition.split(by_leaf[leaf])
         (unit_axis,) = _unit_axes(structure, group, axis)
         units = units_in(blocks, [*unit_axis.levels, unit_axis.dim])
+        if jnp.iscomplexobj(units):
+            # Real matrices mix real and imaginary parts alike.
+            units = jnp.concatenate([units.real, units.imag], axis=-1)
+        # Half precision would lose the small eigenvalues.
         wide = units.dtype if units.dtype == jnp.float64 else jnp.float32
         units = units.astype(wide)
         term = _product(units, jnp.swapaxes(units, -1, -2))
@@ -264,6 +271,8 @@ def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[
     balances = balances_of(symmetry)
     if not balances:
         return by_leaf
+    # Norms are all that counts, and a scale multiplies squares by its square. So the parameters
+    # themselves are multiplied once, in the end, and rounded once.
     squares = {}
     for leaf, array in by_leaf.items():
         magnitudes = jnp.abs(array)
@@ -274,6 +283,7 @@ def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[
         logs, _, number = carry
         logs = list(logs)
         largest = jnp.zeros(())
+        # One after the other, each given the others where they now are, as in coordinate descent.
         for position, balance in enumerate(balances):
             old = logs[position]
             logs[position] = old + _step(symmetry, balances, balance, squares, logs)

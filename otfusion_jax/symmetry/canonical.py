@@ -95,6 +95,7 @@ def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
     if not folds:
         return params
     arrays = symmetry.split(params)
+    # In the order of the groups: a parameter that several folds divide is divided by each.
     for group, fold in folds:
         scale = arrays[fold.leaf] + fold.shift if fold.shift else arrays[fold.leaf]
         for leaf, degree in fold.others:
@@ -145,6 +146,7 @@ def _divided(
         nothing is added to takes no part. Anything else becomes infinite: there is no such model.
     """
     layers = scale.shape[:1] if layered else ()
+    # A scale may have axes of size 1 beside its units, as to be broadcast.
     factors = (scale.reshape(*layers, -1) ** abs(degree)).astype(array.dtype)
     # The dimensions that the axis of layers falls into come first in every block.
     of_layers = len(structure.partition.axes[0][0].dims) if layered else 0

@@ -24,7 +24,7 @@ def table(symmetry: "Symmetry") -> str:
         The table of `print(symmetry)`.
     """
     blocks = [_block_of(symmetry, group) for group in symmetry.groups]
-    columns = ("group", "units", "move") if _shows_motions(symmetry) else ("group", "units")
+    columns = ("group", "units", "move") if shows_motions(symmetry) else ("group", "units")
     rows: list[Row] = [(*columns, "role", "leaf", "axis")]
     for header, *members in fold(blocks):
         for member in fold_rows(members):
@@ -134,14 +134,37 @@ def units(group: Group) -> str:
     return " x ".join(map(str, sizes))
 
 
+def moves_in_words(group: Group) -> str:
+    """Says how the units of a group move, as in `permuted, scaled`.
+
+    Args:
+        group: The group.
+
+    Returns:
+        The text.
+    """
+    if group.scaled:
+        return "linear" if group.rotates else f"{group.motion.value}, scaled"
+    return group.motion.value
+
+
+def shows_motions(symmetry: "Symmetry") -> bool:
+    """Says whether there are groups that do more than to be permuted.
+
+    Args:
+        symmetry: The symmetry to be shown.
+    """
+    return symmetry.orthogonal or symmetry.has_form
+
+
 # --- groups and members
 
 
 def _block_of(symmetry: "Symmetry", group: Group) -> list[Row]:
     """Returns the rows of a group: its name and size, and a row for each member."""
     header: Row = (group.name, units(group))
-    if _shows_motions(symmetry):
-        header = (*header, _moves_in_words(group))
+    if shows_motions(symmetry):
+        header = (*header, moves_in_words(group))
     rows: list[Row] = [header]
     for member in group.members:
         axis = _axis_in_words(member, group.size)
@@ -177,18 +200,6 @@ def _axis_in_words(member: Member, size: int) -> str:
     if before * after > 1:
         text += f" as [{before}, {size}, {after}]"
     return text
-
-
-def _moves_in_words(group: Group) -> str:
-    """Says how the units of a group move."""
-    if group.scaled:
-        return "linear" if group.rotates else f"{group.motion.value}, scaled"
-    return group.motion.value
-
-
-def _shows_motions(symmetry: "Symmetry") -> bool:
-    """Whether there are groups that do more than to be permuted."""
-    return symmetry.orthogonal or symmetry.has_form
 
 
 def _batch_in_words(group: Group) -> str:

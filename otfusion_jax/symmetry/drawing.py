@@ -3,10 +3,18 @@
 from typing import Any
 
 from otfusion_jax.symmetry.checks import require_symmetry
-from otfusion_jax.symmetry.display import units
+from otfusion_jax.symmetry.display import moves_in_words, shows_motions, units
+from otfusion_jax.symmetry.groups import Motion
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 _COLOURS = {"produces": "tab:blue", "consumes": "tab:orange", "both": "tab:green"}
+# What groups are called in: by how they move, if any of them does more than to be permuted.
+_MOTION_COLOURS = {
+    Motion.PERMUTED: "black",
+    Motion.SIGNED: "tab:red",
+    Motion.ROTATED: "tab:purple",
+    Motion.ROTATED_ABOUT_ONES: "tab:pink",
+}
 # Of a figure, in inches: what a leaf and a group take, and what is left for names and legend.
 _ROW_HEIGHT, _COLUMN_WIDTH = 0.18, 0.25
 _MARGIN_HEIGHT, _MARGIN_WIDTH = 2, 4
@@ -17,7 +25,8 @@ def draw(symmetry: Symmetry, ax: Any = None) -> Any:
     """Draws the groups as a matrix of leaves by groups; needs matplotlib.
 
     A square is coloured where a leaf has an axis of the group: blue produces its units, orange
-    consumes them, green does both. Leaves without any are left blank.
+    consumes them, green does both. Leaves without any are left blank. With signs, rotations or
+    scales, the name of a group says how its units move, and has another colour than black.
 
     Args:
         symmetry: The symmetry to be drawn.
@@ -42,7 +51,8 @@ def draw(symmetry: Symmetry, ax: Any = None) -> Any:
         _, ax = plt.subplots(figsize=(width, height), layout="constrained")
     group_names = []
     for column, group in enumerate(symmetry.groups):
-        group_names.append(f"{group.name} ({units(group)})")
+        motion = f", {moves_in_words(group)}" if shows_motions(symmetry) else ""
+        group_names.append(f"{group.name} ({units(group)}{motion})")
         roles: dict[int, set[str]] = {}
         for member in group.members:
             roles.setdefault(member.leaf, set()).add(member.role)
@@ -52,6 +62,8 @@ def draw(symmetry: Symmetry, ax: Any = None) -> Any:
             square = Rectangle(corner, 1, 1, color=_COLOURS[role], linewidth=0)
             ax.add_patch(square)
     ax.set_xticks(range(column_count), group_names, rotation=90, fontsize=_FONT_SIZE)
+    for label, group in zip(ax.get_xticklabels(), symmetry.groups, strict=False):
+        label.set_color(_MOTION_COLOURS[group.motion])
     ax.set_yticks(range(row_count), leaf_names, fontsize=_FONT_SIZE)
     # Without groups there is one blank column. The first leaf is on top.
     ax.set_xlim(-0.5, max(1, column_count) - 0.5)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.common.arguments import require_function, require_kind
+from otfusion_jax.common.arguments import require_function, require_key, require_kind
 from otfusion_jax.symmetry import display, serialization
 from otfusion_jax.symmetry.groups import (
     FOLDED,
@@ -441,7 +441,7 @@ class Symmetry(Mapping[str, Group]):
         Raises:
             TypeError: If a number is given in place of a key, or a batch of keys.
         """
-        _require_key(key)
+        require_key(key)
         plans = {}
         for number, (name, identity) in enumerate(self.identity().items()):
             # Groups of one size would be permuted alike by one key.
@@ -487,16 +487,3 @@ def _split(leaf: Array, count: int, axis: int) -> list[Array]:
 @functools.partial(jax.jit, static_argnames=("axis",))
 def _concatenated(arrays: list[Array], axis: int) -> Array:
     return jnp.concatenate(arrays, axis)
-
-
-def _require_key(key: Any) -> None:
-    """Refuses what is not a single key of `jax.random`."""
-    if isinstance(key, jax.Array):
-        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if is_typed and key.ndim == 0:
-            return
-        # `jax.random.PRNGKey` makes keys that are vectors of integers.
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            return
-    given = repr(key)[:80]
-    raise TypeError(f"key is {given}; pass a single key, as jax.random.key(0) is one")

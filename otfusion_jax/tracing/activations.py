@@ -308,3 +308,25 @@ def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
         yield batch if isinstance(batch, tuple) else (batch,)
     if is_empty:
         raise ValueError("no batches of inputs were given; features need at least one")
+
+
+def refuse_inputs_of_one_batch(batches: Any) -> None:
+    """Refuses a tuple of arrays: in place of a list of batches it is most likely one batch.
+
+    Each input would be taken for a batch of its own.
+
+    Args:
+        batches: The argument that was given.
+
+    Raises:
+        TypeError: If it is a tuple with an array.
+    """
+    if not isinstance(batches, tuple):
+        return
+    for batch in batches:
+        if isinstance(batch, jax.Array | np.ndarray):
+            raise TypeError(
+                f"batches is a tuple of {len(batches)}, of arrays, which may be one batch of "
+                "several inputs or several batches of one input; pass [(x, y)] for one batch of "
+                "two inputs, and [x, y] for two batches of one input"
+            )

@@ -63,12 +63,15 @@ class Rotations(Algebra):
     def alike(self, standings: Sequence[Standing]) -> Standing:
         """See `Algebra.alike`. A vector plus a number times the ones is moved as both are."""
         varying = [x for x in standings if x is not None and x is not ZERO]
+        # What is 0 at all units is moved by any matrix as a vector is.
         if not varying:
             return None
         if all(isinstance(x, Vector) for x in varying):
+            # A number added to all units is a multiple of the ones, which has to move as it does.
             if None in standings:
                 self._demand_ones()
             return varying[0] if len(varying) == len(standings) == 1 else Vector()
+        # Squares may be added up before they are summed over the units, and constants with them.
         if all(isinstance(x, Pair) for x in varying):
             return Pair(frozenset().union(*[x.parameters for x in varying]))
         return self.other(standings)
@@ -109,6 +112,7 @@ class Rotations(Algebra):
 
     def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
         """See `Algebra.other`."""
+        # Were the scale 1 that has made a pair of a vector, it would still be one.
         for standing in standings:
             if isinstance(standing, Pair):
                 self.in_the_way |= standing.parameters
@@ -249,6 +253,7 @@ class PositiveScales(Scales):
             Independent solutions, from which all others are combined: for each the unknowns whose
             degree is not 0, and their degrees, of which the first is positive.
         """
+        # Each unknown that no equation determines is a scaling of its own, with the others at 0.
         pivots, _ = _eliminated(self._distinct(), ())
         solutions = []
         for free in unknowns:
@@ -258,6 +263,7 @@ class PositiveScales(Scales):
             for unknown, row in pivots.items():
                 if free in row:
                     degrees[unknown] = -row[free]
+            # Whole powers: those of a square root are doubled.
             factor = math.lcm(*[degree.denominator for degree in degrees.values()])
             if degrees[min(degrees)] < 0:
                 factor = -factor
@@ -298,6 +304,7 @@ class Signs(Scales):
         # For each unknown that is determined the others that it is the sum of.
         pivots: dict[int, set[int]] = {}
         for equation in self.equations:
+            # Modulo 2 an equation is a set of unknowns, and a sum of two is what is in one alone.
             row = {number for number, count in equation.items() if count % 2}
             for pivot in row & pivots.keys():
                 row ^= {pivot} | pivots[pivot]

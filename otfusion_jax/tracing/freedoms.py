@@ -263,7 +263,9 @@ class _Program:
         Returns:
             Independent scalings, from which all others are combined.
         """
-        # Of units along two axes of a parameter, as of recurrent weights, each has a degree.
+        # Of units along two axes of a parameter, as of recurrent weights, each axis has a degree.
+        # Where they lie along one axis twice, as gates side by side, these are not told apart, and
+        # have none.
         unknowns: list[tuple[int, int]] = []
         standings: dict[int, Standing] = {}
         for number, parameter in self._parameters(variable):

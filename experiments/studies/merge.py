@@ -1,0 +1,140 @@
+"""The one call against every single method, on pairs of models trained from different seeds."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import jax
+import pandas as pd
+import tyro
+from jaxtyping import PyTree
+
+import otfusion_jax as otf
+from experiments.evaluate import ACCURACY, Judge
+from experiments.methods import (
+    EVENLY,
+    METHODS,
+    VARIANTS,
+    Fusion,
+    Method,
+    listed,
+)
+from experiments.networks import counts
+from experiments.pairs import Pair, seen_images
+from experiments.plots import bars, plot_bars
+from experiments.report import mean, pivot, progress, table, where
+from experiments.runs import Run, Study, choice
+
+_MERGED = "merge"
+_BEST = "the best single method"
+_UNDATED = "no data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge(Study):
+    """Compare `otf.merge` with every single method on each pair of seeds."""
+
+    command: ClassVar[str] = "merge"
+
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the models, two for each pair."""
+    images: int = 1000
+    """Training images, without labels, for methods that use data."""
+    polish: int = 0
+    """Steps of distillation to try at the end."""
+    methods: Annotated[
+        tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
+        tyro.conf.arg(
+            metavar="METHOD [METHOD ...]",
+            help=f"Single methods to compare with, with all corrections, of {listed(VARIANTS)}.",
+        ),
+    ] = tuple(METHODS.values())
+
+    def check(self) -> None:
+        """Refuses seeds that make no pairs."""
+        super().check()
+        if len(self.seeds) % 2:
+            raise ValueError(f"--seeds are {len(self.seeds)}; give two for each pair.")
+
+    def measure(self, run: Run) -> None:
+        """Measures single methods and the one call on each pair, with images and without."""
+        judge = run.judge()
+        models = run.models()
+        for first in progress(range(0, len(models), 2), "merging"):
+            a, b = models[first : first + 2]
+            seeds = self.seeds[first : first + 2]
+            label = f"{seeds[0]}, {seeds[1]}"
+            pair = Pair(run.network, a, b, seen_images(run.dataset, seeds, self.images))
+            run.add(judge.accuracy(a), method="model A", pair=label)
+            run.add(judge.accuracy(b), method="model B", pair=label)
+            run.add({ACCURACY: judge.ensemble([a, b])[ACCURACY]}, method="ensemble", pair=label)
+            best = {}
+            for method in self.methods:
+                self._measure_single(run, judge, pair, method, label, best)
+            for needs, accuracy in best.items():
+                run.add({ACCURACY: accuracy}, method=f"{_BEST}, {needs.value}", pair=label)
+            self._measure_merged(run, judge, pair, label)
+
+    def _measure_single(
+        self, run: Run, judge: Judge, pair: Pair, method: Method, label: str, best: dict
+    ) -> None:
+        """Measures one method with each of its corrections, and notes the best of its needs."""
+        formed = method.form(pair)
+        with run.timed(method.name):
+            moved = jax.block_until_ready(method.move(formed))
+        for correction in method.corrections:
+            fusion = Fusion(method, correction)
+            with run.timed(fusion.name):
+                fused = jax.block_until_ready(correction.average(formed, moved, EVENLY))
+            measured = judge.accuracy(fused)
+            run.add(measured, method=fusion.name, pair=label)
+            best[fusion.needs] = max(best.get(fusion.needs, 0.0), measured[ACCURACY])
+
+    def _measure_merged(self, run: Run, judge: Judge, pair: Pair, label: str) -> None:
+        """Measures the one call, and leaves its reports in the folder of the run."""
+        images = pair.images
+        settings = {
+            _UNDATED: {"inputs": images[:2]},
+            f"{len(images):,} images": {"batches": [images]},
+        }
+        for name, given in settings.items():
+            with run.timed(f"{_MERGED}, {name}"):
+                merged = merge(pair, polish=self.polish, **given)
+            run.add(judge.accuracy(merged.params), method=f"{_MERGED}, {name}", pair=label)
+            file = (
+                f"{_MERGED}-{label}-{name}.txt".replace(", ", "-")
+                .replace(",", "")
+                .replace(" ", "-")
+            )
+            run.study.folder.mkdir(parents=True, exist_ok=True)
+            (run.study.folder / file).write_text(f"{merged.report}\n")
+
+    def tables(self, records: pd.DataFrame) -> list[str]:
+        """Shows the accuracy of each method on each pair."""
+        return [table(pivot(where(records, metric=ACCURACY), "method", "pair", mean()), ACCURACY)]
+
+    def plot(self, records: pd.DataFrame, path: Path) -> None:
+        """Plots the same as bars."""
+        plot_bars(path, self.title, ACCURACY, bars(records, "method", "pair"), {})
+
+
+def merge(pair: Pair, **settings: object) -> otf.Merged:
+    """Merges a pair by the one call.
+
+    Args:
+        pair: The models.
+        **settings: What else `otf.merge` is to be told.
+
+    Returns:
+        What it returns.
+    """
+    network = pair.network
+    models: list[PyTree] = [pair.a, pair.b]
+    return otf.merge(
+        network.apply,
+        models,
+        outputs="logits",
+        symmetry=network.symmetry,
+        leaf_weight=counts,
+        **settings,  # pyright: ignore[reportArgumentType]
+    )

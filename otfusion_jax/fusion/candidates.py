@@ -1,0 +1,280 @@
+"""The ways to move models onto each other that `merge` tries, by name.
+
+Each is a few calls of public functions. A `Task` is what all of them are given, in one form: with
+rotations or without. What several candidates need of it is worked out once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+from ott.geometry import costs
+
+from otfusion_jax.alignment.align import align
+from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
+from otfusion_jax.alignment.costs import Gram
+from otfusion_jax.alignment.feature_gram import feature_gram
+from otfusion_jax.alignment.forward_pass import ForwardPass
+from otfusion_jax.alignment.learned import learn_alignment
+from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.fusion.barycenter import barycenter
+from otfusion_jax.fusion.divergence import Objective
+from otfusion_jax.fusion.samples import Samples
+from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.transport import transport
+
+_LEARNING_STEPS = 600
+_LEARNING_BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Models to be moved, with all that may be looked at for it.
+
+    Attributes:
+        symmetry: The symmetry of the models.
+        fn: The function of the models.
+        models: The parameters of the K models, in canonical form if the symmetry has rotations.
+        weights: How much each of them counts, float `[K]`.
+        leaf_weight: How much each parameter counts, see `align`.
+        samples: The inputs to fit to; None if there are none.
+        objective: What a learned alignment descends on; None without inputs.
+        key: The source of randomness.
+    """
+
+    symmetry: Symmetry
+    fn: Callable[..., Any]
+    models: list[PyTree]
+    weights: Float[Array, " k"]
+    leaf_weight: Callable[[str], Any] | None
+    samples: Samples | None
+    objective: Objective | None
+    key: Array
+
+    @functools.cached_property
+    def grams(self) -> list[dict[str, Gram]]:
+        """The inner products of features of each model but the last with those of the last."""
+        assert self.samples is not None
+        found = []
+        for model in self.models[:-1]:
+            grams = feature_gram(
+                self.symmetry,
+                self.fn,
+                model,
+                self.models[-1],
+                self.samples.batches(),
+                at="activation",
+                center=True,
+            )
+            found.append(_beside_heads(self.symmetry, grams))
+        return found
+
+    @functools.cached_property
+    def by_features(self) -> list[Alignment]:
+        """How each model but the last is matched to the last by its features."""
+        return self.aligned(ForwardPass(), self.grams)
+
+    def aligned(
+        self, method: AbstractMethod, grams: Sequence[dict[str, Gram] | None]
+    ) -> list[Alignment]:
+        """Aligns each model but the last to the last."""
+        found = []
+        for model, of_model in zip(self.models[:-1], grams, strict=True):
+            alignment = align(
+                self.symmetry,
+                model,
+                self.models[-1],
+                method=method,
+                # Where no group has features, weights decide about all.
+                grams=of_model or None,
+                leaf_weight=self.leaf_weight,
+            )
+            found.append(alignment)
+        return found
+
+    def moved(self, alignments: Sequence[Any]) -> list[PyTree]:
+        """Moves each model but the last along its alignment; the last stays as it is."""
+        moved = []
+        for alignment, model in zip(alignments, self.models[:-1], strict=True):
+            moved.append(transport(self.symmetry, alignment, model))
+        return [*moved, self.models[-1]]
+
+
+def _beside_heads(symmetry: Symmetry, grams: dict[str, Gram]) -> dict[str, Gram]:
+    """Leaves heads out, and what is in them: their weights tell more than their features.
+
+    Returns:
+        The inner products of units that rotate, as they are, and of others their correlations.
+    """
+    heads = {group.outer for group in symmetry.groups}
+    kept = {}
+    for name, gram in grams.items():
+        group = symmetry[name]
+        if group.rotates and not group.batch:
+            kept[name] = gram
+        elif name not in heads and group.outer is None:
+            kept[name] = gram.normalised()
+    return kept
+
+
+# --- the candidates
+
+
+def _as_they_are(task: Task) -> list[PyTree]:
+    return list(task.models)
+
+
+def _by_weights(task: Task) -> list[PyTree]:
+    return task.moved(task.aligned(CoordinateDescent(), [None] * (len(task.models) - 1)))
+
+
+def _by_features(task: Task) -> list[PyTree]:
+    return task.moved(task.by_features)
+
+
+def _by_preactivations(task: Task) -> list[PyTree]:
+    """Algorithm 1 of the paper with activations: its features and its metric."""
+    assert task.samples is not None
+    alignments = []
+    for model in task.models[:-1]:
+        grams = feature_gram(task.symmetry, task.fn, model, task.models[-1], task.samples.batches())
+        found = align(
+            task.symmetry,
+            model,
+            task.models[-1],
+            method=ForwardPass(),
+            metric=costs.Euclidean(),
+            grams=grams,
+            leaf_weight=task.leaf_weight,
+        )
+        alignments.append(found)
+    return task.moved(alignments)
+
+
+def _by_features_then_weights(task: Task) -> list[PyTree]:
+    # Features make the start alone; what descends is the cost of the weights.
+    from_features = CoordinateDescent(starts=("forward",))
+    found = []
+    for number, grams in enumerate(task.grams):
+        if grams:
+            found.append(grams)
+        else:
+            raise ValueError(f"no group of model {number} has features that can be matched")
+    return task.moved(task.aligned(from_features, found))
+
+
+def _by_learned_rotations(task: Task) -> list[PyTree]:
+    """Turns units on from where features have them, until the average answers as the models do."""
+    samples, objective = task.samples, task.objective
+    assert samples is not None
+    assert objective is not None
+    inputs = samples.on_device()
+
+    def loss(params: PyTree, chosen: Array) -> Array:
+        batch = jax.tree.map(lambda array: array[chosen], inputs)
+        return objective(params, task.models, task.weights, batch)
+
+    shape = (_LEARNING_STEPS, min(_LEARNING_BATCH_SIZE, samples.count))
+    learned = []
+    for number, model in enumerate(task.models[:-1]):
+        positions = jax.random.randint(
+            jax.random.fold_in(task.key, number), shape, 0, samples.count
+        )
+        found = learn_alignment(
+            task.symmetry,
+            loss,
+            model,
+            task.models[-1],
+            positions,
+            start=task.by_features[number],
+            # Permutations stay as features have found them.
+            solver=None,
+            leaf_weight=task.leaf_weight,
+        )
+        learned.append(found)
+    return task.moved(learned)
+
+
+def _at_the_barycenter(task: Task) -> list[PyTree]:
+    weights = [float(weight) for weight in np.asarray(task.weights)]
+    found = barycenter(task.symmetry, task.models, weights, leaf_weight=task.leaf_weight)
+    moved = []
+    for number, model in enumerate(task.models):
+        plans = {name: plan[number] for name, plan in found.plans.items()}
+        moved.append(transport(task.symmetry, plans, model))
+    return moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to move models onto each other.
+
+    Attributes:
+        name: The name of the candidate.
+        move: Gives the models as they enter the average.
+        looks_at_inputs: Whether it needs inputs.
+        moves: Whether anything is moved, so that the form of the models matters.
+        rotates: Whether it is about rotations alone.
+        permutes: Whether it is about permutations alone.
+        learns: Whether it fits inputs so closely that they must not be drawn at random.
+        least_models: How many models it makes a difference for, at least.
+    """
+
+    name: str
+    move: Callable[[Task], list[PyTree]]
+    looks_at_inputs: bool = False
+    moves: bool = True
+    rotates: bool = False
+    permutes: bool = False
+    learns: bool = False
+    least_models: int = 2
+
+
+_ALL = (
+    Candidate("as they are", _as_they_are, moves=False),
+    Candidate("weights", _by_weights),
+    Candidate("preactivations", _by_preactivations, looks_at_inputs=True, permutes=True),
+    Candidate("features", _by_features, looks_at_inputs=True),
+    Candidate("features, then weights", _by_features_then_weights, looks_at_inputs=True),
+    Candidate(
+        "learned rotations",
+        _by_learned_rotations,
+        looks_at_inputs=True,
+        rotates=True,
+        learns=True,
+    ),
+    Candidate("barycenter", _at_the_barycenter, least_models=3),
+)
+
+CANDIDATES = {candidate.name: candidate for candidate in _ALL}
+"""All candidates by name, in the order in which they are tried: of equal ones the first is kept."""
+
+
+def checked_candidates(names: Sequence[str] | None) -> list[Candidate]:
+    """Finds candidates by their names.
+
+    Args:
+        names: Some names; None for all.
+
+    Returns:
+        The candidates, in the order in which they are tried.
+
+    Raises:
+        ValueError: If there are none, or one has no such name.
+        TypeError: If the names are a single string.
+    """
+    if names is None:
+        return list(_ALL)
+    if isinstance(names, str):
+        raise TypeError(f"candidates is the string {names!r}; pass a list of names, as [{names!r}]")
+    known = ", ".join(map(repr, CANDIDATES))
+    for name in names:
+        if name not in CANDIDATES:
+            raise ValueError(f"there is no candidate {name!r}; choose of {known}")
+    if not names:
+        raise ValueError(f"candidates is empty; choose one or more of {known}, or leave it out")
+    return [candidate for candidate in _ALL if candidate.name in names]

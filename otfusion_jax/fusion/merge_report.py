@@ -1,0 +1,185 @@
+"""What `merge` has tried, what each trial scored, and what was taken: as a table and as a plot."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import PyTree
+
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One thing that was tried.
+
+    Attributes:
+        start: What the models were matched by, the name of a candidate.
+        units: What units were moved by: "permutations", "rotations" (which are permutations of the
+            groups that do not rotate), or "nothing".
+        repair: What was done after the average, such as "LeastSquares", "nothing" or "distilled".
+        score: The objective on inputs that nothing was fitted to; less is better. NaN if the trial
+            failed.
+        seconds: How long it took on the wall clock, compilation included. What several trials
+            share is counted where it was first needed.
+        problem: Why it failed; empty if it did not.
+        chosen: Whether its parameters are the result.
+    """
+
+    start: str
+    units: str
+    repair: str
+    score: float
+    seconds: float
+    problem: str = ""
+    chosen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Scores along the straight line from a model to the last one.
+
+    Attributes:
+        model: The number of the model that the line starts from.
+        start: What the models were matched by, the name of a candidate.
+        t: The positions, from 0, the model as it was moved, to 1, the last model.
+        scores: The score at each position.
+    """
+
+    model: int
+    start: str
+    t: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was tried, and what each trial scored. `print(report)` shows it as a table.
+
+    Attributes:
+        rows: The trials, in their order.
+        models: How many models there were.
+        parents: The score of each of the models by itself; empty if there were no inputs.
+        measure: What scores are, in words.
+        fitted: How many inputs were fitted to.
+        held_out: How many others the choices were made by.
+        notes: What else there is to know, such as why no inputs could be drawn.
+        path: Scores along lines from model to model; empty if they were not asked for.
+        seconds: How long all of it took on the wall clock.
+    """
+
+    rows: tuple[Trial, ...]
+    models: int
+    parents: tuple[float, ...]
+    measure: str
+    fitted: int
+    held_out: int
+    notes: tuple[str, ...]
+    path: tuple[Line, ...]
+    seconds: float
+
+    @property
+    def chosen(self) -> Trial:
+        """The trial whose parameters are the result."""
+        (row,) = [row for row in self.rows if row.chosen]
+        return row
+
+    def __str__(self) -> str:
+        cells = [("", "start", "units moved by", "then", "score", "seconds")]
+        for number, score in enumerate(self.parents):
+            cells.append(("", f"model {number}", "", "", _number(score), ""))
+        for row in self.rows:
+            mark = "*" if row.chosen else ""
+            score = "failed" if row.problem else _number(row.score)
+            cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
+        lines = [self._heading(), "", *_aligned(cells)]
+        failed = []
+        for row in self.rows:
+            if row.problem:
+                first_line = row.problem.splitlines()[0]
+                failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
+        if failed or self.notes:
+            lines.extend(["", *failed, *self.notes])
+        return "\n".join(lines)
+
+    def _heading(self) -> str:
+        heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
+        if not self.held_out:
+            heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
+            return f"{heading}; * has the least {self.measure}"
+        return (
+            f"{heading}, fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
+            f"{self.held_out:,} others"
+        )
+
+    def plot(self, axes: Any = None) -> Any:
+        """Plots the scores along the lines between the models: as they were, and as they are moved.
+
+        Args:
+            axes: The axes of matplotlib to plot into; None makes new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: If no path was taken.
+            ImportError: If matplotlib is not installed.
+        """
+        if not self.path:
+            raise ValueError(
+                "there is no path to plot; call merge with path=11, and with inputs to score by"
+            )
+        if axes is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError:
+                raise ImportError(
+                    "plotting needs matplotlib; install it with: pip install matplotlib"
+                ) from None
+            axes = pyplot.subplots()[1]
+        several = self.models > 2
+        for line in self.path:
+            label = f"{line.start}, from model {line.model}" if several else line.start
+            axes.plot(line.t, line.scores, marker=".", label=label)
+        axes.axhline(self.chosen.score, linestyle=":", color="black", label="the result")
+        axes.set_xlabel(f"from a model (0) to model {self.models - 1} (1)")
+        axes.set_ylabel(self.measure)
+        axes.legend()
+        return axes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merged:
+    """One model of several.
+
+    Attributes:
+        params: The parameters, a pytree of the models' structure and shapes.
+        report: What was tried, and what was taken.
+        symmetry: The symmetry of the parameters: with rotations if units were rotated, and then
+            they are in canonical form up to what was repaired.
+        models: The K models as they were moved, of which `params` is made.
+    """
+
+    params: PyTree
+    report: Report
+    symmetry: Symmetry
+    models: list[PyTree]
+
+
+def _number(score: float) -> str:
+    """Shows a score to four digits."""
+    return f"{score:.4g}" if math.isfinite(score) else str(score)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lays out rows of cells in columns, text to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = []
+        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            is_number = number >= len(row) - 2
+            padded.append(cell.rjust(width) if is_number else cell.ljust(width))
+        lines.append("  ".join(padded).rstrip())
+    return lines

@@ -1,0 +1,142 @@
+"""What is corrected when: the program of an average in chunks, and the stages of its corrections.
+
+Corrections whose features do not depend on one another are of one stage: one pass over the data
+serves them all.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.extend import core
+
+from otfusion_jax.fusion.corrections import Correction, Occurrence
+from otfusion_jax.fusion.flat_program import (
+    ChunkCall,
+    Parameter,
+    Reference,
+    Slot,
+    Step,
+    chunk_of,
+)
+from otfusion_jax.fusion.repair_planner import Planner
+from otfusion_jax.fusion.side_by_side import Network
+from otfusion_jax.symmetry.groups import Leaf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RepairPlan:
+    """What a repair does to a program.
+
+    Attributes:
+        networks: The networks that run side by side, the average last.
+        corrections: The parameters that are corrected, in the order of the program.
+        calls: The chunks that lead to each of the products, in order.
+        cuts: For each chunk the correction whose product follows it, and which occurrence it is.
+        last_read: For each slot the number of the last chunk that it is read in, or right after.
+        out_of_reach: Why some parameters that features are multiplied by are not corrected, by
+            their positions.
+        uses: What else parameters are first used in, by their positions.
+    """
+
+    networks: tuple[Network, ...]
+    corrections: tuple[Correction, ...]
+    calls: tuple[ChunkCall, ...]
+    cuts: tuple[tuple[int, Occurrence], ...]
+    last_read: dict[int, int]
+    out_of_reach: dict[int, str]
+    uses: dict[int, str]
+
+    @property
+    def stages(self) -> int:
+        """How many passes over the data there are."""
+        return max([correction.stage + 1 for correction in self.corrections], default=0)
+
+    def cuts_of(self, stage: int) -> list[int]:
+        """Returns the numbers of the chunks that are followed by products of a stage."""
+        numbers = []
+        for number, (correction, _) in enumerate(self.cuts):
+            if self.corrections[correction].stage == stage:
+                numbers.append(number)
+        return numbers
+
+    def first_cut_from(self, stage: int) -> int:
+        """Returns the number of the first chunk that is followed by a product of a stage or later.
+
+        Nothing before it changes any more once the stages before have been corrected.
+        """
+        for number, (correction, _) in enumerate(self.cuts):
+            if self.corrections[correction].stage >= stage:
+                return number
+        return len(self.cuts)
+
+
+def plan_repair(
+    networks: Sequence[Network], jaxpr: core.ClosedJaxpr, leaves: Sequence[Leaf]
+) -> RepairPlan:
+    """Goes through the program of an average, and notes what is to be corrected.
+
+    Args:
+        networks: The networks, the average last.
+        jaxpr: The program of the average. Its first arguments are the parameters.
+        leaves: The parameters of the average, without their values.
+
+    Returns:
+        The plan. The first slots of its program are the inputs.
+    """
+    planner = Planner(tuple(networks), tuple(leaves))
+    arguments: list[Reference] = []
+    for number in range(len(jaxpr.jaxpr.invars)):
+        if number < len(leaves):
+            arguments.append(Parameter(number, (), ()))
+        else:
+            arguments.append(planner.new_slot(is_feature=True, depends_on=0))
+    planner.interpret(jaxpr, (), arguments)
+    corrections = tuple(planner.state.corrections)
+    _set_stages(corrections)
+    calls, cuts, last_read = _chunks(planner.networks, planner.state.steps, corrections)
+    state = planner.state
+    return RepairPlan(
+        planner.networks, corrections, calls, cuts, last_read, state.out_of_reach, state.uses
+    )
+
+
+def _set_stages(corrections: Sequence[Correction]) -> None:
+    """Puts each correction into the first stage after those of all that it depends on."""
+    for number, correction in enumerate(corrections):
+        # In a loop, what comes first may depend on what comes later, by an earlier iteration.
+        for earlier in range(number):
+            if correction.needs >> earlier & 1:
+                correction.stage = max(correction.stage, corrections[earlier].stage + 1)
+
+
+def _chunks(
+    networks: Sequence[Network], steps: Sequence[Step], corrections: Sequence[Correction]
+) -> tuple[tuple[ChunkCall, ...], tuple[tuple[int, Occurrence], ...], dict[int, int]]:
+    """Cuts a program at the products, and leaves out what leads to none of them."""
+    by_step: dict[int, tuple[int, Occurrence]] = {}
+    for number, correction in enumerate(corrections):
+        for occurrence in correction.occurrences:
+            by_step[occurrence.step] = (number, occurrence)
+    ends = sorted(by_step)
+    # Backwards: what a chunk has to make is what is read after it.
+    needed: set[int] = set()
+    last_read: dict[int, int] = {}
+    calls = []
+    for cut in reversed(range(len(ends))):
+        _, occurrence = by_step[ends[cut]]
+        read = {occurrence.features, *[condition.which for condition in occurrence.conditions]}
+        needed |= read
+        start = ends[cut - 1] if cut else 0
+        kept = []
+        within = set(needed)
+        for step in reversed(steps[start : ends[cut]]):
+            if within.isdisjoint(step.results):
+                continue
+            kept.append(step)
+            within |= {slot.number for slot in step.operands if isinstance(slot, Slot)}
+        call = chunk_of(networks, kept[::-1], needed)
+        for slot in (*read, *call.slots):
+            last_read.setdefault(slot, cut)
+        needed = (needed - set(call.results)) | set(call.slots)
+        calls.append(call)
+    return tuple(calls[::-1]), tuple([by_step[end] for end in ends]), last_read

@@ -1,0 +1,515 @@
+"""Checks that the one call finds what was planted, and keeps what is best on held-out inputs."""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal
+
+import otfusion_jax as otf
+from otfusion_jax.fusion import candidates
+
+SIZES = (6, 12, 10, 4)
+SHAPE = jax.ShapeDtypeStruct((2, SIZES[0]), jnp.float32)
+
+
+def net(params, x):
+    *hidden, last = params
+    for kernel in hidden:
+        x = jax.nn.relu(x @ kernel)
+    return x @ last
+
+
+def draw(seed: int) -> list[Any]:
+    keys = jax.random.split(jax.random.key(seed), len(SIZES) - 1)
+    shapes = zip(SIZES, SIZES[1:], strict=False)
+    return [
+        jax.random.normal(k, shape) / shape[0] ** 0.5 for k, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+@functools.cache
+def symmetry() -> otf.Symmetry:
+    return otf.trace_symmetry(net, draw(0), SHAPE)
+
+
+def shuffled(params, seed: int):
+    """The same function, its units in another order."""
+    rng = np.random.default_rng(seed)
+    plans = {}
+    for group in symmetry().groups:
+        plans[group.name] = jnp.asarray(rng.permutation(group.size), jnp.int32)
+    return otf.transport(symmetry(), plans, params)
+
+
+def near(seed: int) -> list[Any]:
+    """Two models that are alike, up to the order of their units."""
+    a, noise = draw(seed), draw(seed + 100)
+    b = [kernel + 0.2 * other for kernel, other in zip(a, noise, strict=True)]
+    return [a, shuffled(b, seed)]
+
+
+def data(count: int = 60, seed: int = 5):
+    return normal(count, SIZES[0], seed=seed)
+
+
+merge = functools.partial(otf.merge, net, outputs="values")
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+
+
+def rows(merged: otf.Merged) -> dict[tuple[str, str], otf.Trial]:
+    return {(row.start, row.repair): row for row in merged.report.rows}
+
+
+# --- what is found
+
+
+def test_permutations_are_found_without_data():
+    a = draw(0)
+    merged = merge([a, shuffled(a, 1)], inputs=SHAPE, candidates=["as they are", "weights"])
+    x = data()
+    close(net(merged.params, x), net(a, x))
+    assert merged.report.chosen.start != "as they are"
+    assert merged.report.held_out > 0
+    assert merged.symmetry == symmetry()
+    for model in merged.models:
+        close(net(model, x), net(a, x))
+
+
+def test_three_models_are_moved_to_one():
+    a = draw(0)
+    few = ["weights", "barycenter"]
+    merged = merge(
+        [a, shuffled(a, 1), shuffled(a, 2)], [data()], candidates=few, repairs=(otf.LeastSquares(),)
+    )
+    close(net(merged.params, data()), net(a, data()))
+    assert ("barycenter", "nothing") in rows(merged)
+    assert merged.report.chosen.score < 1e-9
+
+
+def tokens(params, x):
+    return jax.nn.relu(params["embed"][x]) @ params["out"]
+
+
+def test_tokens_are_decided_about_by_the_weights():
+    a = {"embed": normal(7, 12, seed=0), "out": normal(12, 7, seed=1)}
+    order = np.random.default_rng(0).permutation(12)
+    b = {"embed": a["embed"][:, order], "out": a["out"][order]}
+    # Outputs need not be named where none are looked at.
+    merged = otf.merge(tokens, [a, b], inputs=jax.ShapeDtypeStruct((2, 5), jnp.int32), polish=5)
+    close(merged.params["embed"], b["embed"])
+    assert merged.report.chosen.start == "weights"
+    assert merged.report.chosen.score < 1e-9
+    assert {row.repair for row in merged.report.rows} == {"nothing"}
+    assert merged.report.held_out == 0
+    assert "the weights alone" in str(merged.report)
+    with pytest.raises(ValueError, match="no path"):
+        merged.report.plot()
+
+
+def residual(params, x):
+    x = x @ params["embed"]
+    for block in params["blocks"]:
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+        x = x + jax.nn.relu((y * block["scale"][None]) @ block["up"]) @ block["down"]
+    return x @ params["head"]
+
+
+def residual_params(seed: int):
+    width, hidden = 8, 16
+    rng = np.random.default_rng(seed)
+
+    def kernel(*shape):
+        return jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+    blocks = []
+    for _ in range(2):
+        scale = jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32)
+        blocks.append({"scale": scale, "up": kernel(width, hidden), "down": kernel(hidden, width)})
+    return {"blocks": blocks, "embed": kernel(6, width), "head": kernel(width, 4)}
+
+
+def odd(params, x):
+    *hidden, last = params
+    for kernel in hidden:
+        x = jnp.tanh(x @ kernel)
+    return x @ last
+
+
+def test_signs_are_found():
+    a = draw(0)
+    signed = otf.trace_symmetry(odd, a, SHAPE).with_signs()
+    b = otf.transport(signed, signed.random(jax.random.key(0)), a)
+    x = data()
+    merged = otf.merge(odd, [a, b], [x], outputs="values", repairs=(), candidates=["weights"])
+    close(odd(merged.params, x), odd(a, x))
+    assert [row.units for row in merged.report.rows] == ["permutations", "signs"]
+    assert merged.report.chosen.units == "signs"
+    assert merged.symmetry == signed
+
+
+def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
+    a = residual_params(0)
+    rotating = otf.trace_symmetry(residual, a, SHAPE).with_rotations()
+    assert rotating.rotates
+    plans = {}
+    rng = np.random.default_rng(1)
+    for group in rotating.groups:
+        if group.rotates:
+            matrix = np.linalg.qr(rng.normal(size=(group.size, group.size)))[0]
+            plans[group.name] = jnp.asarray(matrix, jnp.float32)
+        else:
+            plans[group.name] = jnp.asarray(rng.permutation(group.size), jnp.int32)
+    b = otf.transport(rotating, plans, otf.canonicalize(rotating, a))
+    x = data()
+    few = ["weights", "learned rotations"]
+    merged = otf.merge(residual, [a, b], [x], outputs="logits", repairs=(), candidates=few)
+    np.testing.assert_allclose(residual(merged.params, x), residual(a, x), rtol=0, atol=1e-3)
+    assert merged.report.chosen.units == "rotations"
+    assert merged.symmetry == rotating
+    # Without data the weights decide about rotations, in one form.
+    blind = otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few[:1])
+    np.testing.assert_allclose(residual(blind.params, x), residual(a, x), rtol=0, atol=1e-3)
+    assert [(row.units, row.repair) for row in blind.report.rows] == [("rotations", "nothing")]
+    assert "the weights have decided" in str(blind.report).replace("\n", " ")
+    with pytest.raises(ValueError, match="drawn at random does not hold"):
+        otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few)
+    tried = [(row.start, row.units) for row in merged.report.rows]
+    assert ("weights", "permutations") in tried
+    assert ("weights", "rotations") in tried
+    assert ("learned rotations", "rotations") in tried
+
+
+# --- what is chosen
+
+
+def test_what_scores_best_is_kept():
+    models = near(0)
+    merged = merge(models, [data(40), data(60, seed=6)])
+    report = merged.report
+    assert "barycenter" not in {row.start for row in report.rows}  # of two, it is as by weights
+    assert (report.fitted, report.held_out) == (80, 20)
+    assert report.chosen.score == min(row.score for row in report.rows)
+    assert [row.chosen for row in report.rows].count(True) == 1
+    assert report.seconds > sum(row.seconds for row in report.rows) > 0
+    # The average of models that are moved is closer to their mean answer than one that is not.
+    found = rows(merged)
+    assert found["weights", "nothing"].score < found["as they are", "nothing"].score
+    fresh = data(200, seed=9)
+    target = (net(models[0], fresh) + net(models[1], fresh)) / 2
+    error = jnp.mean((net(merged.params, fresh) - target) ** 2)
+    unmoved = jnp.mean((net(otf.average(models), fresh) - target) ** 2)
+    assert error < 0.5 * unmoved
+
+
+@pytest.mark.parametrize("outputs", ["values", "logits"])
+def test_scores_are_those_of_inputs_held_out(outputs):
+    models = near(1)
+    x = data(50)
+    merged = otf.merge(net, models, [x], outputs=outputs, candidates=["as they are"], repairs=())
+    # Which are held out is drawn by the key.
+    order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), 50)
+    held_out = np.asarray(x)[np.asarray(order)[:10]]
+    answers = [np.asarray(net(params, held_out)) for params in (*models, merged.params)]
+    if outputs == "values":
+        a, b, ours = answers
+        expected = np.mean((ours - (a + b) / 2) ** 2)
+    else:
+        a, b, ours = (np.exp(y) / np.exp(y).sum(-1, keepdims=True) for y in answers)
+        mean = (a + b) / 2
+        expected = np.mean(np.sum(mean * np.log(mean / ours), -1))
+    (row,) = merged.report.rows
+    assert row.score == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_takes_the_place_of_the_divergence():
+    models = near(2)
+    x = data(50)
+
+    def loss(params, x):
+        # All that it asks for is small weights.
+        return sum(jnp.sum(kernel**2) for kernel in params) + 0 * jnp.sum(x)
+
+    merged = otf.merge(net, models, [x], loss=loss, candidates=["weights"], repairs=(), polish=3)
+    averaged, polished = merged.report.rows
+    assert averaged.score == pytest.approx(float(loss(otf.fuse(symmetry(), models), x)), rel=1e-4)
+    assert polished.chosen
+    assert polished.score < averaged.score
+
+
+@dataclasses.dataclass(frozen=True)
+class Harmful(otf.RestoreStatistics):
+    def correct(self, correctable, sums):
+        return 0 * correctable.leaf, (None,) * len(correctable.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(otf.RestoreStatistics):
+    def correct(self, correctable, sums):
+        raise ValueError("more samples are needed\nthan there are")
+
+
+def test_what_does_not_help_is_not_taken():
+    models = near(3)
+    plain = merge(models, [data()], repairs=())
+    merged = merge(models, [data()], repairs=(Harmful(), Failing()))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, plain.params)
+    found = rows(merged)
+    assert found["weights", "Harmful"].score > found["weights", "nothing"].score
+    failed = found["weights", "Failing"]
+    assert np.isnan(failed.score)
+    assert failed.problem.startswith("more samples are needed")
+    assert "weights, permutations, Failing: more samples are needed\n" in f"{merged.report}\n"
+
+
+def test_if_all_fails_it_says_why(monkeypatch: pytest.MonkeyPatch):
+    def fails(task):
+        raise FloatingPointError("out of range")
+
+    failing = candidates.Candidate("as they are", fails)
+    monkeypatch.setattr(candidates, "_ALL", (failing,))
+    with pytest.raises(ValueError, match="every trial has failed:\n  as they are: out of range"):
+        merge(near(0), [data()])
+
+
+def test_polish_is_taken_where_it_helps():
+    models = near(4)
+    few = functools.partial(merge, models, [data()], candidates=["weights"], repairs=())
+    plain, polished = few(), few(polish=100)
+    last = polished.report.rows[-1]
+    assert last.repair == "distilled"
+    assert last.chosen
+    assert last.score < plain.report.chosen.score
+    # A model that is met already has nothing to gain.
+    a = draw(0)
+    merged = merge([a, a], [data()], candidates=["as they are"], repairs=(), polish=3)
+    assert [row.chosen for row in merged.report.rows] == [True, False]
+    jax.tree.map(np.testing.assert_array_equal, merged.params, a)
+
+
+def test_the_same_key_gives_the_same_bits():
+    models = near(5)
+    again = functools.partial(merge, models, [data()], polish=5, candidates=["features"])
+    one, two, other = again(key=jax.random.key(3)), again(key=jax.random.key(3)), again()
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert [row.score for row in one.report.rows] == [row.score for row in two.report.rows]
+    assert [row.score for row in one.report.rows] != [row.score for row in other.report.rows]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        merge(models, inputs=SHAPE, candidates=["features"]).params,
+        merge(models, inputs=SHAPE, candidates=["features"]).params,
+    )
+
+
+# --- inputs
+
+
+def test_a_generator_is_gone_through_once_and_no_further_than_needed():
+    taken = []
+
+    def loader():
+        for number in range(100):
+            taken.append(number)
+            yield [np.asarray(data(8, seed=number), np.float64)]  # a list, as PyTorch has it
+
+    merged = merge(near(0), loader(), max_samples=20, candidates=["weights"])
+    assert taken == [0, 1, 2]
+    assert (merged.report.fitted, merged.report.held_out) == (16, 4)
+
+
+def test_functions_of_several_inputs():
+    def gated(params, x, mask):
+        return net(params, x) * mask["of"]
+
+    batch = (data(30), {"of": jnp.ones((30, 1))})
+    a = draw(0)
+    merged = otf.merge(gated, [a, shuffled(a, 1)], [batch], outputs="values", repairs=())
+    close(net(merged.params, data()), net(a, data()))
+
+
+def test_weights_and_leaf_weights_are_heeded():
+    models = near(6)
+    merged = merge(
+        models,
+        [data()],
+        weights=(0.9, 0.1),
+        leaf_weight=lambda path: path != "2",
+        candidates=["weights"],
+        repairs=(),
+        polish=2,
+    )
+    expected = otf.fuse(symmetry(), models, (0.9, 0.1), leaf_weight=lambda path: path != "2")
+    np.testing.assert_allclose(merged.params[2], expected[2], atol=1e-6)
+    assert not np.array_equal(merged.params[0], expected[0])
+
+
+# --- the report
+
+
+def test_the_report_is_a_table():
+    merged = merge(near(0), [data()], candidates=["as they are", "weights"], repairs=())
+    text = inspect.cleandoc(str(merged.report)).splitlines()
+    assert text[0].startswith("2 models, 2 trials in ")
+    assert text[0].endswith(
+        "fitted to 48 inputs; * has the least squared difference from the models' mean prediction "
+        "on 12 others"
+    )
+    assert text[2].split() == ["start", "units", "moved", "by", "then", "score", "seconds"]
+    assert text[3].split()[:2] == ["model", "0"]
+    assert text[5].split()[:5] == ["as", "they", "are", "nothing", "nothing"]
+    assert text[6].split()[:4] == ["*", "weights", "permutations", "nothing"]
+    assert len({line.rstrip()[-1] for line in text[5:7]} & set("0123456789")) >= 1
+
+
+def test_the_report_plots_the_path():
+    models = near(0)
+    merged = merge(models, [data()], candidates=["weights"], repairs=(), path=5)
+    before, after = merged.report.path
+    assert before.t == (0, 0.25, 0.5, 0.75, 1)
+    assert before.scores[0] == pytest.approx(merged.report.parents[0], rel=1e-4)
+    assert after.scores[2] == pytest.approx(merged.report.chosen.score, rel=1e-4)
+    assert max(after.scores) < max(before.scores)
+    axes = merged.report.plot()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["as they are", "weights", "the result"]
+    assert merged.report.plot(axes) is axes
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    merged = merge(near(0), [data()], candidates=["weights"], repairs=(), path=2)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        merged.report.plot()
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        merge(near(0), [data()], progress=True)
+
+
+def test_progress_is_shown_where_it_is_asked_for(capfd: pytest.CaptureFixture[str]):
+    few = functools.partial(merge, near(0), [data()], candidates=["weights"], repairs=())
+    few()
+    assert capfd.readouterr() == ("", "")
+    few(progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "merging" in shown.err
+
+
+# --- errors
+
+
+class Unhashable:
+    __hash__ = None  # pyright: ignore
+
+    def __call__(self, params, x):
+        return net(params, x)
+
+
+PAIR = near(0)
+WRONG = {
+    "no function": ({"fn": 3}, TypeError, "function"),
+    "a class": ({"fn": dict}, TypeError, "the class dict"),
+    "not hashable": ({"fn": Unhashable()}, TypeError, "cannot be hashed"),
+    "one model": ({"models": PAIR[:1]}, ValueError, "1 model given"),
+    "no list": ({"models": PAIR[0][0]}, (TypeError, ValueError), "list"),
+    "others": ({"models": [PAIR[0], PAIR[1][:2]]}, ValueError, "model 1"),
+    "not finite": ({"models": [PAIR[0], [jnp.nan * x for x in PAIR[1]]]}, ValueError, "model 1"),
+    "nothing known": ({"batches": None}, ValueError, "neither batches nor inputs"),
+    "both": ({"inputs": SHAPE}, ValueError, "both batches and inputs"),
+    "an array": ({"batches": data()}, TypeError, "not a list of batches"),
+    "no batches": ({"batches": []}, ValueError, "no batches"),
+    "one sample": ({"batches": [data(1)]}, ValueError, "a single sample"),
+    "an empty batch": ({"batches": [data(4), data(0)]}, ValueError, "batch 1, input 0"),
+    "words": ({"batches": [["a"]]}, TypeError, "batch 0, input 0"),
+    "NaN": ({"batches": [data(3), jnp.nan * data(3)]}, ValueError, "batch 1, input 0: 18 of 18"),
+    "another shape": ({"batches": [data(3), data(3)[:, :5]]}, ValueError, "batch 1 has samples"),
+    "other counts": ({"batches": [(data(3), data(4))]}, ValueError, "batch 0, input 1 has 4"),
+    "outputs unsaid": ({"outputs": None}, ValueError, "say what the function returns"),
+    "outputs unknown": ({"outputs": "probabilities"}, ValueError, "say what the function"),
+    "both measures": ({"loss": net}, ValueError, "both loss and outputs"),
+    "no scalar": ({"loss": net, "outputs": None}, ValueError, "return a scalar"),
+    "unknown": ({"candidates": ["magic"]}, ValueError, "no candidate 'magic'"),
+    "a string": ({"candidates": "weights"}, TypeError, "pass a list"),
+    "none at all": ({"candidates": []}, ValueError, "candidates is empty"),
+    "no rotations": ({"candidates": ["learned rotations"]}, ValueError, "can be rotated"),
+    "of two": ({"candidates": ["barycenter"]}, ValueError, "does not apply"),
+    "repair": ({"repairs": otf.LeastSquares()}, TypeError, "list of instances"),
+    "repair class": ({"repairs": [otf.LeastSquares]}, TypeError, "repair 0"),
+    "weights": ({"weights": (1.0,)}, ValueError, "weights has shape"),
+    "polish": ({"polish": -1}, ValueError, "polish is -1"),
+    "path": ({"path": True}, ValueError, "path is True"),
+    "leaf weight": ({"leaf_weight": 1.0}, TypeError, "function"),
+    "symmetry": ({"symmetry": "traced"}, TypeError, "a symmetry is wanted"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
+    changes, error, words = WRONG[name]
+    given: dict[str, Any] = {"fn": net, "models": PAIR, "batches": [data()], "outputs": "values"}
+    given |= changes
+    fn, models = given.pop("fn"), given.pop("models")
+    # Before any work: nothing is tried.
+    monkeypatch.setattr(candidates.Task, "moved", None)
+    with pytest.raises(error, match=words):
+        otf.merge(fn, models, **given)
+
+
+def test_logits_have_classes():
+    with pytest.raises(ValueError, match="two classes or more"):
+        otf.merge(lambda p, x: net(p, x)[:, :1], PAIR, [data()], outputs="logits")
+    with pytest.raises(TypeError, match="single array"):
+        otf.merge(lambda p, x: (net(p, x), x), PAIR, [data()], outputs="logits")
+    with pytest.raises(TypeError, match="int32"):
+        otf.merge(lambda p, x: net(p, x).argmax(-1), PAIR, [data()], outputs="values")
+
+
+# --- distill
+
+
+def test_distilling_comes_closer_to_the_mean_of_all():
+    teachers = near(7)
+    start = otf.fuse(symmetry(), teachers)
+    x, fresh = data(200), data(100, seed=8)
+    student = otf.distill(net, start, teachers, [x], outputs="values", weights=(0.25, 0.75))
+    again = otf.distill(net, start, teachers, [x], outputs="values", weights=(0.25, 0.75))
+    jax.tree.map(np.testing.assert_array_equal, student, again)
+    target = 0.25 * net(teachers[0], fresh) + 0.75 * net(teachers[1], fresh)
+    error = [float(jnp.mean((net(params, fresh) - target) ** 2)) for params in (start, student)]
+    assert error[1] < error[0]
+
+
+def test_what_is_not_trained_stays():
+    def counted(params, x):
+        return net(params["layers"], x)
+
+    teachers = [{"layers": model, "step": jnp.array(3)} for model in near(0)]
+    moved = otf.distill(
+        counted,
+        teachers[0],
+        teachers,
+        [data()],
+        outputs="values",
+        steps=2,
+        trains=lambda path: path == "layers/1",
+    )
+    np.testing.assert_array_equal(moved["step"], 3)
+    np.testing.assert_array_equal(moved["layers"][0], teachers[0]["layers"][0])
+    assert not np.array_equal(moved["layers"][1], teachers[0]["layers"][1])
+
+
+def test_distilling_names_what_is_wrong():
+    a = draw(0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        otf.distill(net, a, [a], [data()], outputs="values", steps=0)
+    with pytest.raises(TypeError, match="optimizer"):
+        otf.distill(net, a, [a], [data()], outputs="values", optimizer=jnp.sum)  # pyright: ignore
+    with pytest.raises(FloatingPointError, match="did not stay finite"):
+        otf.distill(net, a, near(0), [data()], loss=lambda p, x: jnp.sum(p[0]) * jnp.nan, steps=1)
