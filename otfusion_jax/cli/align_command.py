@@ -29,6 +29,7 @@ class Align(CommandWithResult):
         self.require_source()
         checkpoints = self.read([self.source, self.target], console)
         source, target = checkpoints
+        # Before the work, which may take long, and not after it.
         self.require_name(source)
         with precision_of(checkpoints):
             symmetry = self.find_symmetry(source, console)
@@ -42,6 +43,7 @@ class Align(CommandWithResult):
                 # Rotations and scales are those of models in canonical form.
                 params = canonicalize(symmetry, params)
                 target_params = canonicalize(symmetry, target_params)
+            # The distances are of what is compared: of the canonical forms, where there are any.
             alignment = align(symmetry, params, target_params)
             moved = transport(symmetry, alignment, params)
             facts = {

@@ -28,6 +28,7 @@ def table_of_groups(symmetry: Symmetry, alignment: Alignment) -> Table:
     rows = []
     for group in symmetry.groups:
         plan = np.asarray(alignment.plans[group.name])
+        # Of units that are mixed, none has stayed, and none has gone to another place.
         moved = None
         if is_permutation(plan):
             moved = int(np.count_nonzero(plan != np.arange(group.size)))
@@ -84,6 +85,7 @@ def table_of_norms(
     for number, leaf in enumerate(symmetry.leaves):
         if not leaf.moves:
             continue
+        # What all models have in common is in their mean; the rest cancels if units do not match.
         norms = [_norm(leaves[number]) for leaves in leaves_of_models]
         mean = np.mean(norms)
         left = [None, None]
@@ -116,6 +118,7 @@ def relative_distance(array: Any, target: Any) -> float | None:
     """
     is_complex = jnp.issubdtype(np.asarray(target).dtype, jnp.complexfloating)
     wide = np.complex128 if is_complex else np.float64
+    # A norm of many small numbers is out of the range of float16.
     a, b = np.asarray(array).astype(wide), np.asarray(target).astype(wide)
     norm = np.linalg.norm(b)
     return finite(np.linalg.norm(a - b) / norm) if norm > 0 else None

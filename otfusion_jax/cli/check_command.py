@@ -70,6 +70,7 @@ class Check(CommandWithSymmetry):
 
         console.step("moving units at random")
         model = fitted(symmetry, checkpoint, self.naming)
+        # Once before: what fails in the check is then not for want of other inputs.
         key = jax.random.key(self.seed)
         calling(name, lambda: by_key_path(model, *inputs))
         return check_symmetry(symmetry, by_key_path, model, *inputs, key=key)

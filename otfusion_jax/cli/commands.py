@@ -66,6 +66,7 @@ def run(words: Sequence[str]) -> int:
     with warnings.catch_warnings():
         # They belong to the report, without the source lines that Python puts before them.
         warnings.simplefilter("always", SymmetryWarning)
+        # All others are shown as they would be.
         show = warnings.showwarning
 
         def showwarning(message: Warning | str, category: type[Warning], *rest, **named) -> None:

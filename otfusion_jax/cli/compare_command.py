@@ -40,6 +40,7 @@ class Compare(CommandWithSymmetry):
 
     def run(self, console: Console) -> int:
         """Carries the command out, see `Command.run`."""
+        # Before the work, which may take long, and not after it.
         if self.report is not None:
             require_free_names(self.report)
         if self.knows_symmetry:
@@ -82,6 +83,7 @@ def _by_name(checkpoints: list[Checkpoint], console: Console) -> Report:
     """Compares arrays of the same names as they are."""
     a, b = checkpoints
     rows = []
+    # All names of both, in the order in which they are met.
     for name in dict.fromkeys((*a.arrays, *b.arrays)):
         in_a, in_b = a.arrays.get(name), b.arrays.get(name)
         if in_a is None or in_b is None:
@@ -93,6 +95,7 @@ def _by_name(checkpoints: list[Checkpoint], console: Console) -> Report:
         elif in_a.tobytes() == in_b.tobytes():
             rows.append((name, "equal", 0.0))
         else:
+            # The distance between integers, of counters and tables, says nothing.
             is_weight = jnp.issubdtype(in_a.dtype, jnp.inexact)
             distance = relative_distance(in_a, in_b) if is_weight else None
             rows.append((name, "differs", distance))

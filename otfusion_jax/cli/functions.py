@@ -47,6 +47,7 @@ def load_function(name: str) -> Callable[..., Any]:
         raise ValueError(
             f"--apply is {name!r}, but {error}; it is looked for in sys.path"
         ) from None
+    # A method of an object, or a function in a class.
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"--apply is {name!r}, but there is no {part!r} in {module_name}")
@@ -78,6 +79,7 @@ def parse_inputs(words: Sequence[str]) -> list[tuple[jax.ShapeDtypeStruct, int]]
                 f"--input is {word!r}; give dtype and shape, as f32[8,64], or i32[2,16]:100 for"
                 " integers below 100"
             )
+        # A scalar has none: `f32[]`.
         sizes = [int(size) for size in match[2].replace(" ", "").split(",") if size]
         bound = int(match[3]) if match[3] else 2
         inputs.append((jax.ShapeDtypeStruct(tuple(sizes), dtype), bound))
@@ -111,6 +113,7 @@ def draw_inputs(inputs: Sequence[tuple[jax.ShapeDtypeStruct, int]], seed: int) -
         if jnp.issubdtype(struct.dtype, jnp.inexact):
             values = rng.standard_normal(struct.shape)
         else:
+            # Tokens that are out of range would be clipped, and show nothing.
             values = rng.integers(0, bound, struct.shape)
         drawn.append(np.asarray(values).astype(struct.dtype))
     return drawn

@@ -34,6 +34,7 @@ class Fuse(CommandWithResult):
         self._require_models()
         checkpoints = self.read(self.models, console)
         like = checkpoints[self.reference]
+        # Before the work, which may take long, and not after it.
         self.require_name(like)
         with precision_of(checkpoints):
             symmetry = self.find_symmetry(like, console)
@@ -41,11 +42,13 @@ class Fuse(CommandWithResult):
             for checkpoint in checkpoints:
                 others = _others(checkpoints, checkpoint)
                 models.append(fitted(symmetry, checkpoint, self.naming, others))
+            # All that can be told without moving a unit has been told by now.
             if self.dry_run:
                 console.show(f"{symmetry}\n\nwould fuse {len(models)} models, and write {self.out}")
                 return 0
             console.step(f"fusing {len(models)} models")
             fused = fuse(symmetry, models, self.weight or None, reference=self.reference)
+            # What is lost in the average of units that do not match shows in its norm.
             plain = average(models, self.weight or None)
             tables = {"parameters": table_of_norms(symmetry, models, plain, fused)}
             arrays = results_by_name(symmetry, fused, like, self.naming)

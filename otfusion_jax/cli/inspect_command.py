@@ -30,6 +30,7 @@ class Inspect(CommandWithSymmetry):
 
     def run(self, console: Console) -> int:
         """Carries the command out, see `Command.run`."""
+        # Before the work, which may take long, and not after it.
         if self.save_symmetry is not None:
             self.require_source()
             require_free(self.save_symmetry)
@@ -39,6 +40,7 @@ class Inspect(CommandWithSymmetry):
             self.require_source()
             with precision_of([checkpoint]):
                 symmetry = self.find_symmetry(checkpoint, console)
+                # A symmetry that was read may be of another architecture.
                 fitted(symmetry, checkpoint, self.naming)
             text = in_words(symmetry)
             if self.save_symmetry is not None:
@@ -56,6 +58,7 @@ def _report_of(checkpoint: Checkpoint, console: Console, text: str) -> Report:
     for name, array in checkpoint.arrays.items():
         numbers += math.prod(array.shape)
         rows.append((name, str(array.shape), str(array.dtype), not_finite(array)))
+    # The digest tells this file from another of the same name, and a whole one from a damaged one.
     tables = {
         "arrays": Table(("name", "shape", "dtype", "not finite"), tuple(rows)),
         "files": table_of_files([checkpoint]),

@@ -43,6 +43,7 @@ class Naming:
             CheckpointError: If two names are one key path, or if there are none.
         """
         names = {}
+        # The slash keeps `params_ema` from being below `params`.
         prefix = f"{self.subtree.strip('/')}/" if self.subtree else ""
         for name in checkpoint.arrays:
             path = name if checkpoint.nests else self._key_path(name)
@@ -137,6 +138,7 @@ def fitted(
             f"{checkpoint.path} does not fit the symmetry (another architecture? another"
             " --separator or --subtree?):\n" + "\n".join(lines)
         )
+    # By key path, so that it does not matter which containers the symmetry was traced with.
     arrays = [native(checkpoint.arrays[names[leaf.path]]) for leaf in symmetry.leaves]
     params = symmetry.treedef.unflatten(arrays)
     symmetry.validate(params, str(checkpoint.path))
@@ -161,6 +163,7 @@ def results_by_name(
     arrays = {}
     leaves = jax.tree_util.tree_leaves(result)
     for leaf, value in zip(symmetry.leaves, leaves, strict=True):
+        # JAX may have narrowed integers of 64 bits; those of the file are passed on instead.
         if leaf.moves:
             arrays[names[leaf.path]] = np.asarray(value)
     return arrays
@@ -171,6 +174,7 @@ def results_by_name(
 
 def _tied_in(others: Sequence[Checkpoint], naming: Naming, path: str) -> str:
     """Says of a missing array to which one it is equal in another checkpoint; or nothing."""
+    # safetensors has one of two arrays that share their memory, and which one may differ by model.
     for other in others:
         names = naming.names(other)
         if path in names:
@@ -197,6 +201,7 @@ def tied(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         if array.ndim < 2 or not jnp.issubdtype(array.dtype, jnp.inexact) or array.size < 2:
             continue
         content = np.ascontiguousarray(array).reshape(-1)
+        # As fresh kernels of zeros are, in which nothing is tied.
         if (content == content[0]).all():
             continue
         digest = hashlib.sha256(content.view(np.uint8).data).digest()

@@ -123,6 +123,7 @@ class CommandWithSymmetry(Command):
         Raises:
             ValueError: If the function fails, or the file is no symmetry.
         """
+        # Signs come after rotations, which have them among their matrices.
         symmetry = self._found(checkpoint, console)
         if self.rotations:
             symmetry = symmetry.with_rotations()
@@ -131,6 +132,7 @@ class CommandWithSymmetry(Command):
         return symmetry.with_scales() if self.scales else symmetry
 
     def _found(self, checkpoint: Checkpoint, console: Console) -> Symmetry:
+        # A check has both: it proves what was saved.
         if self.symmetry is not None:
             console.step(f"reading {self.symmetry}")
             return read_symmetry(self.symmetry)

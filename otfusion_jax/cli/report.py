@@ -55,6 +55,7 @@ class Report:
 
     def to_json(self) -> str:
         """Returns the report as JSON. The same command on the same files gives the same text."""
+        # No time and no host: what is equal should look so.
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -69,6 +70,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Returns the report as Markdown."""
+        # Blank lines between blocks are what Markdown tells them by.
         blocks = [f"# otfusion {self.command[1]}", f"```bash\n{shlex.join(self.command)}\n```"]
         facts = [f"- {name}: {_shown(value)}" for name, value in self.facts.items()]
         blocks.append("\n".join(facts))

@@ -45,6 +45,7 @@ class CommandWithResult(CommandWithSymmetry):
         Raises:
             ValueError: If the name is taken, or has another suffix than the format.
         """
+        # Whoever reads the result goes by its suffix.
         wanted = _SUFFIXES.get(like.layout.format)
         if wanted is not None and self.out.suffix != wanted:
             raise ValueError(
@@ -82,6 +83,7 @@ class CommandWithResult(CommandWithSymmetry):
         Returns:
             The exit status 0.
         """
+        # Permutations keep tied arrays tied; canonical forms scale one and not the other.
         for first, second in untied(like, arrays):
             console.warn(
                 f"{first} and {second} are equal in {like.path}, and are not in the result; if they"
@@ -94,6 +96,7 @@ class CommandWithResult(CommandWithSymmetry):
         facts["passed on as they were"] = unchanged
         tables = {**tables, "files": table_of_files(checkpoints)}
         report = Report(console.command, facts, tables, in_words(symmetry), console.warnings)
+        # After the result: a report without one would speak of what is not there.
         report.write(self.out)
         console.show(f"wrote {self.out}, {report_paths(self.out)[1].name}")
         return 0

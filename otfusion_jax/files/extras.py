@@ -18,6 +18,7 @@ def require_package(name: str, package: str, why: str) -> ModuleType:
     Raises:
         ImportError: If it is not installed, saying what to install.
     """
+    # Not at the top of a module: `import otfusion_jax.files` needs none of them.
     try:
         return importlib.import_module(name)
     except ImportError as error:

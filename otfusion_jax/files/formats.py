@@ -22,6 +22,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: If there is no such file, if it is damaged or of another format.
         ImportError: If the package that reads the format is not installed.
     """
+    # By name and not by content: a file that lies about what it is is damaged.
     if path.is_dir():
         return _read_folder(path)
     if path.name.endswith(safetensors_format.INDEX_SUFFIX):

@@ -85,6 +85,7 @@ def _in_pieces(tree: Any) -> Any:
         return [_in_pieces(child) for child in tree]
     if not isinstance(tree, np.ndarray) or tree.nbytes <= _LARGEST_PIECE:
         return tree
+    # As Flax numbers them, so that it can read the result.
     flat, length = tree.reshape(-1), _LARGEST_PIECE // tree.itemsize
     pieces = {}
     for number, start in enumerate(range(0, len(flat), length)):
@@ -147,6 +148,7 @@ def _checked_array(record: Any, path: Path) -> np.ndarray:
     shape = checked_shape(record[0], f"an array in {path}")
     dtype = _dtype_of(record[1], path)
     content = record[2]
+    # Nothing is made of the shape before it is known to fit.
     needed = math.prod(shape) * dtype.itemsize
     if not isinstance(content, bytes) or len(content) != needed:
         raise CheckpointError(f"{path} has an array of shape {shape} that is cut off")

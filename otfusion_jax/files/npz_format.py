@@ -97,6 +97,7 @@ def _read_archive(archive: zipfile.ZipFile, path: Path, size: int) -> Checkpoint
     members = archive.infolist()
     if len(members) > _MOST_MEMBERS:
         raise CheckpointError(f"{path} has {len(members):,} members, more than a model has arrays")
+    # zip says how large each member will be, and unpacking stops there.
     claimed = sum([member.file_size for member in members])
     require_bounded(claimed, size, str(path))
     arrays, compressions, column_major = {}, {}, set()
@@ -142,6 +143,7 @@ def _read_array(file: IO[bytes], size: int, what: str) -> tuple[np.ndarray, bool
 
 def _read_header(file: IO[bytes], what: str) -> tuple[Any, bool, np.dtype, int]:
     """Returns shape, order and dtype of an npy file, and how many bytes say so."""
+    # The magic, the version, and the length of the header, of two bytes or of four.
     beginning = io.BytesIO(file.read(12))
     version = np.lib.format.read_magic(beginning)
     if version not in ((1, 0), (2, 0)):

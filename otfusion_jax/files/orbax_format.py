@@ -72,6 +72,7 @@ def read_orbax(path: Path) -> Checkpoint:
         CheckpointError: If the folder is damaged, has links, or would unpack to far more than it
             is.
     """
+    # Before Orbax opens any of them.
     files = _files_in(path)
     stored = sum([require_regular(file) for file in files])
     orbax = _package()
@@ -107,6 +108,7 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
 def _arguments(orbax: Any, tree: Any) -> tuple[int, Any]:
     """Returns how many bytes arrays are said to have, and that NumPy is to have them."""
     claimed = 0
+    # Of leaves that are no arrays there is nothing to claim.
     for leaf in jax.tree_util.tree_leaves(tree):
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is not None and dtype is not None:

@@ -201,6 +201,7 @@ def _checked_entry(record: Any, what: str) -> _Entry:
     if not is_pair or type(offsets[0]) is not int or type(offsets[1]) is not int:
         raise CheckpointError(f"{what} has data_offsets that are no two numbers")
     begin, end = offsets
+    # Both are unbounded integers in Python, so that nothing here can overflow.
     needed = math.prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise CheckpointError(
@@ -250,6 +251,7 @@ def read_sharded(index_path: Path) -> Checkpoint:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index_path} has no weight_map")
     shards: dict[str, SafetensorsLayout] = {}
+    # Only what both the index and the file agree on is read.
     found: dict[str, np.ndarray] = {}
     files = [index_path]
     for shard in _shards_of(weight_map, index_path):
@@ -275,6 +277,7 @@ def read_sharded(index_path: Path) -> Checkpoint:
 def _shards_of(weight_map: Mapping[str, Any], index_path: Path) -> Sequence[str]:
     """Returns the files of an index, each once; refuses any that is not beside it."""
     shards = []
+    # Links are followed: a cache of downloads consists of them, and what is behind one is checked.
     for name, shard in weight_map.items():
         is_name = isinstance(shard, str) and shard.endswith(SUFFIX) and "\0" not in shard
         if not is_name or "/" in shard or "\\" in shard:

@@ -45,6 +45,7 @@ def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
                     raise CheckpointError(f"{name or what} has the key {key!r}, which is no text")
                 children[key] = slots_of(child, _below(name, key))
             return children
+        # msgpack has lists alone, and Orbax writes tuples as it writes lists.
         if isinstance(node, list | tuple):
             items = []
             for number, child in enumerate(node):
@@ -55,6 +56,7 @@ def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
                 raise CheckpointError(f"{what} has two arrays of the name {name!r}")
             arrays[name] = np.asarray(node)
             return Slot(name, isinstance(node, np.generic))
+        # Counters of Python, texts and None stay where they are.
         return node
 
     try:

@@ -58,6 +58,7 @@ def dumps(symmetry: "Symmetry") -> str:
         ValueError: If the parameters lie in other containers than dicts with string keys, lists and
             tuples, naming where, or have a dtype that has no name.
     """
+    # The order of names is that of the dataclasses, so that texts can be compared.
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     record["tree"] = _tree_to_json(symmetry.treedef, _TOP, 0)
     for name in _PARTS:
@@ -88,6 +89,7 @@ def _tree_to_json(treedef: Any, where: str, level: int) -> Any:
         return 0
     kind, keys = node
     children = treedef.children()
+    # To JAX, None is a container without children.
     if kind is type(None):
         return {"none": []}
     if kind is dict:
@@ -153,6 +155,7 @@ def loads(text: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f'this is no saved symmetry: it has no "format": "{FORMAT}"')
     version = record.get("version")
+    # There is one version so far. Whoever adds a field raises it, and reads the old one here.
     if version != VERSION:
         raise ValueError(
             f"the symmetry is saved in version {_shown(version)} of the format, and this library"
