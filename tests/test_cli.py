@@ -54,6 +54,10 @@ def twice(params, x):
     return x @ params["embed"] @ params["head"].T
 
 
+def nothing(params, x):
+    return flat(params, x) * jnp.nan
+
+
 number = 3
 """
 
@@ -327,6 +331,13 @@ def test_check_tells_right_from_wrong(folder: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     run("check", a, *FLAT, "--symmetry", "wrong.json", status=1)
     assert "THE SYMMETRY DOES NOT HOLD" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_a_check_of_nothing_but_nan_says_so(capsys: pytest.CaptureFixture):
+    a = write_safetensors("a", 0)
+    flags = ("--apply", "network:nothing", "--input", "f32[2,6]")
+    assert "have NaN on random inputs" in fails(capsys, "check", a, *flags)
 
 
 @pytest.mark.usefixtures("default_promotion")

@@ -28,7 +28,7 @@ from flax import serialization
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from otfusion_jax.files import extras, msgpack_format, npz_format
+from otfusion_jax.files import extras, msgpack_format, npz_format, writing
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
 from otfusion_jax.files.formats import read_checkpoint
 from otfusion_jax.files.writing import write_like
@@ -282,6 +282,28 @@ def test_a_kill_leaves_nothing_under_the_name(format: str, tmp_path: Path):
     assert partial.name.endswith(".partial")
     write_like(read_checkpoint(path), {}, target)
     assert_same(read_checkpoint(target), read_checkpoint(path))
+
+
+@pytest.mark.parametrize("format", ["npz", "shards"])
+def test_what_another_process_wrote_meanwhile_stays(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = WRITERS[format](tmp_path)
+    checkpoint, target = read_checkpoint(path), tmp_path / f"b{path.suffix}"
+    sync = writing._sync
+
+    def written_meanwhile(partial: Path):
+        sync(partial)
+        if partial.is_dir():
+            target.mkdir()
+        elif partial.parent == tmp_path:
+            target.write_text("theirs")
+
+    monkeypatch.setattr(writing, "_sync", written_meanwhile)
+    with pytest.raises(CheckpointError, match="meanwhile|there already"):
+        write_like(checkpoint, {}, target)
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, target.name}
+    assert target.is_dir() or target.read_text() == "theirs"
 
 
 def test_a_failure_leaves_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """`otfusion check`: the proof that a symmetry is that of a network."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,11 @@ class Check(CommandWithSymmetry):
         with precision_of([checkpoint]):
             symmetry = self.find_symmetry(checkpoint, console)
             error = self._error(symmetry, checkpoint, console)
+        if math.isnan(error):
+            raise ValueError(
+                "the network's outputs have NaN on random inputs, so that nothing can be compared:"
+                " try another --seed, or integers within a bound, as i32[2,16]:100"
+            )
         passed = error <= self.tolerance
         verdict = "the symmetry holds" if passed else "THE SYMMETRY DOES NOT HOLD"
         console.show(

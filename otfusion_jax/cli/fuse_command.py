@@ -13,6 +13,7 @@ from otfusion_jax.cli.models import fitted, precision_of, results_by_name
 from otfusion_jax.cli.results import CommandWithResult
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.symmetry.canonical import canonicalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class Fuse(CommandWithResult):
             console.step(f"fusing {len(models)} models")
             fused = fuse(symmetry, models, self.weight or None, reference=self.reference)
             # What is lost in the average of units that do not match shows in its norm.
+            if symmetry.has_form:
+                # So is the result, whose norms are compared with those of the models.
+                models = [canonicalize(symmetry, model) for model in models]
             plain = average(models, self.weight or None)
             tables = {"parameters": table_of_norms(symmetry, models, plain, fused)}
             arrays = results_by_name(symmetry, fused, like, self.naming)

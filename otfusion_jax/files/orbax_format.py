@@ -4,10 +4,11 @@ Of its many files we look at no more than their sizes, and that none of them lea
 folder. Orbax says shapes and dtypes before it reads arrays, which are then bounded.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,24 @@ class OrbaxLayout(AbstractLayout):
         """Writes a folder, see `AbstractLayout.write`."""
         orbax = _package()
         tree = put_together(self.slots, arrays)
-        with orbax.StandardCheckpointer() as checkpointer:
+        with _silent(), orbax.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.resolve(), tree)
             checkpointer.wait_until_finished()
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps Orbax from logging: its reports are for its developers, and its errors are raised."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _package() -> Any:
-    # Its reports of progress are for its own developers.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     return require_package("orbax.checkpoint", "orbax-checkpoint", "an Orbax folder")
 
 
@@ -77,7 +88,7 @@ def read_orbax(path: Path) -> Checkpoint:
     stored = sum([require_regular(file) for file in files])
     orbax = _package()
     try:
-        with orbax.PyTreeCheckpointer() as checkpointer:
+        with _silent(), orbax.PyTreeCheckpointer() as checkpointer:
             described = checkpointer.metadata(path.resolve()).item_metadata
             tree = getattr(described, "tree", described)
             claimed, restore_args = _arguments(orbax, tree)

@@ -103,10 +103,12 @@ def _rename(partial: Path, target: Path) -> None:
             os.link(partial, target)
         except FileExistsError:
             raise CheckpointError(f"{target} was written by another process meanwhile") from None
-        except OSError:  # a file system without links, where `rename` would replace a file
-            require_free(target)
+        except OSError:
+            pass  # a file system without links
         else:
             return
+    # A file would be replaced, and so would an empty folder.
+    require_free(target)
     partial.rename(target)
 
 
