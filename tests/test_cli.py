@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,26 @@ def test_tied_arrays_are_named(capsys: pytest.CaptureFixture):
         ),
     )
     assert "head: missing; in a.safetensors it is tied to embed" in message
+
+
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.b", "a/b"), "'a.b' and 'a/b' in x.npz are both 'a/b'"),
+        (("a.b", "a"), "'a.b' in x.npz is below the array 'a'"),
+        (("a" + ".a" * 10_000,), "has 10001 keys, more than any model"),
+    ],
+)
+def test_names_that_are_no_tree(
+    names: tuple[str, ...], message: str, capsys: pytest.CaptureFixture
+):
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        for name in names:
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.ones(3, np.float32))
+    flags = ("--apply", "network:flat", "--input", "f32[2,6]", "--separator", ".")
+    assert message in fails(capsys, "inspect", "x.npz", *flags)
 
 
 WRONG_WORDS = {

@@ -15,6 +15,9 @@ from jaxtyping import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
 from otfusion_jax.symmetry.symmetry import Symmetry
 
+# Trees are walked by recursion.
+_MOST_LEVELS = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
@@ -73,7 +76,8 @@ class Naming:
             Nested dicts by the keys of the names, or one dict by name if a name is one key.
 
         Raises:
-            CheckpointError: If a key path is a parameter and leads to others, too.
+            CheckpointError: If a key path is a parameter and leads to others, too, or has hundreds
+                of keys.
         """
         nests = checkpoint.nests or bool(self.separator)
         names = self.names(checkpoint)
@@ -85,6 +89,10 @@ class Naming:
                 continue
             node = tree
             keys = path.split("/")
+            if len(keys) > _MOST_LEVELS:
+                raise CheckpointError(
+                    f"{name[:80]!r} in {checkpoint.path} has {len(keys)} keys, more than any model"
+                )
             for depth, key in enumerate(keys[:-1], start=1):
                 around = "/".join(keys[:depth])
                 if around in names:

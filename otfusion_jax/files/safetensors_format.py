@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -159,19 +159,25 @@ def read_safetensors(path: Path) -> Checkpoint:
                 " cut off, or no safetensors file"
             )
         header = parse_json(file.read(length), f"the header of {path}")
-    metadata = _checked_metadata(header.pop(_METADATA, None), path)
-    entries = {}
-    for name, record in header.items():
-        entries[name] = _checked_entry(record, f"{name!r} in {path}")
-    in_order = _require_gapless(entries, data_bytes, path)
-    arrays = {}
-    for name in in_order:
-        entry = entries[name]
-        offset = _LENGTH_BYTES + length + entry.begin
-        array = np.fromfile(path, entry.dtype, math.prod(entry.shape), offset=offset)
-        require_booleans(array, f"{name!r} in {path}")
-        arrays[name] = array.reshape(entry.shape)
+        metadata = _checked_metadata(header.pop(_METADATA, None), path)
+        entries = {}
+        for name, record in header.items():
+            entries[name] = _checked_entry(record, f"{name!r} in {path}")
+        arrays = {}
+        for name in _require_gapless(entries, data_bytes, path):
+            what = f"{name!r} in {path}"
+            file.seek(_LENGTH_BYTES + length + entries[name].begin)
+            arrays[name] = _read_array(file, entries[name], what)
     return Checkpoint(path, arrays, SafetensorsLayout(metadata), (path,))
+
+
+def _read_array(file: BinaryIO, entry: _Entry, what: str) -> np.ndarray:
+    count = math.prod(entry.shape)
+    array = np.fromfile(file, entry.dtype, count)
+    if array.size != count:
+        raise CheckpointError(f"{what} has become shorter while it was read")
+    require_booleans(array, what)
+    return array.reshape(entry.shape)
 
 
 def _checked_metadata(metadata: Any, path: Path) -> dict[str, str] | None:
