@@ -193,7 +193,7 @@ def _axis_in_words(member: Member, size: int) -> str:
         start = index.start % stride
         text += f" [..., {start}:{start + span}]"
     else:
-        stop = int(index.positions(size).max()) + 1
+        stop = index.stop(size)
         if stop - index.start < member.location.length:
             text += f" [{index.start}:{stop}]"
     before, after = index.before, index.after

@@ -35,6 +35,17 @@ class StridedIndex:
         """The product of the factors outside the units."""
         return math.prod(count for count, _ in self.outer)
 
+    def stop(self, size: int) -> int:
+        """Returns the position behind the last of some units.
+
+        Args:
+            size: The number of units.
+        """
+        stop = self.start + size * self.after
+        for count, stride in self.outer:
+            stop += (count - 1) * stride
+        return stop
+
     def positions(self, size: int) -> np.ndarray:
         """Returns the positions of some units.
 

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_function, require_key, require_kind
-from otfusion_jax.symmetry import display
+from otfusion_jax.symmetry import display, serialization
 from otfusion_jax.symmetry.groups import (
     FOLDED,
     Freedom,
@@ -141,6 +141,39 @@ class Symmetry(Mapping[str, Group]):
             of it, the most first, with the source line where they met what does not move.
         """
         return display.summary(self)
+
+    def to_json(self) -> str:
+        """Writes the symmetry as JSON, for other processes and for models without their code.
+
+        Returns:
+            The text. It has a version, and every field that there is, reasons and source lines
+            among them. The same symmetry always gives the same text.
+
+        Raises:
+            ValueError: If the parameters lie in other containers than dicts with string keys, lists
+                and tuples (an NNX state, a `NamedTuple`), naming where: what cannot be named cannot
+                be read again.
+        """
+        return serialization.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Symmetry":
+        """Reads a symmetry that `to_json` has written, and checks all of it.
+
+        Args:
+            text: The text, which may come from anywhere.
+
+        Returns:
+            The symmetry, equal to the one that was written and with the same hash.
+
+        Raises:
+            ValueError: If the text is no JSON, no symmetry, or of another version, or if a field is
+                missing, of another kind, or out of range. The message says which, as in
+                `groups[3].members[0].role`.
+            TypeError: If it is no text.
+        """
+        require_kind(text, str, "text", "what symmetry.to_json() has returned")
+        return cls(**serialization.loads(text))
 
     # --- leaves and their parts
 
