@@ -112,3 +112,12 @@ def test_pairs_that_do_not_fit_are_named():
         otf.average_adapters(MODELS, pairs=[otf.LowRankPair("layer/lora_b", "layer/lora_a")])
     with pytest.raises(ValueError, match="rank is 0; give 1 or more"):
         otf.average_adapters(MODELS, rank=0)
+
+
+def test_both_factors_of_a_product_have_the_same_weights():
+    models = [{"a": normal(4, 2, seed=n), "b": normal(2, 3, seed=n + 9)} for n in range(2)]
+    pair = otf.LowRankPair("a", "b")
+    with pytest.raises(ValueError, match="a and b have other weights, .* give both the same"):
+        otf.average_adapters(
+            models, lambda path: [1.0, 0.0] if path == "a" else [0.0, 1.0], pairs=[pair]
+        )

@@ -513,3 +513,11 @@ def test_distilling_names_what_is_wrong():
         otf.distill(net, a, [a], [data()], outputs="values", optimizer=jnp.sum)  # pyright: ignore
     with pytest.raises(FloatingPointError, match="did not stay finite"):
         otf.distill(net, a, near(0), [data()], loss=lambda p, x: jnp.sum(p[0]) * jnp.nan, steps=1)
+
+
+def test_inside_of_jit_there_is_nothing_to_choose_by():
+    models, x = near(0), data()
+    with pytest.raises(TypeError, match=r"merge was called inside of jax\.jit"):
+        jax.jit(lambda models: otf.merge(net, models, [x], outputs="values").params)(models)
+    with pytest.raises(TypeError, match=r"distill was called inside of jax\.jit"):
+        jax.jit(lambda a: otf.distill(net, a, models, [x], outputs="values"))(models[0])

@@ -295,6 +295,48 @@ def test_what_is_refused_would_change_the_output(name: str):
     assert change(case.fn, params, moved) > BROKEN
 
 
+# A scale that starts from 0, as Gemma has them, is added to 1: its sum could be scaled, but it is
+# the parameter that would have to be.
+SHIFTED: Degrees = {("b", 0): 1, ("v", 0): -1}
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("act", [jax.nn.relu, jnp.tanh])
+def test_what_1_is_added_to_is_not_scaled(act):
+    def fn(p, x):
+        return (act(x @ p["w"]) * (1 + p["b"])) @ p["v"]
+
+    params = normals(SHAPES, seed=1)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    (freedom,) = symmetry.freedoms
+    for scaling in (*freedom.scales, *freedom.signs):
+        assert all(symmetry.parts[leaf].path != "b" for leaf, _, _ in scaling.degrees)
+    free = symmetry.with_signs().with_scales()
+    assert otf.check_symmetry(free, fn, params, X) < EXACT
+    assert change(fn, params, otf.canonicalize(free, params)) < EXACT
+    assert change(fn, params, turned_by_hand(params, SHIFTED, SCALES)) > BROKEN
+
+
+@pytest.mark.compatibility
+def test_a_function_applied_at_positions_is_any_function():
+    def fn(p, x):
+        return (x @ p["w"]).at[0].apply(jnp.exp) @ p["v"]
+
+    params = {name: normals(SHAPES, seed=1)[name] for name in ("w", "v")}
+    (freedom,) = otf.trace_symmetry(fn, params, X).freedoms
+    assert not freedom.rotates
+    assert not freedom.scales
+    assert not freedom.signs
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("write", [lambda h: h.at[0].set(0.0), lambda h: h.at[0].add(h[1])])
+def test_what_is_set_or_added_at_positions_is_linear(write):
+    params = {name: normals(SHAPES, seed=1)[name] for name in ("w", "v")}
+    symmetry = otf.trace_symmetry(lambda p, x: write(x @ p["w"]) @ p["v"], params, X)
+    assert symmetry.freedoms[0].linear
+
+
 # --- recurrent cells
 
 
@@ -458,6 +500,66 @@ def test_balancing_finds_the_smallest_weights():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), params, scaled)
     both = jax.vmap(lambda model: otf.canonicalize(symmetry, model))(stacked)
     assert_allclose(both["u"][1], balanced["u"], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1e10, 1e-10), (1e20, 1.0), (1e-30, 1.0)])
+def test_any_sizes_are_balanced(sizes):
+    params = normals({"w": (3, N), "v": (N, 4)}, seed=1)
+    params = {"w": params["w"] * sizes[0], "v": params["v"] * sizes[1]}
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["w"]) @ p["v"]
+
+    symmetry = otf.trace_symmetry(fn, params, X).with_scales()
+    balanced = otf.canonicalize(symmetry, params)
+    assert change(fn, params, balanced) < EXACT
+    assert_allclose(np.linalg.norm(balanced["w"]), np.linalg.norm(balanced["v"]), rtol=1e-4)
+
+
+def test_half_precision_is_balanced_beyond_the_range_of_its_scales():
+    params = normals({"w": (3, N), "v": (N, 4)}, seed=1)
+    params = {
+        "w": (params["w"] * 1e-4).astype("float16"),
+        "v": (params["v"] * 1e4).astype("float16"),
+    }
+
+    def fn(p, x):
+        return jax.nn.relu(x.astype("float16") @ p["w"]) @ p["v"]
+
+    symmetry = otf.trace_symmetry(fn, params, X).with_scales()
+    balanced = otf.canonicalize(symmetry, params)
+    assert balanced["w"].dtype == jnp.float16
+    assert change(fn, params, balanced) < 0.05
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_what_goes_from_a_unit_to_itself_does_not_hold_it_back(size):
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["w"] + p["b"])
+        return jax.nn.relu(h @ p["r"]) @ p["r"] @ p["v"]
+
+    params = normals(LOOP, seed=1)
+    params["r"] = array(size * np.eye(N)) + 0.1 * params["r"]
+    symmetry = otf.trace_symmetry(fn, params, X).with_scales()
+    one = otf.canonicalize(symmetry, params)
+    scaled = turned_by_hand(params, RECURRENT, SCALES)
+    for other in (otf.canonicalize(symmetry, scaled), otf.canonicalize(symmetry, one)):
+        for name, leaf in one.items():
+            assert_allclose(other[name], leaf, rtol=1e-4, atol=1e-5 * float(jnp.abs(leaf).max()))
+
+
+def test_matrices_and_scales_that_meet_settle_together():
+    def fn(p, x):
+        h = x @ p["a"]
+        return (h + jax.nn.relu(h @ p["u"]) @ p["d"] + h @ p["q"] @ p["v"]) @ p["b"]
+
+    shapes: dict[str, tuple[int, ...]] = {"a": (3, 5), "b": (5, 4), "u": (5, 6), "d": (6, 5)}
+    params = normals(shapes | {"q": (5, 2), "v": (2, 5)}, seed=1)
+    free = otf.trace_symmetry(fn, params, X).with_rotations().with_scales()
+    once = otf.canonicalize(free, params)
+    assert change(fn, params, once) < 1e-4
+    for name, leaf in otf.canonicalize(free, once).items():
+        assert_allclose(leaf, once[name], rtol=1e-3, atol=1e-4)
 
 
 def test_dead_units_stay_as_they_are():

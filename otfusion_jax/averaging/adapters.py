@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.average import Weights, accumulation_dtype, checked_average, mixtures
@@ -93,11 +95,23 @@ def average_adapters(
     for pair in checked:
         left, right = place[pair.left], place[pair.right]
         wanted = leaves[left].shape[1] if rank is None else rank
+        _require_same_shares(pair, shares[left], shares[right])
         lefts, rights = (tuple(map(jnp.asarray, columns[number])) for number in (left, right))
         values[left], values[right] = _refactored(lefts, rights, shares[left], wanted)
     found = jax.tree_util.tree_structure(models[0]).unflatten(values)
     require_finite(leaves, found, "averaging adapters")
     return found
+
+
+def _require_same_shares(pair: LowRankPair, left: Array, right: Array) -> None:
+    """Refuses weights that differ within a pair: it is their product that is averaged."""
+    known = not isinstance(left, Tracer) and not isinstance(right, Tracer)
+    if known and not np.array_equal(np.asarray(left), np.asarray(right)):
+        raise ValueError(
+            f"{pair.left} and {pair.right} have other weights, {np.asarray(left).tolist()} and "
+            f"{np.asarray(right).tolist()}, but it is their product that is averaged; give both "
+            "the same"
+        )
 
 
 def _refactored(

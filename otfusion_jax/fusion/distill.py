@@ -18,6 +18,7 @@ from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.common.known import all_known
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
 from otfusion_jax.fusion.samples import Samples, read_samples
 
@@ -91,6 +92,11 @@ def distill(
     require_function(fn, _CALL)
     objective = objective_of(fn, outputs, loss, _CALL)
     require_alike([params, *teachers])
+    if not all_known(params, teachers):
+        raise TypeError(
+            "distill was called inside of jax.jit or another transformation; call it outside: it "
+            "jits its steps"
+        )
     if trains is not None:
         require_function(trains, "distill(..., trains=lambda path: True)")
     if optimizer is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, kind_of, require_function, require_kind
+from otfusion_jax.common.known import all_known
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
@@ -135,6 +136,11 @@ def merge(
     require_function(fn, _CALL)
     _require_hashable(fn)
     require_alike(models)
+    if not all_known(models):
+        raise TypeError(
+            "merge was called inside of jax.jit or another transformation, where there are no "
+            "scores to choose by; call it outside: it jits what it computes"
+        )
     if len(models) < 2:
         raise ValueError(f"{len(models)} model given; merging takes at least two")
     shares = mixture(weights, len(models))

@@ -117,10 +117,10 @@ def fuse_shared(
     require_models(models)
     if leaf_weight is not None:
         require_function(leaf_weight, "fuse_shared(..., leaf_weight=lambda path: 1.0)")
-    if symmetry.rotates:
+    if symmetry.orthogonal or symmetry.has_form:
         raise ValueError(
             "models that differ in some leaves are fused by permutations alone; pass the symmetry "
-            "without with_rotations()"
+            "without with_rotations(), with_signs() and with_scales()"
         )
     count = len(models)
     if count < 2 or not -count <= reference < count:

@@ -8,7 +8,8 @@ from group to group until nothing changes.
 """
 
 import functools
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ SMALLEST_CHANGE = 1e-6
 """Of the logarithm of a scale: less is rounding, and balancing has come to its end."""
 
 
-ROUNDS = 20
-"""How often to balance scales and matrices in turn, where these meet in one parameter."""
+ROUNDS = 300
+"""How often to balance scales and matrices in turn at most, where these meet in one parameter."""
 
 SMALLEST_SHARE = 1e-6
 """By how much the units of a pair may differ in size, so that matrices of them can be inverted."""
@@ -156,11 +157,32 @@ def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) 
     # Where none of these meets another, each has one solution that does not depend on the others.
     in_pairs = [leaf for pair in pairs for leaf, _ in (*pair.up, *pair.down)]
     in_balances = {leaf for item in balances_of(symmetry) for leaf, _ in (*item.up, *item.down)}
-    if len(set(in_pairs)) < len(in_pairs) or in_balances.intersection(in_pairs):
-        by_leaf = jax.lax.fori_loop(0, ROUNDS, lambda _, x: once(x), by_leaf)
-    else:
+    if len(set(in_pairs)) == len(in_pairs) and not in_balances.intersection(in_pairs):
         by_leaf = once(by_leaf)
+        return [by_leaf[leaf] for leaf in leaves]
+
+    def again(carry: tuple[dict[int, Array], Array, Array]) -> tuple[Any, Array, Array]:
+        before, _, number = carry
+        after = once(before)
+        return after, _largest_change(before, after), number + 1
+
+    def is_unfinished(carry: tuple[dict[int, Array], Array, Array]) -> Array:
+        _, change, number = carry
+        return (change > SMALLEST_CHANGE) & (number < ROUNDS)
+
+    start = by_leaf, jnp.array(jnp.inf), jnp.array(0)
+    by_leaf, _, _ = jax.lax.while_loop(is_unfinished, again, start)
     return [by_leaf[leaf] for leaf in leaves]
+
+
+def _largest_change(before: dict[int, Array], after: dict[int, Array]) -> Array:
+    """Returns the largest change of any number, over the largest number of its parameter."""
+    largest = jnp.zeros(())
+    for leaf, old in before.items():
+        size = jnp.max(jnp.abs(old), initial=0)
+        change = jnp.max(jnp.abs(after[leaf] - old), initial=0) / jnp.where(size > 0, size, 1)
+        largest = jnp.maximum(largest, change.astype(jnp.float32))
+    return largest
 
 
 def _shared_evenly(
@@ -266,6 +288,18 @@ def _unit_axes(structure: LeafStructure, group: Group, axis: int) -> list[UnitAx
     return found
 
 
+class _Squares(NamedTuple):
+    """The squares of a parameter, in a range in which their sums are finite.
+
+    Attributes:
+        array: The squares over that of the largest number, float32 or float64.
+        log: The logarithm of that square, float `[]`.
+    """
+
+    array: Array
+    log: Array
+
+
 def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[int, Array]:
     """Scales units of all groups until nothing changes."""
     balances = balances_of(symmetry)
@@ -275,9 +309,7 @@ def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[
     # themselves are multiplied once, in the end, and rounded once.
     squares = {}
     for leaf, array in by_leaf.items():
-        magnitudes = jnp.abs(array)
-        wide = magnitudes.dtype if magnitudes.dtype == jnp.float64 else jnp.float32
-        squares[leaf] = magnitudes.astype(wide) ** 2
+        squares[leaf] = _squares_of(symmetry, balances, leaf, array)
 
     def sweep(carry: tuple[list[Array], Array, Array]) -> tuple[list[Array], Array, Array]:
         logs, _, number = carry
@@ -297,40 +329,113 @@ def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[
 
     start = []
     for balance in balances:
-        dtype = jnp.result_type(*[squares[leaf] for leaf, _ in balance.up])
+        dtype = jnp.result_type(*[squares[leaf].array for leaf, _ in balance.up])
         start.append(jnp.zeros((*balance.group.batch, balance.group.size), dtype))
     logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, (start, jnp.array(jnp.inf), jnp.array(0)))
-    scales = [jnp.exp(log) for log in logs]
     changed = {}
     for leaf, array in by_leaf.items():
-        changed[leaf] = _scaled_leaf(symmetry, balances, leaf, array, scales)
+        # In half precision a factor may be out of range where the product is not.
+        wide = jnp.float32 if jnp.finfo(array.dtype).bits < 32 else array.dtype
+        scaled = array.astype(wide)
+        for group, member, exponents in _exponents(balances, leaf, logs, 1):
+            scaled = _multiplied(symmetry, group, member, scaled, jnp.exp(exponents))
+        changed[leaf] = scaled.astype(array.dtype)
     return changed
+
+
+def _squares_of(symmetry: Symmetry, balances: list[Balance], leaf: int, array: Array) -> _Squares:
+    """Takes the squares of a parameter, without what no scale changes."""
+    magnitudes = jnp.abs(array)
+    wide = magnitudes.dtype if magnitudes.dtype == jnp.float64 else jnp.float32
+    magnitudes = magnitudes.astype(wide)
+    for balance in balances:
+        up = [axis for number, axis in balance.up if number == leaf]
+        down = [axis for number, axis in balance.down if number == leaf]
+        if up and down and balance.powers[0] == balance.powers[1]:
+            # What goes from a unit to itself is multiplied and divided. Counted on both sides it
+            # would make each step smaller than it has to be.
+            structure = symmetry.leaf_structures[leaf]
+            for pair in itertools.product(up, down):
+                magnitudes = _without_diagonal(structure, balance.group, pair, magnitudes)
+    largest = jnp.max(magnitudes, initial=0)
+    largest = jnp.where(largest > 0, largest, 1)
+    return _Squares((magnitudes / largest) ** 2, 2 * jnp.log(largest))
+
+
+def _without_diagonal(
+    structure: LeafStructure, group: Group, axes: tuple[int, int], array: Array
+) -> Array:
+    """Makes 0 of what is at one and the same unit along two axes."""
+    (one,), (other,) = (_unit_axes(structure, group, axis) for axis in axes)
+    if one.levels != other.levels:
+        return array
+    blocks = structure.partition.split(array)
+    for key, block in blocks.items():
+        if one.is_in(block) and other.is_in(block):
+            shape = [1] * block.array.ndim
+            shape[block.dims.index(one.dim)] = group.size
+            shape[block.dims.index(other.dim)] = group.size
+            kept = 1 - jnp.eye(group.size, dtype=array.dtype).reshape(shape)
+            blocks[key] = block._replace(array=block.array * kept)
+    return structure.partition.join(blocks)
+
+
+def _exponents(
+    balances: list[Balance], leaf: int, logs: list[Array], factor: int
+) -> list[tuple[Group, tuple[int, int], Array]]:
+    """Lists by what the units of a parameter are multiplied: logarithms times a factor."""
+    found = []
+    for balance, log in zip(balances, logs, strict=True):
+        up, down = balance.powers
+        for member in balance.up:
+            if member[0] == leaf:
+                found.append((balance.group, member, factor * up * log))
+        for member in balance.down:
+            if member[0] == leaf:
+                found.append((balance.group, member, -factor * down * log))
+    return found
 
 
 def _step(
     symmetry: Symmetry,
     balances: list[Balance],
     balance: Balance,
-    squares: dict[int, Array],
+    squares: dict[int, _Squares],
     logs: list[Array],
 ) -> Array:
     """Returns by how much the logarithms of the scales of one group have to change."""
-    scales = [jnp.exp(2 * log) for log in logs]
-    sides = []
-    for members in (balance.up, balance.down):
-        total = None
-        for leaf, axis in members:
-            array = _scaled_leaf(symmetry, balances, leaf, squares[leaf], scales)
-            structure = symmetry.leaf_structures[leaf]
-            term = _sums_over_units(structure, balance.group, axis, array)
-            total = term if total is None else total + term
-        sides.append(total)
-    rising, falling = sides
+    rising, falling = (
+        _log_square_norms(symmetry, balances, balance.group, members, squares, logs)
+        for members in (balance.up, balance.down)
+    )
     p, q = balance.powers
     # The derivative of |up|^2 c^(2p) + |down|^2 c^(-2q) by c vanishes here.
-    is_alive = (rising > 0) & (falling > 0)
-    ratio = jnp.where(is_alive, q * falling, p) / jnp.where(is_alive, p * rising, p)
-    return jnp.log(ratio) / (2 * (p + q))
+    step = (jnp.log(q / p) + falling - rising) / (2 * (p + q))
+    # A unit that nothing makes, or nothing reads, has no best scale.
+    return jnp.where(jnp.isfinite(rising) & jnp.isfinite(falling), step, 0)
+
+
+def _log_square_norms(
+    symmetry: Symmetry,
+    balances: list[Balance],
+    group: Group,
+    members: tuple[tuple[int, int], ...],
+    squares: dict[int, _Squares],
+    logs: list[Array],
+) -> Float[Array, "*batch n"]:
+    """Returns the logarithm of the squared norm of each unit over some members, -inf for 0."""
+    terms = []
+    for leaf, axis in members:
+        array, log = squares[leaf]
+        for of_group, member, exponents in _exponents(balances, leaf, logs, 2):
+            # The largest factor is 1, so that none overflows; it comes back as a logarithm.
+            largest = jnp.max(exponents, initial=-jnp.inf)
+            factors = jnp.exp(exponents - largest)
+            array = _multiplied(symmetry, of_group, member, array, factors)
+            log = log + largest
+        sums = _sums_over_units(symmetry.leaf_structures[leaf], group, axis, array)
+        terms.append(jnp.log(sums) + log)
+    return jax.nn.logsumexp(jnp.stack(terms), axis=0)
 
 
 def _sums_over_units(structure: LeafStructure, group: Group, axis: int, array: Array) -> Array:
@@ -338,25 +443,6 @@ def _sums_over_units(structure: LeafStructure, group: Group, axis: int, array: A
     (unit_axis,) = _unit_axes(structure, group, axis)
     blocks = structure.partition.split(array)
     return jnp.sum(units_in(blocks, [*unit_axis.levels, unit_axis.dim]), axis=-1)
-
-
-def _scaled_leaf(
-    symmetry: Symmetry,
-    balances: list[Balance],
-    leaf: int,
-    array: Array,
-    scales: list[Array],
-) -> Array:
-    """Multiplies a parameter by the scales of all groups in it."""
-    for balance, scale in zip(balances, scales, strict=True):
-        up, down = balance.powers
-        for member in balance.up:
-            if member[0] == leaf:
-                array = _multiplied(symmetry, balance.group, member, array, scale**up)
-        for member in balance.down:
-            if member[0] == leaf:
-                array = _multiplied(symmetry, balance.group, member, array, scale**-down)
-    return array
 
 
 def _multiplied(

@@ -376,10 +376,10 @@ def _problem_of_rotation(
         return None
     matrices = np.asarray(plan, np.float64)
     if not np.all(np.isfinite(matrices)):
-        return "a rotation that is not finite"
+        return "a matrix that is not finite"
     products = matrices @ np.swapaxes(matrices, -1, -2)
     if np.max(np.abs(products - np.eye(n)), initial=0) > LARGEST_ERROR:
-        return "a matrix that is not orthogonal; the units of this group are rotated"
+        return f"a matrix that is not orthogonal; the units of this group are {group.motion.value}"
     if group.signed and np.max(np.abs(np.abs(matrices) - np.round(np.abs(matrices)))) > 0:
         return "a matrix of more than ones and minus ones; the units change their signs alone"
     changes = np.abs(np.sum(matrices, axis=-1) - 1)
@@ -410,7 +410,10 @@ def _problem_of_coupling(
         values = np.asarray(plan)
         is_mass = np.isfinite(values) & (values >= 0)
         if not np.all(is_mass):
-            return "masses that are negative or not finite"
+            return (
+                "masses that are negative or not finite; a matrix of rotations or signs is for the "
+                "symmetry with_rotations() or with_signs()"
+            )
         has_mass = np.any(values, axis=(-2, -1))
         # Of the pairs of outer indices, those that nothing moves between need no masses.
         is_coupling = np.any(has_mass) if note else np.all(has_mass)

@@ -385,7 +385,8 @@ class Symmetry(Mapping[str, Group]):
 
         The units of a ReLU may be scaled by any positive number, if all that reads them is divided
         by it, and queries multiplied by any matrix, if the keys are by its inverse transpose.
-        `canonicalize` chooses the scales by which a model has the smallest weights.
+        `canonicalize` chooses the scales by which a model has the smallest weights. `fuse` and
+        `barycenter` do that by themselves; give `align` models that are canonical.
 
         Returns:
             The symmetry of parameters in that form. Equal to this one if no group may be scaled.

@@ -268,7 +268,9 @@ class _Program:
         # have none.
         unknowns: list[tuple[int, int]] = []
         standings: dict[int, Standing] = {}
-        for number, parameter in self._parameters(variable):
+        # Of what 1 is added to, the parameter itself is scaled, and not the sum: there is no such
+        # scaling, as the equation of the sum says.
+        for number, parameter in self._parameters(variable, as_sums=False):
             dims = self._dims_of(self._param_axes[parameter], variable)
             along = []
             for dim in dims if len(set(dims)) == len(dims) else ():
@@ -322,17 +324,20 @@ class _Program:
                 slices.add(self._interpreter.parameters[number])
         return set(degrees) <= slices
 
-    def _parameters(self, variable: int) -> list[tuple[int, int]]:
+    def _parameters(self, variable: int, *, as_sums: bool = True) -> list[tuple[int, int]]:
         """Returns the numbers of the values that are parameters with these units, and which.
 
-        Of a parameter that 1 is added to, it is the sum that counts.
+        Args:
+            variable: The axis variable of the group.
+            as_sums: Whether it is the sum that counts of a parameter that 1 is added to.
         """
         found = []
         for number, parameter in self._interpreter.parameters.items():
             axes = self._param_axes[parameter]
             if number is None or not any(variable in self._occurrences(axis) for axis in axes):
                 continue
-            for value in self.shifted.get(parameter, [number]):
+            shifted = self.shifted.get(parameter) if as_sums else None
+            for value in shifted or [number]:
                 found.append((value, parameter))
         return found
 

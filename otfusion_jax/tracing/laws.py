@@ -314,7 +314,18 @@ def dynamic_update_slice(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
 def scatter(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Written or added at positions: the operand and the updates stand alike."""
     x, positions, updates = flow.standings
+    if flow.name == "scatter" and not _replaces(flow.params.get("update_jaxpr")):
+        # `x.at[i].apply(f)` is a scatter, too, of any function.
+        return flow.for_results(algebra.other(flow.standings))
     return _alternatives(flow, algebra, [x, updates], [positions])
+
+
+def _replaces(jaxpr: Any) -> bool:
+    """Whether a function of an old and a new value returns the new one."""
+    if jaxpr is None:
+        return True
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return not inner.eqns and list(inner.outvars) == list(inner.invars[1:])
 
 
 def _alternatives(
