@@ -288,7 +288,7 @@ NOT_ROTATIONS = {
     "of another size": (np.eye(D - 1), "shape (5, 5), expected (6, 6) for a rotation or int (6,)"),
     "not orthogonal": (2 * np.eye(D), "a matrix that is not orthogonal"),
     "masses": (np.full((D, D), 1 / D), "a matrix that is not orthogonal"),
-    "not finite": (np.eye(D) * np.nan, "a rotation that is not finite"),
+    "not finite": (np.eye(D) * np.nan, "a matrix that is not finite"),
     "about another axis": (-np.eye(D), "a rotation that moves the vector of ones"),
     "complex": (np.eye(D) * (1 + 0j), "a rotation is floating-point"),
     "integers": (np.eye(D, dtype=np.int32), "expected int (6,)"),
