@@ -150,6 +150,16 @@ def _weights(
     )
 
 
+def _descent(name: str, form: Form = AS_TRAINED) -> Method:
+    """Coordinate descent on the weights of models in some form."""
+    return Method(
+        name,
+        Needs.NOTHING,
+        lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
+        form,
+    )
+
+
 def _original(setting: str, metric: costs.CostFn, unit_norm: bool) -> Method:
     """What the original's own code does with weights: it moves the outputs as well."""
     algorithm = otf.ForwardPass(unit_norm=unit_norm)
@@ -180,11 +190,7 @@ VANILLA = Method("vanilla average", Needs.NOTHING, lambda pair: pair.a)
 WEIGHTS = _weights("Algorithm 1, weights", costs.SqEuclidean(), False, _ALL)
 ACTIVATIONS = _activations("Algorithm 1, activations", 200, _ALL)
 # What `otf.fuse` does unless it is told otherwise.
-DESCENT = Method(
-    "coordinate descent (fuse)",
-    Needs.NOTHING,
-    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
-)
+DESCENT = _descent("coordinate descent (fuse)")
 # As in Git Re-Basin and REPAIR.
 MATCHING = Method("activation matching (correlation)", Needs.IMAGES, alignments.by_correlations)
 DESCENT_FROM_MATCHING = Method(
@@ -194,12 +200,7 @@ DESCENT_FROM_MATCHING = Method(
 )
 
 # Residual streams, and the dimensions inside of heads, are rotated.
-ROTATED_DESCENT = Method(
-    "coordinate descent, with rotations",
-    Needs.NOTHING,
-    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
-    WITH_ROTATIONS,
-)
+ROTATED_DESCENT = _descent("coordinate descent, with rotations", WITH_ROTATIONS)
 ROTATED_BY_FEATURES = Method(
     "features, with rotations",
     Needs.IMAGES,
@@ -220,21 +221,11 @@ LEARNED_ROTATIONS = Method(
 )
 
 # Units of odd functions change their signs, those of a ReLU their scales.
-SIGNED_DESCENT = Method(
-    "coordinate descent, with signs",
-    Needs.NOTHING,
-    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
-    WITH_SIGNS,
-)
+SIGNED_DESCENT = _descent("coordinate descent, with signs", WITH_SIGNS)
 SIGNED_MATCHING = Method(
     "activation matching, with signs", Needs.IMAGES, alignments.by_correlations, WITH_SIGNS
 )
-SCALED_DESCENT = Method(
-    "coordinate descent, with scales",
-    Needs.NOTHING,
-    lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
-    WITH_SCALES,
-)
+SCALED_DESCENT = _descent("coordinate descent, with scales", WITH_SCALES)
 
 # Those that every comparison shows.
 METHODS = by_name(VANILLA, WEIGHTS, ACTIVATIONS, DESCENT)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.symmetry.blocks import mixed, multiplied
-from otfusion_jax.symmetry.groups import Group
+from otfusion_jax.symmetry.groups import Freedom, Group
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.rotation import random_rotation
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -28,7 +28,6 @@ MOST_SWEEPS = 1000
 SMALLEST_CHANGE = 1e-6
 """Of the logarithm of a scale: less is rounding, and balancing has come to its end."""
 
-
 ROUNDS = 300
 """How often to balance scales and matrices in turn at most, where these meet in one parameter."""
 
@@ -36,24 +35,29 @@ SMALLEST_SHARE = 1e-6
 """By how much the units of a pair may differ in size, so that matrices of them can be inverted."""
 
 
+Members = tuple[tuple[int, int], ...]
+"""Leaves, by their positions in `Symmetry.parts`, each with an axis of it."""
+
+
 class Balance(NamedTuple):
     """A scaling whose smallest weights are known in a formula.
 
     Attributes:
-        group: The group whose units are scaled.
+        group: The group whose units are scaled, by a number each, or if it rotates by a matrix.
         up: The leaves and axes that are multiplied by powers of the scale, all by one power.
-        down: Those that are divided by a power of it, likewise.
-        powers: These two powers, both positive.
+        down: Those that are divided by a power of it, likewise. Of a matrix, they are multiplied by
+            its inverse transpose.
+        powers: These two powers, both positive; 1 and 1 for matrices.
     """
 
     group: Group
-    up: tuple[tuple[int, int], ...]
-    down: tuple[tuple[int, int], ...]
+    up: Members
+    down: Members
     powers: tuple[int, int]
 
 
 def balances_of(symmetry: Symmetry) -> list[Balance]:
-    """Lists the scalings of all groups by which weights are balanced.
+    """Lists the scalings by which weights are balanced.
 
     Args:
         symmetry: The symmetry.
@@ -63,12 +67,7 @@ def balances_of(symmetry: Symmetry) -> list[Balance]:
         smaller weights have no end, or are in no formula: they stay as they are.
     """
     balances = []
-    for freedom in symmetry.freedoms:
-        if freedom.group not in symmetry or not symmetry[freedom.group].scaled:
-            continue
-        if symmetry[freedom.group].rotates:
-            # Scales of single units would be mixed by the rotations; see `linear_pairs_of`.
-            continue
+    for group, freedom in _scaled_groups(symmetry):
         for scaling in freedom.scales:
             up = {degree for *_, degree in scaling.degrees if degree > 0}
             down = {-degree for *_, degree in scaling.degrees if degree < 0}
@@ -76,46 +75,17 @@ def balances_of(symmetry: Symmetry) -> list[Balance]:
                 rising = [(leaf, axis) for leaf, axis, degree in scaling.degrees if degree > 0]
                 falling = [(leaf, axis) for leaf, axis, degree in scaling.degrees if degree < 0]
                 powers = up.pop(), down.pop()
-                group = symmetry[freedom.group]
                 balances.append(Balance(group, tuple(rising), tuple(falling), powers))
     return balances
 
 
-class LinearPair(NamedTuple):
-    """A group whose units may be multiplied by any invertible matrix.
-
-    Attributes:
-        group: The group.
-        up: The leaves and axes that are multiplied by the matrix.
-        down: Those that are multiplied by its inverse transpose.
-    """
-
-    group: Group
-    up: tuple[tuple[int, int], ...]
-    down: tuple[tuple[int, int], ...]
-
-
-def linear_pairs_of(symmetry: Symmetry) -> list[LinearPair]:
-    """Lists the groups that are scaled by matrices.
-
-    Args:
-        symmetry: The symmetry.
-
-    Returns:
-        The groups that rotate and are scaled, of those that something produces and something reads.
-    """
-    pairs = []
+def _scaled_groups(symmetry: Symmetry) -> list[tuple[Group, Freedom]]:
+    """Lists the groups that are scaled, with what they may do."""
+    found = []
     for freedom in symmetry.freedoms:
-        if not freedom.linear or freedom.group not in symmetry:
-            continue
-        group = symmetry[freedom.group]
-        if not (group.rotates and group.scaled):
-            continue
-        up = [(leaf, axis) for leaf, axis, degree in freedom.scales[0].degrees if degree > 0]
-        down = [(leaf, axis) for leaf, axis, degree in freedom.scales[0].degrees if degree < 0]
-        if up and down:
-            pairs.append(LinearPair(group, tuple(up), tuple(down)))
-    return pairs
+        if freedom.group in symmetry and symmetry[freedom.group].scaled:
+            found.append((symmetry[freedom.group], freedom))
+    return found
 
 
 def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
@@ -129,12 +99,12 @@ def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
         The parameters of the smallest norm that units can be scaled to. Units that nothing
         produces, or that nothing reads, stay as they are.
     """
-    balances, pairs = balances_of(symmetry), linear_pairs_of(symmetry)
-    if not balances and not pairs:
+    balances = balances_of(symmetry)
+    if not balances:
         return params
     # Only what changes goes into the program, and comes out: the rest may be of any dtype.
     arrays = symmetry.split(params)
-    touched = {leaf for item in (*balances, *pairs) for leaf, _ in (*item.up, *item.down)}
+    touched = {leaf for item in balances for leaf, _ in (*item.up, *item.down)}
     leaves = tuple(sorted(touched))
     changed = _balanced(symmetry, leaves, [jnp.asarray(arrays[leaf]) for leaf in leaves])
     for leaf, array in zip(leaves, changed, strict=True):
@@ -145,19 +115,19 @@ def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
 @functools.partial(jax.jit, static_argnames=("symmetry", "leaves"))
 def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
     """Balances the leaves that are touched, see `balanced`."""
-    pairs = linear_pairs_of(symmetry)
+    pairs, units = _divided(balances_of(symmetry))
     by_leaf = dict(zip(leaves, arrays, strict=True))
 
     def once(by_leaf: dict[int, Array]) -> dict[int, Array]:
-        by_leaf = _with_balanced_units(symmetry, by_leaf)
+        by_leaf = _with_balanced_units(symmetry, units, by_leaf)
         for pair in pairs:
             by_leaf = _shared_evenly(symmetry, pair, by_leaf)
         return by_leaf
 
     # Where none of these meets another, each has one solution that does not depend on the others.
     in_pairs = [leaf for pair in pairs for leaf, _ in (*pair.up, *pair.down)]
-    in_balances = {leaf for item in balances_of(symmetry) for leaf, _ in (*item.up, *item.down)}
-    if len(set(in_pairs)) == len(in_pairs) and not in_balances.intersection(in_pairs):
+    in_units = {leaf for item in units for leaf, _ in (*item.up, *item.down)}
+    if len(set(in_pairs)) == len(in_pairs) and not in_units.intersection(in_pairs):
         by_leaf = once(by_leaf)
         return [by_leaf[leaf] for leaf in leaves]
 
@@ -175,6 +145,12 @@ def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) 
     return [by_leaf[leaf] for leaf in leaves]
 
 
+def _divided(balances: list[Balance]) -> tuple[list[Balance], list[Balance]]:
+    """Tells those that are scaled by matrices from those whose units are scaled one by one."""
+    by_matrices = [balance for balance in balances if balance.group.rotates]
+    return by_matrices, [balance for balance in balances if not balance.group.rotates]
+
+
 def _largest_change(before: dict[int, Array], after: dict[int, Array]) -> Array:
     """Returns the largest change of any number, over the largest number of its parameter."""
     largest = jnp.zeros(())
@@ -186,7 +162,7 @@ def _largest_change(before: dict[int, Array], after: dict[int, Array]) -> Array:
 
 
 def _shared_evenly(
-    symmetry: Symmetry, pair: LinearPair, by_leaf: dict[int, Array]
+    symmetry: Symmetry, pair: Balance, by_leaf: dict[int, Array]
 ) -> dict[int, Array]:
     """Multiplies two sides of a product by matrices, so that both have the same Gram matrix.
 
@@ -220,7 +196,7 @@ def _shared_evenly(
 
 def _mixed_pair(
     symmetry: Symmetry,
-    pair: LinearPair,
+    pair: Balance,
     by_leaf: dict[int, Array],
     matrix: Float[Array, "*batch n n"],
     inverse: Float[Array, "*batch n n"],
@@ -233,7 +209,7 @@ def _mixed_pair(
     for members, factor in ((pair.up, matrix), (pair.down, jnp.swapaxes(inverse, -1, -2))):
         for leaf, axis in members:
             structure = symmetry.leaf_structures[leaf]
-            blocks = structure.partition.split(by_leaf[leaf])
+            blocks = structure.partition.split(jnp.asarray(by_leaf[leaf]))
             for unit_axis in _unit_axes(structure, pair.group, axis):
                 for key, block in blocks.items():
                     if unit_axis.is_in(block):
@@ -246,7 +222,7 @@ def _mixed_pair(
 def _gram_of_units(
     symmetry: Symmetry,
     group: Group,
-    members: tuple[tuple[int, int], ...],
+    members: Members,
     by_leaf: dict[int, Array],
 ) -> Float[Array, "*batch n n"]:
     """Sums up the inner products among units over some members."""
@@ -300,9 +276,10 @@ class _Squares(NamedTuple):
     log: Array
 
 
-def _with_balanced_units(symmetry: Symmetry, by_leaf: dict[int, Array]) -> dict[int, Array]:
+def _with_balanced_units(
+    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array]
+) -> dict[int, Array]:
     """Scales units of all groups until nothing changes."""
-    balances = balances_of(symmetry)
     if not balances:
         return by_leaf
     # Norms are all that counts, and a scale multiplies squares by its square. So the parameters
@@ -419,7 +396,7 @@ def _log_square_norms(
     symmetry: Symmetry,
     balances: list[Balance],
     group: Group,
-    members: tuple[tuple[int, int], ...],
+    members: Members,
     squares: dict[int, _Squares],
     logs: list[Array],
 ) -> Float[Array, "*batch n"]:
@@ -471,23 +448,20 @@ def randomly_scaled(symmetry: Symmetry, params: PyTree, key: Array) -> PyTree:
     Returns:
         The parameters of another model of the same function, by scales between 1/2 and 2.
     """
-    arrays = symmetry.split(params)
-    for number, freedom in enumerate(symmetry.freedoms):
-        if freedom.group not in symmetry or not symmetry[freedom.group].scaled:
-            continue
-        group = symmetry[freedom.group]
-        if group.rotates:
-            continue
-        for position, scaling in enumerate(freedom.scales):
+    groups = _scaled_groups(symmetry)
+    if not groups:
+        return params
+    by_leaf = dict(enumerate(symmetry.split(params)))
+    for number, (group, freedom) in enumerate(groups):
+        for position, scaling in enumerate(() if group.rotates else freedom.scales):
             scaling_key = jax.random.fold_in(jax.random.fold_in(key, number), position)
             shape = (*group.batch, group.size)
             factors = 2 ** jax.random.uniform(scaling_key, shape, minval=-1, maxval=1)
             for leaf, axis, degree in scaling.degrees:
-                array = jnp.asarray(arrays[leaf])
-                powers = factors**degree
-                arrays[leaf] = _multiplied(symmetry, group, (leaf, axis), array, powers)
-    by_leaf = {number: jnp.asarray(array) for number, array in enumerate(arrays)}
-    for number, pair in enumerate(linear_pairs_of(symmetry)):
+                array = jnp.asarray(by_leaf[leaf])
+                by_leaf[leaf] = _multiplied(symmetry, group, (leaf, axis), array, factors**degree)
+    pairs, _ = _divided(balances_of(symmetry))
+    for number, pair in enumerate(pairs):
         pair_key = jax.random.fold_in(key, number)
         first, last = (
             random_rotation(jax.random.fold_in(pair_key, side), pair.group.size, pair.group.batch)
@@ -497,4 +471,4 @@ def randomly_scaled(symmetry: Symmetry, params: PyTree, key: Array) -> PyTree:
         scales = 2 ** jax.random.uniform(pair_key, shape, minval=-1, maxval=1)
         inverse = jnp.swapaxes(_product(first / scales, last), -1, -2)
         by_leaf = _mixed_pair(symmetry, pair, by_leaf, _product(first * scales, last), inverse)
-    return symmetry.join([by_leaf[number] for number in range(len(arrays))])
+    return symmetry.join(by_leaf.values())

@@ -144,6 +144,7 @@ class Scales(Algebra):
 
     def __init__(self) -> None:
         self.equations: list[Degree] = []
+        self._known: set[frozenset[tuple[int, int | Fraction]]] = set()
 
     def alike(self, standings: Sequence[Standing]) -> Standing:
         """See `Algebra.alike`. What is 0 has any degree."""
@@ -196,7 +197,10 @@ class Scales(Algebra):
         return self.other(standings)
 
     def _demand(self, degree: Degree) -> None:
-        if degree:
+        # Equal blocks of a network, and each round of a loop, make equal equations.
+        key = frozenset(degree.items())
+        if degree and key not in self._known:
+            self._known.add(key)
             self.equations.append(degree)
 
     def degrees_with(self, parameters: Collection[int]) -> dict[int, dict[int, int]]:
@@ -254,7 +258,7 @@ class PositiveScales(Scales):
             degree is not 0, and their degrees, of which the first is positive.
         """
         # Each unknown that no equation determines is a scaling of its own, with the others at 0.
-        pivots, _ = _eliminated(self._distinct(), ())
+        pivots, _ = _eliminated(self.equations, ())
         solutions = []
         for free in unknowns:
             if free in pivots:
@@ -269,10 +273,6 @@ class PositiveScales(Scales):
                 factor = -factor
             solutions.append({number: int(factor * degrees[number]) for number in sorted(degrees)})
         return solutions
-
-    def _distinct(self) -> list[Degree]:
-        """Returns the equations, each once: equal blocks of a network make equal ones."""
-        return list({frozenset(row.items()): row for row in self.equations}.values())
 
 
 class Signs(Scales):
