@@ -10,7 +10,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from otfusion_jax.averaging.average import Weights, accumulation_dtype, checked_average, mixtures
+from otfusion_jax.averaging.average import (
+    Weights,
+    accumulation_dtype,
+    checked_average,
+    columns_of,
+    mixtures,
+)
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count
@@ -90,7 +96,7 @@ def average_adapters(
     shares = mixtures(weights, len(models), leaves)
     warn_of_averaged_statistics(models, False, shares)
     place = {leaf.path: number for number, leaf in enumerate(leaves)}
-    columns = list(zip(*[jax.tree_util.tree_leaves(model) for model in models], strict=True))
+    columns = columns_of(models)
     values = jax.tree_util.tree_leaves(checked_average(leaves, models, shares, "averaging"))
     for pair in checked:
         left, right = place[pair.left], place[pair.right]

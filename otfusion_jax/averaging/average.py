@@ -27,6 +27,10 @@ Weights = Sequence[float] | WeightsByPath | None
 from the key path of a parameter to either of these."""
 
 
+MeanOf = Callable[[int, tuple[Any, ...], Float[Array, " k"]], Array]
+"""From the position of a leaf, its K values and their weights to what stands for all of them."""
+
+
 def average(models: Sequence[PyTree], weights: Weights = None) -> PyTree:
     """Averages parameters as they are: the vanilla baseline.
 
@@ -65,6 +69,7 @@ def checked_average(
     models: Sequence[PyTree],
     shares: Sequence[Float[Array, " k"]],
     what: str,
+    mean_of: MeanOf | None = None,
 ) -> PyTree:
     """Averages models of one structure, each leaf by weights of its own.
 
@@ -73,6 +78,7 @@ def checked_average(
         models: The models, K pytrees of one structure.
         shares: The weights of the models, for each leaf.
         what: What is being done, for the message about values that are not finite.
+        mean_of: How the values of a leaf are averaged; None takes their weighted mean.
 
     Returns:
         The average.
@@ -85,8 +91,11 @@ def checked_average(
     check_integers(leaves, columns, shares)
     # Leaf after leaf: they may lie on other devices, and widened they take twice the memory.
     means = []
-    for column, weights in zip(columns, shares, strict=True):
-        means.append(_mean_of_column(column, weights))
+    for number, (column, weights) in enumerate(zip(columns, shares, strict=True)):
+        if mean_of is None:
+            means.append(mean_of_column(column, weights))
+        else:
+            means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
     averaged = treedef.unflatten(means)
     require_finite(leaves, averaged, what)
@@ -117,8 +126,16 @@ def average_of(
 
 
 @jax.jit
-def _mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
-    """Averages the values of one leaf in the models."""
+def mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
+    """Averages the values of one leaf in the models.
+
+    Args:
+        column: The K values of the leaf.
+        weights: The K weights.
+
+    Returns:
+        The weighted mean; see `average_of` for what is no floating-point number.
+    """
     return _mean(jnp.stack(column), weights)
 
 

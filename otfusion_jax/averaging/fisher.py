@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, PyTree
 from otfusion_jax.averaging.average import (
     Weights,
     accumulation_dtype,
-    average_of,
-    check_integers,
+    checked_average,
     columns_of,
+    mean_of_column,
     mixtures,
 )
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.symmetry.checks import require_finite, require_models
+from otfusion_jax.symmetry.checks import require_models
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -71,18 +71,13 @@ def fisher_average(
     shares = mixtures(weights, len(models), leaves)
     importances = _checked_importances(models[0], leaves, fishers, len(models))
     warn_of_averaged_statistics(models, False, shares)
-    columns = columns_of(models)
-    check_integers(leaves, columns, shares)
-    values = []
-    for leaf, column, own, share in zip(leaves, columns, importances, shares, strict=True):
-        arrays = tuple(jnp.asarray(x) for x in column)
-        if leaf.moves:
-            values.append(_weighted(arrays, tuple(jnp.asarray(x) for x in own), share))
-        else:
-            values.append(average_of([jnp.stack(arrays)], share)[0])
-    found = jax.tree_util.tree_structure(models[0]).unflatten(values)
-    require_finite(leaves, found, "averaging")
-    return found
+
+    def mean_of(number: int, column: tuple[Any, ...], share: Array) -> Array:
+        if not leaves[number].moves:
+            return mean_of_column(column, share)
+        return _weighted(column, importances[number], share)
+
+    return checked_average(leaves, models, shares, "averaging", mean_of)
 
 
 @jax.jit

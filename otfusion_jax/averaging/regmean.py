@@ -11,15 +11,13 @@ from jaxtyping import Array, Float, PyTree
 from otfusion_jax.averaging.average import (
     Weights,
     accumulation_dtype,
-    average_of,
-    check_integers,
-    columns_of,
+    checked_average,
+    mean_of_column,
     mixtures,
 )
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -74,22 +72,17 @@ def regmean(
     shares = mixtures(weights, len(models), leaves)
     _check_grams(leaves, grams, len(models), output_axis)
     warn_of_averaged_statistics(models, False, shares)
-    columns = columns_of(models)
-    check_integers(leaves, columns, shares)
-    values = []
-    for leaf, column, share in zip(leaves, columns, shares, strict=True):
-        arrays = tuple(jnp.asarray(x) for x in column)
-        if leaf.path in grams[0]:
-            own = tuple(jnp.asarray(of_model[leaf.path]) for of_model in grams)
-            factor = jnp.asarray(off_diagonal, float)
-            kernels = tuple(jnp.moveaxis(x, output_axis, -1) for x in arrays)
-            solved = _solved(kernels, own, share, factor)
-            values.append(jnp.moveaxis(solved, -1, output_axis))
-        else:
-            values.append(average_of([jnp.stack(arrays)], share)[0])
-    found = jax.tree_util.tree_structure(models[0]).unflatten(values)
-    require_finite(leaves, found, "regmean")
-    return found
+
+    def mean_of(number: int, column: tuple[Any, ...], share: Array) -> Array:
+        path = leaves[number].path
+        if path not in grams[0]:
+            return mean_of_column(column, share)
+        own = tuple(jnp.asarray(of_model[path]) for of_model in grams)
+        kernels = tuple(jnp.moveaxis(jnp.asarray(x), output_axis, -1) for x in column)
+        solved = _solved(kernels, own, share, jnp.asarray(off_diagonal, float))
+        return jnp.moveaxis(solved, -1, output_axis)
+
+    return checked_average(leaves, models, shares, "regmean", mean_of)
 
 
 @jax.jit
