@@ -51,13 +51,7 @@ def permuted(
     if not batch_dims:
         array = jnp.take(block.array, permutation, axis, mode="fill", fill_value=jnp.nan)
         return block._replace(array=array)
-    # `take_along_axis` wants the axes of the permutation in the order of the block's, and an axis
-    # of size 1 where the permutation has none.
-    axes = [block.dims.index(batch_dim) for batch_dim in batch_dims]
-    axes.append(axis)
-    indices = permutation.transpose(np.argsort(axes))
-    absent = [i for i in range(block.array.ndim) if i not in axes]
-    indices = jnp.expand_dims(indices, absent)
+    indices = _beside(block, (*batch_dims, dim), permutation)
     array = jnp.take_along_axis(block.array, indices, axis, mode="fill", fill_value=jnp.nan)
     return block._replace(array=array)
 
@@ -76,12 +70,24 @@ def multiplied(
     Returns:
         The block with its units multiplied.
     """
-    rank = block.array.ndim
-    axes = [block.dims.index(other) for other in (*batch_dims, dim)]
-    # As in `permuted`: the axes in the order of the block's, and of size 1 where there is none.
-    in_order = factors.transpose(np.argsort(axes))
-    absent = [i for i in range(rank) if i not in axes]
-    return block._replace(array=block.array * jnp.expand_dims(in_order, absent))
+    return block._replace(array=block.array * _beside(block, (*batch_dims, dim), factors))
+
+
+def _beside(block: Block, dims: Sequence[BlockDim], numbers: Array) -> Array:
+    """Brings the axes of numbers into the order of a block's, of size 1 where they have none.
+
+    Args:
+        block: The block.
+        dims: For each axis of the numbers, the dimension that it is.
+        numbers: The numbers.
+
+    Returns:
+        The numbers, of the rank of the block.
+    """
+    axes = [block.dims.index(dim) for dim in dims]
+    in_order = numbers.transpose(np.argsort(axes))
+    absent = [axis for axis in range(block.array.ndim) if axis not in axes]
+    return jnp.expand_dims(in_order, absent)
 
 
 def mixed(
