@@ -255,10 +255,11 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
     root_plan = plans[0]
     total = None
     for inside, plan in zip(grams, plans, strict=True):
-        term = _matched(inside.cross, plan, root_plan if total is not None else None)
+        around = None if total is None else root_plan
+        term = _matched(inside.cross, plan, around)
         if inside.even is not None:
             unsigned = plan if is_permutation(plan) else jnp.abs(plan)
-            term += _matched(inside.even, unsigned, root_plan if total is not None else None)
+            term += _matched(inside.even, unsigned, around)
         total = term if total is None else total + term
     assert total is not None
     return total

@@ -455,7 +455,9 @@ class Symmetry(Mapping[str, Group]):
                 continue
             plan = jax.random.permutation(group_key, identity, axis=-1, independent=True)
             if group.signed:
-                signs = jax.random.rademacher(group_key, plan.shape, jnp.float32)
+                # By the key of the permutation the two would depend on each other.
+                signs_key = jax.random.fold_in(group_key, 0)
+                signs = jax.random.rademacher(signs_key, plan.shape, jnp.float32)
                 plan = signed_matrix(plan, signs)
             plans[name] = plan
         return plans
