@@ -18,6 +18,7 @@ from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.leaf_programs import POSITIONS_AT_ONCE, cross_updated
 from otfusion_jax.alignment.problem import AlignmentProblem, position_of
+from otfusion_jax.common.sharding import is_spread
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_permutation
@@ -145,6 +146,9 @@ class DescentMemory:
     ) -> list[Gram] | None:
         """Brings inner products up to date; None where it takes less time to take them anew."""
         if len(tree.groups) > 1 or tree.siblings or compared.grams[0].intra is not None:
+            return None
+        # A few units of a parameter that is spread may lie on any of the devices.
+        if any(is_spread(self._problem.source[member.leaf]) for member in tree.groups[0].members):
             return None
         moved = _moved(compared.plans, plans)
         updates = []

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
@@ -97,7 +98,7 @@ def checked_average(
         else:
             means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
-    averaged = treedef.unflatten(means)
+    averaged = laid_out_like(treedef.unflatten(means), models[-1])
     require_finite(leaves, averaged, what)
     return averaged
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.finiteness import not_finite
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
@@ -55,7 +56,7 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
-    return balanced(symmetry, folded(symmetry, params, "params"))
+    return laid_out_like(balanced(symmetry, folded(symmetry, params, "params")), params)
 
 
 def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:

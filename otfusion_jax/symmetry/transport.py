@@ -14,9 +14,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, multiplied, permuted
+from otfusion_jax.common.sharding import (
+    constrained,
+    laid_out_like,
+    layout_of,
+    with_auto_axes,
+)
+from otfusion_jax.symmetry.blocks import (
+    Block,
+    Blocks,
+    in_order,
+    mixed,
+    multiplied,
+    permuted,
+    spread_beside,
+)
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
@@ -79,7 +94,8 @@ def transport(
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     require_canonical(symmetry, params, "the model")
-    return move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto)
+    moved = move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto)
+    return moved if onto is not None else laid_out_like(moved, params)
 
 
 def move_all(
@@ -133,7 +149,7 @@ def move(
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
         target = None
-    return _moved(numbered.structure, target, leaf_plans, array)
+    return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
 
 
 @jax.jit
@@ -142,16 +158,24 @@ def _passed_on(array: Any) -> Array:
     return array
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "target"))
+@functools.partial(jax.jit, static_argnames=("structure", "target", "layout"))
 def _moved(
-    structure: LeafStructure, target: BlockPartition | None, plans: Plans, array: Array
+    structure: LeafStructure,
+    target: BlockPartition | None,
+    plans: Plans,
+    array: Array,
+    layout: NamedSharding | None,
 ) -> Array:
     """Moves an array along plans, which may tell its new shape by themselves."""
     if target is None:
         sizes = new_sizes(structure, plans)
         target = structure.partition.resized(sizes) if sizes else structure.partition
         assert target is not None, "require_plans has refused plans that do not tell the shape"
-    return target.join(move_blocks(structure, plans, array))
+
+    def move_whole(plans: Plans, array: Array) -> Array:
+        return constrained(target.join(move_blocks(structure, plans, array)), layout)
+
+    return with_auto_axes(move_whole, array, target.shape)(plans, array)
 
 
 def move_blocks(
@@ -178,7 +202,9 @@ def move_blocks(
     for unit_axis in moving:
         for key, block in blocks.items():
             if unit_axis.is_in(block):
-                blocks[key] = _moved_along(unit_axis, block, moving, plans)
+                spread = spread_beside(block, (unit_axis.dim, *unit_axis.levels))
+                moved = _moved_along(unit_axis, spread, moving, plans)
+                blocks[key] = in_order(moved, block.dims)
     return blocks
 
 
