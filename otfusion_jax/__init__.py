@@ -28,8 +28,11 @@ from otfusion_jax.averaging.soup import Soup, greedy_soup
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
 from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.ensemble import ensemble
+from otfusion_jax.files.formats import read_checkpoint
+from otfusion_jax.files.writing import write_like
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
@@ -80,6 +83,7 @@ __all__ = [
     "GromovWasserstein",
     "Group",
     "Kind",
+    "LazyArray",
     "LearnedAlignment",
     "LeastSquares",
     "Line",
@@ -131,6 +135,7 @@ __all__ = [
     "invert",
     "learn_alignment",
     "merge",
+    "read_checkpoint",
     "register_rule",
     "regmean",
     "repair",
@@ -145,4 +150,5 @@ __all__ = [
     "transport_state",
     "unfold_batch_norm",
     "weight_importance",
+    "write_like",
 ]

@@ -22,7 +22,9 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 PRIMITIVES = ROOT / "docs" / "primitives.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
-EXECUTED = [ROOT / "docs" / name for name in ("rules.md", "architecture.md", "symmetries.md")]
+EXECUTED = [
+    ROOT / "docs" / name for name in ("rules.md", "architecture.md", "symmetries.md", "pods.md")
+]
 """Pages whose Python blocks are run, and print what the blocks of text below them say."""
 
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.finiteness import not_finite
+from otfusion_jax.common.lazy import any_lazy
 from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
@@ -56,6 +57,7 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
+    _require_no_lazy(params, "params")
     return laid_out_like(balanced(symmetry, folded(symmetry, params, "params")), params)
 
 
@@ -71,11 +73,20 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
         The parameters, with scales made 1 if groups rotate, and units balanced that are scaled.
 
     Raises:
-        ValueError: If a scale can't be made 1, as far as that is known.
+        ValueError: If a scale can't be made 1, as far as that is known; if leaves are lazy.
     """
+    _require_no_lazy(params, name)
     if symmetry.rotates:
         params = folded(symmetry, params, name)
     return balanced(symmetry, params)
+
+
+def _require_no_lazy(params: PyTree, name: str) -> None:
+    if any_lazy(jax.tree_util.tree_leaves(params)):
+        raise ValueError(
+            f"{name} has lazy leaves, whose canonical form takes all of them at once: load them, "
+            "jax.tree.map(np.asarray, params), or use the symmetry without rotations and scales"
+        )
 
 
 def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from otfusion_jax.common.lazy import LazyArray, loaded
 from otfusion_jax.common.sharding import (
     constrained,
     laid_out_like,
@@ -73,7 +74,8 @@ def transport(
             takes the widths from the plans.
 
     Returns:
-        New parameters of the same structure. Integers, booleans and keys are passed on. Inside
+        New parameters of the same structure, lazy where the parameters are (see `LazyArray`), and
+        with their shardings. Integers, booleans and keys are passed on. Inside
         `jax.jit` values cannot be looked at: there the scales of a model that is not in canonical
         form become NaN, where groups rotate.
 
@@ -144,12 +146,22 @@ def move(
     leaf_plans = numbered.plans(plans)
     if not leaf_plans:
         # The parameter is passed on as it is, of whatever dtype.
-        return array if isinstance(array, jax.Array) else _passed_on(array)
+        return array if isinstance(array, jax.Array | LazyArray) else _passed_on(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
         target = None
+    if isinstance(array, LazyArray):
+        shape = array.shape if onto is None else onto.leaf_structures[leaf].partition.shape
+        read = functools.partial(_moved_from_lazy, symmetry, plans, leaf, array, onto)
+        return LazyArray(shape, array.dtype, read)
     return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
+
+
+def _moved_from_lazy(
+    symmetry: Symmetry, plans: Plans, leaf: int, array: LazyArray, onto: Symmetry | None
+) -> Array:
+    return move(symmetry, plans, leaf, loaded(array), onto)
 
 
 @jax.jit

@@ -29,12 +29,12 @@ def shard_map(ctx: RuleContext, values: Values) -> Values:
     jaxpr = jaxprs.closed(ctx.params["jaxpr"])
     reason = ctx.because("shared out to devices")
     operands = []
-    for x, outside, inside in zip(values, ctx.eqn.invars, jaxpr.jaxpr.invars, strict=True):
-        operands.append(_shared_out(ctx, x, outside.aval.shape, inside.aval.shape, reason))
+    for position, (x, aval) in enumerate(zip(values, jaxpr.in_avals, strict=True)):
+        operands.append(_shared_out(ctx, x, ctx.operand_shape(position), aval.shape, reason))
     results = ctx.call(jaxpr, operands, once=False)
     collected = []
-    for y, inside, shape in zip(results, jaxpr.jaxpr.outvars, ctx.shapes(), strict=True):
-        collected.append(_shared_out(ctx, y, inside.aval.shape, shape, reason))
+    for y, aval, shape in zip(results, jaxpr.out_avals, ctx.shapes(), strict=True):
+        collected.append(_shared_out(ctx, y, aval.shape, shape, reason))
     return collected
 
 
