@@ -2,10 +2,11 @@
 
     python -m benchmarks.stages
 
-A network with the parts of Llama and a permutation of it, in bfloat16, by Algorithm 1. Stages are the
-trace, what JAX and XLA take to trace and compile programs, costs, solutions, and the push. Beside them
-what JAX takes to trace and to compile where layers are scanned, for growing depths. Seconds are of the
-process's CPUs, which other processes of the machine disturb less.
+A network with the parts of Llama and a permutation of it, in bfloat16, by Algorithm 1. Stages are
+the trace, what JAX and XLA take to trace and compile programs, costs, solutions, and the push.
+Beside them what JAX takes to trace and to compile where layers are scanned, for growing depths.
+Seconds are of the process's CPUs, which other processes of the machine disturb less; those of the
+compiler are JAX's own, of the clock.
 """
 
 import argparse
@@ -41,14 +42,15 @@ class Stages:
     """The seconds of each stage so far."""
 
     def __init__(self):
-        self.seconds = dict.fromkeys(("trace", "compile", "costs", "solve", "push"), 0.0)
+        names = ("trace", "compile", "costs", "solve", "push")
+        self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
         self.is_open = False
         jax.monitoring.register_event_duration_secs_listener(self.note)
 
-    def note(self, event: str, seconds: float, **_: Any) -> None:
+    def note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """Adds what JAX says that it took to trace, lower and compile, and takes it from stages."""
         if self.is_open and event.startswith("/jax/core/compile/"):
-            self.seconds["compile"] += seconds
+            self.seconds["compile"] += duration_secs
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -74,7 +76,7 @@ class Stages:
 def measure(size: tuple[int, ...], stages: Stages) -> int:
     """Aligns a network to a permutation of itself; returns the number of parameters."""
     fn, shapes, tokens = llama(*size)
-    structs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     with stages.stage("trace"):
         symmetry = otf.trace_symmetry(fn, structs, jax.ShapeDtypeStruct(tokens, jnp.int32))
     generator = np.random.default_rng(0)

@@ -122,19 +122,18 @@ def with_auto_axes(fn: Callable[..., T], like: Array, shape: Sequence[int] | Non
 
 
 def layout_of(array: Any) -> NamedSharding | None:
-    """Returns how a known array lies on several devices.
+    """Returns how a known array lies on a mesh.
 
     Args:
         array: An array of JAX or NumPy, or a number, known or traced.
 
     Returns:
-        Its sharding; None for what is traced, and for what lies on one device.
+        Its sharding; None for what is traced, and for what lies on a device without a mesh.
     """
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         return None
     sharding = array.sharding
-    is_named = isinstance(sharding, NamedSharding)
-    return sharding if is_named and len(sharding.device_set) > 1 else None
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def constrained(x: Array, layout: NamedSharding | None) -> Array:
@@ -164,15 +163,17 @@ def laid_out_like(result: PyTree, params: PyTree) -> PyTree:
         params: A pytree of the same structure.
 
     Returns:
-        The result. Leaves that are traced, of another shape, or whose parameter lies on one device
-        are passed on.
+        The result. Leaves that are traced, lazy, of another shape, or whose parameter lies on no
+        mesh are passed on.
     """
     return jax.tree.map(_laid_out_like, result, params)
 
 
 def _laid_out_like(x: Any, like: Any) -> Any:
     layout = layout_of(like)
-    if layout is None or isinstance(x, Tracer) or x.shape != like.shape or x.sharding == layout:
+    if layout is None or layout_of(x) == layout:
+        return x
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.shape != like.shape:
         return x
     # Of the same pieces by another name, nothing is copied.
     return jax.device_put(x, layout)
