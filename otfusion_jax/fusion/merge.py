@@ -132,8 +132,8 @@ def merge(
         'LeastSquares'
     """
     began = time.perf_counter()
-    as_function(fn, ())
     require_function(fn, _CALL)
+    as_function(fn, ())
     _require_hashable(fn)
     require_alike(models)
     if not all_known(models):
