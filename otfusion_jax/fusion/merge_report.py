@@ -3,11 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
 
+from otfusion_jax.pictures.canvas import LEVEL, axes_for, frame, legend_below
+from otfusion_jax.pictures.path import draw_curve
 from otfusion_jax.symmetry.symmetry import Symmetry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,40 +118,33 @@ class Report:
             f"{self.held_out:,} others"
         )
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plots the scores along the lines between the models: as they were, and as they are moved.
 
         Args:
-            axes: The axes of matplotlib to plot into; None makes new ones.
+            ax: The matplotlib axes to plot on. None makes a new figure, which is `ax.figure`.
 
         Returns:
-            The axes.
+            The matplotlib axes.
 
         Raises:
             ValueError: If no path was taken.
             ImportError: If matplotlib is not installed.
+            TypeError: If `ax` are no axes.
         """
         if not self.path:
             raise ValueError(
                 "there is no path to plot; call merge with path=11, and with inputs to score by"
             )
-        if axes is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError:
-                raise ImportError(
-                    "plotting needs matplotlib; install it with: pip install matplotlib"
-                ) from None
-            axes = pyplot.subplots()[1]
+        ax = axes_for(ax, 5, 4)
         several = self.models > 2
-        for line in self.path:
-            label = f"{line.start}, from model {line.model}" if several else line.start
-            axes.plot(line.t, line.scores, marker=".", label=label)
-        axes.axhline(self.chosen.score, linestyle=":", color="black", label="the result")
-        axes.set_xlabel(f"from a model (0) to model {self.models - 1} (1)")
-        axes.set_ylabel(self.measure)
-        axes.legend()
-        return axes
+        for number, line in enumerate(self.path):
+            name = f"{line.start}, from model {line.model}" if several else line.start
+            draw_curve(ax, number, name, line.t, line.scores)
+        ax.axhline(self.chosen.score, label="the result", **LEVEL)
+        frame(ax, f"from a model (0) to model {self.models - 1} (1)", self.measure)
+        legend_below(ax)
+        return ax
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
