@@ -1,4 +1,4 @@
-"""Tables of text as HTML, for notebooks: they need no script, no style sheet and no other page."""
+"""Text and tables as HTML for notebooks, which need no script, no style sheet and no other page."""
 
 import html
 from collections.abc import Sequence
@@ -33,6 +33,18 @@ def html_table(
     if folded:
         return f"<details><summary>{html.escape(caption)}</summary>\n{table}\n</details>"
     return f"<div>{html.escape(caption)}</div>\n{table}"
+
+
+def html_lines(lines: Sequence[str]) -> str:
+    """Writes lines of text, each by itself.
+
+    Args:
+        lines: The lines, which are shown as they are.
+
+    Returns:
+        A piece of HTML.
+    """
+    return "\n".join([f"<div>{html.escape(line)}</div>" for line in lines])
 
 
 def _row(tag: str, cells: Sequence[str], style: str) -> str:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
 
+from otfusion_jax.common.html import html_lines, html_table
 from otfusion_jax.pictures.canvas import LEVEL, axes_for, frame, legend_below
 from otfusion_jax.pictures.path import draw_curve
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_COLUMNS = ("", "start", "units moved by", "then", "score", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +94,39 @@ class Report:
         return row
 
     def __str__(self) -> str:
-        cells = [("", "start", "units moved by", "then", "score", "seconds")]
+        lines = [self._heading(), "", *_aligned([_COLUMNS, *self._cells()])]
+        notes = self._all_notes()
+        if notes:
+            lines.extend(["", *notes])
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        text = html_table(_COLUMNS, self._cells(), self._heading())
+        notes = self._all_notes()
+        if notes:
+            text = f"{text}\n{html_lines(notes)}"
+        return text
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Returns a row for each model by itself, and for each trial."""
+        cells = []
         for number, score in enumerate(self.parents):
             cells.append(("", f"model {number}", "", "", _number(score), ""))
         for row in self.rows:
             mark = "*" if row.chosen else ""
             score = "failed" if row.problem else _number(row.score)
             cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
-        lines = [self._heading(), "", *_aligned(cells)]
+        return cells
+
+    def _all_notes(self) -> list[str]:
+        """Returns why trials have failed, and what else there is to know."""
         failed = []
         for row in self.rows:
             if row.problem:
                 first_line = row.problem.splitlines()[0]
                 failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
-        if failed or self.notes:
-            lines.extend(["", *failed, *self.notes])
-        return "\n".join(lines)
+        return [*failed, *self.notes]
 
     def _heading(self) -> str:
         heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
