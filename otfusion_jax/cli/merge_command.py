@@ -56,6 +56,7 @@ class Merge(CommandWithResult, CommandWithFunction):
             if data is not None:
                 # Of two samples: the axis of one could be any.
                 shapes = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in data]
+            # Traced here, so that what does not fit is told by file before anything runs.
             symmetry = self.trace(like, shapes, console)
             models = []
             for checkpoint in checkpoints:

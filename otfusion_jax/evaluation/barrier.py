@@ -100,6 +100,7 @@ def barrier(
         return Barrier(t, values, jnp.max(_above_chord(t, values), axis=0))
     examples = values  # [T, n, *metrics]
     values = jnp.mean(examples, axis=1)
+    # For each metric the position at which it rises most, which is not the same for all.
     above = _above_chord(t, values)
     # Differences of the same examples: what makes an example hard does so at all positions.
     above_at_highest = jnp.take_along_axis(

@@ -1,7 +1,11 @@
 """Linear CKA: how similar the activations of two networks are, whatever the order of units."""
 
 from collections.abc import Iterable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from otfusion_jax.common.arguments import kind_of, require_batches
@@ -39,7 +43,7 @@ def linear_cka(
                 f"a batch is {kind_of(batch)}; give pairs of activations, as in "
                 "linear_cka([(x, y)]) with x [samples, n] and y [samples, m]"
             )
-        x, y = batch
+        x, y = map(_as_array, batch)
         is_matrix = x.ndim == 2 and y.ndim == 2
         if not is_matrix or x.shape[0] != y.shape[0] or not x.size or not y.size:
             raise ValueError(
@@ -47,6 +51,7 @@ def linear_cka(
                 "[samples, m] of the same samples, one or more"
             )
         found = moments(x.T, y.T, intra=True)
+        # Units are told apart by their position: batches of other units would be added up.
         if total is not None:
             _require_units(total.source_mean, x)
             _require_units(total.target_mean, y)
@@ -55,6 +60,15 @@ def linear_cka(
     if total is None:
         raise ValueError("no batches of activations were given; give at least one pair")
     return total.linear_cka()
+
+
+def _as_array(activations: Any) -> Array:
+    """Reads activations as floating-point numbers."""
+    if not isinstance(activations, jax.Array | np.ndarray):
+        raise TypeError(f"activations are {kind_of(activations)}; give arrays")
+    is_inexact = jnp.issubdtype(activations.dtype, jnp.inexact)
+    # Counts and masks are activations, too: as numbers they have means.
+    return jnp.asarray(activations, None if is_inexact else jnp.float32)
 
 
 def _require_units(mean: Array, activations: Array) -> None:

@@ -104,6 +104,7 @@ def plane(
         shares = jnp.stack([1 - share_b - share_c, share_b, share_c])
         return as_numbers(metric(average_of(stacked, shares)))
 
+    # Row by row from the bottom, as `contourf` of matplotlib takes them.
     grid = jnp.stack(jnp.meshgrid(x, y), axis=-1)  # [Y, X, 2]
     values = jax.lax.map(value_at, grid.reshape(-1, 2), batch_size=batch_size)
     return Plane(x, y, values.reshape(points, points, *values.shape[1:]), models)

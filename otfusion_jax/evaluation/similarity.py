@@ -177,8 +177,11 @@ def similarity(
     matched = match_groups(symmetry, onto)
     name_in_target = target_names(matched, onto)
     target_fn = fn if target_fn is None else target_fn
+    # No batch is kept, so that they may come from a generator.
     totals: dict[str, _Pair] = {}
     for batch in batches_of(batches):
+        # The moved model is run as well: how activations move with soft plans, signs or rotations
+        # need not be known, and what transport makes of the model is what is measured.
         of_source = features(symmetry, fn, source, *batch, at=at)
         of_moved = features(onto, target_fn, moved, *batch, at=at)
         of_target = features(onto, target_fn, target, *batch, at=at)
@@ -226,6 +229,7 @@ def _units(activations: Array, group: Group) -> Array:
     units = jnp.swapaxes(activations, -1, -2)
     if group.outer is None:
         return units
+    # A dimension of one head may correspond to one of any other: all are compared with all.
     *batch, heads, n, samples = units.shape
     return units.reshape(*batch, heads * n, samples)
 
@@ -234,6 +238,7 @@ def _mean_of_diagonal(correlations: Array) -> float:
     """Returns the mean correlation of units at the same position, of those that vary."""
     n, m = correlations.shape[-2:]
     matched = np.diagonal(np.asarray(correlations, np.float64), axis1=-2, axis2=-1)
+    # Between other widths no position is that of the same unit.
     if n != m or np.all(np.isnan(matched)):
         return float("nan")
     return float(np.nanmean(matched))

@@ -61,6 +61,7 @@ def plot_path(
         )
     if not named:
         raise ValueError("no paths were given; give what barrier returns, by the names of methods")
+    # All are looked at before anything is drawn on axes that may be the caller's.
     curves = []
     for name, path in named.items():
         require_kind(path, Barrier, f"path {name!r}", "what barrier returns")

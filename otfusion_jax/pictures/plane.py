@@ -60,6 +60,7 @@ def plot_plane(
     ax = axes_for(ax, 6, float(np.clip(1 + 4.5 * ratio, 2, 9)))
     # Where the metric is not finite the picture is blank.
     shown = np.ma.masked_invalid(values)
+    # Levels that the caller has chosen may leave values out.
     extend = "neither" if isinstance(levels, int) else "both"
     areas = ax.contourf(x, y, shown, levels, cmap=_COLOURS, extend=extend)
     ax.figure.colorbar(areas, ax=ax, label=label)

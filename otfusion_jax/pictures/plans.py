@@ -50,6 +50,7 @@ def plot_plans(plans: Plans | HasPlans, *, ax: "Axes | None" = None) -> "Axes":
     for number, (name, plan) in enumerate(by_name.items()):
         row, column = divmod(number, across)
         left, top = column * (1 + _GAP), row * (1 + _TITLE_GAP)
+        # Each by its own largest: masses are far smaller than the ones of a permutation.
         cells = _cells(np.asarray(plan))
         largest = np.max(np.abs(cells), initial=0) or 1
         ax.imshow(
@@ -66,6 +67,7 @@ def plot_plans(plans: Plans | HasPlans, *, ax: "Axes | None" = None) -> "Axes":
         ax.text(left, top - 0.04, f"{name} ({sizes})", fontsize=_FONT_SIZE, va="bottom")
         border = [left, left + 1, left + 1, left, left], [top, top, top + 1, top + 1, top]
         ax.plot(*border, color="0.5", linewidth=0.5)
+    # `imshow` sets the limits to those of the last tile. The first row is on top.
     ax.set_xlim(-_GAP / 2, width - _GAP / 2)
     ax.set_ylim(height - _TITLE_GAP, -_TITLE_GAP)
     ax.set_aspect("equal")
