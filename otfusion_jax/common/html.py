@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 # Colours are those of the page around, so that tables are as readable on dark pages as on light.
 _TABLE = "border-collapse: collapse; color: inherit; background: transparent; font-size: 90%"
+# Reasons why axes are pinned are long: cells wrap where a page is narrow.
 _CELL = (
-    "text-align: left; padding: 2px 10px; color: inherit; background: transparent; white-space: pre"
+    "text-align: left; padding: 2px 10px; color: inherit; background: transparent; "
+    "white-space: pre-wrap"
 )
 _RULE = "border-bottom: 1px solid currentColor"
 
