@@ -29,7 +29,10 @@ from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
 from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
 from otfusion_jax.evaluation.barrier import Barrier, barrier
+from otfusion_jax.evaluation.cka import linear_cka
 from otfusion_jax.evaluation.ensemble import ensemble
+from otfusion_jax.evaluation.plane import Plane, plane
+from otfusion_jax.evaluation.similarity import GroupSimilarity, Similarity, similarity
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
@@ -39,6 +42,11 @@ from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.fusion.repair_programs import RepairWarning
 from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
+from otfusion_jax.pictures.drawing import draw
+from otfusion_jax.pictures.path import plot_path
+from otfusion_jax.pictures.plane import plot_plane
+from otfusion_jax.pictures.plans import plot_plans
+from otfusion_jax.pictures.similarity import plot_similarity
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
@@ -46,7 +54,6 @@ from otfusion_jax.solvers.low_rank import LowRank
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.symmetry.canonical import canonicalize
 from otfusion_jax.symmetry.checks import SymmetryWarning
-from otfusion_jax.symmetry.drawing import draw
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Member, Pin
 from otfusion_jax.symmetry.plans import compose, invert
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -81,6 +88,7 @@ __all__ = [
     "Gram",
     "GromovWasserstein",
     "Group",
+    "GroupSimilarity",
     "Kind",
     "LearnedAlignment",
     "LeastSquares",
@@ -91,11 +99,13 @@ __all__ = [
     "Merged",
     "Original",
     "Pin",
+    "Plane",
     "Report",
     "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
     "SharedFusion",
+    "Similarity",
     "Sinkhorn",
     "Solution",
     "Soup",
@@ -132,11 +142,18 @@ __all__ = [
     "interpolate",
     "invert",
     "learn_alignment",
+    "linear_cka",
     "merge",
+    "plane",
+    "plot_path",
+    "plot_plane",
+    "plot_plans",
+    "plot_similarity",
     "register_rule",
     "regmean",
     "repair",
     "running_statistics",
+    "similarity",
     "slerp",
     "stack",
     "task_arithmetic",

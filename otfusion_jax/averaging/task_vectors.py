@@ -296,12 +296,8 @@ def _checked(
         TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_models(models)
-    require_alike(models)
-    try:
-        require_alike([models[0], base])
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("model 1", "the base")
-        raise type(error)(message) from None
+    names = [f"model {number}" for number in range(len(models))]
+    require_alike([*models, base], names=[*names, "the base"])
     leaves = leaves_of(base)
     columns = columns_of(models)
     undecided = [jnp.full(len(models) + 1, 1 / (len(models) + 1), float)] * len(leaves)

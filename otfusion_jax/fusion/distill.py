@@ -21,6 +21,7 @@ from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.known import all_known
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
 from otfusion_jax.fusion.samples import Samples, read_samples
+from otfusion_jax.symmetry.checks import require_models
 
 _CALL = "distill(fn, params, teachers, batches, outputs='logits')"
 
@@ -90,8 +91,10 @@ def distill(
         0.30
     """
     require_function(fn, _CALL)
+    require_models(teachers, "teachers")
+    names = [f"teacher {number}" for number in range(len(teachers))]
+    require_alike([params, *teachers], names=["params", *names])
     objective = objective_of(fn, outputs, loss, _CALL)
-    require_alike([params, *teachers])
     if not all_known(params, teachers):
         raise TypeError(
             "distill was called inside of jax.jit or another transformation; call it outside: it "

@@ -15,6 +15,7 @@ from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, kind_of, require_function, require_kind
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.packages import require_package
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
@@ -132,8 +133,8 @@ def merge(
         'LeastSquares'
     """
     began = time.perf_counter()
-    as_function(fn, ())
     require_function(fn, _CALL)
+    as_function(fn, ())
     _require_hashable(fn)
     require_alike(models)
     if not all_known(models):
@@ -233,12 +234,7 @@ def _require_repairs(repairs: Any) -> None:
 
 def _bar() -> Bar:
     """Returns what shows a bar of the items that are gone through."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError(
-            "progress=True needs tqdm; install it with: pip install tqdm, or leave it out"
-        ) from None
+    tqdm = require_package("tqdm", "tqdm", "plot", "progress=True").tqdm
     return lambda items: tqdm(items, desc="merging")
 
 

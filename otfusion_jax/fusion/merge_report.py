@@ -3,11 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
 
+from otfusion_jax.common.html import html_lines, html_table
+from otfusion_jax.pictures.canvas import LEVEL, axes_for, frame, legend_below
+from otfusion_jax.pictures.path import draw_curve
 from otfusion_jax.symmetry.symmetry import Symmetry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLUMNS = ("", "start", "units moved by", "then", "score", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +94,39 @@ class Report:
         return row
 
     def __str__(self) -> str:
-        cells = [("", "start", "units moved by", "then", "score", "seconds")]
+        lines = [self._heading(), "", *_aligned([_COLUMNS, *self._cells()])]
+        notes = self._all_notes()
+        if notes:
+            lines.extend(["", *notes])
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        text = html_table(_COLUMNS, self._cells(), self._heading())
+        notes = self._all_notes()
+        if notes:
+            text = f"{text}\n{html_lines(notes)}"
+        return text
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Returns a row for each model by itself, and for each trial."""
+        cells = []
         for number, score in enumerate(self.parents):
             cells.append(("", f"model {number}", "", "", _number(score), ""))
         for row in self.rows:
             mark = "*" if row.chosen else ""
             score = "failed" if row.problem else _number(row.score)
             cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
-        lines = [self._heading(), "", *_aligned(cells)]
+        return cells
+
+    def _all_notes(self) -> list[str]:
+        """Returns why trials have failed, and what else there is to know."""
         failed = []
         for row in self.rows:
             if row.problem:
                 first_line = row.problem.splitlines()[0]
                 failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
-        if failed or self.notes:
-            lines.extend(["", *failed, *self.notes])
-        return "\n".join(lines)
+        return [*failed, *self.notes]
 
     def _heading(self) -> str:
         heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
@@ -113,40 +138,33 @@ class Report:
             f"{self.held_out:,} others"
         )
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plots the scores along the lines between the models: as they were, and as they are moved.
 
         Args:
-            axes: The axes of matplotlib to plot into; None makes new ones.
+            ax: The matplotlib axes to plot on. None makes a new figure, which is `ax.figure`.
 
         Returns:
-            The axes.
+            The matplotlib axes.
 
         Raises:
             ValueError: If no path was taken.
             ImportError: If matplotlib is not installed.
+            TypeError: If `ax` are no axes.
         """
         if not self.path:
             raise ValueError(
                 "there is no path to plot; call merge with path=11, and with inputs to score by"
             )
-        if axes is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError:
-                raise ImportError(
-                    "plotting needs matplotlib; install it with: pip install matplotlib"
-                ) from None
-            axes = pyplot.subplots()[1]
+        ax = axes_for(ax, 5, 4)
         several = self.models > 2
-        for line in self.path:
-            label = f"{line.start}, from model {line.model}" if several else line.start
-            axes.plot(line.t, line.scores, marker=".", label=label)
-        axes.axhline(self.chosen.score, linestyle=":", color="black", label="the result")
-        axes.set_xlabel(f"from a model (0) to model {self.models - 1} (1)")
-        axes.set_ylabel(self.measure)
-        axes.legend()
-        return axes
+        for number, line in enumerate(self.path):
+            name = f"{line.start}, from model {line.model}" if several else line.start
+            draw_curve(ax, number, name, line.t, line.scores)
+        ax.axhline(self.chosen.score, label="the result", **LEVEL)
+        frame(ax, f"from a model (0) to model {self.models - 1} (1)", self.measure)
+        legend_below(ax)
+        return ax
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

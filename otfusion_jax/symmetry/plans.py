@@ -86,6 +86,21 @@ def is_identity(plan: Array) -> bool:
     return is_square and bool((values == np.eye(values.shape[-1])).all())
 
 
+def moved_units(plan: Array | np.ndarray) -> int | None:
+    """Counts the units that a plan takes to another place.
+
+    Args:
+        plan: A plan whose values are known.
+
+    Returns:
+        The number, over the whole batch. None where units are mixed: then none has stayed, and none
+        has gone to another place.
+    """
+    if not is_permutation(plan):
+        return None
+    return int(np.count_nonzero(np.asarray(plan) != np.arange(plan.shape[-1])))
+
+
 # --- chains of permutations and rotations
 
 

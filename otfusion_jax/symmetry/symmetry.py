@@ -133,6 +133,10 @@ class Symmetry(Mapping[str, Group]):
         """
         return display.table(self)
 
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        return display.html(self)
+
     def summary(self) -> str:
         """Says which share of the parameters can move, and what pins the rest.
 
