@@ -69,6 +69,8 @@ from otfusion_jax.tracing.trace import trace_symmetry
 from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.verification import check_symmetry
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AbstractMethod",
     "AbstractRepair",

@@ -60,7 +60,7 @@ class CoordinateDescent(AbstractMethod):
     max_sweeps: int = 50
     starts: tuple[str, ...] = ("forward", "identity")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "max_sweeps", least=1, whole=True)
         expected = "it must be a tuple of 'identity', 'forward' or both, as in ('forward',)"
         if not isinstance(self.starts, tuple):

@@ -47,7 +47,7 @@ class ForwardPass(AbstractMethod):
     unit_norm: bool = False
     members: Members = "producing"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_flag(self, "unit_norm")
         if self.members not in ("producing", "all"):
             raise ValueError(f"members is {self.members!r}; it must be 'producing' or 'all'")

@@ -75,7 +75,7 @@ def average_adapters(
     Warns:
         StatisticsWarning: As `average`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> one = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))}

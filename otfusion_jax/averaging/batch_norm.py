@@ -73,7 +73,7 @@ def fold_batch_norm(
         TypeError: For an epsilon that is no number.
         FloatingPointError: If a result is out of range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> norm = {"mean": jnp.ones(1), "var": jnp.full(1, 3.0)}

@@ -56,7 +56,7 @@ def fisher_average(
     Warns:
         StatisticsWarning: As `average`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> models = [jnp.array([0.0, 0.0]), jnp.array([4.0, 4.0])]

@@ -6,7 +6,7 @@ pytree with leaves `[K, ...]`; `stacked_models` takes either, a list or such a s
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def stack_leaves(models: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
-stack_at_once = jax.jit(stack_leaves)
+stack_at_once: Callable[[Sequence[PyTree]], PyTree] = jax.jit(stack_leaves)
 """The same as one program for all leaves, which have to be on the same devices."""
 
 

@@ -52,7 +52,7 @@ def running_statistics(params: PyTree) -> dict[str, str]:
     Raises:
         ValueError: If some leaves are not arrays, listing every one by key path.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> norm = {"scale": jnp.ones(4), "mean": jnp.zeros(4), "var": jnp.ones(4)}

@@ -58,7 +58,7 @@ def task_arithmetic(models: Sequence[PyTree], base: PyTree, scale: Scale = 1.0) 
         StatisticsWarning: If running statistics of batch normalisation that differ are combined, as
             `average` warns.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> base, german, law = jnp.array([0.0, 1.0]), jnp.array([2.0, 1.0]), jnp.array([0.0, 3.0])

@@ -80,7 +80,7 @@ def distill(
     References:
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import optax
         >>> import otfusion_jax as otf

@@ -118,7 +118,7 @@ def merge(
         TypeError: If arguments are of another type, before any work.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import otfusion_jax as otf
         >>> def net(params, x):

@@ -232,7 +232,7 @@ class Search:
     def __init__(self, setting: Setting):
         """Starts without any trials."""
         self.setting = setting
-        self.judge = setting.judge()
+        self.judge: Judge | Spread = setting.judge()
         self.rows: list[Trial] = []
         self.chosen: int | None = None
         self.best: _Found | None = None

@@ -255,7 +255,7 @@ class LeastSquares(AbstractRepair):
     ridge: float = 0.01
     steps: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "ridge", least=0, finite=True)
         require_number(self, "steps", least=1, whole=True)
 

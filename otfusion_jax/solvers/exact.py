@@ -52,7 +52,7 @@ class Exact(AbstractSolver):
 
     tolerance: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "tolerance", least=0)
 
     @property

@@ -71,7 +71,7 @@ class Interpreter:
     """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
-        self.unifier = Unifier()
+        self.unifier: Unifier = Unifier()
         self.on_unsupported = on_unsupported
         self.loops: Axes = ()
         self.values: dict[Axes, None] = {}

@@ -75,7 +75,7 @@ def together(*functions: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         ValueError: If there are no functions.
         TypeError: If one of them can't be called.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> both = otf.together(lambda p, x: x @ p, lambda p, x, y: y - x @ p)
