@@ -101,7 +101,7 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     assert value(records, method="the best single method, weights alone") == single
     assert value(records, method="merge, 200 images") > single - 5
     report = (tmp_path / "merge-0-1-200-images.txt").read_text()
-    assert "fitted to 160 inputs" in report
+    assert "fitted to 100 inputs" in report
 
 
 def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import PyTree
@@ -21,10 +22,13 @@ class Trial:
         repair: What was done after the average, such as "LeastSquares", "nothing" or "distilled".
         score: The objective on inputs that nothing was fitted to; less is better. NaN if the trial
             failed.
+        again: The same with the two exchanged: fitted to what was held out, and scored on what was
+            fitted to. NaN if that was not tried; of those that have it, the least sum is best.
         seconds: How long it took on the wall clock, compilation included. What several trials
             share is counted where it was first needed.
         problem: Why it failed; empty if it did not.
         chosen: Whether its parameters are the result.
+        ridges: Where a repair chose of several ridges, that of each parameter, by key path.
     """
 
     start: str
@@ -34,6 +38,8 @@ class Trial:
     seconds: float
     problem: str = ""
     chosen: bool = False
+    again: float = math.nan
+    ridges: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Report:
         models: How many models there were.
         parents: The score of each of the models by itself; empty if there were no inputs.
         measure: What scores are, in words.
-        fitted: How many inputs were fitted to.
+        fitted: How many inputs were fitted to, until all was chosen.
         held_out: How many others the choices were made by.
         notes: What else there is to know, such as why no inputs could be drawn.
         path: Scores along lines from model to model; empty if they were not asked for.
@@ -86,21 +92,26 @@ class Report:
         return row
 
     def __str__(self) -> str:
-        cells = [("", "start", "units moved by", "then", "score", "seconds")]
+        cells = [["", "start", "units moved by", "then", "score", "again", "seconds"]]
         for number, score in enumerate(self.parents):
-            cells.append(("", f"model {number}", "", "", _number(score), ""))
+            cells.append(["", f"model {number}", "", "", _number(score), "", ""])
         for row in self.rows:
             mark = "*" if row.chosen else ""
             score = "failed" if row.problem else _number(row.score)
-            cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
+            again = "" if math.isnan(row.again) else _number(row.again)
+            seconds = f"{row.seconds:.1f}"
+            cells.append([mark, row.start, row.units, row.repair, score, again, seconds])
+        if not self._is_again:
+            cells = [[*row[:5], *row[6:]] for row in cells]
         lines = [self._heading(), "", *_aligned(cells)]
         failed = []
         for row in self.rows:
             if row.problem:
                 first_line = row.problem.splitlines()[0]
                 failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
-        if failed or self.notes:
-            lines.extend(["", *failed, *self.notes])
+        ridges = _counted(self.chosen.ridges.values())
+        if failed or self.notes or ridges:
+            lines.extend(["", *failed, *ridges, *self.notes])
         return "\n".join(lines)
 
     def _heading(self) -> str:
@@ -108,10 +119,15 @@ class Report:
         if not self.held_out:
             heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
             return f"{heading}; * has the least {self.measure}"
-        return (
-            f"{heading}, fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
+        heading += (
+            f", fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
             f"{self.held_out:,} others"
         )
+        return f"{heading}, and again with the two exchanged" if self._is_again else heading
+
+    @property
+    def _is_again(self) -> bool:
+        return any(not math.isnan(row.again) for row in self.rows)
 
     def plot(self, axes: Any = None) -> Any:
         """Plots the scores along the lines between the models: as they were, and as they are moved.
@@ -167,9 +183,20 @@ class Merged:
     models: list[PyTree]
 
 
+_FIRST_NUMBER = 4
+"""The first column of a table that has numbers."""
+
+
 def _number(score: float) -> str:
     """Shows a score to four digits."""
     return f"{score:.4g}" if math.isfinite(score) else str(score)
+
+
+def _counted(ridges: Iterable[float]) -> list[str]:
+    """Says in a line how many parameters have which ridge; nothing if there are none."""
+    counts = Counter(ridges)
+    words = [f"{ridge:g} of {counts[ridge]}" for ridge in sorted(counts)]
+    return [f"Ridges by the number of parameters: {', '.join(words)}."] if words else []
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -179,7 +206,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     for row in cells:
         padded = []
         for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            is_number = number >= len(row) - 2
+            is_number = number >= _FIRST_NUMBER
             padded.append(cell.rjust(width) if is_number else cell.ljust(width))
         lines.append("  ".join(padded).rstrip())
     return lines
