@@ -623,6 +623,15 @@ def test_what_many_can_not_do(words: list[str], message: str, capsys: pytest.Cap
     assert message in capsys.readouterr().err
 
 
+def test_many_models_are_merged_by_the_one_call(tmp_path: Path):
+    words = ["--seeds", "0", "1", "2", "--counts", "3", "--draws", "1", "--images", "200"]
+    records = run(tmp_path, "many", *SMALL, *words, "--merge")
+    accuracies = where(records, metric=ACCURACY, models=3)
+    merged = value(accuracies, method="merge")
+    assert merged > value(accuracies, method="fuse") - 5
+    assert "merge" in (tmp_path / "results.md").read_text()
+
+
 @pytest.mark.parametrize(("count", "found"), [(2, 12), (4, 4)])
 def test_draws_are_all_there_are_and_no_two_the_same(count: int, found: int):
     chosen = draws(4, count, 99)

@@ -154,6 +154,9 @@ class Many(Study):
     def plot(self, records: pd.DataFrame, path: Path) -> None:
         """Plots accuracies, seconds and memory over the number of models."""
         records = records[records["models"] != 1]
+        if self.merge:
+            # More curves than these could not be told apart.
+            records = records[records["method"] != VANILLA.name]
         panels = []
         for metric, quantity in {ACCURACY: ACCURACY, **_COSTS}.items():
             shown = where(records, metric=metric)
