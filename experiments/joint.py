@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
-from experiments.networks import Network, reestimated
+from experiments.networks import Network, reestimated, training_step
 
 # How often a program is timed; the fastest run counts.
 _RUNS = 3
@@ -145,3 +145,24 @@ def regressed(network: Network, moved: list[PyTree], images: Array) -> PyTree:
     method = otf.LeastSquares()
     fused = otf.repair(network.symmetry, network.apply, moved, images, method=method)
     return reestimated(network, fused, images)
+
+
+def merge(network: Network, models: Sequence[PyTree], **settings: object) -> otf.Merged:
+    """Merges models by the one call.
+
+    Args:
+        network: The architecture of all.
+        models: The models.
+        **settings: What else `otf.merge` is to be told, such as the images.
+
+    Returns:
+        What it returns.
+    """
+    return otf.merge(
+        network.apply,
+        models,
+        outputs="logits",
+        symmetry=network.symmetry,
+        update=training_step(network),
+        **settings,  # pyright: ignore[reportArgumentType]
+    )

@@ -36,10 +36,11 @@ from otfusion_jax.evaluation.similarity import GroupSimilarity, Similarity, simi
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge import merge
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
-from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_programs import RepairWarning
 from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
 from otfusion_jax.pictures.drawing import draw

@@ -101,7 +101,7 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     assert value(records, method="the best single method, weights alone") == single
     assert value(records, method="merge, 200 images") > single - 5
     report = (tmp_path / "merge-0-1-200-images.txt").read_text()
-    assert "fitted to 160 inputs" in report
+    assert "fitted to 100 inputs" in report
 
 
 def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
@@ -621,6 +621,15 @@ def row_of_models(folder: Path, count: int) -> dict[str, str]:
 def test_what_many_can_not_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["many", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_many_models_are_merged_by_the_one_call(tmp_path: Path):
+    words = ["--seeds", "0", "1", "2", "--counts", "3", "--draws", "1", "--images", "200"]
+    records = run(tmp_path, "many", *SMALL, *words, "--merge")
+    accuracies = where(records, metric=ACCURACY, models=3)
+    merged = value(accuracies, method="merge")
+    assert merged > value(accuracies, method="fuse") - 5
+    assert "merge" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("count", "found"), [(2, 12), (4, 4)])

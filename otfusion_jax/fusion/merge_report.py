@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
@@ -15,7 +16,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLUMNS = ("", "start", "units moved by", "then", "score", "seconds")
+_COLUMNS = ("", "start", "units moved by", "then", "score", "again", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,13 @@ class Trial:
         repair: What was done after the average, such as "LeastSquares", "nothing" or "distilled".
         score: The objective on inputs that nothing was fitted to; less is better. NaN if the trial
             failed.
+        again: The same with the two exchanged: fitted to what was held out, and scored on what was
+            fitted to. NaN if that was not tried; of those that have it, the least sum is best.
         seconds: How long it took on the wall clock, compilation included. What several trials
             share is counted where it was first needed.
         problem: Why it failed; empty if it did not.
         chosen: Whether its parameters are the result.
+        ridges: Where a repair chose of several ridges, that of each parameter, by key path.
     """
 
     start: str
@@ -42,6 +46,8 @@ class Trial:
     seconds: float
     problem: str = ""
     chosen: bool = False
+    again: float = math.nan
+    ridges: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Report:
         models: How many models there were.
         parents: The score of each of the models by itself; empty if there were no inputs.
         measure: What scores are, in words.
-        fitted: How many inputs were fitted to.
+        fitted: How many inputs were fitted to, until all was chosen.
         held_out: How many others the choices were made by.
         notes: What else there is to know, such as why no inputs could be drawn.
         path: Scores along lines from model to model; empty if they were not asked for.
@@ -94,7 +100,7 @@ class Report:
         return row
 
     def __str__(self) -> str:
-        lines = [self._heading(), "", *_aligned([_COLUMNS, *self._cells()])]
+        lines = [self._heading(), "", *_aligned([*self._shown([_COLUMNS]), *self._cells()])]
         notes = self._all_notes()
         if notes:
             lines.extend(["", *notes])
@@ -102,7 +108,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Shows the table in a notebook."""
-        text = html_table(_COLUMNS, self._cells(), self._heading())
+        (columns,) = self._shown([_COLUMNS])
+        text = html_table(columns, self._cells(), self._heading())
         notes = self._all_notes()
         if notes:
             text = f"{text}\n{html_lines(notes)}"
@@ -112,31 +119,43 @@ class Report:
         """Returns a row for each model by itself, and for each trial."""
         cells = []
         for number, score in enumerate(self.parents):
-            cells.append(("", f"model {number}", "", "", _number(score), ""))
+            cells.append(("", f"model {number}", "", "", _number(score), "", ""))
         for row in self.rows:
             mark = "*" if row.chosen else ""
             score = "failed" if row.problem else _number(row.score)
-            cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
-        return cells
+            again = "" if math.isnan(row.again) else _number(row.again)
+            seconds = f"{row.seconds:.1f}"
+            cells.append((mark, row.start, row.units, row.repair, score, again, seconds))
+        return self._shown(cells)
+
+    def _shown(self, cells: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Leaves out the second score where there is none."""
+        return list(cells) if self._is_again else [(*row[:5], *row[6:]) for row in cells]
 
     def _all_notes(self) -> list[str]:
-        """Returns why trials have failed, and what else there is to know."""
+        """Returns why trials have failed, what ridges were chosen, and what else there is."""
         failed = []
         for row in self.rows:
             if row.problem:
                 first_line = row.problem.splitlines()[0]
                 failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
-        return [*failed, *self.notes]
+        ridges = _counted(self.chosen.ridges.values())
+        return [*failed, *ridges, *self.notes]
 
     def _heading(self) -> str:
         heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
         if not self.held_out:
             heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
             return f"{heading}; * has the least {self.measure}"
-        return (
-            f"{heading}, fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
+        heading += (
+            f", fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
             f"{self.held_out:,} others"
         )
+        return f"{heading}, and again with the two exchanged" if self._is_again else heading
+
+    @property
+    def _is_again(self) -> bool:
+        return any(not math.isnan(row.again) for row in self.rows)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plots the scores along the lines between the models: as they were, and as they are moved.
@@ -185,9 +204,20 @@ class Merged:
     models: list[PyTree]
 
 
+_FIRST_NUMBER = 4
+"""The first column of a table that has numbers."""
+
+
 def _number(score: float) -> str:
     """Shows a score to four digits."""
     return f"{score:.4g}" if math.isfinite(score) else str(score)
+
+
+def _counted(ridges: Iterable[float]) -> list[str]:
+    """Says in a line how many parameters have which ridge; nothing if there are none."""
+    counts = Counter(ridges)
+    words = [f"{ridge:g} of {counts[ridge]}" for ridge in sorted(counts)]
+    return [f"Ridges by the number of parameters: {', '.join(words)}."] if words else []
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -197,7 +227,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     for row in cells:
         padded = []
         for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            is_number = number >= len(row) - 2
+            is_number = number >= _FIRST_NUMBER
             padded.append(cell.rjust(width) if is_number else cell.ljust(width))
         lines.append("  ".join(padded).rstrip())
     return lines

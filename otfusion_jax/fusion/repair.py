@@ -16,7 +16,7 @@ program once (`repair_plan`, which makes a `flat_program` of it). The passes ove
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +142,38 @@ def repair(
         require_model(symmetry, model, f"model {number}")
     one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
+    settings = (method, checked_originals, keep_bytes)
+    return repaired(symmetry, fn, models, one_pass, weights, *settings).params
+
+
+class Repaired(NamedTuple):
+    """What comes of a repair.
+
+    Attributes:
+        params: The parameters of the repaired average.
+        ridges: Where the method chose of several ridges, that of each parameter, by key path; of a
+            slice of stacked parameters with its indices.
+    """
+
+    params: PyTree
+    ridges: dict[str, Array]
+
+
+def repaired(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    models: Sequence[PyTree],
+    passes: Passes,
+    weights: Sequence[float] | None,
+    method: AbstractRepair,
+    originals: Sequence[Original | None],
+    keep_bytes: int,
+) -> Repaired:
+    """Does what `repair` has checked; see there."""
     shares = mixture(weights, len(models))
     average_parts = _arrays(symmetry.split(average(models, weights)))
     parts_of_networks, plans = [], []
-    for model, original in zip(models, checked_originals, strict=True):
+    for model, original in zip(models, originals, strict=True):
         # The model computes what it did before the move, so its features are to be matched.
         parts = symmetry.split(model)
         if original is not None:
@@ -156,7 +184,7 @@ def repair(
     programs = Programs(
         symmetry,
         fn,
-        tuple([original and (original.symmetry, original.fn) for original in checked_originals]),
+        tuple([original and (original.symmetry, original.fn) for original in originals]),
         tuple([bool(own_plans) for own_plans in plans]),
         Aval.of_all(average_parts),
         tuple([Aval.of_all(parts) for parts in parts_of_networks]),
@@ -164,14 +192,18 @@ def repair(
         Settings.now(),
     )
     run = RepairRun([*parts_of_networks, average_parts], plans, shares, keep_bytes)
-    _run_passes(run, programs, one_pass)
+    _run_passes(run, programs, passes)
     try:
         require_finite(symmetry.parts, average_parts, "repairing")
     except FloatingPointError:
         # Numbers on the way are to blame only if all were finite that came in.
-        _require_finite_inputs(one_pass)
+        _require_finite_inputs(passes)
         raise
-    return symmetry.join(average_parts)
+    ridges = {}
+    for piece, ridge in run.ridges.items():
+        indices = "".join([f"[{index}]" for index in piece.indices])
+        ridges[symmetry.parts[piece.leaf].path + indices] = ridge
+    return Repaired(symmetry.join(average_parts), ridges)
 
 
 def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
