@@ -4,6 +4,7 @@
 and the repairs of each. Whatever it does can be done with public functions, one by one.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,11 +16,12 @@ from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, kind_of, require_function, require_kind
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.progress import with_bar
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
 from otfusion_jax.fusion.merge_report import Merged
-from otfusion_jax.fusion.merge_search import Bar, Known, Search, Setting, planned
+from otfusion_jax.fusion.merge_search import Known, Search, Setting, planned
 from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
 from otfusion_jax.fusion.samples import divided, read_samples
 from otfusion_jax.symmetry.checks import require_symmetry
@@ -152,7 +154,7 @@ def merge(
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"{name} is {count!r}; give a whole number, 0 or more")
     key = jax.random.key(0) if key is None else key
-    bar = _bar() if progress else _silent
+    bar = functools.partial(with_bar, title="merging") if progress else iter
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = _known_inputs(batches, inputs, most, key)
     objective = None
@@ -229,18 +231,3 @@ def _require_repairs(repairs: Any) -> None:
         raise TypeError(f"repairs is {kind_of(repairs)}; pass {examples}")
     for number, method in enumerate(repairs):
         require_kind(method, AbstractRepair, f"repair {number}", examples)
-
-
-def _bar() -> Bar:
-    """Returns what shows a bar of the items that are gone through."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError(
-            "progress=True needs tqdm; install it with: pip install tqdm, or leave it out"
-        ) from None
-    return lambda items: tqdm(items, desc="merging")
-
-
-def _silent(items: Sequence[Any]) -> Iterable[Any]:
-    return items
