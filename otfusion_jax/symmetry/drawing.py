@@ -15,10 +15,11 @@ _MOTION_COLOURS = {
     Motion.ROTATED: "tab:purple",
     Motion.ROTATED_ABOUT_ONES: "tab:pink",
 }
-# Of a figure, in inches: what a leaf and a group take, and what is left for names and legend.
-_ROW_HEIGHT, _COLUMN_WIDTH = 0.18, 0.25
-_MARGIN_HEIGHT, _MARGIN_WIDTH = 2, 4
 _FONT_SIZE = 7
+# Of a figure, in inches: what a leaf, a group and a letter of a name take, and what is left for
+# legend and title.
+_ROW_HEIGHT, _COLUMN_WIDTH, _LETTER_WIDTH = 0.18, 0.25, 0.06
+_MARGIN = 1
 
 
 def draw(symmetry: Symmetry, ax: Any = None) -> Any:
@@ -45,14 +46,16 @@ def draw(symmetry: Symmetry, ax: Any = None) -> Any:
 
     leaf_names = [part.path for part in symmetry.parts]
     row_count, column_count = len(leaf_names), len(symmetry.groups)
-    if ax is None:
-        width = _MARGIN_WIDTH + _COLUMN_WIDTH * column_count
-        height = _MARGIN_HEIGHT + _ROW_HEIGHT * row_count
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
     group_names = []
-    for column, group in enumerate(symmetry.groups):
+    for group in symmetry.groups:
         motion = f", {moves_in_words(group)}" if shows_motions(symmetry) else ""
         group_names.append(f"{group.name} ({units(group)}{motion})")
+    if ax is None:
+        # Names of leaves lie on the left, those of groups stand below.
+        width = _MARGIN + _COLUMN_WIDTH * max(1, column_count) + _length_of(leaf_names)
+        height = _MARGIN + _ROW_HEIGHT * row_count + _length_of(group_names)
+        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    for column, group in enumerate(symmetry.groups):
         roles: dict[int, set[str]] = {}
         for member in group.members:
             roles.setdefault(member.leaf, set()).add(member.role)
@@ -71,9 +74,15 @@ def draw(symmetry: Symmetry, ax: Any = None) -> Any:
     ax.set_xlabel("group (units)")
     ax.legend(
         handles=[Patch(color=colour, label=role) for role, colour in _COLOURS.items()],
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
+        # Above the names of leaves, where few groups leave no room for it.
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
         ncols=3,
         frameon=False,
     )
     return ax
+
+
+def _length_of(names: list[str]) -> float:
+    """Estimates how long the longest of some names is, in inches."""
+    return _LETTER_WIDTH * max(map(len, names), default=0)
