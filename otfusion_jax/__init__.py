@@ -14,6 +14,7 @@ from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.feature_gram import feature_gram
 from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
+from otfusion_jax.alignment.loss_descent import LearningState
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.averaging.adapters import LowRankPair, average_adapters
@@ -92,6 +93,7 @@ __all__ = [
     "GroupSimilarity",
     "Kind",
     "LearnedAlignment",
+    "LearningState",
     "LeastSquares",
     "Line",
     "LowRank",

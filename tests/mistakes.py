@@ -314,9 +314,9 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: any_otf.feature_gram(S, fn, A, B, X),
         r"TypeError: batches is an array of shape \(4, 6\).*as in \[x\]",
     ),
-    "a list of batches for a stack of them": (
-        lambda: any_otf.learn_alignment(S, loss, A, B, [X, X]),
-        r"TypeError: batches is a list; pass them stacked, each leaf \[steps, ...\]",
+    "what was learned for a state of learning": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], state={}, steps=2),
+        "TypeError: state is {}; pass that of an earlier call",
     ),
     "a dict for a list of batches": (
         lambda: any_otf.feature_gram(S, fn, A, B, {"x": X}),

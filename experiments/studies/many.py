@@ -58,6 +58,13 @@ class Many(Study):
     """Training images that repair an average, and that `otf.merge` looks at."""
     merge: bool = False
     """Merge them by `otf.merge` as well, which takes longest."""
+    rotations: bool = False
+    """Rotate units that may be rotated, as residual streams; models are made canonical before."""
+
+    @property
+    def study_label(self) -> str:
+        """The name of the study in that of its folder."""
+        return f"{self.command}-rotated" if self.rotations else self.command
 
     def check(self) -> None:
         """Refuses to fuse more models than there are, or fewer than two, or none."""
@@ -73,8 +80,10 @@ class Many(Study):
 
     def measure(self, run: Run) -> None:
         """Trains a model from each seed, and fuses some of them, whichever, at once."""
-        network = run.network
+        network = _rotating(run.network) if self.rotations else run.network
         models = run.models()
+        if self.rotations:
+            models = [otf.canonicalize(network.symmetry, model) for model in models]
         images = jnp.asarray(run.dataset.train_images[: self.images])
         judge = run.judge()
         alone = []
@@ -164,6 +173,14 @@ class Many(Study):
             panel = Panel(quantity, shown, "models", "method", "models fused", spread=spread)
             panels.append(panel)
         plot_lines(path, self.title, panels)
+
+
+def _rotating(network: Network) -> Network:
+    """Lets the units of a network rotate."""
+    symmetry = network.symmetry.with_rotations()
+    if not symmetry.rotates:
+        raise ValueError(f"--rotations: the units of {network.config.label} can't be rotated.")
+    return dataclasses.replace(network, symmetry=symmetry)
 
 
 def _fused(

@@ -58,7 +58,8 @@ def align(
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         onto: The symmetry of the target, if its widths are others than the source's. Groups are
-            matched by structure; plans between groups of different sizes are float `[n, m]`.
+            matched by structure; plans between groups of different sizes are float `[n, m]`, with
+            negative masses where units change their signs. Units that rotate keep their number.
         method: How the plans of all groups are found: `CoordinateDescent()` or `ForwardPass()`.
         metric: The ground metric between units, an ott cost function. None means
             `ott.geometry.costs.SqEuclidean()`, which coordinate descent uses for its objective

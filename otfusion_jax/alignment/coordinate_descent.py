@@ -28,7 +28,7 @@ from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.plans import is_orthogonal, is_permutation
 
 ROUNDING = 1e-6
 """How much better a plan must be, relative to the norms of what is compared, to be an improvement.
@@ -271,7 +271,7 @@ class DescentSweep(AbstractSweep):
 
 def _keeps_norms(group: Group, plan: Array) -> bool:
     """Whether units keep their norms along a plan: it is orthogonal, or permutes them."""
-    return group.orthogonal or is_permutation(plan)
+    return is_permutation(plan) or is_orthogonal(group, plan)
 
 
 @jax.jit

@@ -77,7 +77,7 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
         outer_names.add(group.outer)
     for group in problem.symmetry.groups:
         target_group = problem.target_groups[group.name]
-        if group.orthogonal:
+        if group.orthogonal and group.size == target_group.size:
             plan = np.broadcast_to(np.eye(group.size), (*group.batch, group.size, group.size))
             plans[group.name] = jax.device_put(plan.astype(problem.dtype))
             gaps[group.name] = jnp.zeros((), problem.dtype)

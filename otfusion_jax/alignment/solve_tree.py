@@ -117,12 +117,16 @@ def _with_signs(solution: Solution, cross: Array) -> Solution:
     """Makes matrices of permutations, with the signs by which matched units are alike.
 
     Args:
-        solution: The solutions, whose plans are permutations `[*batch, n]`.
-        cross: The inner products of what changes with the signs, `[*batch, n, n]`.
+        solution: The solutions, whose plans are permutations `[*batch, n]`, or the masses
+            `[*batch, n, m]` by which units become another number of units.
+        cross: The inner products of what changes with the signs, `[*batch, n, m]`.
 
     Returns:
-        The solutions with plans `[*batch, n, n]`.
+        The solutions with plans `[*batch, n, m]`.
     """
+    if not is_permutation(solution.plan):
+        plan = jnp.where(cross < 0, -solution.plan, solution.plan)
+        return dataclasses.replace(solution, plan=plan)
     index = solution.plan[..., None, :]
     matched = jnp.take_along_axis(cross, index, axis=-2, mode="fill").squeeze(-2)
     signs = jnp.where(matched < 0, -1, 1).astype(cross.dtype)

@@ -18,6 +18,7 @@ from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.merge_arguments import (
@@ -25,8 +26,6 @@ from otfusion_jax.fusion.merge_arguments import (
     known_inputs,
     require_counts,
     require_hashable,
-    shown_bar,
-    silent_bar,
     weighed_leaves,
 )
 from otfusion_jax.fusion.merge_report import Merged

@@ -1,7 +1,7 @@
 """What `merge` is given, checked: inputs that are read or drawn, repairs, what is not to count."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,10 +9,8 @@ from jaxtyping import Array, PyTree
 
 from otfusion_jax.averaging.statistics import running_statistics, warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
-from otfusion_jax.common.packages import require_package
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
 from otfusion_jax.fusion.least_squares import LeastSquares
-from otfusion_jax.fusion.merge_search import Bar
 from otfusion_jax.fusion.merge_setting import Known
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.samples import divided, read_samples
@@ -158,15 +156,3 @@ def require_counts(**counts: Any) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"{name} is {count!r}; give a whole number, 0 or more")
-
-
-def shown_bar() -> Bar:
-    """Returns what shows a bar of the items that are gone through."""
-    tqdm = require_package("tqdm", "tqdm", "plot", "progress=True").tqdm
-    return lambda items, what: tqdm(items, desc=what)
-
-
-def silent_bar(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Goes through items, and shows nothing."""
-    del what
-    return items

@@ -12,14 +12,13 @@ Trials are narrowed down, so that what takes long is tried where it is promising
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.common.progress import Bar
 from otfusion_jax.fusion.judges import Judge, Spread
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.merge_setting import AS_THEY_ARE, Setting, Step
@@ -31,9 +30,6 @@ _AGAIN = 3
 """How many trials are made again with inputs exchanged."""
 _FAR = 2.0
 """Trials that score so many times as much as the best are not made again."""
-
-Bar = Callable[[Sequence[Any], str], Iterable[Any]]
-"""What goes through items, and may show how far it is, and with what."""
 
 
 class Search:

@@ -24,9 +24,10 @@ _MOTION_COLOURS = {
 _SCALED_COLOUR = "tab:brown"
 # With more leaves than so many, what repeats itself from layer to layer is drawn once.
 _MOST_LEAVES = 100
-# Of a figure, in inches: what a leaf and a group take, and what is left for names and legend.
-_ROW_HEIGHT, _COLUMN_WIDTH = 0.18, 0.25
-_MARGIN_HEIGHT, _MARGIN_WIDTH = 2, 4
+# Of a figure, in inches: what a leaf, a group and a letter of a name take, and what is left for
+# legend and title.
+_ROW_HEIGHT, _COLUMN_WIDTH, _LETTER_WIDTH = 0.18, 0.25, 0.06
+_MARGIN = 1
 # Pictures of more than 2^16 pixels cannot be written; there are 100 to the inch, unless asked for.
 _LONGEST = 300
 _FONT_SIZE = 7
@@ -55,16 +56,17 @@ def draw(symmetry: Symmetry, ax: "Axes | None" = None) -> "Axes":
     """
     require_symmetry(symmetry, "draw(symmetry, ax)")
     leaves, columns = _matrix(symmetry)
-    width = min(_LONGEST, _MARGIN_WIDTH + _COLUMN_WIDTH * len(columns))
-    height = min(_LONGEST, _MARGIN_HEIGHT + _ROW_HEIGHT * len(leaves))
-    ax = axes_for(ax, width, height)
+    names = [name for name, _ in columns]
+    # Names of leaves lie on the left, those of groups stand below.
+    width = _MARGIN + _COLUMN_WIDTH * max(1, len(columns)) + _length_of(leaves)
+    height = _MARGIN + _ROW_HEIGHT * len(leaves) + _length_of(names)
+    ax = axes_for(ax, min(_LONGEST, width), min(_LONGEST, height))
     patches = require_package("matplotlib.patches", "matplotlib", "plot", "a picture")
     row_of = {leaf: row for row, leaf in enumerate(leaves)}
     for column, roles in enumerate(columns.values()):
         for leaf, role in roles.items():
             corner = (column - 0.5, row_of[leaf] - 0.5)
             ax.add_patch(patches.Rectangle(corner, 1, 1, color=_COLOURS[role], linewidth=0))
-    names = [name for name, _ in columns]
     ax.set_xticks(range(len(columns)), names, rotation=90, fontsize=_FONT_SIZE)
     for label, (_, colour) in zip(ax.get_xticklabels(), columns, strict=False):
         label.set_color(colour)
@@ -76,8 +78,14 @@ def draw(symmetry: Symmetry, ax: "Axes | None" = None) -> "Axes":
     legend = []
     for role, colour in _COLOURS.items():
         legend.append(patches.Patch(color=colour, label=role))
-    ax.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    # Above the names of leaves, where few groups leave no room for it.
+    ax.legend(handles=legend, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     return ax
+
+
+def _length_of(names: list[str]) -> float:
+    """Estimates how long the longest of some names is, in inches."""
+    return _LETTER_WIDTH * max(map(len, names), default=0)
 
 
 _Columns = dict[tuple[str, str], dict[str, str]]

@@ -23,7 +23,14 @@ from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.partition import BlockPartition
-from otfusion_jax.symmetry.plans import HasPlans, is_permutation, new_sizes, plans_of, require_plans
+from otfusion_jax.symmetry.plans import (
+    HasPlans,
+    is_orthogonal,
+    is_permutation,
+    new_sizes,
+    plans_of,
+    require_plans,
+)
 from otfusion_jax.symmetry.signs import permutation_of, signs_of
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -51,7 +58,8 @@ def transport(
             axis of the batch counts the old heads. Of a group that rotates (see
             `Symmetry.with_rotations`), a float plan is an orthogonal matrix `Q` `[n, n]`: new unit
             `j` is the sum of `Q[i, j]` times old unit `i`. Of a group that is signed (see
-            `Symmetry.with_signs`), it is a permutation whose ones may be minus ones. Groups that
+            `Symmetry.with_signs`), it is a permutation whose ones may be minus ones, or onto
+            another number of units a transport plan whose masses may be negative. Groups that
             are left out stay.
         params: The parameters of the network. They are not changed.
         onto: The symmetry of the network that the plans lead to, if its widths are others. None
@@ -212,7 +220,7 @@ def _moved_along(
         return mixed(block, dims, batch_dims, weights.astype(block.array.dtype))
     if is_permutation(plan):
         return permuted(block, unit_axis.dim, unit_axis.levels, plan)
-    if unit_axis.group.signed:
+    if unit_axis.group.signed and is_orthogonal(unit_axis.group, plan):
         block = permuted(block, unit_axis.dim, unit_axis.levels, permutation_of(plan))
         if not unit_axis.member.odd:
             return block
@@ -224,6 +232,8 @@ def _moved_along(
         if nested.levels[-1] == unit_axis.dim and nested.is_in(block):
             # These heads move together with the units in them, when it is the turn of those.
             return block
+    if unit_axis.group.signed and not unit_axis.member.odd:
+        plan = jnp.abs(plan)
     weights = _unit_weights(unit_axis.group, plan, role).astype(block.array.dtype)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
@@ -274,7 +284,7 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
 
 def _unit_weights(group: Group, plan: Array, role: Role) -> Array:
     """Returns by how much old units are in new ones, `[..., n, m]`, in one role."""
-    if group.orthogonal and not is_permutation(plan):
+    if not is_permutation(plan) and is_orthogonal(group, plan):
         # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
         return plan
     return _weights(_as_coupling(plan), role)
@@ -293,7 +303,7 @@ def _weights(plan: Array, role: Role) -> Array:
     """Divides a transport plan by its marginals.
 
     Args:
-        plan: Float `[..., n, m]`.
+        plan: Float `[..., n, m]`, of masses that may have signs.
         role: `"produces"` divides by the masses of the new units, P diag(1/b); other roles by those
             of the old ones, diag(1/a) P.
 
@@ -301,6 +311,6 @@ def _weights(plan: Array, role: Role) -> Array:
         The weights, `[..., n, m]`. Units without mass have weight 0.
     """
     axis_of_sum = -2 if role == "produces" else -1
-    masses = jnp.sum(plan, axis=axis_of_sum, keepdims=True)
+    masses = jnp.sum(jnp.abs(plan), axis=axis_of_sum, keepdims=True)
     # Where there is no mass, this is 0 / 1 and not 0 / 0.
     return plan / jnp.where(masses > 0, masses, 1)
