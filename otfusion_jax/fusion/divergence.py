@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.alignment.costs import squared_norm
 from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import kind_of, require_function
+from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.samples import Samples
 
 Outputs = Literal["logits", "values"]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, kind_of, require_function, require_kind
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average
 from otfusion_jax.averaging.interpolate import interpolate
 from otfusion_jax.averaging.stacking import in_canonical_form
+from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.candidates import Candidate, Task
 from otfusion_jax.fusion.distill import trained
 from otfusion_jax.fusion.divergence import Judge, Objective, Spread
