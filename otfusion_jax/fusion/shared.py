@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, PyTree
 from ott.geometry import costs
 
@@ -277,7 +278,7 @@ def _renormalised(
     renormalised = []
     for leaf, share in zip(leaves, shares, strict=True):
         present = jnp.array([*[of_model[leaf.path] for of_model in has], True])
-        own = jnp.where(present, share[jnp.array(order)], 0)
+        own = jnp.where(present, share[np.array(order)], 0)
         total = jnp.sum(own)
         alone = jnp.zeros_like(own).at[-1].set(1)
         safe = jnp.where(total > 0, total, 1)
