@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.checks import (
@@ -22,6 +22,7 @@ from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import Marginals, set_up_problem
 from otfusion_jax.common.arguments import require_function
+from otfusion_jax.common.host import Array, as_jax, as_numpy
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
 from otfusion_jax.solvers.base import AbstractSolver
@@ -184,6 +185,8 @@ def find_plans(
     )
 
 
+# What is out of range shows in the plans, as it does where JAX computes them.
+@np.errstate(all="ignore")
 def _find_plans(
     symmetry: Symmetry,
     onto: Symmetry,
@@ -202,13 +205,13 @@ def _find_plans(
         symmetry, onto, source, target, metric, solver, marginals=marginals, weights=weights
     )
     if symmetry.groups:
-        alignment = method.run(problem, grams)
+        alignment = method.run(problem, as_numpy(grams) if problem.xp is np else grams)
     else:
         # Nothing can move, and a method would have nothing to go over.
         distance = problem.distance({})
-        alignment = Alignment({}, distance, distance[None], jnp.array(True), {})
+        alignment = Alignment({}, distance, distance[None], problem.xp.asarray(True), {})
     if problem.known and exponent == 0:
-        return alignment
+        return as_jax(alignment)
     # The problem's parameters are those of the models times 2**-exponent. Objectives are squares
     # of these; in which power gaps are depends on the ground cost.
     objective, history = restored((alignment.objective, alignment.history), exponent, 2)
@@ -216,7 +219,8 @@ def _find_plans(
     for name, gap in alignment.gaps.items():
         degree = method.cost_degree(metric, grams is not None and name in grams)
         gaps[name] = restored(gap, exponent, degree)
-    return dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
+    scaled_back = dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
+    return as_jax(scaled_back)
 
 
 _find_plans_jitted = jax.jit(

@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import DEGREES, Gram
@@ -19,6 +17,7 @@ from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
+from otfusion_jax.common.host import program
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group, Member
 
@@ -58,7 +57,7 @@ class ForwardPass(AbstractMethod):
         start = initial_state(problem)
         state = visit_group_trees(problem, start, [sweep])
         before, after = problem.distance(start.plans), problem.distance(state.plans)
-        history = jnp.stack([before, after])
+        history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
     def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
@@ -121,10 +120,10 @@ class ForwardSweep(AbstractSweep):
         """See `AbstractSweep.accept`. Here every plan is kept."""
         new_plans = [solution.plan for solution in solutions]
         plans = self.problem.plans_after(tree, state.plans, new_plans)
-        return state.after(tree, solutions, plans, jnp.array(True))
+        return state.after(tree, solutions, plans, self.problem.xp.asarray(True))
 
 
-@jax.jit
+@program()
 def _normalised(grams: Gram) -> Gram:
     return grams.normalised()
 

@@ -4,11 +4,12 @@ import abc
 import dataclasses
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.html import html_table
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.groups import Plans

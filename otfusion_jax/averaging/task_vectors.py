@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.average import accumulation_dtype, check_integers, columns_of
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_key
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.checks import require_finite, require_models
 from otfusion_jax.symmetry.groups import Leaf, leaves_of

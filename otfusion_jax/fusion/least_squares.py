@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import require_number
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.scaling import common_exponent, scaled
 from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 from otfusion_jax.fusion.repair_methods import AbstractRepair, Correctable, Corrected, Product

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
 from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.fusion.candidates import checked_candidates

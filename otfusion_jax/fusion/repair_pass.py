@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import branch_taken, run_chunk
 from otfusion_jax.fusion.linear_form import LinearForm, form_of

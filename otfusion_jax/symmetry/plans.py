@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
@@ -65,7 +65,7 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     Returns:
         True for integer dtypes.
     """
-    return jnp.issubdtype(plan.dtype, jnp.integer)
+    return np.issubdtype(plan.dtype, np.integer)
 
 
 def is_identity(plan: Array) -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import PyTree
 
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
 from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, multiplied, permuted
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
@@ -87,7 +89,7 @@ def transport(
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     require_canonical(symmetry, params, "the model")
-    return move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto)
+    return as_jax(move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto))
 
 
 def move_all(
@@ -102,7 +104,7 @@ def move_all(
         onto: The symmetry of the network that the plans lead to, see `move`.
 
     Returns:
-        The moved parameters.
+        The moved parameters. Those that were arrays of NumPy may be so again.
     """
     # Leaf after leaf, each by a small program that equal leaves share: one program for all of a
     # deep network would take XLA longer than everything else.
@@ -130,27 +132,23 @@ def move(
             None takes the widths from the plans.
 
     Returns:
-        The moved parameter.
+        The moved parameter, of NumPy where that has moved it (see `common.host`).
     """
     numbered = symmetry.numbered_leaves[leaf]
     leaf_plans = numbered.plans(plans)
     if not leaf_plans:
-        # The parameter is passed on as it is, of whatever dtype.
-        return array if isinstance(array, jax.Array) else _passed_on(array)
+        # The parameter is passed on as it is, of whatever dtype. Who gave an array of NumPy may
+        # write to it later on.
+        return array if isinstance(array, jax.Array) else np.array(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
         target = None
+    leaf_plans, array = as_numpy((leaf_plans, array))
     return _moved(numbered.structure, target, leaf_plans, array)
 
 
-@jax.jit
-def _passed_on(array: Any) -> Array:
-    """Makes an array of JAX of a parameter that is one of NumPy or a number."""
-    return array
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "target"))
+@program(static_argnames=("structure", "target"))
 def _moved(
     structure: LeafStructure, target: BlockPartition | None, plans: Plans, array: Array
 ) -> Array:
@@ -311,6 +309,7 @@ def _weights(plan: Array, role: Role) -> Array:
         The weights, `[..., n, m]`. Units without mass have weight 0.
     """
     axis_of_sum = -2 if role == "produces" else -1
-    masses = jnp.sum(jnp.abs(plan), axis=axis_of_sum, keepdims=True)
+    xp = array_module(plan)
+    masses = xp.sum(abs(plan), axis=axis_of_sum, keepdims=True)
     # Where there is no mass, this is 0 / 1 and not 0 / 0.
-    return plan / jnp.where(masses > 0, masses, 1)
+    return plan / xp.where(masses > 0, masses, 1)
