@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
-from experiments.networks import Network, reestimated
+from experiments.networks import Network, reestimated, training_step
 
 # How often a program is timed; the fastest run counts.
 _RUNS = 3
@@ -22,7 +22,7 @@ SECONDS = "(s)"
 MEBIBYTES = "(MiB)"
 
 PairPlans = Callable[[int, int], dict[str, Array]]
-"""Gives the permutations from one model to another, by their positions."""
+"""Gives the plans from one model to another, by their positions."""
 
 
 def draws(number: int, count: int, wanted: int) -> list[tuple[int, ...]]:
@@ -55,7 +55,8 @@ def inconsistency(symmetry: otf.Symmetry, plans: PairPlans, number: int) -> floa
 
     Args:
         symmetry: The symmetry of the models.
-        plans: Gives the permutations from one model to another.
+        plans: Gives the plans from one model to another. Units that rotate are left out: no unit of
+            theirs is another one.
         number: How many models there are. All detours in their order count.
 
     Returns:
@@ -67,6 +68,8 @@ def inconsistency(symmetry: otf.Symmetry, plans: PairPlans, number: int) -> floa
         direct = plans(a, c)
         elsewhere = []
         for name, plan in direct.items():
+            if symmetry[name].rotates:
+                continue
             differs = detour[name] != plan
             elsewhere.append(np.ravel(differs))
         shares.append(np.mean(np.concatenate(elsewhere)))
@@ -119,7 +122,7 @@ def into_the_universe(
     Args:
         network: The architecture of all.
         models: The models.
-        plans: For each group the permutations of all models, stacked.
+        plans: For each group the plans of all models, stacked.
 
     Returns:
         The models, moved.
@@ -145,3 +148,24 @@ def regressed(network: Network, moved: list[PyTree], images: Array) -> PyTree:
     method = otf.LeastSquares()
     fused = otf.repair(network.symmetry, network.apply, moved, images, method=method)
     return reestimated(network, fused, images)
+
+
+def merge(network: Network, models: Sequence[PyTree], **settings: object) -> otf.Merged:
+    """Merges models by the one call.
+
+    Args:
+        network: The architecture of all.
+        models: The models.
+        **settings: What else `otf.merge` is to be told, such as the images.
+
+    Returns:
+        What it returns.
+    """
+    return otf.merge(
+        network.apply,
+        models,
+        outputs="logits",
+        symmetry=network.symmetry,
+        update=training_step(network),
+        **settings,  # pyright: ignore[reportArgumentType]
+    )

@@ -1,6 +1,7 @@
 """Architectures as the library sees them: a function of variables and images, and its symmetry."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,27 @@ def counts(path: str) -> bool:
         path: The key path of the leaf.
     """
     return not path.startswith(_STATISTICS)
+
+
+def training_step(network: Network) -> Callable[[PyTree, Array], PyTree] | None:
+    """Returns a step in training mode that updates running statistics; None without batch norm.
+
+    Args:
+        network: The architecture; it says whether images are cropped and flipped.
+    """
+    if _STATISTICS not in network.shapes:
+        return None
+    model = build_model(network.config, network.classes)
+
+    @jax.jit
+    def update(variables: PyTree, images: Array) -> PyTree:
+        if network.augment:
+            black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
+            images = augmented(jax.random.key(0), images, black)
+        _, changed = model.apply(variables, images, train=True, mutable=[_STATISTICS])
+        return {**variables, **changed}
+
+    return update
 
 
 def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]) -> PyTree:

@@ -7,7 +7,6 @@ place are shown by their mean, and their deviation where that is asked for.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,21 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report import deviation, pivot
-
-# The label of an axis along the straight line from one model to another.
-PATH_AXIS = "t: weights (1 - t) · A + t · B"
-# Colours (mostly Okabe and Ito's) that colour-blind readers tell apart; markers serve in grey.
-_STYLES = (
-    {"color": "#000000", "marker": "o", "linestyle": "--", "linewidth": 1.6, "markersize": 4},
-    {"color": "#56B4E9", "marker": "s", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
-    {"color": "#D55E00", "marker": "^", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
-    {"color": "#004D40", "marker": "D", "linestyle": "-", "linewidth": 1.6, "markersize": 4},
-    {"color": "#CC79A7", "marker": "v", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
-    {"color": "#0072B2", "marker": "P", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
-    {"color": "#E69F00", "marker": "X", "linestyle": "-", "linewidth": 1.6, "markersize": 5},
-    {"color": "#999999", "marker": "*", "linestyle": "-", "linewidth": 1.6, "markersize": 6},
-)
-_GREY = {"color": "0.45", "linewidth": 1, "linestyle": ":"}
+from otfusion_jax.pictures.canvas import LEVEL, STYLES, frame, legend_below
+from otfusion_jax.pictures.path import draw_curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,30 +65,23 @@ def plot_lines(path: Path, title: str, panels: Sequence[Panel]) -> None:
         for curve in panel.curves:
             if curve not in names:
                 names.append(curve)
-    if len(names) > len(_STYLES):
-        raise ValueError(f"{len(names)} curves in one plot; draw {len(_STYLES)} at most.")
-    styles = dict(zip(names, _STYLES, strict=False))
+    if len(names) > len(STYLES):
+        raise ValueError(f"{len(names)} curves in one plot; draw {len(STYLES)} at most.")
 
     width = 2.5 + 5 * len(panels)
     figure = Figure(figsize=(width, 5.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
         for curve in panel.curves:
-            _draw(axes, panel, curve, styles[curve])
+            _draw(axes, panel, curve, names.index(curve))
         for name, level in panel.levels.items():
-            axes.axhline(level, label=name, **_GREY)
+            axes.axhline(level, label=name, **LEVEL)
         if panel.log:
             axes.set_xscale("log")
-        axes.set_xlabel(panel.label)
-        axes.set_ylabel(panel.quantity)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes, panel.label, panel.quantity)
         shows_others = not set(panel.curves) <= set(panels[0].curves)
         if panel is panels[0] or shows_others:
-            # Below the axis, where no curve runs: the search for the best place among the curves
-            # warns when it takes long, and so whenever the machine is busy.
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+            legend_below(axes)
     figure.suptitle(title)
     _save(figure, path)
 
@@ -127,11 +106,11 @@ def plot_bars(
     height = 0.8 / len(bars.columns)
     for index, (label, values) in enumerate(bars.items()):
         places = rows + index * height
-        color = _STYLES[index + 1]["color"]
+        color = STYLES[index + 1]["color"]
         drawn = axes.barh(places, values, height, label=label, color=color)
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
     for name, level in levels.items():
-        axes.axvline(level, label=name, **_GREY)
+        axes.axvline(level, label=name, **LEVEL)
     middles = rows + 0.4 - height / 2
     axes.set_yticks(middles, list(bars.index))
     axes.invert_yaxis()  # the first row on top, as in a table
@@ -156,16 +135,16 @@ def bars(records: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
     return pivot(records, rows, columns, "mean")
 
 
-def _draw(axes: Axes, panel: Panel, curve: str, style: Mapping[str, Any]) -> None:
-    """Draws one curve, where there are records of it."""
+def _draw(axes: Axes, panel: Panel, curve: str, number: int) -> None:
+    """Draws one curve, where there are records of it, in the style of its number."""
     is_curve = panel.records[panel.curve] == curve
     of_curve = panel.records[is_curve]
     by_position = of_curve.groupby(panel.x)["value"]
     means = by_position.mean()
     spread = None
     if panel.spread:
-        spread = by_position.agg(_spread)
-    axes.errorbar(means.index, means, spread, label=curve, capsize=3, **style)
+        spread = by_position.agg(_spread).to_numpy()
+    draw_curve(axes, number, curve, means.index.to_numpy(), means.to_numpy(), spread)
 
 
 def _spread(values: pd.Series) -> float:

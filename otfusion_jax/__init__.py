@@ -14,6 +14,7 @@ from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.feature_gram import feature_gram
 from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import LearnedAlignment, learn_alignment
+from otfusion_jax.alignment.loss_descent import LearningState
 from otfusion_jax.alignment.marginals import feature_importance, weight_importance
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.averaging.adapters import LowRankPair, average_adapters
@@ -30,18 +31,27 @@ from otfusion_jax.averaging.statistics import StatisticsWarning, running_statist
 from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.evaluation.barrier import Barrier, barrier
+from otfusion_jax.evaluation.cka import linear_cka
 from otfusion_jax.evaluation.ensemble import ensemble
+from otfusion_jax.evaluation.plane import Plane, plane
+from otfusion_jax.evaluation.similarity import GroupSimilarity, Similarity, similarity
 from otfusion_jax.files.formats import read_checkpoint
 from otfusion_jax.files.writing import write_like
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
+from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge import merge
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.repair import Original, repair
-from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
+from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_programs import RepairWarning
 from otfusion_jax.fusion.shared import SharedFusion, Unshared, fuse_shared
+from otfusion_jax.pictures.drawing import draw
+from otfusion_jax.pictures.path import plot_path
+from otfusion_jax.pictures.plane import plot_plane
+from otfusion_jax.pictures.plans import plot_plans
+from otfusion_jax.pictures.similarity import plot_similarity
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.gromov_wasserstein import GromovWasserstein
@@ -49,7 +59,6 @@ from otfusion_jax.solvers.low_rank import LowRank
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.symmetry.canonical import canonicalize
 from otfusion_jax.symmetry.checks import SymmetryWarning
-from otfusion_jax.symmetry.drawing import draw
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Member, Pin
 from otfusion_jax.symmetry.plans import compose, invert
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -64,6 +73,8 @@ from otfusion_jax.tracing.registry import UnsupportedPrimitiveError, register_ru
 from otfusion_jax.tracing.trace import trace_symmetry
 from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.verification import check_symmetry
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AbstractMethod",
@@ -82,9 +93,11 @@ __all__ = [
     "Gram",
     "GromovWasserstein",
     "Group",
+    "GroupSimilarity",
     "Kind",
     "LazyArray",
     "LearnedAlignment",
+    "LearningState",
     "LeastSquares",
     "Line",
     "LowRank",
@@ -93,11 +106,13 @@ __all__ = [
     "Merged",
     "Original",
     "Pin",
+    "Plane",
     "Report",
     "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
     "SharedFusion",
+    "Similarity",
     "Sinkhorn",
     "Solution",
     "Soup",
@@ -134,12 +149,19 @@ __all__ = [
     "interpolate",
     "invert",
     "learn_alignment",
+    "linear_cka",
     "merge",
+    "plane",
+    "plot_path",
+    "plot_plane",
+    "plot_plans",
+    "plot_similarity",
     "read_checkpoint",
     "register_rule",
     "regmean",
     "repair",
     "running_statistics",
+    "similarity",
     "slerp",
     "stack",
     "task_arithmetic",

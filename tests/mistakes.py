@@ -59,6 +59,8 @@ NO_SYMMETRY: dict[str, Call] = {
     "features": lambda s: otf.features(s, fn, A, X),
     "feature_gram": lambda s: otf.feature_gram(s, fn, A, B, [X]),
     "feature_gram(onto)": lambda s: otf.feature_gram(S, fn, A, B, [X], onto=s),
+    "similarity": lambda s: otf.similarity(s, fn, A, B, [X]),
+    "similarity(onto)": lambda s: otf.similarity(S, fn, A, B, [X], onto=s),
     "weight_importance": lambda s: otf.weight_importance(s, A),
     "check_symmetry": lambda s: otf.check_symmetry(s, fn, A, X),
 }
@@ -80,6 +82,7 @@ NO_ARRAYS: dict[str, Call] = {
     "ensemble": lambda p: otf.ensemble(fn, [A, p], X),
     "interpolate": lambda p: otf.interpolate(A, p, 0.5),
     "barrier": lambda p: otf.barrier(lambda q: q["w"].sum(), A, p),
+    "plane": lambda p: otf.plane(lambda q: q["w"].sum(), A, B, p),
     "fuse": lambda p: otf.fuse(S, [A, p]),
     "fuse_shared": lambda p: otf.fuse_shared(S, [p, A]),
     "average_adapters": lambda p: otf.average_adapters([A, p]),
@@ -89,6 +92,7 @@ NO_ARRAYS: dict[str, Call] = {
     "learn_alignment": lambda p: otf.learn_alignment(S, loss, A, p, X[None]),
     "features": lambda p: otf.features(S, fn, p, X),
     "feature_gram": lambda p: otf.feature_gram(S, fn, A, p, [X]),
+    "similarity": lambda p: otf.similarity(S, fn, A, p, [X]),
     "weight_importance": lambda p: otf.weight_importance(S, p),
     "check_symmetry": lambda p: otf.check_symmetry(S, fn, p, X),
 }
@@ -101,6 +105,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "models before the metric": (
         lambda: any_otf.barrier(A, B, fn),
         r"TypeError: a dict was given where a function is wanted: call barrier\(metric, a, b\)",
+    ),
+    "models of a plane before the metric": (
+        lambda: any_otf.plane(A, B, A, fn),
+        r"TypeError: a dict was given .* call plane\(metric, a, b, c\)",
+    ),
+    "a margin that is no number": (
+        lambda: any_otf.plane(lambda p: p["w"].sum(), A, B, draw(2), margin="wide"),
+        "TypeError: margin is 'wide', of type str; give a number",
+    ),
+    "activations that are no pairs": (
+        lambda: any_otf.linear_cka([X, X]),
+        r"TypeError: a batch is an array; give pairs of activations, as in linear_cka\(\[\(x, y",
+    ),
+    "activations that are lists": (
+        lambda: any_otf.linear_cka([([[1.0], [2.0]], X)]),
+        "TypeError: activations are a list; give arrays",
+    ),
+    "one pair of activations in place of several": (
+        lambda: any_otf.linear_cka(X),
+        "TypeError: batches is an array of shape",
     ),
     "models before the function": (
         lambda: any_otf.ensemble([A, B], fn, X),
@@ -290,9 +314,9 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: any_otf.feature_gram(S, fn, A, B, X),
         r"TypeError: batches is an array of shape \(4, 6\).*as in \[x\]",
     ),
-    "a list of batches for a stack of them": (
-        lambda: any_otf.learn_alignment(S, loss, A, B, [X, X]),
-        r"TypeError: batches is a list; pass them stacked, each leaf \[steps, ...\]",
+    "what was learned for a state of learning": (
+        lambda: any_otf.learn_alignment(S, loss, A, B, X[None], state={}, steps=2),
+        "TypeError: state is {}; pass that of an earlier call",
     ),
     "a dict for a list of batches": (
         lambda: any_otf.feature_gram(S, fn, A, B, {"x": X}),

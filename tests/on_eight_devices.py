@@ -213,7 +213,7 @@ def test_a_kernel_is_moved_without_being_gathered(kernel_and_symmetry):
 
 def test_an_average_needs_no_collectives(kernel_and_symmetry):
     gate, _ = kernel_and_symmetry
-    program = mean_of_column.lower((gate, gate), jnp.full(2, 0.5)).compile()
+    program = jax.jit(mean_of_column).lower((gate, gate), jnp.full(2, 0.5)).compile()
     assert not collectives(program)
     memory = memory_of(program)
     assert memory.output_size_in_bytes == gate.nbytes // DEVICES
@@ -225,18 +225,18 @@ def test_costs_are_contracted_where_the_shards_are(kernel_and_symmetry):
     number = [part.path for part in symmetry.parts].index("gate")
     structure = symmetry.numbered_leaves[number].structure
     for axis in range(2):
-        program = units_compared.lower(
+        compare = functools.partial(
+            units_compared,
             structure,
             structure.partition,
             {},
-            gate,
-            gate,
             axis=axis,
             frozen=(),
             ratio=1.0,
             intra=False,
             dtype=jnp.float32,
-        ).compile()
+        )
+        program = jax.jit(compare).lower(gate, gate).compile()
         found = collectives(program)
         # The cost is added up on all devices; of the kernels, no device has more than its part.
         assert max(numbers for name, numbers in found if name == "all-reduce") >= BIG * BIG

@@ -79,6 +79,8 @@ SETTINGS: list[tuple[Any, str, Any, str]] = [
     (otf.GromovWasserstein, "max_iterations", 0, "max_iterations >= 1, got 0"),
     (otf.GromovWasserstein, "max_inner_iterations", 0, "max_inner_iterations >= 1, got 0"),
     (otf.LeastSquares, "ridge", float("inf"), "ridge >= 0, got inf"),
+    (otf.LeastSquares, "ridge", (0.1, -1.0), "ridge >= 0, got -1"),
+    (otf.LeastSquares, "ridge", (), "a ridge, or several to choose from"),
     (otf.LeastSquares, "steps", 2.0, "steps >= 1, a whole number, got 2.0"),
 ]
 

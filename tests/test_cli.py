@@ -47,6 +47,12 @@ def nested(params, x):
     return flat({"embed": params["embed"], "down": params["down"]} | up, x)
 
 
+def plain(params, x):
+    h = jax.nn.relu(x @ params["embed"])
+    h = jax.nn.relu(h @ params["up.weight"] + params["up.bias"][None])
+    return h @ params["down"]
+
+
 def wrong(params, x):
     return params["not there"]
 
@@ -260,6 +266,109 @@ def test_names_with_a_separator_are_nested():
     fused = otf.fuse(traced(), [params(0), params(1)])
     for name in SIZES:
         np.testing.assert_array_equal(read_back("f.npz")[name], fused[name])
+
+
+# --- methods, solvers and widths
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_methods_and_solvers_reach_the_library():
+    a, b = write_npz("a", 0), write_npz("b", 1)
+    symmetry = otf.trace_symmetry(network().plain, params(0), jnp.ones((2, 6)))
+    forward = otf.ForwardPass()
+    apply = ("--apply", "network:plain", "--input", "f32[2,6]")
+    soft = ("--method", "forward", "--solver", "sinkhorn", "--epsilon", "0.1")
+    for number, (flags, solver) in enumerate(
+        ((("--method", "forward"), otf.Exact()), (soft, otf.Sinkhorn(epsilon=0.1)))
+    ):
+        run("fuse", a, b, *apply, *flags, "--out", f"f{number}.npz")
+        run("align", a, b, *apply, *flags, "--out", f"m{number}.npz")
+        models = [params(0), params(1)]
+        fused = otf.fuse(symmetry, models, method=forward, solver=solver)
+        alignment = otf.align(symmetry, *models, method=forward, solver=solver)
+        moved = otf.transport(symmetry, alignment, models[0])
+        for name in SIZES:
+            np.testing.assert_array_equal(read_back(f"f{number}.npz")[name], fused[name])
+            np.testing.assert_array_equal(read_back(f"m{number}.npz")[name], moved[name])
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_models_of_other_widths(folder: Path, capsys: pytest.CaptureFixture):
+    wide = {"embed": (6, 10), "up.weight": (10, 14), "up.bias": (14,), "down": (14, 5)}
+    rng = np.random.default_rng(2)
+    model = {name: rng.normal(size=shape).astype(np.float32) for name, shape in wide.items()}
+    save_file(model | {"steps": np.array(0)}, "wide.safetensors")
+    b = write_safetensors("b", 1)
+    apply = ("--apply", "network:plain", "--input", "f32[2,6]")
+    flags = (*apply, "--other-widths")
+    run("fuse", "wide.safetensors", b, *flags, "--out", "f.safetensors")
+    run("align", "wide.safetensors", b, *flags, "--out", "m.safetensors")
+    capsys.readouterr()
+    run("compare", "wide.safetensors", b, *flags, "--json")
+    shown = json.loads(capsys.readouterr().out)
+    x = jnp.ones((2, 6))
+    symmetries = [otf.trace_symmetry(network().plain, p, x) for p in (model, params(1))]
+    fused = otf.fuse(symmetries, [model, params(1)])
+    alignment = otf.align(symmetries[0], model, params(1), onto=symmetries[1])
+    moved = otf.transport(symmetries[0], alignment, model, onto=symmetries[1])
+    for name in SIZES:
+        np.testing.assert_array_equal(load_file("f.safetensors")[name], fused[name])
+        np.testing.assert_array_equal(load_file("m.safetensors")[name], moved[name])
+    # The counter is that of the model whose shapes the result has.
+    assert load_file("m.safetensors")["steps"] == 1
+    assert set(shown["tables"]["parameters"][0]) == {"parameter", "shape", "distance when aligned"}
+    assert "expected (" in fails(
+        capsys, "fuse", "wide.safetensors", b, *apply, "--out", "g.safetensors"
+    )
+    assert not (folder / "g.safetensors").exists()
+
+
+# --- merging
+
+
+MERGE = ("--apply", "network:flat", "--outputs", "values")
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_merge_equals_the_api(folder: Path):
+    a, b = write_safetensors("a", 0), write_safetensors("b", 1)
+    x = np.random.default_rng(5).normal(size=(120, 6))
+    np.savez("x.npz", allow_pickle=False, inputs=x)
+    choice = ("--candidate", "weights", "--candidate", "as they are", "--max-samples", "100")
+    flags = (*MERGE, "--data", "x.npz", *choice, "--seed", "3")
+    run("merge", a, b, *flags, "--out", "m.safetensors", "--dry-run")
+    assert not (folder / "m.safetensors").exists()
+    run("merge", a, b, *flags, "--out", "m.safetensors")
+    models = [params(seed) | {"steps": np.array(1)} for seed in (0, 1)]
+    merged = otf.merge(
+        network().flat,
+        models,
+        [x.astype(np.float32)],
+        outputs="values",
+        candidates=["weights", "as they are"],
+        max_samples=100,
+        key=jax.random.key(3),
+    )
+    found = load_file("m.safetensors")
+    for name in SIZES:
+        np.testing.assert_array_equal(found[name], merged.params[name])
+    assert found["steps"] == 1
+    record = json.loads((folder / "m.safetensors.report.json").read_text())
+    assert (record["facts"]["inputs fitted to"], record["facts"]["inputs chosen by"]) == (80, 20)
+    trials = record["tables"]["trials"]
+    assert [row["score"] for row in trials] == [row.score for row in merged.report.rows]
+    (chosen,) = [row for row in trials if row["chosen"]]
+    assert chosen["start"] == merged.report.chosen.start
+    assert "| weights | permutations |" in (folder / "m.safetensors.report.md").read_text()
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_merge_draws_inputs_where_there_are_none(capsys: pytest.CaptureFixture):
+    a, b = write_npz("a", 0), write_npz("b", 1)
+    flags = (*MERGE, "--input", "f32[2,6]", "--candidate", "weights")
+    run("merge", a, b, *flags, "--out", "m.npz")
+    assert "merging 2 models" in capsys.readouterr().err
+    assert set(read_back("m.npz")) == set(SIZES)
 
 
 # --- what is said
@@ -478,6 +587,29 @@ WRONG_WORDS = {
         *("fuse", "A", "A", *FLAT, "--out", "f.safetensors", "--subtree", "x"),
     ),
     "a check runs the network": ("check", "A"),
+    "--other-widths needs --apply": (
+        *("fuse", "A", "A", "--symmetry", "s.json", "--other-widths", "--out", "f.safetensors"),
+    ),
+    "--solver sinkhorn needs --method forward": (
+        *("fuse", "A", "A", *FLAT, "--solver", "sinkhorn", "--out", "f.safetensors"),
+    ),
+    "merging takes two or more": ("merge", "A", *MERGE, "--out", "f.safetensors"),
+    "merging runs the network": (
+        *("merge", "A", "A", "--outputs", "values", "--out", "f.safetensors"),
+    ),
+    "give --data inputs.npz to choose by, or --input": (
+        *("merge", "A", "A", *MERGE, "--out", "f.safetensors"),
+    ),
+    "--data is a.pt; give an npz": (
+        *("merge", "A", "A", *MERGE, "--data", "a.pt", "--out", "f.safetensors"),
+    ),
+    "n in n.npz has shape \\(\\); its first axis": (
+        *("merge", "A", "A", *MERGE, "--data", "n.npz", "--out", "f.safetensors"),
+    ),
+    "candidate .*'magic'": (
+        *("merge", "A", "A", *MERGE, "--input", "f32[2,6]", "--candidate", "magic"),
+        *("--out", "f.safetensors"),
+    ),
     "s.json: groups is 3, expected a list": (
         *("fuse", "A", "A", "--symmetry", "s.json", "--out", "f.safetensors"),
     ),
@@ -492,6 +624,7 @@ def test_each_mistake_is_one_clear_error(message: str, folder: Path, capsys: pyt
     broken = json.loads(traced().to_json()) | {"groups": 3}
     (folder / "s.json").write_text(json.dumps(broken))
     (folder / "a.pt").write_bytes(b"")
+    np.savez("n.npz", allow_pickle=False, n=np.array(3.0))
     words = [a if word == "A" else word for word in WRONG_WORDS[message]]
     assert re.search(message, fails(capsys, *words), re.S)
     assert not list(folder.glob("f.*"))
@@ -595,4 +728,4 @@ def test_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture):
             printed = capsys.readouterr().out
         elif language == "text":
             assert printed == text, f"docs/files.md, the block at line {line}"
-    assert commands == 4
+    assert commands == 5

@@ -19,12 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "otfusion_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 README = ROOT / "README.md"
-GUIDE = ROOT / "docs" / "guide.md"
 PRIMITIVES = ROOT / "docs" / "primitives.md"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
-EXECUTED = [
-    ROOT / "docs" / name for name in ("rules.md", "architecture.md", "symmetries.md", "pods.md")
-]
+MESSAGES = ROOT / "docs" / "messages.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def has_python(page: Path) -> bool:
+    return "```python\n" in page.read_text()
+
+
+# Tested elsewhere: README.md below, and docs/files.md, which runs commands too, in test_cli.py.
+ELSEWHERE = ("README.md", "files.md")
+EXECUTED = [page for page in filter(has_python, PAGES) if page.name not in ELSEWHERE]
 """Pages whose Python blocks are run, and print what the blocks of text below them say."""
 
 
@@ -120,34 +126,35 @@ def run_block(path: Path, line: int, block: str, namespace: dict) -> str:
     return printed.getvalue()
 
 
-NUMBER = re.compile(r" *\d+\.\d")
+PERCENT = re.compile(r" *\d+\.\d(?=%)")
+
+
+def require_agreement(printed: str, said: str, where: str) -> None:
+    """Checks that a block prints what its page says.
+
+    Accuracies of networks that were trained in the block may be another's of 50: training rounds
+    differently from version to version. Of those that are no better than a guess, to average what
+    does not correspond, nothing more than that is stable.
+    """
+    assert PERCENT.sub("", printed) == PERCENT.sub("", said), where
+    figures = zip(PERCENT.findall(printed), PERCENT.findall(said), strict=True)
+    for found, expected in figures:
+        if float(expected) < 40:
+            assert float(found) < 40, where
+        else:
+            assert float(found) == pytest.approx(float(expected), abs=6), where
 
 
 @pytest.mark.compatibility
 @pytest.mark.usefixtures("default_promotion")
 def test_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Prints what it says; training rounds differently from version to version."""
     monkeypatch.chdir(tmp_path)
     (line, language, code), (_, _, said), (_, _, table) = fenced_blocks(README.read_text())[1:4]
     assert language == "python"
     namespace = {"__name__": "__main__"}
     printed = run_block(README, line, code, namespace)
-    assert NUMBER.sub("", printed) == NUMBER.sub("", said)
-    (a, b, average, fused), expected = (
-        [float(n) for n in NUMBER.findall(text)] for text in (printed, said)
-    )
-    # To average what does not correspond is to guess, which is no stable figure.
-    assert average < 40
-    assert [a, b, fused] == pytest.approx([expected[0], expected[1], expected[3]], abs=6)
+    require_agreement(printed, said, "README.md")
     assert str(namespace["symmetry"]).split() == table.split()
-
-
-@pytest.mark.usefixtures("default_promotion")
-def test_the_guide_runs_as_written():
-    namespace = {"__name__": "__main__"}
-    for line, language, code in fenced_blocks(GUIDE.read_text()):
-        if language == "python":
-            run_block(GUIDE, line, code, namespace)
 
 
 @pytest.mark.compatibility
@@ -155,7 +162,6 @@ def test_the_guide_runs_as_written():
 @pytest.mark.parametrize("page", EXECUTED, ids=name)
 def test_pages_print_what_they_say(page: Path):
     blocks = fenced_blocks(page.read_text())
-    assert "python" in [language for _, language, _ in blocks], f"{name(page)} has no Python block"
     namespace = {"__name__": "__main__"}
     nothing = (0, "", "")
     for (line, language, text), following in zip(blocks, [*blocks[1:], nothing], strict=True):
@@ -163,7 +169,7 @@ def test_pages_print_what_they_say(page: Path):
             continue
         printed = run_block(page, line, text, namespace)
         if following[1] == "text":
-            assert printed == following[2], f"{name(page)}, the block at line {line}"
+            require_agreement(printed, following[2], f"{name(page)}, the block at line {line}")
 
 
 @pytest.mark.compatibility
@@ -191,6 +197,50 @@ def what_rules_say(table: str) -> set[tuple[str, str]]:
     return {(row[0].strip(), row[-1].strip()) for row in cells}
 
 
+# --- the table of messages
+
+
+def template(node: ast.AST) -> str | None:
+    """A text of the sources, with an ellipsis in the place of what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+        return "".join(map(str, parts))
+    return None
+
+
+def test_the_messages_of_the_table_are_those_of_the_library():
+    texts = []
+    for path in SOURCES:
+        texts += filter(None, map(template, ast.walk(ast.parse(path.read_text()))))
+    rows = re.findall(r"^\| `([^`]+ [^`]+)`[^|`]*\|", MESSAGES.read_text(), re.M)
+    assert len(rows) > 50
+    for row in rows:
+        pieces = [piece.strip() for piece in row.split("…")]
+        assert any(all(piece in text for piece in pieces) for text in texts), row
+
+
+def test_the_classes_of_errors_and_warnings_are_in_the_table():
+    page = MESSAGES.read_text()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name in otfusion_jax.__all__:
+                value = getattr(otfusion_jax, node.name)
+                if issubclass(value, BaseException):
+                    assert f"| `{node.name}` |" in page, node.name
+
+
+# --- the site
+
+
+def test_every_public_name_is_on_one_page_of_the_reference():
+    shown = []
+    for page in sorted(ROOT.glob("docs/api/*.md")):
+        shown += re.findall(r"^::: otfusion_jax\.(\w+)$", page.read_text(), re.M)
+    assert sorted(shown) == sorted(otfusion_jax.__all__)
+
+
 def anchors_of(page: Path) -> set[str]:
     """The names by which links lead to the headings of a page."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
@@ -199,7 +249,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_links_lead_somewhere(path: Path):
-    text = path.read_text()
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)$", text, re.M)
     for link in links:
         if "://" in link:

@@ -210,3 +210,73 @@ def test_positions_that_are_not_finite_are_refused():
 def test_barriers_between_models_that_differ_are_refused():
     with pytest.raises(ValueError, match="x: missing"):
         otf.barrier(hill, A, {"y": B["y"]})
+
+
+# Standard errors
+
+
+def noisy_hill(params, noise):
+    """A hill for each example, and what is the same at every position."""
+    return hill(params) * (1 + noise[:, 0]) + 5 * noise[:, 1]
+
+
+def test_standard_errors_are_those_of_paired_differences():
+    noise = normal(40, 2, seed=3)
+    path = otf.barrier(lambda p: noisy_hill(p, noise), A, B, per_example=True)
+    t = np.linspace(0, 1, 25)
+    curve = 1 + 2 * t + 12 * t * (1 - t)
+    examples = curve[:, None] * (1 + np.asarray(noise[:, 0])) + 5 * np.asarray(noise[:, 1])
+    close(path.values, examples.mean(1), atol=1e-4)
+    assert path.values_error is not None
+    close(path.values_error, examples.std(1, ddof=1) / np.sqrt(40), atol=1e-4)
+    # In the difference from the line between the ends, what is the same everywhere cancels.
+    rises = 3 * (1 + np.asarray(noise[:, 0]))
+    close(path.height, rises.mean(), atol=1e-4)
+    assert path.height_error is not None
+    close(path.height_error, rises.std(ddof=1) / np.sqrt(40), atol=1e-4)
+    assert path.height_error < path.values_error.min()
+
+
+def test_standard_errors_tell_how_heights_scatter():
+    """Of many draws of examples, heights deviate as much as each of them says."""
+    positions = jnp.array([0.0, 0.5, 1.0])
+
+    def height(noise):
+        path = otf.barrier(lambda p: noisy_hill(p, noise), A, B, positions, per_example=True)
+        assert path.height_error is not None
+        return path.height, path.height_error
+
+    heights, errors = jax.vmap(height)(normal(400, 30, 2, seed=5))
+    np.testing.assert_allclose(heights.std(), errors.mean(), rtol=0.15)
+
+
+def test_standard_errors_of_several_metrics():
+    noise = normal(10, 2, seed=4)
+
+    def metrics(params):
+        values = noisy_hill(params, noise)
+        return jnp.stack([values, -values], axis=1)
+
+    path = otf.barrier(metrics, A, B, per_example=True, batch_size=4)
+    alone = otf.barrier(lambda p: noisy_hill(p, noise), A, B, per_example=True)
+    assert path.values_error is not None
+    assert path.height_error is not None
+    assert alone.values_error is not None
+    assert alone.height_error is not None
+    close(path.values[:, 0], alone.values)
+    close(path.values_error[:, 1], alone.values_error)
+    # Of the valley, the highest point is an end, where nothing is above the line.
+    close(path.height, jnp.stack([alone.height, jnp.zeros(())]))
+    close(path.height_error, jnp.stack([alone.height_error, jnp.zeros(())]))
+
+
+@pytest.mark.parametrize("metric", [hill, lambda p: hill(p)[None]], ids=["a mean", "one example"])
+def test_standard_errors_of_fewer_than_two_examples_are_refused(metric):
+    with pytest.raises(ValueError, match="its first axis must be the examples, two or more"):
+        otf.barrier(metric, A, B, per_example=True)
+
+
+def test_without_examples_there_are_no_standard_errors():
+    path = otf.barrier(hill, A, B)
+    assert path.values_error is None
+    assert path.height_error is None

@@ -119,6 +119,14 @@ def test_vision_transformer_sees_all_patches_and_their_places():
         model.apply(variables, images[:, :, :10])
 
 
+def test_larger_vision_transformer_keeps_the_values_of_a_patch():
+    params = shapes(build_model(ModelConfig("vit-tiny"), classes=10))["params"]
+    assert params["Conv_0"]["kernel"].shape == (8, 8, 3, 8 * 8 * 3)
+    attention = params["MultiHeadDotProductAttention_5"]
+    assert attention["query"]["kernel"].shape == (192, 3, 64)
+    assert "MultiHeadDotProductAttention_6" not in params
+
+
 def test_language_model_does_not_look_ahead():
     model, variables, tokens = example("gpt")
     apply = jax.jit(model.apply)

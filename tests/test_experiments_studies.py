@@ -101,7 +101,7 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     assert value(records, method="the best single method, weights alone") == single
     assert value(records, method="merge, 200 images") > single - 5
     report = (tmp_path / "merge-0-1-200-images.txt").read_text()
-    assert "fitted to 160 inputs" in report
+    assert "fitted to 100 inputs" in report
 
 
 def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
@@ -615,12 +615,22 @@ def row_of_models(folder: Path, count: int) -> dict[str, str]:
         (["--counts", "1"], "give 2 models or more"),
         (["--counts", "2", "9"], "give 2 models or more"),
         (["--draws", "0"], "--draws is 0"),
+        (["--rotations"], "the units of mlpnet can't be rotated"),
     ],
     ids=" ".join,
 )
 def test_what_many_can_not_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["many", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_many_models_are_merged_by_the_one_call(tmp_path: Path):
+    words = ["--seeds", "0", "1", "2", "--counts", "3", "--draws", "1", "--images", "200"]
+    records = run(tmp_path, "many", *SMALL, *words, "--merge")
+    accuracies = where(records, metric=ACCURACY, models=3)
+    merged = value(accuracies, method="merge")
+    assert merged > value(accuracies, method="fuse") - 5
+    assert "merge" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("count", "found"), [(2, 12), (4, 4)])
@@ -633,8 +643,12 @@ def test_draws_are_all_there_are_and_no_two_the_same(count: int, found: int):
     assert chosen[0] == tuple(range(count))
 
 
-def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset):
+@pytest.mark.parametrize("rotations", [False, True], ids=["permutations", "rotations"])
+def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset, rotations: bool):
     symmetry = network(ModelConfig("vit", width=0.25), digits).symmetry
+    if rotations:
+        # Theirs come back up to rounding, so that they must not count.
+        symmetry = symmetry.with_rotations()
     universe = [symmetry.random(jax.random.key(seed)) for seed in range(3)]
 
     def through(a: int, b: int) -> dict[str, jax.Array]:
@@ -642,6 +656,9 @@ def test_detours_through_a_universe_lead_to_the_same_units(digits: Dataset):
 
     assert inconsistency(symmetry, through, 3) == 0
     assert inconsistency(symmetry, through, 2) is None
+
+
+def test_units_that_a_detour_exchanges_are_counted(digits: Dataset):
     # One model's first two units of one group of 400 + 200 + 100, exchanged on one of the maps.
     symmetry = network(ModelConfig("mlpnet"), digits).symmetry
     still = symmetry.identity()

@@ -28,7 +28,8 @@ from flax import serialization
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from otfusion_jax.files import extras, msgpack_format, npz_format, writing
+from otfusion_jax.common.packages import require_package
+from otfusion_jax.files import msgpack_format, npz_format, writing
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
 from otfusion_jax.files.formats import read_checkpoint
 from otfusion_jax.files.writing import write_like
@@ -544,7 +545,7 @@ def test_what_is_no_checkpoint(tmp_path: Path):
 
 def test_a_package_that_is_missing_is_named():
     with pytest.raises(ImportError, match=r'reading needs the package pack: pip install "otf.*cli'):
-        extras.require_package("not_there", "pack", "reading")
+        require_package("not_there", "pack", "cli", "reading")
 
 
 # --- damage at random

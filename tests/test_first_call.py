@@ -1,11 +1,13 @@
 """What makes a first call fast: few programs, and nothing worked out twice."""
 
+import functools
 import logging
 import os
 import subprocess
 import sys
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,9 @@ from ott.geometry import costs
 from zoo import CASES
 
 import otfusion_jax as otf
-from otfusion_jax.alignment import coordinate_descent, descent_memory, visit
+from otfusion_jax.alignment import coordinate_descent, descent_memory, problem, visit
 from otfusion_jax.alignment.problem import AlignmentProblem, set_up_problem
+from otfusion_jax.common import host
 from otfusion_jax.symmetry.groups import Plans
 
 
@@ -37,6 +40,13 @@ def residual(depth: int, width: int = 4, hidden: int = 6) -> tuple[Any, dict[str
     return apply, params
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch):
+    """Known values are worked on by JAX, as where they lie on an accelerator."""
+    for module in (host, problem):
+        monkeypatch.setattr(module, "at_hand", lambda tree: False)
+
+
 def programs_of(caplog: pytest.LogCaptureFixture, depth: int) -> int:
     """How many programs are compiled to fuse two networks of some depth."""
     apply, a = residual(depth)
@@ -49,9 +59,16 @@ def programs_of(caplog: pytest.LogCaptureFixture, depth: int) -> int:
     return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_blocks_that_are_alike_share_their_programs(caplog: pytest.LogCaptureFixture):
-    # One stack of so many numbers differs: the means of all leaves are checked in a single program.
-    assert programs_of(caplog, 12) <= programs_of(caplog, 3)
+    few = programs_of(caplog, 3)
+    assert few > 5
+    assert programs_of(caplog, 12) <= few
+
+
+@pytest.mark.compatibility
+def test_known_values_on_a_cpu_need_no_program(caplog: pytest.LogCaptureFixture):
+    assert programs_of(caplog, 3) == 0
 
 
 def planted(name: str) -> tuple[AlignmentProblem, otf.Symmetry]:
@@ -62,8 +79,8 @@ def planted(name: str) -> tuple[AlignmentProblem, otf.Symmetry]:
         lambda x: x + 0.5 * normal(*x.shape, seed=1) if x.dtype == np.float32 else x, case.params
     )
     metric = costs.SqEuclidean()
-    problem, _ = set_up_problem(symmetry, symmetry, case.params, noisy, metric, otf.Exact())
-    return problem, symmetry
+    made, _ = set_up_problem(symmetry, symmetry, case.params, noisy, metric, otf.Exact())
+    return made, symmetry
 
 
 def some_moved(symmetry: otf.Symmetry, plans: Plans, seed: int) -> Plans:
@@ -90,19 +107,20 @@ def test_what_a_descent_remembers_is_what_it_would_work_out_anew(
     update = descent_memory.cross_updated
     counted = lambda *x, **named: updates.append(1) or update(*x, **named)  # noqa: E731
     monkeypatch.setattr(descent_memory, "cross_updated", counted)
-    problem, symmetry = planted(name)
-    memory = descent_memory.DescentMemory(problem)
+    planted_problem, symmetry = planted(name)
+    memory = descent_memory.DescentMemory(planted_problem)
     plans = symmetry.identity()
     for seed in range(6):
-        for tree in problem.group_trees:
+        for tree in planted_problem.group_trees:
             members = [group.members for group in tree.groups]
             found = memory.compare(tree, plans, members)
             assert memory.is_current(tree, plans)
-            expected = problem.compare(tree, plans, members)
+            expected = planted_problem.compare(tree, plans, members)
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, expected
             )
-        np.testing.assert_allclose(memory.distance(plans), problem.distance(plans), rtol=1e-5)
+        expected = planted_problem.distance(plans)
+        np.testing.assert_allclose(memory.distance(plans), expected, rtol=1e-5)
         plans = some_moved(symmetry, plans, seed)
     # Of heads and what is inside of them, everything is compared anew.
     assert bool(updates) == (name != "attention")
@@ -132,18 +150,32 @@ def test_groups_whose_neighbours_stay_are_not_solved_again(monkeypatch: pytest.M
 
 
 @pytest.mark.compatibility
+@pytest.mark.filterwarnings("ignore::otfusion_jax.StatisticsWarning")
 @pytest.mark.parametrize("name", ["vgg", "resnet", "attention", "mlp"])
 @pytest.mark.parametrize("method", [otf.CoordinateDescent(), otf.ForwardPass()])
-def test_known_values_and_traced_ones_come_to_the_same(name: str, method: otf.AbstractMethod):
-    problem, symmetry = planted(name)
-    a, b = (symmetry.join(arrays) for arrays in (problem.source, problem.target))
-    known = otf.align(symmetry, a, b, method=method)
-    traced = jax.jit(lambda a, b: otf.align(symmetry, a, b, method=method))(a, b)
-    for group in symmetry.groups:
-        np.testing.assert_array_equal(known.plans[group.name], traced.plans[group.name])
-    np.testing.assert_allclose(known.objective, traced.objective, rtol=1e-5)
-    np.testing.assert_allclose(known.history, traced.history, rtol=1e-5)
-    assert known.converged == traced.converged
+def test_known_values_and_traced_ones_come_to_the_same(
+    name: str, method: otf.AbstractMethod, request: pytest.FixtureRequest
+):
+    planted_problem, symmetry = planted(name)
+    source, target = planted_problem.source, planted_problem.target
+    a, b = (host.as_jax(symmetry.join(arrays)) for arrays in (source, target))
+    align = functools.partial(otf.align, symmetry, method=method)
+    by_numpy = align(a, b)
+    fused = otf.fuse(symmetry, [a, b], method=method)
+    traced = jax.jit(align)(a, b)
+    request.getfixturevalue("elsewhere")
+    by_jax = align(a, b)
+    for other in (traced, by_jax):
+        for group in symmetry.groups:
+            np.testing.assert_array_equal(by_numpy.plans[group.name], other.plans[group.name])
+        np.testing.assert_allclose(by_numpy.objective, other.objective, rtol=1e-5)
+        np.testing.assert_allclose(by_numpy.history, other.history, rtol=1e-5)
+        assert by_numpy.converged == other.converged
+        chex.assert_trees_all_equal_shapes_and_dtypes(by_numpy, other)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(by_numpy))
+    fused_by_jax = otf.fuse(symmetry, [a, b], method=method)
+    chex.assert_trees_all_equal_shapes_and_dtypes(fused, fused_by_jax)
+    chex.assert_trees_all_close(fused, fused_by_jax, rtol=1e-6, atol=1e-6)
 
 
 def test_a_descent_ends_where_nothing_is_left(monkeypatch: pytest.MonkeyPatch):
@@ -176,7 +208,7 @@ def draw(seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     return [jax.random.normal(k, s) for k, s in zip(keys, ((3, 5), (5, 4), (4, 2)))]
 symmetry = otf.trace_symmetry(network, draw(0), jnp.ones((1, 3)))
-fused = otf.fuse(symmetry, [draw(0), draw(1)])
+fused = jax.jit(lambda a, b: otf.fuse(symmetry, [a, b]))(draw(0), draw(1))
 print(len(misses), float(fused[0].sum()))
 """
 
@@ -194,7 +226,7 @@ def test_a_cache_of_programs_serves_the_next_process(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         lines.append(done.stdout.split())
     (first, value), (second, value_again) = lines
-    assert int(first) > 10
+    assert int(first) > 5
     assert int(second) == 0
     assert value == value_again
 

@@ -1,6 +1,7 @@
 """Checks gradients through plans, and alignments that are learned by descent along them."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -204,6 +205,92 @@ def test_groups_inside_of_others_are_learned():
             shape = (*shape, group.size)
         assert learned.soft[group.name].shape == shape
     assert any(group.batch for group in symmetry.groups)
+
+
+def rotating_pair():
+    """Two linear bottlenecks, whose units rotate, and a loss as in `pair`."""
+    a, b = (normals({"in": (5, 3), "out": (3, 4)}, seed) for seed in (0, 1))
+
+    def bottleneck(params, x):
+        return x @ params["in"] @ params["out"]
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(bottleneck(b, x) - bottleneck(params, x)))
+
+    symmetry = otf.trace_symmetry(bottleneck, a, jnp.ones((2, 5))).with_rotations()
+    return symmetry, a, b, normal(60, 32, 5, seed=2), loss
+
+
+@pytest.mark.parametrize("problem", [pair, rotating_pair])
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_learning_goes_on_from_what_was_saved(problem, stacked):
+    symmetry, a, b, batches, loss = problem()
+    solver = None if symmetry.rotates else otf.Sinkhorn(epsilon=0.5, relative=False)
+
+    def learn(first, last, state=None):
+        chosen = batches[first:last] if stacked else iter(batches[first:last])
+        return otf.learn_alignment(
+            symmetry, loss, a, b, chosen, state=state, steps=7, solver=solver
+        )
+
+    whole = learn(0, 7)
+    before = learn(0, 3)
+    on_disk = jax.tree.map(np.asarray, before.state)
+    after = learn(3, 7, on_disk)
+    assert (int(before.state.steps), int(after.state.steps)) == (3, 7)
+    chex.assert_trees_all_equal(after.state, whole.state)
+    chex.assert_trees_all_equal((after.plans, after.soft), (whole.plans, whole.soft))
+    losses = jnp.concatenate([before.history, after.history])
+    np.testing.assert_array_equal(losses, whole.history)
+    for name, numbers in after.state.learned.items():
+        # The second part has learned something.
+        assert jnp.abs(numbers - on_disk.learned[name]).max() > 1e-3
+
+
+def test_batches_that_come_one_by_one_are_learned_from_like_a_stack():
+    symmetry, a, b, batches, loss = pair()
+    stream = iter(batches)
+    streamed = otf.learn_alignment(symmetry, loss, a, b, stream, steps=5)
+    stacked = otf.learn_alignment(symmetry, loss, a, b, batches[:5])
+    np.testing.assert_allclose(streamed.history, stacked.history, rtol=1e-5)
+    chex.assert_trees_all_close(streamed.soft, stacked.soft, atol=1e-3)
+    np.testing.assert_array_equal(next(stream), batches[5])  # no more were taken than asked for
+
+
+def test_a_bar_shows_the_steps(capsys):
+    symmetry, a, b, batches, loss = rotating_pair()
+    shown = otf.learn_alignment(symmetry, loss, a, b, batches[:4], solver=None, progress=True)
+    said = capsys.readouterr()
+    assert "learning" in said.err
+    assert "4/4" in said.err
+    assert not said.out
+    silent = otf.learn_alignment(symmetry, loss, a, b, list(batches[:4]), solver=None)
+    chex.assert_trees_all_equal(shown, silent)
+    assert not capsys.readouterr().err
+
+
+def test_a_state_that_learning_cannot_go_on_from_is_refused():
+    symmetry, a, b, batches, loss = rotating_pair()
+    learn = functools.partial(otf.learn_alignment, symmetry, loss, a, b, solver=None)
+    state = learn(batches[:2]).state
+    few = batches[2:4]
+    with pytest.raises(ValueError, match="both start and state are given"):
+        learn(few, state=state, start={}, steps=4)
+    with pytest.raises(ValueError, match="a state can't tell it; pass steps"):
+        learn(few, state=state)
+    with pytest.raises(ValueError, match="batches can't tell it; pass steps"):
+        learn(iter(few))
+    with pytest.raises(ValueError, match="steps is 2, and the state has made as many"):
+        learn(few, state=state, steps=2)
+    with pytest.raises(ValueError, match="the state is not one of these arguments"):
+        learn(few, state=state, optimizer=optax.sgd(0.1))
+    other = dataclasses.replace(state, plans={})
+    with pytest.raises(ValueError, match="the state is not one of these arguments"):
+        learn(few, state=other, steps=4)
+    with pytest.raises(ValueError, match="there are no batches"):
+        learn([], steps=4)
+    with pytest.raises(ValueError, match="the state is traced"):
+        jax.jit(lambda state: learn(few, state=state, steps=4))(state)
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step():

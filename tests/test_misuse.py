@@ -146,3 +146,27 @@ def test_inputs_may_be_lists_and_parameters_arrays():
     symmetry = otf.trace_symmetry(listed, kernel, [X, SHIFT])
     assert otf.check_symmetry(symmetry, listed, kernel, [X, SHIFT]) == 0
     assert otf.features(symmetry, listed, kernel, [X, SHIFT]) == {}
+
+
+NARROW = normals({"in": (5, 6), "out": (6, 3)})
+
+
+@pytest.mark.parametrize(
+    ("call", "who"),
+    [
+        (lambda: otf.average([PARAMS, NARROW]), "model 1 does not fit model 0"),
+        (lambda: otf.task_arithmetic([PARAMS], NARROW), "the base does not fit model 0"),
+        (lambda: otf.slerp(PARAMS, NARROW, 0.5), "b does not fit a"),
+        (lambda: otf.distill(network, PARAMS, [NARROW], [(X, SHIFT)]), "teacher 0 does not fit"),
+        (lambda: otf.fuse(SYMMETRY, [PARAMS, NARROW]), "model 1 does not fit the model that was"),
+    ],
+)
+def test_models_that_do_not_fit_are_called_by_their_part_in_the_call(call, who):
+    with pytest.raises(ValueError, match=who) as error:
+        call()
+    assert "in: shape (5, 6), expected (5, 8)" in str(error.value)
+
+
+def test_a_list_in_place_of_the_function_of_a_merge_is_told_the_order_of_arguments():
+    with pytest.raises(TypeError, match="a list was given.*merge\\(fn, models, batches"):
+        otf_any.merge([PARAMS, PARAMS], network, [(X, SHIFT)])

@@ -80,6 +80,25 @@ def test_units_beyond_the_width_in_use_stay():
     assert batches(otf.trace_symmetry(slimmable(16), params, inputs(4, 6))) == {"in": (16,)}
 
 
+def test_the_gradient_of_units_in_use_reads_no_others():
+    """It multiplies the slopes of all units with zeros where some were left out."""
+    params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
+
+    def gradient_at(width: int) -> Callable:
+        def energy(x, p):
+            # As a whole, so that the gradient passes through what is left out as well.
+            units = jnp.tanh(x @ p["in"])
+            return jnp.square(units[:, :width] @ p["out"][:width]).sum()
+
+        return lambda p, x: jax.grad(energy)(x, p)
+
+    symmetry = otf.trace_symmetry(gradient_at(8), params, inputs(4, 6))
+    assert change(symmetry, gradient_at(16), params, inputs(4, 6)) < EXACT
+    whole = otf.trace_symmetry(gradient_at(16), params, inputs(4, 6))
+    assert batches(whole) == {"in": (16,), "out": (3,)}
+    assert change(whole, gradient_at(16), params, inputs(4, 6)) < EXACT
+
+
 def test_a_part_at_another_place_is_read_next_time():
     """Three rows of a table move with three learned tokens, on these inputs and on no others."""
     params = draw(table=(8, 16), tokens=(3, 16), out=(16, 5))

@@ -67,7 +67,7 @@ def test_validate_names_missing_and_unexpected_leaves():
     for line in ("gone: missing", "lost: missing", "new: not expected", "odd: not expected"):
         assert f"  {line}" in message
     assert "  in:" not in message
-    assert "all models must be of the architecture" in message
+    assert "all models must be of one architecture" in message
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from experiments.evaluate import ACCURACY, BARRIERS, LOSS
 from experiments.methods import AVERAGED, EVENLY, LEAST_SQUARES, METHODS
 from experiments.networks import counts
 from experiments.pairs import Pair, seen_images
-from experiments.plots import PATH_AXIS, Panel, plot_lines
+from experiments.plots import Panel, plot_lines
 from experiments.report import column, extent, mean, progress, table, where
 from experiments.runs import Run, Study
+from otfusion_jax.pictures.path import PATH_AXIS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from experiments.joint import (
     draws,
     inconsistency,
     into_the_universe,
+    merge,
     regressed,
 )
 from experiments.methods import BARYCENTER, FUSE, JOINT_METHODS, LEAST_SQUARES, VANILLA
@@ -36,6 +37,7 @@ _GAINS = {
     "the same, least squares": (BARYCENTER.name + _REPAIRED, FUSE.name + _REPAIRED),
 }
 _INDIVIDUALS = "individuals"
+_MERGED = "merge"
 _COSTS = {SECONDS: "seconds, compiled", MEBIBYTES: "memory (MiB)"}
 _INCONSISTENT = "inconsistent units (%)"
 
@@ -53,7 +55,16 @@ class Many(Study):
     draws: int = 5
     """Choices of so many models, over which accuracies are averaged."""
     images: int = 1000
-    """Training images that repair an average."""
+    """Training images that repair an average, and that `otf.merge` looks at."""
+    merge: bool = False
+    """Merge them by `otf.merge` as well, which takes longest."""
+    rotations: bool = False
+    """Rotate units that may be rotated, as residual streams; models are made canonical before."""
+
+    @property
+    def study_label(self) -> str:
+        """The name of the study in that of its folder."""
+        return f"{self.command}-rotated" if self.rotations else self.command
 
     def check(self) -> None:
         """Refuses to fuse more models than there are, or fewer than two, or none."""
@@ -69,8 +80,10 @@ class Many(Study):
 
     def measure(self, run: Run) -> None:
         """Trains a model from each seed, and fuses some of them, whichever, at once."""
-        network = run.network
+        network = _rotating(run.network) if self.rotations else run.network
         models = run.models()
+        if self.rotations:
+            models = [otf.canonicalize(network.symmetry, model) for model in models]
         images = jnp.asarray(run.dataset.train_images[: self.images])
         judge = run.judge()
         alone = []
@@ -111,6 +124,9 @@ class Many(Study):
                         moved = otf.transport(network.symmetry, plans(k, last), moved)
                     onto_last.append(moved)
                 fused = _fused(network, few, onto_last, programs, images)
+                if self.merge:
+                    with run.timed(f"{_MERGED}, {count} models"):
+                        fused[_MERGED] = merge(network, few, batches=[images]).params
                 for name, model in fused.items():
                     run.add(judge.accuracy(model), method=name, **labels)
         share = inconsistency(network.symmetry, plans, len(models))
@@ -147,6 +163,9 @@ class Many(Study):
     def plot(self, records: pd.DataFrame, path: Path) -> None:
         """Plots accuracies, seconds and memory over the number of models."""
         records = records[records["models"] != 1]
+        if self.merge:
+            # More curves than these could not be told apart.
+            records = records[records["method"] != VANILLA.name]
         panels = []
         for metric, quantity in {ACCURACY: ACCURACY, **_COSTS}.items():
             shown = where(records, metric=metric)
@@ -154,6 +173,14 @@ class Many(Study):
             panel = Panel(quantity, shown, "models", "method", "models fused", spread=spread)
             panels.append(panel)
         plot_lines(path, self.title, panels)
+
+
+def _rotating(network: Network) -> Network:
+    """Lets the units of a network rotate."""
+    symmetry = network.symmetry.with_rotations()
+    if not symmetry.rotates:
+        raise ValueError(f"--rotations: the units of {network.config.label} can't be rotated.")
+    return dataclasses.replace(network, symmetry=symmetry)
 
 
 def _fused(

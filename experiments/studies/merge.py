@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar
 import jax
 import pandas as pd
 import tyro
-from jaxtyping import PyTree
 
-import otfusion_jax as otf
 from experiments.evaluate import ACCURACY, Judge
+from experiments.joint import merge
 from experiments.methods import (
     EVENLY,
     METHODS,
@@ -19,7 +18,6 @@ from experiments.methods import (
     Method,
     listed,
 )
-from experiments.networks import counts
 from experiments.pairs import Pair, seen_images
 from experiments.plots import bars, plot_bars
 from experiments.report import mean, pivot, progress, table, where
@@ -38,6 +36,8 @@ class Merge(Study):
 
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the models, two for each pair."""
+    weights: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="A B")] = None
+    """Safetensors or npz with PyTorch's names and layouts, instead of training."""
     images: int = 1000
     """Training images, without labels, for methods that use data."""
     polish: int = 0
@@ -49,6 +49,11 @@ class Merge(Study):
             help=f"Single methods to compare with, with all corrections, of {listed(VARIANTS)}.",
         ),
     ] = tuple(METHODS.values())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that models are read from, instead of training them."""
+        return self.weights or ()
 
     def check(self) -> None:
         """Refuses seeds that make no pairs."""
@@ -63,7 +68,7 @@ class Merge(Study):
         for first in progress(range(0, len(models), 2), "merging"):
             a, b = models[first : first + 2]
             seeds = self.seeds[first : first + 2]
-            label = f"{seeds[0]}, {seeds[1]}"
+            label = ", ".join(self.model_names[first : first + 2])
             pair = Pair(run.network, a, b, seen_images(run.dataset, seeds, self.images))
             run.add(judge.accuracy(a), method="model A", pair=label)
             run.add(judge.accuracy(b), method="model B", pair=label)
@@ -95,11 +100,11 @@ class Merge(Study):
         images = pair.images
         settings = {
             _UNDATED: {"inputs": images[:2]},
-            f"{len(images):,} images": {"batches": [images]},
+            f"{len(images):,} images": {"batches": [images], "max_samples": len(images)},
         }
         for name, given in settings.items():
             with run.timed(f"{_MERGED}, {name}"):
-                merged = merge(pair, polish=self.polish, **given)
+                merged = merge(run.network, [pair.a, pair.b], polish=self.polish, **given)
             run.add(judge.accuracy(merged.params), method=f"{_MERGED}, {name}", pair=label)
             file = (
                 f"{_MERGED}-{label}-{name}.txt".replace(", ", "-")
@@ -116,25 +121,3 @@ class Merge(Study):
     def plot(self, records: pd.DataFrame, path: Path) -> None:
         """Plots the same as bars."""
         plot_bars(path, self.title, ACCURACY, bars(records, "method", "pair"), {})
-
-
-def merge(pair: Pair, **settings: object) -> otf.Merged:
-    """Merges a pair by the one call.
-
-    Args:
-        pair: The models.
-        **settings: What else `otf.merge` is to be told.
-
-    Returns:
-        What it returns.
-    """
-    network = pair.network
-    models: list[PyTree] = [pair.a, pair.b]
-    return otf.merge(
-        network.apply,
-        models,
-        outputs="logits",
-        symmetry=network.symmetry,
-        leaf_weight=counts,
-        **settings,  # pyright: ignore[reportArgumentType]
-    )

@@ -20,9 +20,10 @@ from experiments.methods import (
     Fusion,
 )
 from experiments.pairs import Pair, seen_images
-from experiments.plots import PATH_AXIS, Panel, plot_lines
+from experiments.plots import Panel, plot_lines
 from experiments.report import mean, pivot, progress, table, where
 from experiments.runs import Run
+from otfusion_jax.pictures.path import PATH_AXIS
 
 _FUSIONS = (
     Fusion(VANILLA),

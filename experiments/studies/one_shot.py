@@ -12,9 +12,10 @@ import tyro
 from experiments.evaluate import ACCURACY, BARRIERS, LOSS, Judge
 from experiments.methods import AVERAGED, CORRECTIONS, EVENLY, METHODS, VARIANTS, Method, listed
 from experiments.pairs import PairStudy
-from experiments.plots import PATH_AXIS, Panel, plot_lines
+from experiments.plots import Panel, plot_lines
 from experiments.report import mean, pivot, progress, table, where
 from experiments.runs import Run, choice
+from otfusion_jax.pictures.path import PATH_AXIS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.checks import (
@@ -22,6 +22,7 @@ from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import Marginals, set_up_problem
 from otfusion_jax.common.arguments import require_function
+from otfusion_jax.common.host import Array, as_jax, as_numpy
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
 from otfusion_jax.solvers.base import AbstractSolver
@@ -58,7 +59,8 @@ def align(
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         onto: The symmetry of the target, if its widths are others than the source's. Groups are
-            matched by structure; plans between groups of different sizes are float `[n, m]`.
+            matched by structure; plans between groups of different sizes are float `[n, m]`, with
+            negative masses where units change their signs. Units that rotate keep their number.
         method: How the plans of all groups are found: `CoordinateDescent()` or `ForwardPass()`.
         metric: The ground metric between units, an ott cost function. None means
             `ott.geometry.costs.SqEuclidean()`, which coordinate descent uses for its objective
@@ -183,6 +185,8 @@ def find_plans(
     )
 
 
+# What is out of range shows in the plans, as it does where JAX computes them.
+@np.errstate(all="ignore")
 def _find_plans(
     symmetry: Symmetry,
     onto: Symmetry,
@@ -201,13 +205,13 @@ def _find_plans(
         symmetry, onto, source, target, metric, solver, marginals=marginals, weights=weights
     )
     if symmetry.groups:
-        alignment = method.run(problem, grams)
+        alignment = method.run(problem, as_numpy(grams) if problem.xp is np else grams)
     else:
         # Nothing can move, and a method would have nothing to go over.
         distance = problem.distance({})
-        alignment = Alignment({}, distance, distance[None], jnp.array(True), {})
+        alignment = Alignment({}, distance, distance[None], problem.xp.asarray(True), {})
     if problem.known and exponent == 0:
-        return alignment
+        return as_jax(alignment)
     # The problem's parameters are those of the models times 2**-exponent. Objectives are squares
     # of these; in which power gaps are depends on the ground cost.
     objective, history = restored((alignment.objective, alignment.history), exponent, 2)
@@ -215,7 +219,8 @@ def _find_plans(
     for name, gap in alignment.gaps.items():
         degree = method.cost_degree(metric, grams is not None and name in grams)
         gaps[name] = restored(gap, exponent, degree)
-    return dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
+    scaled_back = dataclasses.replace(alignment, objective=objective, history=history, gaps=gaps)
+    return as_jax(scaled_back)
 
 
 _find_plans_jitted = jax.jit(

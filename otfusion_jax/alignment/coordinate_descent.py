@@ -8,12 +8,11 @@ until nothing improves. `DescentSweep` is one pass over all trees, for the loop 
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
@@ -26,9 +25,10 @@ from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import overlap
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_number
+from otfusion_jax.common.host import Array, program
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.plans import is_orthogonal, is_permutation
 
 ROUNDING = 1e-6
 """How much better a plan must be, relative to the norms of what is compared, to be an improvement.
@@ -52,6 +52,11 @@ class CoordinateDescent(AbstractMethod):
             target's is returned, by the product of their cosines: it predicts the accuracy of the
             average better than the objective. Inner products of activations (`grams`) serve
             the start `"forward"` alone.
+        tolerance: Where groups rotate, the share of the objective that a sweep has to take off for
+            another sweep to follow. Permutations are finitely many, and descent ends where none of
+            them is better; of rotations there is always a better one, by less and less. Without
+            rotations it makes no difference. 0 goes on until nothing improves by more than
+            rounding.
 
     References:
         Ainsworth, Hayase and Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 1.
@@ -59,9 +64,11 @@ class CoordinateDescent(AbstractMethod):
 
     max_sweeps: int = 50
     starts: tuple[str, ...] = ("forward", "identity")
+    tolerance: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "max_sweeps", least=1, whole=True)
+        require_number(self, "tolerance", least=0)
         expected = "it must be a tuple of 'identity', 'forward' or both, as in ('forward',)"
         if not isinstance(self.starts, tuple):
             raise TypeError(f"starts is {self.starts!r}; {expected}")
@@ -100,7 +107,9 @@ class CoordinateDescent(AbstractMethod):
         sweeps: list[AbstractSweep] = [DescentSweep(problem, costs.SqEuclidean())]
         if "forward" in self.starts:
             sweeps.insert(0, ForwardSweep(problem, problem.metric, grams))
-        descent = _Descent(problem, initial, sweeps, self.max_sweeps)
+        # Of permutations alone, every improvement is worth another sweep.
+        tolerance = self.tolerance if problem.symmetry.rotates else None
+        descent = _Descent(problem, initial, sweeps, self.max_sweeps, tolerance)
         # Sweep -1 is the forward pass that a descent may begin with.
         first_sweeps = []
         for start in self.starts:
@@ -138,12 +147,15 @@ class _Descent:
         initial: The state in which everything is in place.
         sweeps: What the program knows: a descent sweep, and perhaps a forward sweep before it.
         max_sweeps: How often to go over all groups at most.
+        tolerance: The share of the objective that a sweep has to take off for another to follow;
+            None where every improvement is enough.
     """
 
     problem: AlignmentProblem
     initial: DescentState
     sweeps: Sequence[AbstractSweep]
     max_sweeps: int
+    tolerance: float | None
 
     def run(self, first_sweep: Array) -> Alignment:
         """Descends; `first_sweep` is -1 to begin with the forward pass, otherwise 0."""
@@ -177,20 +189,24 @@ class _Descent:
         state = self.initial
         if first_sweep < 0:
             state = visit_group_trees(self.problem, state, self.sweeps, 0)
+        xp = self.problem.xp
         memory = DescentMemory(self.problem)
         sweep = DescentSweep(self.problem, costs.SqEuclidean(), memory)
         history = [memory.distance(state.plans)]
         improved = bool(history[0] > 0)
         while improved and len(history) <= self.max_sweeps:
-            state = dataclasses.replace(state, improved=jnp.array(False))
+            state = dataclasses.replace(state, improved=xp.asarray(False))
             state = visit_group_trees(self.problem, state, [sweep])
             history.append(memory.distance(state.plans))
             improved = bool(state.improved & (history[-1] > 0))
-        converged = state.all_converged() & jnp.array(not improved)
+            improved = improved and bool(self.is_worth_another(history[-2], history[-1]))
+        converged = state.all_converged() & xp.asarray(not improved)
         objective = history[-1]
         unused = self.max_sweeps + 1 - len(history)
-        values = np.array(jax.device_get(history + [objective] * unused))
-        return Alignment(state.plans, objective, jax.device_put(values), converged, state.gaps)
+        values: Any = np.array(jax.device_get(history + [objective] * unused))
+        if xp is jnp:
+            values = jax.device_put(values)
+        return Alignment(state.plans, objective, values, converged, state.gaps)
 
     def is_unfinished(self, progress: _Progress) -> Array:
         """Whether the last sweep has improved anything, and there may be another one."""
@@ -202,8 +218,15 @@ class _Descent:
         state = dataclasses.replace(state, improved=jnp.array(False))
         which = jnp.where(sweep < 0, 0, len(self.sweeps) - 1)
         state = visit_group_trees(self.problem, state, self.sweeps, which)
-        history = history.at[sweep + 1].set(self.problem.distance(state.plans))
-        return _Progress(state, history, sweep + 1)
+        objective = self.problem.distance(state.plans)
+        # After the forward pass, descent has yet to begin.
+        goes_on = (sweep < 0) | self.is_worth_another(history[sweep], objective)
+        state = dataclasses.replace(state, improved=state.improved & goes_on)
+        return _Progress(state, history.at[sweep + 1].set(objective), sweep + 1)
+
+    def is_worth_another(self, before: Array, after: Array) -> Array | bool:
+        """Whether a sweep has taken enough off the objective for another one to follow."""
+        return True if self.tolerance is None else before - after > self.tolerance * after
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,7 +274,7 @@ class DescentSweep(AbstractSweep):
         if one_to_one:
             better = _is_better(grams, old_plans, new_plans)
         else:
-            better = jnp.array(True)
+            better = self.problem.xp.asarray(True)
         if not one_to_one or any(map(leaves_used_twice, tree.groups)):
             # What was minimised is not the objective.
             old_distance = self.problem.distance(state.plans)
@@ -259,7 +282,7 @@ class DescentSweep(AbstractSweep):
             better = better & (new_distance < (1 - ROUNDING) * old_distance)
         # A problem without a solution must not pass for one that is solved.
         for solution in solutions:
-            better = better | ~jnp.isfinite(solution.value)
+            better = better | ~self.problem.xp.isfinite(solution.value)
         if self.problem.known:
             # A plan that stays is the same array as before, which tells that nothing has moved.
             plans = plans if better else {}
@@ -271,10 +294,10 @@ class DescentSweep(AbstractSweep):
 
 def _keeps_norms(group: Group, plan: Array) -> bool:
     """Whether units keep their norms along a plan: it is orthogonal, or permutes them."""
-    return group.orthogonal or is_permutation(plan)
+    return is_permutation(plan) or is_orthogonal(group, plan)
 
 
-@jax.jit
+@program()
 def _is_better(grams: list[Gram], old_plans: list[Array], new_plans: list[Array]) -> Array:
     """Whether plans bring the source closer to the target, by more than rounding."""
     # |moved - target|² = |moved|² + |target|² - 2 overlap, and moving keeps the norms.
@@ -282,6 +305,6 @@ def _is_better(grams: list[Gram], old_plans: list[Array], new_plans: list[Array]
     source_sq_norm = 0
     target_sq_norm = 0
     for group_grams in grams:
-        source_sq_norm = source_sq_norm + jnp.sum(group_grams.source_sq_norms)
-        target_sq_norm = target_sq_norm + jnp.sum(group_grams.target_sq_norms)
-    return gain > ROUNDING * jnp.sqrt(source_sq_norm * target_sq_norm)
+        source_sq_norm = source_sq_norm + group_grams.source_sq_norms.sum()
+        target_sq_norm = target_sq_norm + group_grams.target_sq_norms.sum()
+    return gain > ROUNDING * (source_sq_norm * target_sq_norm) ** 0.5

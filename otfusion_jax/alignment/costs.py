@@ -7,13 +7,16 @@ vectors are. `ground_cost` makes a cost of them.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+import numpy as np
+from jaxtyping import Float, Inexact
 from ott.geometry import costs
 
+from otfusion_jax.common.host import Array, array_module, inner_product, matmul
 from otfusion_jax.symmetry.groups import Group
 
 # --- inner products
@@ -45,7 +48,7 @@ class Gram:
     even: Float[Array, "*pairs m"] | None = None
 
     def __add__(self, other: "Gram") -> "Gram":
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(operator.add, self, other)
 
     def pairwise(self, source_numbers: Array, target_numbers: Array) -> Array:
         """Multiplies a number of each unit of the source with one of each unit of the target.
@@ -60,8 +63,9 @@ class Gram:
         # A unit of a group inside of another has two indices, its head's and its own; any other
         # unit has one.
         indices = self.cross.ndim - source_numbers.ndim
-        rows = jnp.expand_dims(source_numbers, range(-indices, 0))
-        columns = jnp.expand_dims(target_numbers, range(-2 * indices, -indices))
+        xp = array_module(source_numbers, target_numbers)
+        rows = xp.expand_dims(source_numbers, tuple(range(-indices, 0)))
+        columns = xp.expand_dims(target_numbers, tuple(range(-2 * indices, -indices)))
         return rows * columns
 
     def told_apart(self, odd: bool) -> "Gram":
@@ -73,7 +77,7 @@ class Gram:
         Returns:
             The inner products, with those that do not change in `even`.
         """
-        nothing = jnp.zeros_like(self.cross)
+        nothing = array_module(self.cross).zeros_like(self.cross)
         cross, even = (self.cross, nothing) if odd else (nothing, self.cross)
         return dataclasses.replace(self, cross=cross, even=even)
 
@@ -81,7 +85,7 @@ class Gram:
         """Returns the inner products of each pair of units by the sign that makes it largest."""
         if self.even is None:
             return self
-        return dataclasses.replace(self, cross=self.even + jnp.abs(self.cross), even=None)
+        return dataclasses.replace(self, cross=self.even + abs(self.cross), even=None)
 
     def normalised(self) -> "Gram":
         """Returns the inner products of units scaled to norm 1; units that are 0 stay so."""
@@ -108,7 +112,8 @@ class Gram:
 def _inverse_norms(sq_norms: Array) -> Array:
     """Returns 1 / norm of each unit, and 1 for those that are 0."""
     # 1 / 0 would make NaN of the inner products of units that are 0.
-    return jax.lax.rsqrt(jnp.where(sq_norms > 0, sq_norms, 1))
+    xp = array_module(sq_norms)
+    return 1 / xp.sqrt(xp.where(sq_norms > 0, sq_norms, 1))
 
 
 def all_products(numbers: Array) -> Array:
@@ -144,17 +149,22 @@ def gram(
     if intra:
         within = _inner_products(source, source), _inner_products(target, target)
     return Gram(
-        jnp.sum(source * source, -1),
-        jnp.sum(target * target, -1),
-        _inner_products(source, target),
-        within,
+        _squared_norms(source), _squared_norms(target), _inner_products(source, target), within
     )
+
+
+def _squared_norms(rows: Array) -> Array:
+    """Takes `[*batch, n]` from `[*batch, n, d]`."""
+    if array_module(rows) is np:
+        # Without an array of the squares.
+        return np.einsum("...d,...d->...", rows, rows)
+    return jnp.sum(rows * rows, -1)
 
 
 def _inner_products(rows: Array, columns: Array) -> Array:
     """Takes `[*batch, n, m]` from `[*batch, n, d]` and `[*batch, m, d]`."""
     # Distances are differences of these: at a lower precision those of near units would be noise.
-    return jnp.matmul(rows, jnp.swapaxes(columns, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    return matmul(rows, columns.swapaxes(-1, -2))
 
 
 def unit_gram(
@@ -203,24 +213,24 @@ def squared_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
     Returns:
         The sum of squares, float32, or float64 where `x` has that precision.
     """
-    magnitudes = jnp.abs(x)
-    if magnitudes.dtype != jnp.float64:
-        magnitudes = magnitudes.astype(jnp.float32)
-    return jnp.sum(magnitudes * magnitudes)
+    real = as_real(x)
+    return inner_product(real, real)
 
 
 def as_real(x: Array) -> Array:
     """Makes real vectors of complex ones, and narrow ones wide enough to be summed.
 
     Args:
-        x: Vectors, `[..., d]`.
+        x: Vectors, `[..., d]`; or a single number, `[]`.
 
     Returns:
         Complex vectors as real ones of twice the length, others in float32 or float64.
     """
-    if jnp.iscomplexobj(x):
-        return jnp.concatenate([x.real, x.imag], axis=-1)
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    xp = array_module(x)
+    if xp.iscomplexobj(x):
+        x = xp.atleast_1d(x)
+        return xp.concatenate([x.real, x.imag], axis=-1)
+    return x if x.dtype == xp.float64 else xp.asarray(x, xp.float32)
 
 
 # --- ground metrics
@@ -229,19 +239,21 @@ def as_real(x: Array) -> Array:
 def _squared_distance(grams: Gram) -> Array:
     """|x - y|² = |x|² + |y|² - 2 x·y, which rounding must not make negative."""
     sq_norms = grams.source_sq_norms[..., :, None] + grams.target_sq_norms[..., None, :]
-    return jnp.maximum(sq_norms - 2 * grams.cross, 0)
+    return array_module(sq_norms).maximum(sq_norms - 2 * grams.cross, 0)
 
 
 def _distance(grams: Gram) -> Array:
-    return jnp.sqrt(_squared_distance(grams))
+    squared = _squared_distance(grams)
+    return array_module(squared).sqrt(squared)
 
 
 def _cosine_distance(grams: Gram) -> Array:
-    source_norms = jnp.sqrt(grams.source_sq_norms)[..., :, None]
-    target_norms = jnp.sqrt(grams.target_sq_norms)[..., None, :]
+    xp = array_module(grams.cross)
+    source_norms = xp.sqrt(grams.source_sq_norms)[..., :, None]
+    target_norms = xp.sqrt(grams.target_sq_norms)[..., None, :]
     # A unit that is 0 has no direction: it is at distance 1 from all others.
     norms = source_norms * target_norms
-    return 1 - grams.cross / jnp.where(norms > 0, norms, 1)
+    return 1 - grams.cross / xp.where(norms > 0, norms, 1)
 
 
 def _negative_product(grams: Gram) -> Array:

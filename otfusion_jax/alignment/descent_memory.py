@@ -12,12 +12,13 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.leaf_programs import POSITIONS_AT_ONCE, cross_updated
 from otfusion_jax.alignment.problem import AlignmentProblem, position_of
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.sharding import is_spread
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
@@ -82,7 +83,7 @@ class DescentMemory:
                 continue
             last = self._distances.get(number)
             if last is None or _moved(last.plans, plans):
-                value = self._problem.closeness(number, plans).squared_distance
+                value = self._problem.leaf_distance(number, plans)
                 names = symmetry.numbered_leaves[number].names
                 depends_on = {name: plans[name] for name in names}
                 self._distances[number] = _Distance(value, depends_on)

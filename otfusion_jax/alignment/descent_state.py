@@ -4,16 +4,14 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
+from otfusion_jax.common.host import Array, as_numpy
+from otfusion_jax.solvers.base import Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.groups import Group, Plans
 from otfusion_jax.symmetry.plans import is_permutation
@@ -69,7 +67,10 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
     Returns:
         The state, with plans that move nothing, or where widths differ keep the order.
     """
+    xp = problem.xp
     plans = problem.symmetry.identity()
+    if xp is np:
+        plans = as_numpy(plans)
     gaps = {}
     converged = {}
     outer_names = set()
@@ -77,31 +78,31 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
         outer_names.add(group.outer)
     for group in problem.symmetry.groups:
         target_group = problem.target_groups[group.name]
-        if group.orthogonal:
+        if group.orthogonal and group.size == target_group.size:
             plan = np.broadcast_to(np.eye(group.size), (*group.batch, group.size, group.size))
-            plans[group.name] = jax.device_put(plan.astype(problem.dtype))
-            gaps[group.name] = jnp.zeros((), problem.dtype)
-            converged[group.name] = jnp.array(True)
+            plans[group.name] = xp.asarray(plan.astype(problem.dtype))
+            gaps[group.name] = xp.zeros((), problem.dtype)
+            converged[group.name] = xp.asarray(True)
             continue
         # What has groups nested in it is always matched exactly, see `solve_tree`.
         solver = Exact() if group.name in outer_names else problem.solver
         # A loop needs plans of one form from start to end. Only the solver knows whether it
         # returns permutations, so it is asked, without being run.
-        solution = _abstract_solution(solver, _abstract_problem(problem, group, target_group))
-        gaps[group.name] = jnp.zeros(solution.gap.shape, solution.gap.dtype)
-        converged[group.name] = jnp.array(True)
+        solution = solver.form(_abstract_problem(problem, group, target_group))
+        gaps[group.name] = xp.zeros(solution.gap.shape, solution.gap.dtype)
+        converged[group.name] = xp.asarray(True)
         plan = plans[group.name]
         if not is_permutation(solution.plan):
             n, m = group.size, target_group.size
             coupling = _order_keeping_coupling(n, m).astype(solution.plan.dtype)
-            plan = jnp.broadcast_to(coupling, (*group.batch, n, m))
+            plan = xp.broadcast_to(coupling, (*group.batch, n, m))
         if group.outer is not None and group.batch[-1] != target_group.batch[-1]:
             # Heads that do not move one to one: inside, there is a plan for every pair of heads.
             rank = len(group.batch)
             shape = (*group.batch, target_group.batch[-1], *plan.shape[rank:])
-            plan = jnp.broadcast_to(jnp.expand_dims(plan, rank), shape)
+            plan = xp.broadcast_to(xp.expand_dims(plan, rank), shape)
         plans[group.name] = plan
-    return DescentState(plans, gaps, converged, jnp.array(False))
+    return DescentState(plans, gaps, converged, xp.asarray(False))
 
 
 def _abstract_problem(
@@ -121,21 +122,7 @@ def _abstract_problem(
     return TransportProblem(cost, a, b, intra)  # pyright: ignore[reportArgumentType]
 
 
-def _abstract_solution(solver: AbstractSolver, problem: TransportProblem) -> Solution:
-    """Returns shapes and dtypes of the solution of a problem of which no more is known."""
-    shapes, treedef = jax.tree.flatten(problem)
-    return _solution_of_shapes(solver, tuple(shapes), treedef)
-
-
-@functools.lru_cache(maxsize=1024)
-def _solution_of_shapes(
-    solver: AbstractSolver, shapes: tuple[jax.ShapeDtypeStruct, ...], treedef: Any
-) -> Solution:
-    # Most groups of a deep network are of a few sizes, and to trace a solver takes a while.
-    return jax.eval_shape(solver.solve, treedef.unflatten(shapes))
-
-
-def _order_keeping_coupling(n: int, m: int) -> Array:
+def _order_keeping_coupling(n: int, m: int) -> np.ndarray:
     """Returns the coupling of uniform masses that keeps the order: the identity where n is m."""
     # Unit i of the source has the mass from i / n to (i + 1) / n. What it shares with unit j of
     # the target is where their intervals meet.
@@ -143,4 +130,4 @@ def _order_keeping_coupling(n: int, m: int) -> Array:
     target_ends = np.arange(m + 1) / m
     upper = np.minimum(source_ends[1:, None], target_ends[None, 1:])
     lower = np.maximum(source_ends[:-1, None], target_ends[None, :-1])
-    return jnp.asarray(np.maximum(upper - lower, 0))
+    return np.maximum(upper - lower, 0)

@@ -9,8 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import DEGREES, Gram
@@ -21,6 +20,7 @@ from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.progress import Progress
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
+from otfusion_jax.common.host import as_jax, program
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group, Member
 
@@ -52,7 +52,7 @@ class ForwardPass(AbstractMethod):
     members: Members = "producing"
     progress: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_flag(self, "unit_norm")
         if self.progress is not None and not isinstance(self.progress, Path):
             raise TypeError(f"progress is {self.progress!r}; give the pathlib.Path of a folder")
@@ -75,10 +75,11 @@ class ForwardPass(AbstractMethod):
                 raise ValueError("progress can be kept outside of jax.jit alone; leave it None")
             progress = Progress(self.progress, before)
             state, solved = progress.resumed(start)
+            state = state if problem.xp is np else as_jax(state)
             sweep = dataclasses.replace(sweep, progress=progress, solved=solved)
         state = visit_group_trees(problem, state, [sweep])
         after = problem.distance(state.plans)
-        history = jnp.stack([before, after])
+        history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
     def cost_degree(self, metric: costs.CostFn, by_grams: bool) -> int:
@@ -153,13 +154,13 @@ class ForwardSweep(AbstractSweep):
         """See `AbstractSweep.accept`. Here every plan is kept."""
         new_plans = [solution.plan for solution in solutions]
         plans = self.problem.plans_after(tree, state.plans, new_plans)
-        after = state.after(tree, solutions, plans, jnp.array(True))
+        after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
         if self.progress is not None:
             self.progress.save(self._position_of(tree), plans, after)
         return after
 
 
-@jax.jit
+@program()
 def _normalised(grams: Gram) -> Gram:
     return grams.normalised()
 

@@ -1,19 +1,19 @@
 """What is computed of one parameter of both models, by programs that all of its kind share.
 
-An `AlignmentProblem` goes over parameters one by one. Each of the functions here is jitted with the
-structure of a parameter (see `NumberedLeaf`) as a static argument, so that the kernels of a hundred
-blocks need one program. What they return is in the dtype that the problem asks for.
+An `AlignmentProblem` goes over parameters one by one. Each of the functions here is a program (see
+`common.host`) with the structure of a parameter (see `NumberedLeaf`) as a static argument, so that
+the kernels of a hundred blocks need one. What they return is in the dtype that the problem asks
+for.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
 
 from otfusion_jax.alignment.costs import Gram, as_real, gram, squared_norm, unit_gram
+from otfusion_jax.common.host import Array, array_module, fori_loop, inner_product, program, taken
 from otfusion_jax.common.sharding import is_spread, replicated, with_auto_axes
 from otfusion_jax.symmetry.blocks import BlockDim, Blocks, in_order, spread_beside
 from otfusion_jax.symmetry.groups import Plans
@@ -30,9 +30,8 @@ LEAST_COSINE = 1e-6
 """What a cosine counts as at least, so that the logarithm of a product of cosines is finite."""
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype"),
+@program(
+    static_argnames=("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype")
 )
 def units_compared(
     structure: LeafStructure,
@@ -78,8 +77,9 @@ def units_compared(
                 source_units = source_units * ratio
             term = unit_gram(source_units, target_units, unit_axis.group, intra)
             total = term if total is None else total + term
+        grams = jax.tree.map(lambda x: array_module(x).asarray(x, dtype), total)
         # Where parameters are spread, each device has contracted its part, and these are added up.
-        return replicated(jax.tree.map(lambda x: x.astype(dtype), total))
+        return replicated(grams)
 
     return with_auto_axes(compare, source, None)(plans, source, target)
 
@@ -109,7 +109,7 @@ def _compared_together(
     return pairs
 
 
-@functools.partial(jax.jit, donate_argnames=("total",))
+@program(donate_argnames=("total",))
 def added(total: Gram, term: Gram) -> Gram:
     """Adds inner products over some members to those over others.
 
@@ -123,7 +123,7 @@ def added(total: Gram, term: Gram) -> Gram:
     return total + term
 
 
-@functools.partial(jax.jit, static_argnames=("odd",))
+@program(static_argnames=("odd",))
 def told_apart(grams: Gram, *, odd: bool) -> Gram:
     """Notes whether what was compared changes its sign with the units, see `Gram.told_apart`.
 
@@ -137,7 +137,7 @@ def told_apart(grams: Gram, *, odd: bool) -> Gram:
     return grams.told_apart(odd)
 
 
-@functools.partial(jax.jit, donate_argnames=("moved",))
+@program(donate_argnames=("moved",))
 def in_place(moved: Gram, inverse: Array) -> Gram:
     """Brings inner products of units that have moved into the order that the units came from.
 
@@ -149,13 +149,13 @@ def in_place(moved: Gram, inverse: Array) -> Gram:
     Returns:
         The inner products, with the source's units in their own order.
     """
-    source_sq_norms = jnp.take(moved.source_sq_norms, inverse, mode="clip")
-    cross = jnp.take(moved.cross, inverse, axis=0, mode="clip")
+    xp = array_module(moved.cross)
+    source_sq_norms = xp.take(moved.source_sq_norms, inverse, mode="clip")
+    cross = xp.take(moved.cross, inverse, axis=0, mode="clip")
     return Gram(source_sq_norms, moved.target_sq_norms, cross)
 
 
-@functools.partial(
-    jax.jit,
+@program(
     static_argnames=("structure", "target_partition", "axis", "neighbour"),
     donate_argnames=("cross",),
 )
@@ -206,64 +206,64 @@ def cross_updated(
         for key, block in of.items():
             if moved_axis.is_in(block):
                 dim = block.dims.index(moved_axis.dim)
-                array = jnp.take(block.array, indices, dim, mode="clip")
+                array = array_module(block.array).take(block.array, indices, dim, mode="clip")
                 chosen[key] = block._replace(array=array)
         return units_in(chosen, front)
 
-    def update(number: Array, cross: Array) -> Array:
-        first = number * POSITIONS_AT_ONCE
-        some_moves = jax.lax.dynamic_slice_in_dim(moves, first, POSITIONS_AT_ONCE, axis=1)
-        position, before, after = some_moves
+    portions = moves.reshape(3, -1, POSITIONS_AT_ONCE)
+
+    def update(number: int | Array, cross: Array) -> Array:
+        position, before, after = portions[:, number]
         difference = entries(blocks, after) - entries(blocks, before)
         change = gram(difference, entries(target_blocks, position)).cross
         return cross + change.astype(cross.dtype)
 
     steps = (count + POSITIONS_AT_ONCE - 1) // POSITIONS_AT_ONCE
-    return jax.lax.fori_loop(0, steps, update, cross)
+    return fori_loop(steps, update, cross)
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
+@program(static_argnames=("size",))
 def carried_plan(plan: Array, old_root_plan: Array, root_plan: Array, size: int) -> Array:
     """Moves the plans inside of a root's units to where these come, as the root's plan changes."""
     # The plan at position j belongs to the index that has come there.
-    came_from = jnp.take_along_axis(jnp.argsort(old_root_plan, axis=-1), root_plan, axis=-1)
+    xp = array_module(plan, old_root_plan, root_plan)
+    came_from = xp.take_along_axis(xp.argsort(old_root_plan, axis=-1), root_plan, axis=-1)
     inner_rank = plan.ndim - came_from.ndim
     index = came_from.reshape(*came_from.shape, *[1] * inner_rank)
     # An unsolved root has indices out of range; what is in it must not pass for solved.
-    unusable = size if is_permutation(plan) else jnp.nan
-    return jnp.take_along_axis(
-        plan, index, axis=came_from.ndim - 1, mode="fill", fill_value=unusable
-    )
+    unusable = size if is_permutation(plan) else np.nan
+    return taken(plan, index, came_from.ndim - 1, unusable)
 
 
-class Closeness(NamedTuple):
-    """How close a parameter of the moved source is to that of the target.
-
-    Attributes:
-        squared_distance: The squared distance of the two, float `[]`.
-        log_cosine: The logarithm of their cosine, float `[]`, at least that of `LEAST_COSINE`.
-    """
-
-    squared_distance: Array
-    log_cosine: Array
-
-
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def closeness(moved: Array, target: Array, dtype: Any) -> Closeness:
-    """Compares a parameter of the moved source with the target's.
+@program(static_argnames=("dtype",))
+def squared_distance(moved: Array, target: Array, *, dtype: Any) -> Array:
+    """Takes the squared distance of a parameter of the moved source to the target's.
 
     Args:
         moved: The parameter of the source, moved.
         target: The parameter of the target, of the same shape.
-        dtype: The dtype of the results.
+        dtype: The dtype of the result.
 
     Returns:
-        How close the two are.
+        The squared distance, float `[]`.
+    """
+    return squared_norm(as_real(moved) - as_real(target)).astype(dtype)
+
+
+@program(static_argnames=("dtype",))
+def log_cosine(moved: Array, target: Array, *, dtype: Any) -> Array:
+    """Takes the logarithm of the cosine of a parameter of the moved source and the target's.
+
+    Args:
+        moved: The parameter of the source, moved.
+        target: The parameter of the target, of the same shape.
+        dtype: The dtype of the result.
+
+    Returns:
+        The logarithm, float `[]`, at least that of `LEAST_COSINE`.
     """
     moved, target = as_real(moved), as_real(target)
-    distance = squared_norm(moved - target)
-    moved_norm, target_norm = jnp.sqrt(squared_norm(moved)), jnp.sqrt(squared_norm(target))
-    norms = moved_norm * target_norm
-    cosine = jnp.sum(moved * target) / jnp.where(norms > 0, norms, 1)
-    log_cosine = jnp.log(jnp.maximum(cosine, LEAST_COSINE))
-    return Closeness(distance.astype(dtype), log_cosine.astype(dtype))
+    xp = array_module(moved, target)
+    norms = xp.sqrt(squared_norm(moved)) * xp.sqrt(squared_norm(target))
+    cosine = inner_product(moved, target) / xp.where(norms > 0, norms, 1)
+    return xp.log(xp.maximum(cosine, LEAST_COSINE)).astype(dtype)

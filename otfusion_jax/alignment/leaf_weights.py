@@ -11,11 +11,10 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.common.scaling import all_scaled
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -80,7 +79,8 @@ def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ..
     for array, part, leaf in zip(arrays, symmetry.parts, symmetry.leaf_of, strict=True):
         # w |x - y|² = |√w x - √w y|²: distances, cosines and overlaps are all weighted by this.
         if part.moves and weights[leaf] != 1:
-            array = jnp.asarray(array) * jnp.asarray(math.sqrt(weights[leaf]), part.dtype)
+            root = array_module(array).asarray(math.sqrt(weights[leaf]), part.dtype)
+            array = array * root
         scaled.append(array)
     return scaled
 
@@ -99,7 +99,7 @@ def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], exponent: Array) -> 
     moving = []
     for leaf, array in zip(leaves, arrays, strict=True):
         if leaf.moves:
-            moving.append(jnp.asarray(array))
+            moving.append(array)
     # All at once: the factors of a power of two are worked out once for each dtype.
     moved = iter(all_scaled(moving, exponent))
     result = []

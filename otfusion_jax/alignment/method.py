@@ -4,12 +4,16 @@ import abc
 import dataclasses
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.common.host import Array
+from otfusion_jax.common.html import html_table
+from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.groups import Plans
+from otfusion_jax.symmetry.plans import moved_units
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +39,28 @@ class Alignment:
     history: Float[Array, " sweeps"]
     converged: Bool[Array, ""]
     gaps: dict[str, Float[Array, ""]]
+
+    def _repr_html_(self) -> str:
+        """Shows a table of the plans in a notebook."""
+        if not all_known(self) or self.objective.ndim:
+            # Inside of `jax.jit`, and of many alignments at once, there is no one number to show.
+            return html_table(("group", "plan"), _shapes(self.plans), "Alignment")
+        rows = []
+        for name, plan in self.plans.items():
+            moved = moved_units(plan)
+            gap = f"{float(self.gaps[name]):.3g}" if name in self.gaps else ""
+            text = "mixed" if moved is None else f"{moved:,}"
+            rows.append((name, str(plan.shape), text, gap))
+        caption = (
+            f"Alignment: squared distance {float(self.history[0]):.4g} → "
+            f"{float(self.objective):.4g}, {'' if self.converged else 'not '}converged"
+        )
+        return html_table(("group", "plan", "units moved", "gap"), rows, caption)
+
+
+def _shapes(plans: Plans) -> list[tuple[str, str]]:
+    """Returns a row for each plan: the name of its group, and its shape."""
+    return [(name, str(plan.shape)) for name, plan in plans.items()]
 
 
 class AbstractMethod(abc.ABC):

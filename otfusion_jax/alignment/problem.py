@@ -5,7 +5,8 @@ weights: under the plans so far, of one group tree at a time. It also says how f
 is from the target. `set_up_problem` makes one.
 
 All of it works on known values and inside of a trace. Known values are compared parameter by
-parameter, by the programs of `leaf_programs`.
+parameter, by the programs of `leaf_programs`, and on a CPU they are arrays of NumPy, so that these
+need not be compiled (see `common.host`).
 """
 
 import dataclasses
@@ -16,23 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram, unit_gram
 from otfusion_jax.alignment.group_tree import GroupTree, group_trees_of
 from otfusion_jax.alignment.leaf_programs import (
-    Closeness,
     added,
     carried_plan,
-    closeness,
     in_place,
+    log_cosine,
+    squared_distance,
     told_apart,
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
+from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
-from otfusion_jax.common.lazy import LazyArray, any_lazy, loaded
+from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
@@ -72,6 +74,8 @@ class AlignmentProblem:
         lazy: Whether any parameter is read whenever it is looked at. Nothing large is kept then.
         moved: Of known values, each of the source's parameters as it was last moved, and the plans
             that it was moved along.
+        xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
+            them, otherwise `jax.numpy`.
     """
 
     symmetry: Symmetry
@@ -87,6 +91,7 @@ class AlignmentProblem:
     known: bool
     lazy: bool
     moved: dict[int, tuple[Array, list[Array]]]
+    xp: Any
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -159,8 +164,8 @@ class AlignmentProblem:
         around = tree.root_members_around(member) if nested else []
         if tree.siblings and (around or group is root):
             # Where the root stays, what else is nested in it moves within each of its indices.
-            in_place = jax.device_put(np.arange(root.size, dtype=np.int32))
-            root_plan = jnp.broadcast_to(in_place, plans[root.name].shape)
+            in_place = np.arange(root.size, dtype=np.int32)
+            root_plan = self.xp.broadcast_to(in_place, plans[root.name].shape)
             plans = plans | self.carried(tree, plans, root_plan)
         frozen = []
         ratio = 1.0
@@ -178,8 +183,8 @@ class AlignmentProblem:
             numbered.structure,
             self.onto.leaf_structures[member.leaf].partition,
             numbered.plans(plans),
-            loaded(self.source[member.leaf]),
-            loaded(self.target[member.leaf]),
+            self._loaded(self.source[member.leaf]),
+            self._loaded(self.target[member.leaf]),
             axis=position_of(unit_axis, unit_axes),
             frozen=tuple(frozen),
             ratio=ratio,
@@ -208,7 +213,7 @@ class AlignmentProblem:
             self.onto.leaf_structures[leaf].partition,
             {},
             self.moved_leaf(leaf, plans),
-            loaded(self.target[leaf]),
+            self._loaded(self.target[leaf]),
             axis=position_of(unit_axis, unit_axes),
             frozen=(),
             ratio=1.0,
@@ -218,7 +223,8 @@ class AlignmentProblem:
         plan = plans[unit_axis.group.name]
         if is_identity(plan):
             return grams
-        return in_place(grams, np.argsort(np.asarray(plan)).astype(np.int32))
+        inverse: Any = np.argsort(np.asarray(plan)).astype(np.int32)
+        return in_place(grams, inverse)
 
     def moved_leaf(self, number: int, plans: Plans) -> Array:
         """Moves one parameter of the source.
@@ -236,7 +242,7 @@ class AlignmentProblem:
         depends_on = [plans[name] for name in names if name in plans]
         if isinstance(self.source[number], LazyArray):
             # Read anew each time: of all leaves at once, what is kept would be the model.
-            moved = move(self.symmetry, plans, number, loaded(self.source[number]), self.onto)
+            moved = move(self.symmetry, plans, number, self._loaded(self.source[number]), self.onto)
             return jax.block_until_ready(moved)
         moved, last = self.moved.get(number, (None, []))
         same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
@@ -256,8 +262,8 @@ class AlignmentProblem:
     def _compare_along_nothing(self, group: Group) -> Gram:
         """Returns inner products that are 0, as those of vectors without entries."""
         target_group = self.target_groups[group.name]
-        source_units = jnp.zeros((*group.batch, group.size, 0), self.dtype)
-        target_units = jnp.zeros((*target_group.batch, target_group.size, 0), self.dtype)
+        source_units = self.xp.zeros((*group.batch, group.size, 0), self.dtype)
+        target_units = self.xp.zeros((*target_group.batch, target_group.size, 0), self.dtype)
         return unit_gram(source_units, target_units, group, self.solver.quadratic)
 
     def plans_after(self, tree: GroupTree, plans: Plans, tree_plans: Sequence[Array]) -> Plans:
@@ -312,8 +318,22 @@ class AlignmentProblem:
         for number, part in enumerate(self.symmetry.parts):
             # Integers, such as step counts, are no parameters that a plan could bring closer.
             if part.moves:
-                distances.append(self.closeness(number, plans).squared_distance)
+                distances.append(self.leaf_distance(number, plans))
         return self.summed(distances)
+
+    def leaf_distance(self, number: int, plans: Plans) -> Float[Array, ""]:
+        """Takes the squared distance of one parameter of the moved source to that of the target.
+
+        Args:
+            number: The position of the parameter in `symmetry.parts`.
+            plans: The plans of all groups.
+
+        Returns:
+            The squared distance, in the problem's dtype.
+        """
+        moved = self.moved_leaf(number, plans)
+        target = self._loaded(self.target[number])
+        return self.awaited(squared_distance(moved, target, dtype=self.dtype))
 
     def similarity(self, plans: Plans) -> Float[Array, ""]:
         """Takes the sum over weight matrices of the log cosine of the moved source and the target.
@@ -333,21 +353,17 @@ class AlignmentProblem:
             # A layer's kernel says what it computes. What no plan moves is alike for all plans.
             has_units = self.symmetry.leaf_structures[number].unit_axes
             if part.moves and len(part.shape) > 1 and has_units:
-                similarities.append(self.closeness(number, plans).log_cosine)
+                moved = self.moved_leaf(number, plans)
+                target = self._loaded(self.target[number])
+                cosine = log_cosine(moved, target, dtype=self.dtype)
+                similarities.append(self.awaited(cosine))
         return self.summed(similarities)
 
-    def closeness(self, number: int, plans: Plans) -> Closeness:
-        """Compares one parameter of the moved source with that of the target.
-
-        Args:
-            number: The position of the parameter in `symmetry.parts`.
-            plans: The plans of all groups.
-
-        Returns:
-            How close the two are.
-        """
-        target = loaded(self.target[number])
-        return self.awaited(closeness(self.moved_leaf(number, plans), target, dtype=self.dtype))
+    def _loaded(self, array: Any) -> Array:
+        """Reads a parameter if it is lazy, for the array module of the problem."""
+        if not isinstance(array, LazyArray):
+            return array
+        return loaded(array) if self.xp is np else as_jax(loaded(array))
 
     def awaited(self, results: Any) -> Any:
         """Waits for results of leaves that are lazy, or many of them would be read ahead of time.
@@ -370,9 +386,11 @@ class AlignmentProblem:
             Their sum.
         """
         total = np.zeros((), self.dtype)
-        if self.known:
-            return jax.device_put(sum(jax.device_get(terms), start=total))
-        return sum(terms, start=jnp.asarray(total))
+        if not self.known:
+            return sum(terms, start=jnp.asarray(total))
+        # A sum of numbers of NumPy is a number, and no array.
+        fetched: Any = np.asarray(sum(jax.device_get(terms), start=total))
+        return fetched if self.xp is np else jax.device_put(fetched)
 
 
 def position_of(unit_axis: UnitAxis, unit_axes: Sequence[UnitAxis]) -> int:
@@ -399,7 +417,7 @@ def set_up_problem(
     *,
     marginals: Marginals = ({}, {}),
     weights: tuple[float, ...] | None = None,
-) -> tuple[AlignmentProblem, Array]:
+) -> tuple[AlignmentProblem, Any]:
     """Takes two models apart, weighted and in a range in which their squares are finite.
 
     Args:
@@ -416,8 +434,9 @@ def set_up_problem(
         The problem, and the exponent k, int32 `[]`: the problem's parameters are those of the
         models times `2**-k`. It is 0 for a solver that is not scale-free.
     """
-    sources = [_as_array(part) for part in symmetry.split(source)]
-    targets = [_as_array(part) for part in onto.split(target)]
+    given = symmetry.split(source), onto.split(target), marginals
+    by_numpy = solver.takes_numpy and at_hand(given)
+    sources, targets, marginals = as_numpy(given) if by_numpy else as_jax(given)
     if weights is not None:
         sources = weighted(symmetry, sources, weights)
         targets = weighted(symmetry, targets, weights)
@@ -429,7 +448,7 @@ def set_up_problem(
     lazy = any_lazy(moving)
     known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
-    exponent = jax.device_put(np.int32(0))
+    exponent: Any = np.int32(0)
     if solver.scale_free:
         exponent = _exponent_of_known(moving) if known else common_exponent(moving)
         if lazy and exponent:
@@ -462,16 +481,12 @@ def set_up_problem(
         known=known,
         lazy=lazy,
         moved={},
+        xp=np if by_numpy else jnp,
     )
     return problem, exponent
 
 
-def _as_array(array: Any) -> Any:
-    """Makes an array of JAX of one of NumPy or of a number, without a program to be compiled."""
-    return array if isinstance(array, jax.Array | LazyArray) else jax.device_put(array)
-
-
-def _exponent_of_known(arrays: Sequence[Any]) -> Array:
+def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     """Returns the exponent of `common_exponent`, or 0 where squares and their sums are in range."""
     magnitudes = largest_magnitudes(arrays)
     _, exponent = np.frexp(max(magnitudes, default=0.0))
@@ -479,4 +494,4 @@ def _exponent_of_known(arrays: Sequence[Any]) -> Array:
     # models, so that it is left out where it makes no difference.
     if abs(exponent) <= COMFORTABLE_EXPONENT:
         exponent = 0
-    return jax.device_put(np.int32(exponent))
+    return np.int32(exponent)

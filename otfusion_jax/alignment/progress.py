@@ -8,11 +8,10 @@ import os
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
 from otfusion_jax.alignment.descent_state import DescentState
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Plans
 
 _NAME = re.compile(r"tree-(\d+)\.npz")
@@ -53,7 +52,8 @@ class Progress:
             state: The state to start from.
 
         Returns:
-            The state, and the positions of the group trees that are solved.
+            The state, with arrays of NumPy where something was found, and the positions of the
+            group trees that are solved.
         """
         found: dict[str, dict[str, Array]] = {kind: {} for kind in _KINDS}
         solved = set()
@@ -65,7 +65,7 @@ class Progress:
             with np.load(path) as stored:
                 for key, value in stored.items():
                     kind, _, name = key.partition(":")
-                    found[kind][name] = jax.device_put(value)
+                    found[kind][name] = value
         resumed = DescentState(
             state.plans | found["plans"],
             state.gaps | found["gaps"],

@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
 
 from otfusion_jax.alignment.costs import Gram, intra_costs
+from otfusion_jax.common.host import Array, array_module, taken
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
-from otfusion_jax.solvers.procrustes import procrustes
+from otfusion_jax.solvers.procrustes import polar_factors
 from otfusion_jax.solvers.stack import solve_stack
 from otfusion_jax.symmetry.groups import Motion
 from otfusion_jax.symmetry.plans import is_permutation
@@ -83,7 +82,7 @@ def solve_group_tree(
             pair_solutions.append(next(permuted))
         elif motion is Motion.SIGNED:
             problem = _problems_of_pairs(cost_of, inside, (None, None))
-            cross = jnp.moveaxis(grams[number].cross, -3, -2)
+            cross = grams[number].cross.swapaxes(-3, -2)
             pair_solutions.append(_with_signs(solve_stack(Exact(), problem), cross))
         else:
             pair_solutions.append(_rotated_pairs(inside, motion))
@@ -106,10 +105,7 @@ def solve_group_tree(
 def _summed(solution: Solution) -> Solution:
     """Sums up a stack of solutions, whose plans stay a stack."""
     return Solution(
-        solution.plan,
-        jnp.sum(solution.value),
-        jnp.all(solution.converged),
-        jnp.max(solution.gap),
+        solution.plan, solution.value.sum(), solution.converged.all(), solution.gap.max()
     )
 
 
@@ -117,15 +113,20 @@ def _with_signs(solution: Solution, cross: Array) -> Solution:
     """Makes matrices of permutations, with the signs by which matched units are alike.
 
     Args:
-        solution: The solutions, whose plans are permutations `[*batch, n]`.
-        cross: The inner products of what changes with the signs, `[*batch, n, n]`.
+        solution: The solutions, whose plans are permutations `[*batch, n]`, or the masses
+            `[*batch, n, m]` by which units become another number of units.
+        cross: The inner products of what changes with the signs, `[*batch, n, m]`.
 
     Returns:
-        The solutions with plans `[*batch, n, n]`.
+        The solutions with plans `[*batch, n, m]`.
     """
+    if not is_permutation(solution.plan):
+        xp = array_module(solution.plan)
+        plan = xp.where(cross < 0, -solution.plan, solution.plan)
+        return dataclasses.replace(solution, plan=plan)
     index = solution.plan[..., None, :]
-    matched = jnp.take_along_axis(cross, index, axis=-2, mode="fill").squeeze(-2)
-    signs = jnp.where(matched < 0, -1, 1).astype(cross.dtype)
+    matched = taken(cross, index, cross.ndim - 2).squeeze(-2)
+    signs = array_module(matched).where(matched < 0, -1, 1).astype(cross.dtype)
     return dataclasses.replace(solution, plan=signed_matrix(solution.plan, signs))
 
 
@@ -141,9 +142,9 @@ def _rotated(grams: Gram, cross: Array, motion: Motion) -> Solution:
         The solutions, `[*batch]`. Their value is the squared distance of the rotated units to those
         of the target over the number of units, as it is for permutations.
     """
-    solution = procrustes(cross, fixes_ones=motion is Motion.ROTATED_ABOUT_ONES)
-    source_sq_norm = jnp.sum(grams.source_sq_norms, axis=-1)
-    target_sq_norm = jnp.sum(grams.target_sq_norms, axis=-1)
+    solution = polar_factors(cross, fixes_ones=motion is Motion.ROTATED_ABOUT_ONES)
+    source_sq_norm = grams.source_sq_norms.sum(-1)
+    target_sq_norm = grams.target_sq_norms.sum(-1)
     n = cross.shape[-1]
     # |a Q - b|^2 = |a|^2 + |b|^2 - 2 <Q, cross>
     value = (source_sq_norm + target_sq_norm + 2 * solution.value) / n
@@ -153,7 +154,7 @@ def _rotated(grams: Gram, cross: Array, motion: Motion) -> Solution:
 def _rotated_pairs(grams: Gram, motion: Motion) -> Solution:
     """Rotates the units of every head as close as possible to those of every head of the target."""
     # From [*batch, heads, n, heads of the target, m].
-    cross = jnp.moveaxis(grams.cross, -3, -2)
+    cross = grams.cross.swapaxes(-3, -2)
     pairs = cross.shape[:-2]
     of_pairs = Gram(
         _for_each_target_head(grams.source_sq_norms, pairs),
@@ -166,7 +167,7 @@ def _rotated_pairs(grams: Gram, motion: Motion) -> Solution:
 def _problems_of_pairs(cost_of: CostOf, grams: Gram, masses: Masses) -> TransportProblem:
     """Sets up the problems of all pairs of heads: `[*batch, heads, heads of the target, n, m]`."""
     # From [*batch, heads, n, heads of the target, m].
-    cross = jnp.moveaxis(grams.cross, -3, -2)
+    cross = grams.cross.swapaxes(-3, -2)
     pairs = cross.shape[:-2]
     source_sq_norms = _for_each_target_head(grams.source_sq_norms, pairs)
     target_sq_norms = _for_each_source_head(grams.target_sq_norms, pairs)
@@ -188,14 +189,16 @@ def _problems_of_pairs(cost_of: CostOf, grams: Gram, masses: Masses) -> Transpor
 
 def _for_each_target_head(x: Array, pairs: tuple[int, ...]) -> Array:
     """Repeats `[*batch, heads, ...]` of the source as `[*pairs, ...]`."""
-    x = jnp.expand_dims(x, len(pairs) - 1)
-    return jnp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
+    xp = array_module(x)
+    x = xp.expand_dims(x, len(pairs) - 1)
+    return xp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
 
 
 def _for_each_source_head(x: Array, pairs: tuple[int, ...]) -> Array:
     """Repeats `[*batch, heads, ...]` of the target as `[*pairs, ...]`."""
-    x = jnp.expand_dims(x, len(pairs) - 2)
-    return jnp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
+    xp = array_module(x)
+    x = xp.expand_dims(x, len(pairs) - 2)
+    return xp.broadcast_to(x, (*pairs, *x.shape[len(pairs) :]))
 
 
 def _solve_alike_at_once(
@@ -212,7 +215,7 @@ def _solve_alike_at_once(
         last_form = form
     solutions = []
     for run in runs:
-        stacked = solve_stack(solver, jax.tree.map(lambda *x: jnp.stack(x), *run))
+        stacked = solve_stack(solver, jax.tree.map(lambda *x: array_module(*x).stack(x), *run))
         for number in range(len(run)):
             solutions.append(jax.tree.map(operator.itemgetter(number), stacked))
     return solutions
@@ -237,7 +240,7 @@ def picked(pairs: Array, plan: Array) -> Array:
     source_axis = plan.ndim - 1
     inner_rank = pairs.ndim - plan.ndim - 1
     index = plan.reshape(*plan.shape[:-1], 1, plan.shape[-1], *[1] * inner_rank)
-    return jnp.take_along_axis(pairs, index, axis=source_axis, mode="fill").squeeze(source_axis)
+    return taken(pairs, index, source_axis).squeeze(source_axis)
 
 
 def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
@@ -258,7 +261,7 @@ def overlap(grams: Sequence[Gram], plans: Sequence[Array]) -> Array:
         around = None if total is None else root_plan
         term = _matched(inside.cross, plan, around)
         if inside.even is not None:
-            unsigned = plan if is_permutation(plan) else jnp.abs(plan)
+            unsigned = plan if is_permutation(plan) else abs(plan)
             term += _matched(inside.even, unsigned, around)
         total = term if total is None else total + term
     assert total is not None
@@ -269,8 +272,8 @@ def _matched(cross: Array, plan: Array, root_plan: Array | None) -> Array:
     """Sums up the inner products of units that a plan brings together."""
     if root_plan is not None:
         # Nested units: of each head of the target, those of the head that goes there.
-        cross = picked(jnp.moveaxis(cross, -3, -2), root_plan)
+        cross = picked(cross.swapaxes(-3, -2), root_plan)
     if is_permutation(plan):
         # cross[..., plan[..., j], j] for all j.
-        return jnp.sum(jnp.take_along_axis(cross, plan[..., None, :], axis=-2, mode="fill"))
-    return jnp.sum(cross * plan)
+        return taken(cross, plan[..., None, :], cross.ndim - 2).sum()
+    return (cross * plan).sum()

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram, ground_cost
@@ -24,6 +23,7 @@ from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
+from otfusion_jax.common.host import Array, array_module, program
 from otfusion_jax.solvers.base import AbstractSolver, Solution
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.padding import solve_assignment
@@ -147,13 +147,18 @@ def _assignment_solver(problem: AlignmentProblem, tree: GroupTree) -> Exact | No
     return problem.solver if isinstance(problem.solver, Exact) else None
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
+@program(static_argnames=("dtype",))
 def _cost(dtype: Any, metric: costs.CostFn, grams: Gram) -> Array:
     """Takes the ground cost of a group."""
-    return ground_cost(metric, jax.tree.map(lambda x: x.astype(dtype), grams))
+    return ground_cost(metric, _converted(grams, dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("solver", "dtype", "motions"))
+def _converted(tree: Any, dtype: Any) -> Any:
+    """Converts arrays: grams of activations are in the dtype of these."""
+    return jax.tree.map(lambda x: array_module(x).asarray(x, dtype), tree)
+
+
+@program(static_argnames=("solver", "dtype", "motions"))
 def _solved(
     solver: AbstractSolver,
     dtype: Any,
@@ -163,9 +168,7 @@ def _solved(
     motions: tuple[Motion, ...],
 ) -> list[Solution]:
     """Solves a group tree, by a program that all trees of the same sizes share."""
-    # Grams of activations are in the dtype of these.
-    convert = functools.partial(jax.lax.convert_element_type, new_dtype=dtype)
-    grams, masses = jax.tree.map(convert, (grams, masses))
+    grams, masses = _converted((grams, masses), dtype)
     cost_of = functools.partial(ground_cost, metric)
     return solve_group_tree(solver, cost_of, grams, masses, motions)
 
@@ -289,8 +292,7 @@ class _Visit:
         grams = jax.lax.switch(self.which, branches, state)
         masses = _masses(self.problem, tree)
         # All branches of a `switch` must return the same dtypes.
-        convert = functools.partial(jax.lax.convert_element_type, new_dtype=self.problem.dtype)
-        return jax.tree.map(convert, (grams, masses))
+        return _converted((grams, masses), self.problem.dtype)
 
 
 def _unchanged(state: DescentState) -> DescentState:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.average import (
     Weights,
@@ -20,6 +20,7 @@ from otfusion_jax.averaging.average import (
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
@@ -75,7 +76,7 @@ def average_adapters(
     Warns:
         StatisticsWarning: As `average`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> one = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))}

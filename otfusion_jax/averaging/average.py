@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.lazy import LazyArray, any_lazy, loaded
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
@@ -99,11 +100,12 @@ def checked_average(
             read = functools.partial(_mean_of_lazy, column, weights)
             means.append(LazyArray(column[0].shape, column[0].dtype, read))
         elif mean_of is None:
+            column, weights = as_numpy((column, weights))
             means.append(mean_of_column(column, weights))
         else:
             means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
-    averaged = laid_out_like(treedef.unflatten(means), models[-1])
+    averaged = laid_out_like(treedef.unflatten(as_jax(means)), models[-1])
     require_finite(leaves, averaged, what)
     return averaged
 
@@ -123,7 +125,7 @@ def average_of(
         or of the last.
     """
     leaves, treedef = jax.tree_util.tree_flatten(stacked)
-    if isinstance(weights, jax.Array):
+    if isinstance(weights, jax.Array | np.ndarray):
         weights = [weights] * len(leaves)
     means = []
     for leaf, leaf_weights in zip(leaves, weights, strict=True):
@@ -132,10 +134,11 @@ def average_of(
 
 
 def _mean_of_lazy(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
-    return mean_of_column(tuple(map(loaded, column)), weights)
+    column, weights = as_numpy((tuple(map(loaded, column)), weights))
+    return mean_of_column(column, weights)
 
 
-@jax.jit
+@program()
 def mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
     """Averages the values of one leaf in the models.
 
@@ -146,7 +149,17 @@ def mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Ar
     Returns:
         The weighted mean; see `average_of` for what is no floating-point number.
     """
-    return _mean(jnp.stack(column), weights)
+    xp = array_module(*column)
+    if not jnp.issubdtype(column[0].dtype, jnp.inexact):
+        return _mean(xp.stack(column), weights)
+    # One after the other: a stack of large leaves would be a copy of them all.
+    dtype = jnp.result_type(*column)
+    wide = accumulation_dtype(dtype)
+    total = None
+    for value, weight in zip(column, weights.astype(wide), strict=True):
+        term = weight * xp.asarray(value, wide)
+        total = term if total is None else total + term
+    return xp.asarray(total, dtype)
 
 
 def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
@@ -154,7 +167,8 @@ def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         has_all = weights == 1
         last = len(weights) - 1
-        chosen = jnp.where(has_all.any(), jnp.argmax(has_all), last)
+        xp = array_module(weights)
+        chosen = xp.where(has_all.any(), xp.argmax(has_all), last)
         return x[chosen]
     wide = accumulation_dtype(x.dtype)
     weights = weights.astype(wide)
@@ -224,18 +238,21 @@ def mixture(weights: Any, count: int) -> Float[Array, " k"]:
         ValueError: For weights that do not fit.
         TypeError: For anything but a list of numbers.
     """
+    dtype = jax.dtypes.canonicalize_dtype(float)
     if weights is None:
-        return jnp.full(count, 1 / count, float)
+        weights = [1 / count] * count
     _require_numbers(weights)
     shape = np.shape(weights)
     if shape != (count,):
         raise ValueError(f"weights has shape {shape}, but there are {count} models")
-    if not _is_traced(weights):
-        total = np.sum(weights)
-        # Not the other way round: of NaN, no comparison is true.
-        if not abs(total - 1) < 1e-3:
-            raise ValueError(f"the weights sum to {total}; divide them by their sum")
-    return jnp.asarray(weights, float)
+    if _is_traced(weights):
+        return jnp.asarray(weights, dtype)
+    total = np.sum(weights)
+    # Not the other way round: of NaN, no comparison is true.
+    if not abs(total - 1) < 1e-3:
+        raise ValueError(f"the weights sum to {total}; divide them by their sum")
+    known: Any = np.asarray(weights, dtype)
+    return known
 
 
 def _require_numbers(weights: Any) -> None:

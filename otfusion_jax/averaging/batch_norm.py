@@ -73,7 +73,7 @@ def fold_batch_norm(
         TypeError: For an epsilon that is no number.
         FloatingPointError: If a result is out of range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> norm = {"mean": jnp.ones(1), "var": jnp.full(1, 3.0)}
@@ -118,7 +118,7 @@ def unfold_batch_norm(
         TypeError: As `fold_batch_norm`.
         FloatingPointError: If a result is out of range.
     """
-    require_alike([params, statistics])
+    require_alike([params, statistics], names=["params", "statistics"])
     checked = _checked_layers(params, layers)
     _checked_layers(statistics, checked)
     epsilon = _checked_epsilon(epsilon)
@@ -185,7 +185,7 @@ def _checked_layers(params: PyTree, layers: Sequence[BatchNorm] | None) -> tuple
     Raises:
         ValueError: If there are none, or for leaves that do not fit, listing each.
     """
-    require_alike([params])
+    require_alike([params], names=["params"])
     values = _by_path(params)
     checked = tuple(_found_layers(params) if layers is None else layers)
     if not checked:

@@ -81,7 +81,7 @@ def estimate_statistics(
             in place of a list, and inside of `jax.jit`.
         FloatingPointError: If statistics are not finite, listing each by key path.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> def update(params, x):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.average import (
     Weights,
@@ -19,6 +19,7 @@ from otfusion_jax.averaging.average import (
 )
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.checks import require_models
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
@@ -56,7 +57,7 @@ def fisher_average(
     Warns:
         StatisticsWarning: As `average`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> models = [jnp.array([0.0, 0.0]), jnp.array([4.0, 4.0])]

@@ -47,7 +47,7 @@ def slerp(a: PyTree, b: PyTree, t: float | Float[Array, "*t"], *, per_leaf: bool
     Warns:
         StatisticsWarning: If running statistics that differ are combined, as `average` warns.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> halfway = otf.slerp(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 0.5)
@@ -58,7 +58,7 @@ def slerp(a: PyTree, b: PyTree, t: float | Float[Array, "*t"], *, per_leaf: bool
         Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985.
     """
     positions = checked_positions(t)
-    require_alike([a, b])
+    require_alike([a, b], names=["a", "b"])
     leaves = leaves_of(a)
     columns = columns_of([a, b])
     require_equal_integers(leaves, columns, [False] * len(leaves), "")

@@ -60,7 +60,7 @@ def greedy_soup(models: Sequence[PyTree], score: Callable[[PyTree], Any]) -> Sou
     Warns:
         StatisticsWarning: As `average`. A score may estimate statistics anew before it measures.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> models = [jnp.array(0.8), jnp.array(9.0), jnp.array(1.4)]

@@ -6,7 +6,7 @@ pytree with leaves `[K, ...]`; `stacked_models` takes either, a list or such a s
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_model, require_models
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.validation import require_fitting
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -40,12 +41,17 @@ def stack(models: Sequence[PyTree]) -> PyTree:
     return stack_leaves(models)
 
 
-def require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) -> None:
+def require_alike(
+    models: Sequence[PyTree],
+    symmetry: Symmetry | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Checks that models can be combined leaf by leaf.
 
     Args:
         models: The models, K pytrees.
         symmetry: The symmetry that they have to fit; None means the tree of the first.
+        names: What to call each in the messages; None means `model 0`, `model 1` and so on.
 
     Raises:
         ValueError: For no models, leaves that are no arrays, values that are known and not finite,
@@ -53,18 +59,21 @@ def require_alike(models: Sequence[PyTree], symmetry: Symmetry | None = None) ->
         TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_models(models)
-    for number, model in enumerate(models):
-        name = f"model {number}"
+    if names is None:
+        names = [f"model {number}" for number in range(len(models))]
+    first = None
+    for name, model in zip(names, models, strict=True):
+        require_arrays(model, name)
         # Of what is no array, nothing can be compared: it is told first, and of which model it is.
         try:
             leaves = leaves_of(model)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if symmetry is None:
-            # Without groups, a symmetry says nothing but which leaves there are.
-            treedef = jax.tree_util.tree_structure(model)
-            symmetry = Symmetry((), (), leaves, treedef)
-        require_model(symmetry, model, name)
+        if symmetry is not None:
+            symmetry.validate(model, name)
+            continue
+        first = first or (leaves, jax.tree_util.tree_structure(model))
+        require_fitting(*first, model, name, reference=names[0])
 
 
 def stack_leaves(models: Sequence[PyTree]) -> PyTree:
@@ -79,7 +88,7 @@ def stack_leaves(models: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
 
 
-stack_at_once = jax.jit(stack_leaves)
+stack_at_once: Callable[[Sequence[PyTree]], PyTree] = jax.jit(stack_leaves)
 """The same as one program for all leaves, which have to be on the same devices."""
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -52,7 +53,7 @@ def running_statistics(params: PyTree) -> dict[str, str]:
     Raises:
         ValueError: If some leaves are not arrays, listing every one by key path.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> norm = {"scale": jnp.ones(4), "mean": jnp.zeros(4), "var": jnp.ones(4)}

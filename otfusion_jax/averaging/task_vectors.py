@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.average import accumulation_dtype, check_integers, columns_of
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_key
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.checks import require_finite, require_models
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
@@ -58,7 +59,7 @@ def task_arithmetic(models: Sequence[PyTree], base: PyTree, scale: Scale = 1.0) 
         StatisticsWarning: If running statistics of batch normalisation that differ are combined, as
             `average` warns.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> base, german, law = jnp.array([0.0, 1.0]), jnp.array([2.0, 1.0]), jnp.array([0.0, 3.0])
@@ -296,12 +297,8 @@ def _checked(
         TypeError: For what is no list of models, and for shapes in place of arrays.
     """
     require_models(models)
-    require_alike(models)
-    try:
-        require_alike([models[0], base])
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("model 1", "the base")
-        raise type(error)(message) from None
+    names = [f"model {number}" for number in range(len(models))]
+    require_alike([*models, base], names=[*names, "the base"])
     leaves = leaves_of(base)
     columns = columns_of(models)
     undecided = [jnp.full(len(models) + 1, 1 / (len(models) + 1), float)] * len(leaves)

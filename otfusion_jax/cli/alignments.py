@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from otfusion_jax.alignment.method import Alignment
 from otfusion_jax.cli.report import Table
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.plans import moved_units
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -27,11 +27,7 @@ def table_of_groups(symmetry: Symmetry, alignment: Alignment) -> Table:
     """
     rows = []
     for group in symmetry.groups:
-        plan = np.asarray(alignment.plans[group.name])
-        # Of units that are mixed, none has stayed, and none has gone to another place.
-        moved = None
-        if is_permutation(plan):
-            moved = int(np.count_nonzero(plan != np.arange(group.size)))
+        moved = moved_units(alignment.plans[group.name])
         gap = alignment.gaps.get(group.name)
         units = " x ".join(map(str, (*group.batch, group.size)))
         number = None if gap is None else finite(gap)

@@ -1,4 +1,4 @@
-"""Align, fuse and compare networks in files: safetensors, npz, msgpack, folders of Orbax.
+"""Align, fuse, merge and compare networks in files: safetensors, npz, msgpack, folders of Orbax.
 
 `otfusion COMMAND --help` lists the flags of a command. A network's symmetry is traced from its
 function (`--apply package.module:function --input f32[1,64]`), or read from an earlier trace
@@ -16,6 +16,7 @@ from otfusion_jax.cli.compare_command import Compare
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.fuse_command import Fuse
 from otfusion_jax.cli.inspect_command import Inspect
+from otfusion_jax.cli.merge_command import Merge
 from otfusion_jax.cli.options import Command
 from otfusion_jax.symmetry.checks import SymmetryWarning
 
@@ -23,6 +24,7 @@ COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "align": Align,
     "fuse": Fuse,
+    "merge": Merge,
     "check": Check,
     "compare": Compare,
 }

@@ -8,25 +8,21 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import tyro
 
-from otfusion_jax.alignment.align import align
 from otfusion_jax.cli.alignments import (
     finite,
     relative_distance,
-    table_of_distances,
     table_of_groups,
 )
 from otfusion_jax.cli.console import Console
-from otfusion_jax.cli.models import fitted, native, precision_of
-from otfusion_jax.cli.options import CommandWithSymmetry
+from otfusion_jax.cli.matching import CommandThatAligns
+from otfusion_jax.cli.models import native, precision_of
 from otfusion_jax.cli.report import Report, Table, in_words, require_free_names, table_of_files
 from otfusion_jax.files.checkpoint import Checkpoint
-from otfusion_jax.symmetry.canonical import canonicalize
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.symmetry.transport import transport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(CommandWithSymmetry):
+class Compare(CommandThatAligns):
     """Show how far two models are from each other; with a symmetry, after alignment as well."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
@@ -44,7 +40,7 @@ class Compare(CommandWithSymmetry):
         if self.report is not None:
             require_free_names(self.report)
         if self.knows_symmetry:
-            self.require_source()
+            self.require_matching()
         checkpoints = self.read([self.a, self.b], console)
         with precision_of(checkpoints):
             if self.knows_symmetry:
@@ -59,24 +55,17 @@ class Compare(CommandWithSymmetry):
     def _aligned(self, checkpoints: list[Checkpoint], console: Console) -> Report:
         """Compares models before and after alignment."""
         a, b = checkpoints
-        symmetry = self.find_symmetry(a, console)
-        params = fitted(symmetry, a, self.naming, [b])
-        target = fitted(symmetry, b, self.naming, [a])
-        if symmetry.has_form:
-            params, target = canonicalize(symmetry, params), canonicalize(symmetry, target)
-        console.step("aligning")
-        alignment = align(symmetry, params, target)
-        moved = transport(symmetry, alignment, params)
+        pair = self.read_pair(a, b, console)
+        alignment, moved = self.align_pair(pair, console)
         facts = {
             "squared distance": finite(alignment.history[0]),
             "squared distance when aligned": finite(alignment.objective),
         }
-        models = {"distance": params, "distance when aligned": moved}
         tables = {
-            "groups": table_of_groups(symmetry, alignment),
-            "parameters": table_of_distances(symmetry, models, target),
+            "groups": table_of_groups(pair.symmetry, alignment),
+            "parameters": pair.distances("distance", "distance when aligned", moved),
         }
-        return _report(console, checkpoints, facts, tables, symmetry)
+        return _report(console, checkpoints, facts, tables, pair.onto)
 
 
 def _by_name(checkpoints: list[Checkpoint], console: Console) -> Report:

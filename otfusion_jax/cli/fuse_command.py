@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average
 from otfusion_jax.cli.alignments import table_of_norms
 from otfusion_jax.cli.console import Console
+from otfusion_jax.cli.matching import CommandThatAligns
 from otfusion_jax.cli.models import fitted, precision_of, results_by_name
+from otfusion_jax.cli.report import Table
 from otfusion_jax.cli.results import CommandWithResult
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.symmetry.canonical import canonicalize
+from otfusion_jax.symmetry.symmetry import Symmetry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fuse(CommandWithResult):
+class Fuse(CommandWithResult, CommandThatAligns):
     """Align models to one of them, and average what then corresponds."""
 
     models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
@@ -31,30 +35,36 @@ class Fuse(CommandWithResult):
 
     def run(self, console: Console) -> int:
         """Carries the command out, see `Command.run`."""
-        self.require_source()
+        self.require_matching()
         self._require_models()
         checkpoints = self.read(self.models, console)
         like = checkpoints[self.reference]
         # Before the work, which may take long, and not after it.
         self.require_name(like)
         with precision_of(checkpoints):
-            symmetry = self.find_symmetry(like, console)
+            symmetries = self.find_symmetries(checkpoints, like, console)
+            symmetry = symmetries[self.reference]
             models = []
-            for checkpoint in checkpoints:
+            for own_symmetry, checkpoint in zip(symmetries, checkpoints, strict=True):
                 others = _others(checkpoints, checkpoint)
-                models.append(fitted(symmetry, checkpoint, self.naming, others))
+                models.append(fitted(own_symmetry, checkpoint, self.naming, others))
             # All that can be told without moving a unit has been told by now.
             if self.dry_run:
                 console.show(f"{symmetry}\n\nwould fuse {len(models)} models, and write {self.out}")
                 return 0
             console.step(f"fusing {len(models)} models")
-            fused = fuse(symmetry, models, self.weight or None, reference=self.reference)
-            # What is lost in the average of units that do not match shows in its norm.
-            if symmetry.has_form:
-                # So is the result, whose norms are compared with those of the models.
-                models = [canonicalize(symmetry, model) for model in models]
-            plain = average(models, self.weight or None)
-            tables = {"parameters": table_of_norms(symmetry, models, plain, fused)}
+            fused = fuse(
+                symmetries if self.other_widths else symmetry,
+                models,
+                self.weight or None,
+                reference=self.reference,
+                method=self.chosen_method,
+                solver=self.chosen_solver,
+            )
+            tables = {}
+            # Models of several widths have no average as they are, to compare the result with.
+            if not self.other_widths:
+                tables["parameters"] = self._norms(symmetry, models, fused)
             arrays = results_by_name(symmetry, fused, like, self.naming)
         facts = {
             "models": [str(path) for path in self.models],
@@ -62,6 +72,14 @@ class Fuse(CommandWithResult):
             "reference": str(like.path),
         }
         return self.finish(console, symmetry, checkpoints, like, arrays, facts, tables)
+
+    def _norms(self, symmetry: Symmetry, models: list[PyTree], fused: PyTree) -> Table:
+        """Says how much is lost in the average of units that do not match: it shows in the norm."""
+        if symmetry.has_form:
+            # So is the result, whose norms are compared with those of the models.
+            models = [canonicalize(symmetry, model) for model in models]
+        plain = average(models, self.weight or None)
+        return table_of_norms(symmetry, models, plain, fused)
 
     def _require_models(self) -> None:
         count = len(self.models)

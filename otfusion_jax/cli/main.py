@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from otfusion_jax.cli.console import printable
-from otfusion_jax.files.extras import require_package
+from otfusion_jax.common.packages import require_package
 from otfusion_jax.tracing.registry import UnsupportedPrimitiveError
 
 # What callers and their files can cause. All else is a mistake of ours, and has its traceback.
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        require_package("tyro", "tyro", "the command line")
+        require_package("tyro", "tyro", "cli", "the command line")
         # The flags are made by tyro, which is there from here on.
         commands = importlib.import_module("otfusion_jax.cli.commands")
         return commands.run(words)

@@ -63,8 +63,8 @@ class Command(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandWithSymmetry(Command):
-    """A command that needs the symmetry of a network."""
+class CommandWithFunction(Command):
+    """A command that may be given a network's function."""
 
     apply: Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
     """The network's function of its parameters and inputs. Parameters are a dict by name, or nested
@@ -74,23 +74,56 @@ class CommandWithSymmetry(Command):
     ] = ()
     """Dtype and shape of an input, as f32[8,64], or i32[2,16]:100 for integers below 100. Give it
     once for each input."""
-    symmetry: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """The symmetry of an earlier trace (inspect --save-symmetry), in the place of a function."""
     separator: str = ""
     """What stands between the keys of a name, such as a point or a slash."""
     subtree: str = ""
     """The keys, joined by slashes, below which the parameters are; all else is passed on."""
+
+    @property
+    def naming(self) -> Naming:
+        """How the names of files are read."""
+        return Naming(self.separator, self.subtree)
+
+    def trace(
+        self, checkpoint: Checkpoint, inputs: Sequence[jax.ShapeDtypeStruct], console: Console
+    ) -> Symmetry:
+        """Traces the network.
+
+        Args:
+            checkpoint: A checkpoint whose parameters the function takes.
+            inputs: What its inputs look like.
+            console: Where it says what it does.
+
+        Returns:
+            The symmetry.
+
+        Raises:
+            ValueError: If there is no such function, or if it fails.
+        """
+        name = self.apply or ""
+        fn = load_function(name)
+        params = self.naming.tree(checkpoint)
+        console.step(f"tracing {name}")
+        # First without the library: what fails then is the function's, or its inputs'.
+        calling(name, lambda: jax.eval_shape(fn, params, *inputs))
+        try:
+            return trace_symmetry(fn, params, *inputs)
+        except TypeError as error:  # a function of other arguments, or that returns no arrays
+            raise FunctionError(f"{name} can't be traced: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandWithSymmetry(CommandWithFunction):
+    """A command that needs the symmetry of a network."""
+
+    symmetry: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """The symmetry of an earlier trace (inspect --save-symmetry), in the place of a function."""
     rotations: bool = False
     """Let units rotate where the network allows it, as transformers need it."""
     signs: bool = False
     """Let units change their signs where the network allows it."""
     scales: bool = False
     """Balance the scales of units where the network allows it."""
-
-    @property
-    def naming(self) -> Naming:
-        """How the names of files are read."""
-        return Naming(self.separator, self.subtree)
 
     @property
     def knows_symmetry(self) -> bool:
@@ -139,17 +172,19 @@ class CommandWithSymmetry(Command):
         if self.symmetry is not None:
             console.step(f"reading {self.symmetry}")
             return read_symmetry(self.symmetry)
-        name = self.apply or ""
-        fn = load_function(name)
-        inputs = [struct for struct, _ in parse_inputs(self.input)]
-        params = self.naming.tree(checkpoint)
-        console.step(f"tracing {name}")
-        # First without the library: what fails then is the function's, or its inputs'.
-        calling(name, lambda: jax.eval_shape(fn, params, *inputs))
-        try:
-            return trace_symmetry(fn, params, *inputs)
-        except TypeError as error:  # a function of other arguments, or that returns no arrays
-            raise FunctionError(f"{name} can't be traced: {error}") from error
+        return self.trace(checkpoint, shapes_of(self.input), console)
+
+
+def shapes_of(words: Sequence[str]) -> list[jax.ShapeDtypeStruct]:
+    """Reads what inputs look like.
+
+    Args:
+        words: The words of --input.
+
+    Returns:
+        Their shapes and dtypes.
+    """
+    return [struct for struct, _ in parse_inputs(words)]
 
 
 def read_symmetry(path: Path) -> Symmetry:

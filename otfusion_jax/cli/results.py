@@ -10,7 +10,7 @@ import tyro
 
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.models import tied
-from otfusion_jax.cli.options import CommandWithSymmetry
+from otfusion_jax.cli.options import Command
 from otfusion_jax.cli.report import (
     Report,
     Table,
@@ -27,7 +27,7 @@ _SUFFIXES = {"safetensors": ".safetensors", "npz": ".npz", "msgpack": ".msgpack"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommandWithResult(CommandWithSymmetry):
+class CommandWithResult(Command):
     """A command that writes a checkpoint, and a report beside it."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="RESULT")]

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 
@@ -52,18 +51,6 @@ class LazyArray:
     def nbytes(self) -> int:
         """The bytes that the elements take in memory."""
         return self.size * self.dtype.itemsize
-
-
-def loaded(array: Any) -> Any:
-    """Reads an array if it is lazy.
-
-    Args:
-        array: An array of any kind, or a number.
-
-    Returns:
-        The array, on JAX's default device if it was lazy.
-    """
-    return jax.device_put(np.asarray(array)) if isinstance(array, LazyArray) else array
 
 
 def any_lazy(arrays: Iterable[Any]) -> bool:

@@ -8,36 +8,44 @@ On a CPU, XLA takes subnormal numbers for zero. `exponent` and `scaled` read the
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Inexact, Int, PyTree
+from jaxtyping import Float, Inexact, Int, PyTree
+
+from otfusion_jax.common.host import Array, array_module
 
 Numbers = Inexact[Array, "..."]
 """An array of any shape and precision, real or complex."""
-Exponent = Int[Array, ""]
-"""The exponent of a power of two, int32."""
+Exponent = Int[Array, "..."]
+"""The exponent of a power of two, int32 `[]`; or several, which go with the numbers by shape."""
 
 # --- exponents
 
 
-def exponent(x: Float[Array, "..."]) -> Exponent:
+def exponent(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Exponent:
     """Returns the exponent of the power of two that is just above all magnitudes.
 
     Args:
         x: Real numbers, of any shape and precision.
+        axis: The axes along which magnitudes have one exponent. None means all of them.
 
     Returns:
-        int32 `[]`, the least k with `|x| < 2**k` everywhere; 0 if there is nothing but zeros.
+        int32, `[]` or with the other axes, the least k with `|x| < 2**k` everywhere; 0 if there is
+        nothing but zeros.
     """
+    if array_module(x) is np:
+        _, k = np.frexp(np.max(abs(x), axis=axis, initial=0))
+        return k
     x = lax.stop_gradient(x)
     if x.dtype != jnp.float64:
         x = x.astype(jnp.float32)
     info = jnp.finfo(x.dtype)
     # Magnitudes are in the order of their bits, read as integers.
-    largest_bits = jnp.max(_magnitude_bits(x), initial=0)
+    largest_bits = jnp.max(_magnitude_bits(x), axis=axis, initial=0)
     biased_exponent = (largest_bits >> info.nmant).astype(jnp.int32)
     bit_length = (info.bits - lax.clz(largest_bits)).astype(jnp.int32)
     of_normal = biased_exponent + info.minexp
@@ -105,6 +113,9 @@ def all_scaled(arrays: Sequence[Numbers], k: Exponent) -> list[Numbers]:
     products = []
     for x in arrays:
         dtype = x.dtype
+        if array_module(x, k) is np:
+            products.append(_scaled_by_numpy(x, k))
+            continue
         if dtype not in factors:
             factors[dtype] = _power_in_two_factors(k, dtype)
             lifts[dtype] = _lift_of_subnormals(k, dtype)
@@ -132,6 +143,9 @@ def restored(tree: PyTree, k: Exponent, degree: int = 1) -> PyTree:
     products = []
     for x in leaves:
         dtype = x.dtype
+        if array_module(x, k) is np:
+            products.append(_scaled_by_numpy(x, k * degree))
+            continue
         if dtype not in factors:
             factors[dtype] = _power_in_two_factors(k, dtype)
         # One factor at a time: each is in range, which their product need not be.
@@ -140,6 +154,18 @@ def restored(tree: PyTree, k: Exponent, degree: int = 1) -> PyTree:
                 x = x * factor
         products.append(x)
     return treedef.unflatten(products)
+
+
+def _scaled_by_numpy(x: Numbers, k: Exponent) -> Numbers:
+    """Multiplies an array of NumPy by a power of two, which NumPy can do for subnormal numbers."""
+    product: Any
+    if np.iscomplexobj(x):
+        product = np.ldexp(x.real, k) + 1j * np.ldexp(x.imag, k)
+    else:
+        # NumPy does not know all narrow types.
+        wide = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
+        product = np.ldexp(wide, k)
+    return product.astype(x.dtype)
 
 
 def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:

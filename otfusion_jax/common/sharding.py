@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
+
+from otfusion_jax.common.host import Array
 
 T = TypeVar("T")
 
@@ -184,6 +186,8 @@ def _laid_out_like(x: Any, like: Any) -> Any:
 
 def _axes_of_type(x: Array, kind: AxisType) -> tuple[tuple[str, int], ...]:
     """Returns the axes of an array's mesh that are of some type and have several devices."""
+    if not isinstance(x, jax.Array):
+        return ()
     return _axes_of_mesh(jax.typeof(x).sharding.mesh, kind)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  NumPy knows the names of its dtypes from here on
 import numpy as np
 
+from otfusion_jax.common.packages import require_package
 from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
@@ -24,7 +25,6 @@ from otfusion_jax.files.checkpoint import (
     require_booleans,
     require_regular,
 )
-from otfusion_jax.files.extras import require_package
 from otfusion_jax.files.trees import put_together, take_apart
 
 SUFFIX = ".msgpack"
@@ -71,7 +71,7 @@ class MsgpackLayout(AbstractLayout):
 
 
 def _package() -> ModuleType:
-    return require_package("msgpack", "msgpack", "a checkpoint in .msgpack")
+    return require_package("msgpack", "msgpack", "cli", "a checkpoint in .msgpack")
 
 
 def _bytes_of(msgpack: ModuleType, array: np.ndarray) -> bytes:

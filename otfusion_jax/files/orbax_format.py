@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from otfusion_jax.common.packages import require_package
 from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
@@ -23,7 +24,6 @@ from otfusion_jax.files.checkpoint import (
     require_bounded,
     require_regular,
 )
-from otfusion_jax.files.extras import require_package
 from otfusion_jax.files.trees import put_together, take_apart
 
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -68,7 +68,7 @@ def _silent() -> Iterator[None]:
 
 
 def _package() -> Any:
-    return require_package("orbax.checkpoint", "orbax-checkpoint", "an Orbax folder")
+    return require_package("orbax.checkpoint", "orbax-checkpoint", "cli", "an Orbax folder")
 
 
 def read_orbax(path: Path) -> Checkpoint:

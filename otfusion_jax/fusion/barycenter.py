@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import find_plans
@@ -29,6 +29,7 @@ from otfusion_jax.averaging.average import average_of, check_integers, mixture
 from otfusion_jax.averaging.stacking import in_canonical_form, stacked_models
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.scaling import common_exponent, restored
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import require_finite, require_symmetry, warn_without_groups

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
 from otfusion_jax.fusion.samples import Samples, read_samples
+from otfusion_jax.symmetry.checks import require_models
 
 _CALL = "distill(fn, params, teachers, batches, outputs='logits')"
 
@@ -79,7 +81,7 @@ def distill(
     References:
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import optax
         >>> import otfusion_jax as otf
@@ -90,8 +92,10 @@ def distill(
         0.30
     """
     require_function(fn, _CALL)
+    require_models(teachers, "teachers")
+    names = [f"teacher {number}" for number in range(len(teachers))]
+    require_alike([params, *teachers], names=["params", *names])
     objective = objective_of(fn, outputs, loss, _CALL)
-    require_alike([params, *teachers])
     if not all_known(params, teachers):
         raise TypeError(
             "distill was called inside of jax.jit or another transformation; call it outside: it "

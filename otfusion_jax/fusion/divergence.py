@@ -1,18 +1,16 @@
 """How far a model is from what others answer on average: a measure that needs no labels."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
-from otfusion_jax.alignment.costs import squared_norm
 from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import kind_of, require_function
-from otfusion_jax.fusion.samples import Samples
+from otfusion_jax.common.host import Array
 
 Outputs = Literal["logits", "values"]
 """What a function returns: logits of classes along the last axis, or numbers to be met as such."""
@@ -54,20 +52,47 @@ class Objective:
             probabilities from the model's, in nats, mean over all positions; for values the mean
             squared difference from the teachers' mean, summed over arrays. 0 is the best for both.
         """
+        return self.distance(params, self.target(teachers, weights, inputs), inputs)
+
+    def target(
+        self, teachers: Sequence[PyTree], weights: Float[Array, " k"], inputs: tuple[PyTree, ...]
+    ) -> list[Array]:
+        """Returns the mean of what the teachers answer: probabilities, or values; of a loss, none.
+
+        Args:
+            teachers: The parameters of the K models.
+            weights: How much each of these counts, float `[K]`.
+            inputs: A batch of inputs.
+
+        Returns:
+            A list of arrays, in float32 or wider: that of the probabilities, or one for each array
+            of the answer.
+        """
+        if self.loss is not None:
+            return []
+        # Unrolled, not under `vmap`: there are few teachers, and their answers fit one by one.
+        answers = [jax.tree.leaves(self.fn(teacher, *inputs)) for teacher in teachers]
+        means = []
+        for others in zip(*answers, strict=True):
+            # Differences of near numbers in half precision would be rounding.
+            wide = [other.astype(accumulation_dtype(other.dtype)) for other in others]
+            if self.outputs == "logits":
+                wide = [jax.nn.softmax(logits, axis=-1) for logits in wide]
+            means.append(_weighted(weights, wide))
+        return means
+
+    def distance(
+        self, params: PyTree, target: list[Array], inputs: tuple[PyTree, ...]
+    ) -> Float[Array, ""]:
+        """Takes the objective of a model, of what `target` has returned for the same inputs."""
         if self.loss is not None:
             return jnp.asarray(self.loss(params, *inputs))
-        # Unrolled, not under `vmap`: there are few teachers, and their answers fit one by one.
-        answers = [self.fn(teacher, *inputs) for teacher in teachers]
-        answer = self.fn(params, *inputs)
+        answer = jax.tree.leaves(self.fn(params, *inputs))
         if self.outputs == "logits":
-            return _mean_divergence(answer, answers, weights)
+            return _divergence(answer[0], target[0])
         total = jnp.zeros(())
-        arrays = [jax.tree.leaves(tree) for tree in (answer, *answers)]
-        for own, *others in zip(*arrays, strict=True):
-            # Differences of near numbers in half precision would be rounding.
-            wide = accumulation_dtype(own.dtype)
-            mean = _weighted(weights, [other.astype(wide) for other in others])
-            difference = jnp.abs(own.astype(wide) - mean)
+        for own, mean in zip(answer, target, strict=True):
+            difference = jnp.abs(own.astype(mean.dtype) - mean)
             total = total + jnp.mean(difference * difference).astype(total.dtype)
         return total
 
@@ -132,119 +157,9 @@ def objective_of(fn: Callable[..., Any], outputs: Any, loss: Any, call: str) -> 
     return Objective(fn, outputs, loss)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
-    """Scores models on inputs that nothing was fitted to.
-
-    Attributes:
-        objective: What is to be small.
-        teachers: The parameters of the models that are to be met, K of them.
-        weights: How much each of them counts, float `[K]`.
-        samples: The inputs; several kinds count alike.
-    """
-
-    objective: Objective
-    teachers: Sequence[PyTree]
-    weights: Float[Array, " k"]
-    samples: Sequence[Samples]
-
-    @property
-    def measure(self) -> str:
-        """What scores are, in words."""
-        if self.objective.loss is not None:
-            return "loss"
-        if self.objective.outputs == "logits":
-            return "divergence from the models' mean prediction (nats)"
-        return "squared difference from the models' mean prediction"
-
-    @property
-    def count(self) -> int:
-        """How many inputs are looked at."""
-        return sum(samples.count for samples in self.samples)
-
-    def score(self, params: PyTree, moved: Sequence[PyTree] = ()) -> float:
-        """Takes the mean of the objective, batch by batch.
-
-        Args:
-            params: The parameters of a model.
-            moved: What it is the average of, which does not matter here.
-
-        Returns:
-            The score; less is better.
-        """
-        total = 0.0
-        for samples in self.samples:
-            for inputs in samples.batches():
-                # The last batch may be smaller, and counts for less.
-                size = len(jax.tree.leaves(inputs)[0])
-                found = _score(self.objective, params, list(self.teachers), self.weights, inputs)
-                total += float(found) * size / samples.count
-        return total / len(self.samples)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spread:
-    """Scores averages by the weights alone: how far models were from each other.
-
-    Attributes:
-        weights: How much each of the models counts, float `[K]`.
-        leaf_weight: How much each parameter counts; None counts all alike.
-    """
-
-    weights: Float[Array, " k"]
-    leaf_weight: Callable[[str], Any] | None
-
-    @property
-    def measure(self) -> str:
-        """What scores are, in words."""
-        return "mean squared distance of the models, as moved, to their average"
-
-    @property
-    def count(self) -> int:
-        """How many inputs are looked at: none."""
-        return 0
-
-    def score(self, params: PyTree, moved: Sequence[PyTree]) -> float:
-        """Takes the weighted mean of the squared distances of models to their average.
-
-        Args:
-            params: The parameters of the average.
-            moved: The models that it is the average of, K of them.
-
-        Returns:
-            The score; less is better.
-        """
-        total = 0.0
-        for weight, model in zip(self.weights.tolist(), moved, strict=True):
-            pairs = zip(
-                jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(model), strict=True
-            )
-            for (path, mean), leaf in pairs:
-                # Counters and keys are at no distance from each other.
-                if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    counts = 1.0 if self.leaf_weight is None else float(self.leaf_weight(name))
-                    total += weight * counts * float(squared_norm(jnp.asarray(leaf - mean)))
-        return total
-
-
-@functools.partial(jax.jit, static_argnames="objective")
-def _score(
-    objective: Objective,
-    params: PyTree,
-    teachers: list[PyTree],
-    weights: Float[Array, " k"],
-    inputs: tuple[PyTree, ...],
-) -> Float[Array, ""]:
-    """Takes the objective of one batch."""
-    return objective(params, teachers, weights, inputs)
-
-
-def _mean_divergence(logits: Array, teachers: list[Array], weights: Array) -> Array:
-    """Takes the divergence of the teachers' mean probabilities from those of some logits."""
-    wide = accumulation_dtype(logits.dtype)
-    predicted = jax.nn.log_softmax(logits.astype(wide), axis=-1)
-    mean = _weighted(weights, [jax.nn.softmax(other.astype(wide), axis=-1) for other in teachers])
+def _divergence(logits: Array, mean: Array) -> Array:
+    """Takes the divergence of mean probabilities from those of some logits."""
+    predicted = jax.nn.log_softmax(logits.astype(mean.dtype), axis=-1)
     # p log p is 0 at 0, and so is its derivative here: the mean does not depend on the model.
     terms = jax.scipy.special.xlogy(mean, mean) - mean * predicted
     return jnp.mean(jnp.sum(terms, axis=-1))

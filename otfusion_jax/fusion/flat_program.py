@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
+from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.linear_form import PRODUCTS, multiplied
 from otfusion_jax.fusion.side_by_side import Network
 from otfusion_jax.tracing.activations import Path

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Float, Int, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align, find_plans
@@ -39,6 +39,7 @@ from otfusion_jax.averaging.stacking import (
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
+from otfusion_jax.common.host import Array, as_numpy
 from otfusion_jax.common.known import all_known
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
@@ -127,7 +128,6 @@ def fuse(
     for given in symmetry if several else (symmetry,):
         require_symmetry(given, "fuse(symmetry, models), or with a list of symmetries")
 
-    # Models of several widths cannot be stacked, and take another path.
     if not isinstance(symmetry, Symmetry):
         return _fuse_widths(
             symmetry,
@@ -140,6 +140,7 @@ def fuse(
             leaf_weight=leaf_weight,
         )
     models, count, stacked = checked_models(symmetry, models)
+    models = as_numpy(models)
     if symmetry.has_form:
         models = in_canonical_form(symmetry, models, count, stacked)
     order = _reference_last(reference, count)

@@ -1,37 +1,44 @@
 """One call that tries what the library has, and keeps what is best on inputs it was not fitted to.
 
-`merge` checks its arguments and reads or draws inputs. `merge_search` goes through the candidates
-and the repairs of each. Whatever it does can be done with public functions, one by one.
+`merge` checks its arguments and reads or draws inputs (`merge_arguments`). `merge_search` goes
+through candidates and repairs; how each trial is made is in `merge_trials`. Whatever it does can be
+done with public functions, one by one.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
-from otfusion_jax.common.arguments import checked_count, kind_of, require_function, require_kind
+from otfusion_jax.averaging.statistics import StatisticsWarning
+from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
-from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
+from otfusion_jax.fusion.merge_arguments import (
+    checked_repairs,
+    known_inputs,
+    require_counts,
+    require_hashable,
+    weighed_leaves,
+)
 from otfusion_jax.fusion.merge_report import Merged
-from otfusion_jax.fusion.merge_search import Bar, Known, Search, Setting, planned
-from otfusion_jax.fusion.repair_methods import AbstractRepair, LeastSquares, RestoreStatistics
-from otfusion_jax.fusion.samples import divided, read_samples
+from otfusion_jax.fusion.merge_search import Search
+from otfusion_jax.fusion.merge_setting import Setting, planned
+from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.programs import as_function
 from otfusion_jax.tracing.trace import trace_symmetry
 
 _CALL = "merge(fn, models, batches, outputs='logits')"
-_HELD_OUT = 0.2
-"""The share of the inputs that choices are made on."""
-_DRAWN = 1000
-"""How many inputs of each kind are drawn where there are none."""
 
 
 def merge(
@@ -46,20 +53,26 @@ def merge(
     weights: Sequence[float] | None = None,
     leaf_weight: Callable[[str], Any] | None = None,
     candidates: Sequence[str] | None = None,
-    repairs: Sequence[AbstractRepair] = (RestoreStatistics(), LeastSquares()),
+    repairs: Sequence[AbstractRepair] | None = None,
+    update: Callable[[PyTree, Any], PyTree] | None = None,
     polish: int = 0,
     path: int = 0,
-    max_samples: int = 1250,
+    max_samples: int = 2000,
     key: Array | None = None,
     progress: bool = False,
 ) -> Merged:
     """Fuses models by whatever is best: tries several ways, and scores each on held-out inputs.
 
     What is best differs by network. So models are matched by weights, by features, by both, and by
-    learned rotations where units can be rotated; each average is scored as it is and after each
-    repair; and of all of them that is kept which answers most like the models do on average, on
-    inputs that nothing was fitted to. No labels are needed. A trial that fails is a row of the
-    report that says why. In the end, the repair that was chosen is made once more, on all inputs.
+    learned rotations where units can be rotated; the best three averages are repaired in every way;
+    and of all of them that is kept which answers most like the models do on average, on inputs that
+    nothing was fitted to. No labels are needed. A trial that fails is a row of the report that says
+    why.
+
+    One half of the inputs is fitted to, the other decides; for the best three trials once more with
+    the two exchanged. In the end, what was chosen is matched and fitted once more, by all inputs.
+    Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
+    decides, and taken from there if that is better for this half.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by. Where units can be rotated, noise serves to match
@@ -72,8 +85,7 @@ def merge(
         batches: Inputs without labels: a list, a generator or a loader (tf.data, grain, PyTorch) of
             batches, each an array `[n, ...]` or a tuple or list of arrays for functions of several
             inputs. It is gone through once, until there are `max_samples` samples; these are kept
-            in the memory of the host, and every fifth is held out, drawn at random. None draws
-            inputs.
+            in the memory of the host, and divided at random. None draws inputs.
         inputs: Without batches, what the inputs look like: an array or `jax.ShapeDtypeStruct` `[n,
             ...]`, or a tuple of these. Values do not matter.
         outputs: What `fn` returns, wherever inputs are looked at: `"logits"` of classes along the
@@ -86,7 +98,8 @@ def merge(
         weights: The K weights of the models in the average and in their mean prediction, summing to
             1; uniform if None.
         leaf_weight: How much each parameter counts, see `align`. Those that count 0 are not
-            polished either. Batch norm's running statistics are best left out.
+            polished either. If None, all count 1 but batch norm's running statistics, which count
+            0.
         candidates: What to match by: some of `"as they are"`; `"weights"`, as `fuse`;
             `"preactivations"`, Algorithm 1 of the paper with activations; `"features"`, which are
             correlations after the nonlinearity, and features themselves of units that rotate;
@@ -95,8 +108,11 @@ def merge(
             all that apply. Where units can be rotated, models are matched with rotations, and by
             weights and preactivations without them as well; where units can change their signs,
             with signs and without.
-        repairs: The repairs to try on each average, instances; `()` tries none. All features of the
-            inputs that are fitted to are in memory at once, see `repair`.
+        repairs: The repairs to try, instances; `()` tries none. None means `RestoreStatistics` and
+            `LeastSquares`, the latter with the best of several ridges for each parameter.
+        update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
+            `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
+            inputs. With it, running statistics are estimated anew, after each repair as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
             300 take about as long as all else.
         path: At how many points of the lines between the models to take the score, before they were
@@ -117,7 +133,10 @@ def merge(
         TypeError: If arguments are of another type, before any work.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
-    Example:
+    Warns:
+        StatisticsWarning: If running statistics are averaged, for want of `update`.
+
+    Examples:
         >>> import jax
         >>> import otfusion_jax as otf
         >>> def net(params, x):
@@ -132,9 +151,9 @@ def merge(
         'LeastSquares'
     """
     began = time.perf_counter()
-    as_function(fn, ())
     require_function(fn, _CALL)
-    _require_hashable(fn)
+    as_function(fn, ())
+    require_hashable(fn)
     require_alike(models)
     if not all_known(models):
         raise TypeError(
@@ -144,17 +163,13 @@ def merge(
     if len(models) < 2:
         raise ValueError(f"{len(models)} model given; merging takes at least two")
     shares = mixture(weights, len(models))
-    if leaf_weight is not None:
-        require_function(leaf_weight, "merge(..., leaf_weight=lambda path: 1.0)")
     chosen_candidates = checked_candidates(candidates)
-    _require_repairs(repairs)
-    for name, count in (("polish", polish), ("path", path)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{name} is {count!r}; give a whole number, 0 or more")
+    require_counts(polish=polish, path=path)
     key = jax.random.key(0) if key is None else key
-    bar = _bar() if progress else _silent
+    bar = shown_bar() if progress else silent_bar
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
-    known = _known_inputs(batches, inputs, most, key)
+    known = known_inputs(batches, inputs, most, key)
+    chosen_repairs = checked_repairs(repairs, known)
     objective = None
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)
@@ -163,84 +178,12 @@ def merge(
         symmetry = trace_symmetry(fn, models[0], *known.example)
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")
     require_alike(models, symmetry)
-    setting = Setting(
-        fn, list(models), shares, leaf_weight, symmetry, known, objective, tuple(repairs), key
-    )
+    leaf_weight = weighed_leaves(models, shares, leaf_weight, update)
+    fixed = (symmetry, known, objective, chosen_repairs, update, key)
+    setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
     search = Search(setting)
-    search.run(planned(chosen_candidates, candidates is not None, setting), polish, bar)
-    return search.result(path, began)
-
-
-# --- arguments
-
-
-def _known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> Known:
-    """Reads inputs and holds a share out, or draws them."""
-    if batches is not None:
-        if inputs is not None:
-            raise ValueError("both batches and inputs are given; inputs is for want of batches")
-        samples = read_samples(batches, most)
-        fit, held_out = divided(samples, _HELD_OUT, jax.random.fold_in(key, 0))
-        return Known(_as_shapes(fit.inputs), fit, held_out, samples)
-    if inputs is None:
-        raise ValueError(
-            "neither batches nor inputs are given; pass inputs=jax.ShapeDtypeStruct((2, 28, 28), "
-            "jnp.float32), or an array, to say what the inputs look like"
-        )
-    example = _as_shapes(inputs if isinstance(inputs, tuple) else (inputs,))
-    if not can_be_drawn(example):
-        return Known(example, None, None)
-    fit, held_out = drawn_samples(example, _DRAWN, jax.random.fold_in(key, 0))
-    return Known(example, fit, held_out)
-
-
-def _as_shapes(inputs: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-    """Returns the shapes of inputs, of two samples each: the axis of one sample could be any."""
-    described = []
-    leaves, structure = jax.tree_util.tree_flatten_with_path(inputs)
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = getattr(leaf, "shape", None)
-        if shape is None or not hasattr(leaf, "dtype"):
-            raise TypeError(f"input {name} is {kind_of(leaf)}; pass an array or ShapeDtypeStruct")
-        if not shape:
-            raise ValueError(f"input {name} is a scalar; its first axis must be the samples")
-        if 0 in shape[1:]:
-            raise ValueError(f"input {name} is empty: shape {tuple(shape)}")
-        described.append(jax.ShapeDtypeStruct((2, *shape[1:]), leaf.dtype))
-    return structure.unflatten(described)
-
-
-def _require_hashable(fn: Any) -> None:
-    """Refuses a function that JAX could not keep what it compiles of."""
-    try:
-        hash(fn)
-    except TypeError:
-        raise TypeError(
-            f"the function, {kind_of(fn)}, cannot be hashed; pass a function of parameters and "
-            "inputs, as otf.functional(module) makes of a module"
-        ) from None
-
-
-def _require_repairs(repairs: Any) -> None:
-    """Refuses what is no sequence of repairs."""
-    examples = "a list of instances, as [otf.LeastSquares()]"
-    if isinstance(repairs, AbstractRepair) or not isinstance(repairs, Sequence):
-        raise TypeError(f"repairs is {kind_of(repairs)}; pass {examples}")
-    for number, method in enumerate(repairs):
-        require_kind(method, AbstractRepair, f"repair {number}", examples)
-
-
-def _bar() -> Bar:
-    """Returns what shows a bar of the items that are gone through."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError(
-            "progress=True needs tqdm; install it with: pip install tqdm, or leave it out"
-        ) from None
-    return lambda items: tqdm(items, desc="merging")
-
-
-def _silent(items: Sequence[Any]) -> Iterable[Any]:
-    return items
+    with warnings.catch_warnings():
+        # It was said once already, or they are estimated anew.
+        warnings.simplefilter("ignore", StatisticsWarning)
+        search.run(planned(chosen_candidates, candidates is not None, setting), polish, bar)
+        return search.result(path, began)

@@ -2,12 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
 
+from otfusion_jax.common.html import html_lines, html_table
+from otfusion_jax.pictures.canvas import LEVEL, axes_for, frame, legend_below
+from otfusion_jax.pictures.path import draw_curve
 from otfusion_jax.symmetry.symmetry import Symmetry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLUMNS = ("", "start", "units moved by", "then", "score", "again", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +30,13 @@ class Trial:
         repair: What was done after the average, such as "LeastSquares", "nothing" or "distilled".
         score: The objective on inputs that nothing was fitted to; less is better. NaN if the trial
             failed.
+        again: The same with the two exchanged: fitted to what was held out, and scored on what was
+            fitted to. NaN if that was not tried; of those that have it, the least sum is best.
         seconds: How long it took on the wall clock, compilation included. What several trials
             share is counted where it was first needed.
         problem: Why it failed; empty if it did not.
         chosen: Whether its parameters are the result.
+        ridges: Where a repair chose of several ridges, that of each parameter, by key path.
     """
 
     start: str
@@ -34,6 +46,8 @@ class Trial:
     seconds: float
     problem: str = ""
     chosen: bool = False
+    again: float = math.nan
+    ridges: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Report:
         models: How many models there were.
         parents: The score of each of the models by itself; empty if there were no inputs.
         measure: What scores are, in words.
-        fitted: How many inputs were fitted to.
+        fitted: How many inputs were fitted to, until all was chosen.
         held_out: How many others the choices were made by.
         notes: What else there is to know, such as why no inputs could be drawn.
         path: Scores along lines from model to model; empty if they were not asked for.
@@ -86,67 +100,90 @@ class Report:
         return row
 
     def __str__(self) -> str:
-        cells = [("", "start", "units moved by", "then", "score", "seconds")]
+        lines = [self._heading(), "", *_aligned([*self._shown([_COLUMNS]), *self._cells()])]
+        notes = self._all_notes()
+        if notes:
+            lines.extend(["", *notes])
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        (columns,) = self._shown([_COLUMNS])
+        text = html_table(columns, self._cells(), self._heading())
+        notes = self._all_notes()
+        if notes:
+            text = f"{text}\n{html_lines(notes)}"
+        return text
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Returns a row for each model by itself, and for each trial."""
+        cells = []
         for number, score in enumerate(self.parents):
-            cells.append(("", f"model {number}", "", "", _number(score), ""))
+            cells.append(("", f"model {number}", "", "", _number(score), "", ""))
         for row in self.rows:
             mark = "*" if row.chosen else ""
             score = "failed" if row.problem else _number(row.score)
-            cells.append((mark, row.start, row.units, row.repair, score, f"{row.seconds:.1f}"))
-        lines = [self._heading(), "", *_aligned(cells)]
+            again = "" if math.isnan(row.again) else _number(row.again)
+            seconds = f"{row.seconds:.1f}"
+            cells.append((mark, row.start, row.units, row.repair, score, again, seconds))
+        return self._shown(cells)
+
+    def _shown(self, cells: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Leaves out the second score where there is none."""
+        return list(cells) if self._is_again else [(*row[:5], *row[6:]) for row in cells]
+
+    def _all_notes(self) -> list[str]:
+        """Returns why trials have failed, what ridges were chosen, and what else there is."""
         failed = []
         for row in self.rows:
             if row.problem:
                 first_line = row.problem.splitlines()[0]
                 failed.append(f"{row.start}, {row.units}, {row.repair}: {first_line}")
-        if failed or self.notes:
-            lines.extend(["", *failed, *self.notes])
-        return "\n".join(lines)
+        ridges = _counted(self.chosen.ridges.values())
+        return [*failed, *ridges, *self.notes]
 
     def _heading(self) -> str:
         heading = f"{self.models} models, {len(self.rows)} trials in {self.seconds:.0f} s"
         if not self.held_out:
             heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
             return f"{heading}; * has the least {self.measure}"
-        return (
-            f"{heading}, fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
+        heading += (
+            f", fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
             f"{self.held_out:,} others"
         )
+        return f"{heading}, and again with the two exchanged" if self._is_again else heading
 
-    def plot(self, axes: Any = None) -> Any:
+    @property
+    def _is_again(self) -> bool:
+        return any(not math.isnan(row.again) for row in self.rows)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Plots the scores along the lines between the models: as they were, and as they are moved.
 
         Args:
-            axes: The axes of matplotlib to plot into; None makes new ones.
+            ax: The matplotlib axes to plot on. None makes a new figure, which is `ax.figure`.
 
         Returns:
-            The axes.
+            The matplotlib axes.
 
         Raises:
             ValueError: If no path was taken.
             ImportError: If matplotlib is not installed.
+            TypeError: If `ax` are no axes.
         """
         if not self.path:
             raise ValueError(
                 "there is no path to plot; call merge with path=11, and with inputs to score by"
             )
-        if axes is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError:
-                raise ImportError(
-                    "plotting needs matplotlib; install it with: pip install matplotlib"
-                ) from None
-            axes = pyplot.subplots()[1]
+        ax = axes_for(ax, 5, 4)
         several = self.models > 2
-        for line in self.path:
-            label = f"{line.start}, from model {line.model}" if several else line.start
-            axes.plot(line.t, line.scores, marker=".", label=label)
-        axes.axhline(self.chosen.score, linestyle=":", color="black", label="the result")
-        axes.set_xlabel(f"from a model (0) to model {self.models - 1} (1)")
-        axes.set_ylabel(self.measure)
-        axes.legend()
-        return axes
+        for number, line in enumerate(self.path):
+            name = f"{line.start}, from model {line.model}" if several else line.start
+            draw_curve(ax, number, name, line.t, line.scores)
+        ax.axhline(self.chosen.score, label="the result", **LEVEL)
+        frame(ax, f"from a model (0) to model {self.models - 1} (1)", self.measure)
+        legend_below(ax)
+        return ax
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,9 +204,20 @@ class Merged:
     models: list[PyTree]
 
 
+_FIRST_NUMBER = 4
+"""The first column of a table that has numbers."""
+
+
 def _number(score: float) -> str:
     """Shows a score to four digits."""
     return f"{score:.4g}" if math.isfinite(score) else str(score)
+
+
+def _counted(ridges: Iterable[float]) -> list[str]:
+    """Says in a line how many parameters have which ridge; nothing if there are none."""
+    counts = Counter(ridges)
+    words = [f"{ridge:g} of {counts[ridge]}" for ridge in sorted(counts)]
+    return [f"Ridges by the number of parameters: {', '.join(words)}."] if words else []
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -179,7 +227,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     for row in cells:
         padded = []
         for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            is_number = number >= len(row) - 2
+            is_number = number >= _FIRST_NUMBER
             padded.append(cell.rjust(width) if is_number else cell.ljust(width))
         lines.append("  ".join(padded).rstrip())
     return lines

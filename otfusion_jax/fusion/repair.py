@@ -16,17 +16,18 @@ program once (`repair_plan`, which makes a `flat_program` of it). The passes ove
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.sharding import has_explicit_axes, laid_out_like
 from otfusion_jax.fusion.passes import Passes, passes_of
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
@@ -145,10 +146,38 @@ def repair(
         _require_auto_axes(model, f"model {number}")
     one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
+    settings = (method, checked_originals, keep_bytes)
+    return repaired(symmetry, fn, models, one_pass, weights, *settings).params
+
+
+class Repaired(NamedTuple):
+    """What comes of a repair.
+
+    Attributes:
+        params: The parameters of the repaired average.
+        ridges: Where the method chose of several ridges, that of each parameter, by key path; of a
+            slice of stacked parameters with its indices.
+    """
+
+    params: PyTree
+    ridges: dict[str, Array]
+
+
+def repaired(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    models: Sequence[PyTree],
+    passes: Passes,
+    weights: Sequence[float] | None,
+    method: AbstractRepair,
+    originals: Sequence[Original | None],
+    keep_bytes: int,
+) -> Repaired:
+    """Does what `repair` has checked; see there."""
     shares = mixture(weights, len(models))
     average_parts = _arrays(symmetry.split(average(models, weights)))
     parts_of_networks, plans = [], []
-    for model, original in zip(models, checked_originals, strict=True):
+    for model, original in zip(models, originals, strict=True):
         # The model computes what it did before the move, so its features are to be matched.
         parts = symmetry.split(model)
         if original is not None:
@@ -159,7 +188,7 @@ def repair(
     programs = Programs(
         symmetry,
         fn,
-        tuple([original and (original.symmetry, original.fn) for original in checked_originals]),
+        tuple([original and (original.symmetry, original.fn) for original in originals]),
         tuple([bool(own_plans) for own_plans in plans]),
         Aval.of_all(average_parts),
         tuple([Aval.of_all(parts) for parts in parts_of_networks]),
@@ -167,14 +196,18 @@ def repair(
         Settings.now(),
     )
     run = RepairRun([*parts_of_networks, average_parts], plans, shares, keep_bytes)
-    _run_passes(run, programs, one_pass)
+    _run_passes(run, programs, passes)
     try:
         require_finite(symmetry.parts, average_parts, "repairing")
     except FloatingPointError:
         # Numbers on the way are to blame only if all were finite that came in.
-        _require_finite_inputs(one_pass)
+        _require_finite_inputs(passes)
         raise
-    return laid_out_like(symmetry.join(average_parts), models[-1])
+    ridges = {}
+    for piece, ridge in run.ridges.items():
+        indices = "".join([f"[{index}]" for index in piece.indices])
+        ridges[symmetry.parts[piece.leaf].path + indices] = ridge
+    return Repaired(laid_out_like(symmetry.join(average_parts), models[-1]), ridges)
 
 
 def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:

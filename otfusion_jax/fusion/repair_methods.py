@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
 
 from otfusion_jax.averaging.average import accumulation_dtype
-from otfusion_jax.common.arguments import require_number
-from otfusion_jax.common.scaling import common_exponent, deviation, scaled
-from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
+from otfusion_jax.common.host import Array
+from otfusion_jax.common.scaling import deviation
+from otfusion_jax.fusion.linear_form import LinearForm
 from otfusion_jax.symmetry.groups import Group, Member, Role
 from otfusion_jax.symmetry.location import StridedIndex
 from otfusion_jax.symmetry.units import units_of, with_units
@@ -131,6 +130,21 @@ Shifts = tuple[Float[Array, "*batch units"] | None, ...]
 """What a bias, if one follows, is to add to the units of each part of a product."""
 
 
+class Corrected(NamedTuple):
+    """What a method makes of a parameter.
+
+    Attributes:
+        leaf: The corrected parameter.
+        shifts: For each part of the product what a bias is to add to its units, or None.
+        ridge: The penalty that was chosen for this parameter, float `[]`; None if there was nothing
+            to choose.
+    """
+
+    leaf: Array
+    shifts: Shifts = ()
+    ridge: Float[Array, ""] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class AbstractRepair(abc.ABC):
     """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses.
@@ -160,7 +174,7 @@ class AbstractRepair(abc.ABC):
         """Adds up the sums of some batches and of others."""
 
     @abc.abstractmethod
-    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
+    def correct(self, correctable: Correctable, sums: Any) -> Corrected:
         """Corrects one parameter.
 
         Args:
@@ -168,8 +182,7 @@ class AbstractRepair(abc.ABC):
             sums: The sums over all batches.
 
         Returns:
-            The corrected parameter, and for each part of the product what a bias is to add to its
-            units, or None.
+            The corrected parameter, and what goes with it.
         """
 
 
@@ -195,7 +208,7 @@ class RestoreStatistics(AbstractRepair):
             added.append(tuple([first.plus(second) for first, second in zip(*parts, strict=True)]))
         return tuple(added)
 
-    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
+    def correct(self, correctable: Correctable, sums: Any) -> Corrected:
         """See `AbstractRepair.correct`."""
         leaf = correctable.leaf
         shifts: list[Array | None] = []
@@ -213,105 +226,7 @@ class RestoreStatistics(AbstractRepair):
             shift = target_mean - scale * ours.mean
             # Without an axis of the parameter the units have not been scaled.
             shifts.append(shift if part.members else None)
-        return leaf, tuple(shifts)
-
-
-class NormalSums(NamedTuple):
-    """The sums that make up normal equations: X are the rows that a parameter is multiplied by.
-
-    Attributes:
-        gram: XᵀX, float `[groups, width, width]`.
-        right_side: Xᵀ times what is missing from the features that are wanted, with the average's
-            parameter, float `[groups, width, units]`.
-        is_any: Whether there is anything but zeros in X.
-    """
-
-    gram: Array
-    right_side: Array
-    is_any: Bool[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class LeastSquares(AbstractRepair):
-    """Gives every product the features that the models have on average, in the least squares.
-
-    The parameter is the one that comes closest to the mean of the models' features from the
-    features that the average itself has there, with a penalty on the distance from the average. The
-    outputs of the network are products too: they come close to the models' mean. Solved by
-    conjugate gradients on the normal equations, so that neither shapes nor partitions matter. Layer
-    by layer it is the regression of Jin et al., Dataless Knowledge Fusion by Merging Weights of
-    Language Models (RegMean), ICLR 2023, on the features of the merged model instead of those of
-    each parent.
-
-    Attributes:
-        ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
-            products.
-        steps: The number of steps of conjugate gradients, at least 1. To stop early is a penalty
-            too.
-    """
-
-    looks_at_units: ClassVar[bool] = False
-
-    ridge: float = 0.01
-    steps: int = 20
-
-    def __post_init__(self):
-        require_number(self, "ridge", least=0, finite=True)
-        require_number(self, "steps", least=1, whole=True)
-
-    def summed(self, product: Product) -> NormalSums:
-        """See `AbstractRepair.summed`."""
-        form = product.form
-        missing = -form.compute_wide(product.features, product.leaf)
-        for weight, features in zip(product.weights, product.model_features, strict=True):
-            missing += weight.astype(missing.dtype) * form.widened(features)
-        rows = form.rows(product.features)
-        right_side = rows_times(rows, form.columns(missing))
-        return NormalSums(row_gram(rows), right_side, jnp.any(rows != 0))
-
-    def added(self, one: Any, other: Any) -> NormalSums:
-        """See `AbstractRepair.added`."""
-        gram, right_side = one.gram + other.gram, one.right_side + other.right_side
-        return NormalSums(gram, right_side, one.is_any | other.is_any)
-
-    def correct(self, correctable: Correctable, sums: Any) -> tuple[Array, Shifts]:
-        """See `AbstractRepair.correct`."""
-        # In float32 or wider; what is found is rounded once, to the precision of the parameter.
-        form = correctable.form
-        leaf = form.widened(correctable.leaf)
-        transpose = form.transposed_matrix(leaf)
-
-        def normal(parameter: Array) -> Array:
-            highest = jax.lax.Precision.HIGHEST
-            return transpose(jnp.matmul(sums.gram, form.matrix(parameter), precision=highest))
-
-        # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
-        # |z|² it is the mean eigenvalue.
-        random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-        trace = jnp.sum(random * normal(random))
-        mean_eigenvalue = trace / _squared_length(random)
-        penalty = self.ridge * mean_eigenvalue
-        # Conjugate gradients square both sides once more: these are brought to the range of the
-        # parameter, which changes no digit of what is found.
-        k = common_exponent([mean_eigenvalue])
-
-        def penalised_normal(change: Array) -> Array:
-            return scaled(normal(change) + penalty * change, -k)
-
-        # (AᵀA + penalty) change = Aᵀ (target - A leaf), with the change from the average unknown.
-        right_side = scaled(transpose(sums.right_side), -k)
-        change, _ = jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=self.steps)
-        # Where numbers are out of range, conjugate gradients stop before their first step. To
-        # return the average, unchanged, would hide it.
-        first_step = jnp.sum(right_side * penalised_normal(right_side))
-        is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
-        vanishes = (trace == 0) & sums.is_any
-        change = jnp.where(is_finite & ~vanishes, change, jnp.nan)
-        return (leaf + change).astype(correctable.leaf.dtype), ()
-
-
-def _squared_length(x: Array) -> Array:
-    return jnp.sum(x * x)
+        return Corrected(leaf, tuple(shifts))
 
 
 def members_at(group: Group, leaf: int, role: Role, index: StridedIndex) -> tuple[Member, ...]:

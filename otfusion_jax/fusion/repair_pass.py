@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import branch_taken, run_chunk
 from otfusion_jax.fusion.linear_form import LinearForm, form_of
@@ -40,6 +41,7 @@ from otfusion_jax.fusion.product_features import (
 from otfusion_jax.fusion.repair_methods import (
     AbstractRepair,
     Correctable,
+    Corrected,
     Moments,
     Part,
     Product,
@@ -213,19 +215,19 @@ def _corrected(
     sums: Any,
     plans: list[Plans],
     weights: Float[Array, " k"],
-) -> tuple[Array, tuple[Array | None, ...]]:
+) -> Corrected:
     """Corrects a parameter from the sums over all batches.
 
     Returns:
-        The parameter, whole, and what a bias is to add to the units of each part.
+        The parameter, whole, and what goes with it.
     """
     parts = []
     for part in site.parts:
         parts.append(Part(part.group, part.members, functools.partial(_statistics, part, plans)))
     piece = _sliced(leaf, positions)
     correctable = Correctable(piece, site.forms[-1], weights, tuple(parts))
-    corrected, shifts = site.method.correct(correctable, sums)
-    return _with_slice(leaf, positions, corrected), shifts
+    corrected = Corrected(*site.method.correct(correctable, sums))
+    return corrected._replace(leaf=_with_slice(leaf, positions, corrected.leaf))
 
 
 def _statistics(
@@ -305,6 +307,7 @@ class RepairRun:
         weights: The weights of the models, float `[K]`.
         most_kept: How many bytes of features may be kept from pass to pass.
         kept: What is kept, by the number of the batch.
+        ridges: What the method has chosen for each parameter that left it something to choose.
     """
 
     parts_of_networks: list[list[Array]]
@@ -312,6 +315,7 @@ class RepairRun:
     weights: Float[Array, " k"]
     most_kept: int
     kept: dict[int, _Kept] = dataclasses.field(default_factory=dict)
+    ridges: dict[Piece, Array] = dataclasses.field(default_factory=dict)
 
     def run_pass(self, batches: Iterable[tuple[Prepared, list[Any]]], stage: int) -> int:
         """Sums up what a stage has to know over all batches, and corrects its parameters.
@@ -394,10 +398,14 @@ class RepairRun:
         correction, site = prepared.plan.corrections[number], prepared.sites[number]
         average = self.parts_of_networks[-1]
         leaf, indices = correction.piece
-        average[leaf], shifts = _corrected(
+        corrected = _corrected(
             site, average[leaf], _as_positions(indices), sums, self.plans, self.weights
         )
-        for part, amount in zip(site.parts, shifts, strict=True):
+        average[leaf] = corrected.leaf
+        if corrected.ridge is not None:
+            self.ridges[correction.piece] = corrected.ridge
+        # A method that does not look at units shifts none.
+        for part, amount in zip(site.parts, corrected.shifts, strict=True):
             for (leaf, indices), members in zip(correction.receivers, part.receivers, strict=True):
                 if amount is not None and members:
                     average[leaf] = _shifted(

@@ -85,12 +85,12 @@ class Planner:
     def __init__(self, networks: tuple[Network, ...], leaves: tuple[Leaf, ...]):
         self.networks = networks
         self.leaves = leaves
-        self.state = State()
+        self.state: State = State()
         self.is_feature: list[bool] = []
         self.depends_on: list[int] = []
         self.shifts: dict[int, int] = {}
         self.conditions: tuple[Condition, ...] = ()
-        self.scans = 0
+        self.scans: int = 0
         self._fixed: dict[tuple[Path, int], Fixed] = {}
 
     def interpret(

@@ -156,7 +156,7 @@ def warn_of_what_stays(prepared: Prepared, programs: Programs) -> None:
     lines = [first_line]
     for leaf, why in sorted(reasons.items()):
         lines.append(f"  {programs.symmetry.parts[leaf].path}: {why}")
-    warnings.warn("\n".join(lines), RepairWarning, stacklevel=6)
+    warnings.warn("\n".join(lines), RepairWarning, stacklevel=7)
 
 
 def _why_not(prepared: Prepared, leaf: int) -> str:

@@ -6,16 +6,17 @@ number of them is kept, as arrays of NumPy: in the memory of the host, not of th
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import kind_of, require_batches
+from otfusion_jax.common.host import Array
 
-BATCH_SIZE = 250
+BATCH_SIZE = 200
 """How many samples are on the device at once."""
 
 
@@ -138,16 +139,30 @@ def _require_same_kind(number: int, batch: tuple, first: tuple) -> None:
         )
 
 
-def divided(samples: Samples, share: float, key: Array) -> tuple[Samples, Samples]:
-    """Holds some samples out.
+class Divided(NamedTuple):
+    """Samples in parts, each drawn at random.
+
+    Attributes:
+        fit: Those to fit to.
+        held_out: Those to choose by.
+        more: All but those to choose by; None if that is what is fitted to anyway.
+    """
+
+    fit: Samples
+    held_out: Samples
+    more: Samples | None
+
+
+def divided(samples: Samples, most: int, key: Array) -> Divided:
+    """Divides samples into two halves, to fit to and to choose by; of many, less than half each.
 
     Args:
         samples: The samples, two or more.
-        share: The share that is held out, above 0 and below 1.
+        most: How many are in a half at most.
         key: The source of randomness, a key of JAX.
 
     Returns:
-        Those to fit to and those to choose by, at least one each.
+        The parts, at least one sample each.
 
     Raises:
         ValueError: If there is a single sample.
@@ -157,5 +172,8 @@ def divided(samples: Samples, share: float, key: Array) -> tuple[Samples, Sample
             "the batches have a single sample, and some are to be held out; give more of them"
         )
     order = np.asarray(jax.random.permutation(key, samples.count))
-    held_out = min(max(1, round(share * samples.count)), samples.count - 1)
-    return samples.at(order[held_out:]), samples.at(order[:held_out])
+    half = min(samples.count // 2, most)
+    held_out, others = samples.at(order[:half]), order[half:]
+    if samples.count <= 2 * most:
+        return Divided(samples.at(others), held_out, None)
+    return Divided(samples.at(others[:half]), held_out, samples.at(others))

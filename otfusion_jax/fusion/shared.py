@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Float, PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
@@ -21,6 +22,7 @@ from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import Weights, checked_average, mixtures
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_arrays, require_function
+from otfusion_jax.common.host import Array
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import require_model, require_models, require_symmetry
@@ -276,7 +278,7 @@ def _renormalised(
     renormalised = []
     for leaf, share in zip(leaves, shares, strict=True):
         present = jnp.array([*[of_model[leaf.path] for of_model in has], True])
-        own = jnp.where(present, share[jnp.array(order)], 0)
+        own = jnp.where(present, share[np.array(order)], 0)
         total = jnp.sum(own)
         alone = jnp.zeros_like(own).at[-1].set(1)
         safe = jnp.where(total > 0, total, 1)

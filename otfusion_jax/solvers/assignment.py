@@ -1,12 +1,18 @@
-"""The exact assignment: ott's solver, made fast by a shift of the cost and certified by duals."""
+"""The exact assignment: shortest augmenting paths, made short by a shift of the cost.
+
+Arrays of JAX are solved by ott's solver, those of NumPy (see `common.host`) by SciPy's, which needs
+no program. What comes before is the same, and so is the certificate of what is found.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from ott.geometry import geometry
 from ott.tools import unreg
+from scipy.optimize import linear_sum_assignment
 
+from otfusion_jax.common.host import Array, array_module, cond, fori_loop
 from otfusion_jax.solvers.duality import identity_gap
 
 # Annealing of the preconditioner of `Exact`: regularisation in units of the mean reduced cost.
@@ -16,6 +22,9 @@ _ANNEAL_LEVELS = 6
 _SCALINGS_PER_LEVEL = 10
 # The share of the columns that are the cheapest of some row, from which on a cost is left as it is.
 _EASY_SHARE = 0.97
+# Up to how many units SciPy's solver, which is not slowed down by one program for all cases, has
+# found the paths before they could be shortened.
+_FEW_UNITS = 128
 # Of a column, in units of a row's: below it, scalings would overflow.
 _LEAST_MASS = 1e-30
 
@@ -36,22 +45,26 @@ def assign(
         least 0, in units of the mean cost of a match.
     """
     # Subtracting one after the other loses no digits to a large common offset.
-    row_minima = jnp.min(cost, axis=1, keepdims=True)
+    xp = array_module(cost)
+    row_minima = xp.min(cost, axis=1, keepdims=True)
     reduced = cost - row_minima
-    column_minima = jnp.min(reduced, axis=0, keepdims=True)
+    column_minima = xp.min(reduced, axis=0, keepdims=True)
     reduced = reduced - column_minima
     shifted = _precondition(reduced)
     cheapest = _cheapest_columns(shifted)
     # Where every row is the cheapest at a column of its own, nothing is left to solve or to bound.
-    return lax.cond(
+    return cond(
         _share_of_columns(cheapest) == 1,
-        lambda: (_inverse(cheapest), jnp.zeros((), cost.dtype)),
+        lambda: (_inverse(cheapest), xp.zeros((), cost.dtype)),
         lambda: _shortest_augmenting_paths(shifted, _tiebreak(reduced)),
     )
 
 
 def _inverse(columns: Int[Array, " n"]) -> Int[Array, " n"]:
     """Returns for each column its row, of the columns of all rows."""
+    xp = array_module(columns)
+    if xp is np:
+        return xp.argsort(columns).astype(np.int32)
     rows = jnp.arange(len(columns), dtype=jnp.int32)
     return jnp.zeros_like(columns).at[columns].set(rows)
 
@@ -59,12 +72,16 @@ def _inverse(columns: Int[Array, " n"]) -> Int[Array, " n"]:
 def _shortest_augmenting_paths(
     cost: Float[Array, "n n"], tiebreak: Float[Array, "n n"]
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
-    """Finds the permutation of lowest cost by ott's solver, and its duality gap."""
-    geom = geometry.Geometry(cost_matrix=cost + tiebreak)
-    _, matching = unreg.hungarian(geom)
-    rows, columns = matching.paired_indices
-    plan = jnp.zeros(len(cost), jnp.int32)
-    plan = plan.at[columns].set(rows.astype(jnp.int32))
+    """Finds the permutation of lowest cost, and its duality gap."""
+    if array_module(cost) is np:
+        _, columns = linear_sum_assignment(cost + tiebreak)
+        plan = _inverse(columns)
+    else:
+        geom = geometry.Geometry(cost_matrix=cost + tiebreak)
+        _, matching = unreg.hungarian(geom)
+        rows, columns = matching.paired_indices
+        plan = jnp.zeros(len(cost), jnp.int32)
+        plan = plan.at[columns].set(rows.astype(jnp.int32))
     # With its rows in the order of the plan, the cost of the plan is the diagonal.
     return plan, identity_gap(cost[plan])
 
@@ -89,15 +106,16 @@ def assign_copies(
     size = max(n, m)
     copies_of_row = size // n
     copies_of_column = size // m
-    copies = jnp.repeat(cost, copies_of_row, axis=0)
-    copies = jnp.repeat(copies, copies_of_column, axis=1)
+    xp = array_module(cost)
+    copies = xp.repeat(cost, copies_of_row, axis=0)
+    copies = xp.repeat(copies, copies_of_column, axis=1)
     permutation, gap = assign(copies)
     rows = permutation // copies_of_row
-    columns = jnp.arange(size) // copies_of_column
-    # Several copies of one pair of units may be matched with each other: they add up.
-    counts = jnp.zeros((n, m), cost.dtype)
-    counts = counts.at[rows, columns].add(1)
-    return counts / size, gap
+    # The rows at the copies of each column. Several copies of one pair of units may be matched with
+    # each other: they add up.
+    rows = rows.reshape(1, m, copies_of_column)
+    counts = xp.sum(rows == np.arange(n)[:, None, None], axis=-1)
+    return counts.astype(cost.dtype) / size, gap
 
 
 def _precondition(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -115,48 +133,55 @@ def _precondition(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     Returns:
         The shifted cost, with the same properties, except that some columns may have no 0.
     """
+    if array_module(cost) is np and len(cost) <= _FEW_UNITS:
+        return cost
     share = _share_of_columns(_cheapest_columns(cost))
-    return lax.cond(share > _EASY_SHARE, lambda: cost, lambda: _annealed(cost))
+    return cond(share > _EASY_SHARE, lambda: cost, lambda: _annealed(cost))
 
 
 def _cheapest_columns(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
     """Returns for each row the first of the columns that cost it the least."""
-    # On a CPU, `argmin` takes several times as long as two minima.
+    # Of equal costs, the first counts: costs with few distinct values are crowded.
+    if array_module(cost) is np:
+        return np.argmin(cost, axis=1)
+    # Compiled for a CPU, `argmin` takes several times as long as two minima.
     least = jnp.min(cost, axis=1, keepdims=True)
     columns = lax.broadcasted_iota(jnp.int32, cost.shape, 1)
-    # Of equal costs, the first counts: costs with few distinct values are crowded.
     return jnp.min(jnp.where(cost == least, columns, len(cost) - 1), axis=1)
 
 
 def _share_of_columns(chosen: Int[Array, " n"]) -> Float[Array, ""]:
     """Returns the share of the columns that some row has chosen."""
+    xp = array_module(chosen)
+    if xp is np:
+        return xp.mean(xp.bincount(chosen, minlength=len(chosen)) > 0)
     is_chosen = jnp.zeros(len(chosen)).at[chosen].set(1)
     return jnp.mean(is_chosen)
 
 
 def _annealed(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Shifts columns by the potentials that annealed Sinkhorn iterations end with, then rows."""
-
-    def anneal(g: Array, epsilon: Array) -> tuple[Array, None]:
-        return _scaled_potentials(cost, g, epsilon), None
-
+    xp = array_module(cost)
     relative = np.geomspace(_ANNEAL_FROM, _ANNEAL_TO, _ANNEAL_LEVELS)
     relative = relative.astype(cost.dtype)
-    mean = jnp.mean(cost)
-    unit = jnp.where(mean > 0, mean, 1)
+    mean = xp.mean(cost)
+    unit = xp.where(mean > 0, mean, 1)
     epsilons = unit * relative
-    g = jnp.zeros(len(cost), cost.dtype)
-    g, _ = lax.scan(anneal, g, epsilons)
+
+    def anneal(level: int | Array, g: Array) -> Array:
+        return _scaled_potentials(cost, g, epsilons[level])
+
+    g = fori_loop(_ANNEAL_LEVELS, anneal, xp.zeros(len(cost), cost.dtype))
     shifted = cost - g[None, :]
-    row_minima = jnp.min(shifted, axis=1, keepdims=True)
+    row_minima = xp.min(shifted, axis=1, keepdims=True)
     shifted = shifted - row_minima
 
     # Costs with few distinct values are better left alone: the shift would make their rows crowd
     # on the same columns. Random choices would hit 63 % of the columns.
-    column_minima = jnp.min(shifted, axis=0)
-    chosen = jnp.where(column_minima == 0, 1.0, 0.0)
-    share = jnp.mean(chosen)
-    return jnp.where(share > 0.75, shifted, cost)
+    column_minima = xp.min(shifted, axis=0)
+    chosen = xp.where(column_minima == 0, 1.0, 0.0)
+    share = xp.mean(chosen)
+    return xp.where(share > 0.75, shifted, cost)
 
 
 def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
@@ -165,21 +190,21 @@ def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
     Potentials are absorbed in the kernel, so that the column scaling `v` starts from 1 and stays in
     range, however small epsilon is (Peyré and Cuturi 2019, section 4.4).
     """
+    xp = array_module(cost, g)
     remaining = cost - g[None, :]
-    f = jnp.min(remaining, axis=1)
+    f = xp.min(remaining, axis=1)
     potentials = f[:, None] + g[None, :]
-    kernel = jnp.exp((potentials - cost) / epsilon)
+    kernel = xp.exp((potentials - cost) / epsilon)
 
-    def scale(_: Array, v: Array) -> Array:
+    def scale(_: int | Array, v: Array) -> Array:
         row_mass = kernel @ v
         row_scaling = 1 / row_mass
         column_mass = row_scaling @ kernel
         # Far from all rows a column of the kernel may be 0; no potential has to be that large.
-        return 1 / jnp.maximum(column_mass, _LEAST_MASS)
+        return 1 / xp.maximum(column_mass, _LEAST_MASS)
 
-    v = jnp.ones_like(g)
-    v = lax.fori_loop(0, _SCALINGS_PER_LEVEL, scale, v)
-    return g + epsilon * jnp.log(v)
+    v = fori_loop(_SCALINGS_PER_LEVEL, scale, xp.ones_like(g))
+    return g + epsilon * xp.log(v)
 
 
 def _tiebreak(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -188,8 +213,9 @@ def _tiebreak(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     Without them, equal units would all try the same columns in the same order, and the solver would
     take O(n^2) steps for a constant cost; with them, such a cost gives the identity in n.
     """
-    i = lax.broadcasted_iota(jnp.uint32, cost.shape, 0)
-    j = lax.broadcasted_iota(jnp.uint32, cost.shape, 1)
+    xp = array_module(cost)
+    i = xp.arange(len(cost), dtype=np.uint32)[:, None]
+    j = xp.arange(len(cost), dtype=np.uint32)[None, :]
     # A multiplicative hash of the indices.
     mixed = i * np.uint32(2654435761) ^ j * np.uint32(2246822519)
     mixed = mixed ^ (mixed >> 15)
@@ -197,8 +223,8 @@ def _tiebreak(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     # The upper bits of a product are the well mixed ones.
     upper = mixed >> 16
     uniform = upper.astype(cost.dtype) / 65536
-    largest = jnp.max(cost)
-    unit = jnp.where(largest > 0, largest, 1)
-    eps = jnp.finfo(cost.dtype).eps
+    largest = xp.max(cost)
+    unit = xp.where(largest > 0, largest, 1)
+    eps = np.finfo(cost.dtype).eps
     rounding = 4 * eps * unit
-    return jnp.where(i == j, 0, rounding * uniform)
+    return xp.where(i == j, 0, rounding * uniform)

@@ -8,17 +8,19 @@ is. The total mass is 1, so the value of a permutation is the *mean* of the cost
 """
 
 import abc
+import functools
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.host import Array, array_module, as_jax
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +93,13 @@ class AbstractSolver(abc.ABC):
     Attributes:
         quadratic: Whether the solver needs the intra-domain costs of a problem. A property of the
             class, no setting.
+        takes_numpy: Whether `compute` also takes arrays of NumPy, and then returns such: known
+            costs on a CPU are solved without a program that would have to be compiled. A property
+            of the class, no setting.
     """
 
     quadratic: ClassVar[bool] = False
+    takes_numpy: ClassVar[bool] = False
 
     @property
     def scale_free(self) -> bool:
@@ -131,13 +137,25 @@ class AbstractSolver(abc.ABC):
             check_intra(problem)
         # ott and optax rely on implicit promotion, which their users may have switched off.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            solution: object = self.compute(problem)
+            solution: object = self.compute(as_jax(problem))
         if not isinstance(solution, Solution):
             raise TypeError(
                 f"{type(self).__name__}.compute returned {kind_of(solution)}; it must return a "
                 "Solution(plan, value, converged, gap)"
             )
         return solution
+
+    def form(self, problem: TransportProblem) -> Solution:
+        """Says of what form the solution of a problem is, without solving it.
+
+        Args:
+            problem: A problem of `jax.ShapeDtypeStruct`s in the place of arrays.
+
+        Returns:
+            The solution, likewise.
+        """
+        shapes, treedef = jax.tree.flatten(problem)
+        return _form_of_solution(self, tuple(shapes), treedef)
 
     @abc.abstractmethod
     def compute(self, problem: TransportProblem) -> Solution:
@@ -150,6 +168,14 @@ class AbstractSolver(abc.ABC):
             The solution, with arrays of the dtypes and shapes that `Solution` says, also for sides
             without units.
         """
+
+
+@functools.lru_cache(maxsize=1024)
+def _form_of_solution(
+    solver: AbstractSolver, shapes: tuple[jax.ShapeDtypeStruct, ...], treedef: Any
+) -> Solution:
+    # Most groups of a deep network are of a few sizes, and to trace a solver takes a while.
+    return jax.eval_shape(solver.solve, treedef.unflatten(shapes))
 
 
 def check_problem(problem: object) -> None:
@@ -268,18 +294,19 @@ def is_distribution(masses: Float[Array, "*batch n"]) -> Bool[Array, ""]:
     Returns:
         One bool `[]` for all of the batch together; False where there is NaN.
     """
-    not_negative = jnp.all(masses >= 0)
-    totals = jnp.sum(masses, axis=-1)
+    xp = array_module(masses)
+    not_negative = xp.all(masses >= 0)
+    totals = xp.sum(masses, axis=-1)
     # Sums of many masses, perhaps in half precision, are off by more than a rounding error.
-    sums_to_1 = jnp.all(jnp.abs(totals - 1) < 1e-3)
+    sums_to_1 = xp.all(abs(totals - 1) < 1e-3)
     return not_negative & sums_to_1
 
 
-def working_dtype(x: Array) -> DTypeLike:
+def working_dtype(x: Array | jax.ShapeDtypeStruct) -> DTypeLike:
     """Says in what precision to solve for input of some precision.
 
     Args:
-        x: The input, of any dtype.
+        x: The input, of any dtype, or the form of it.
 
     Returns:
         float64 for float64, float32 for everything narrower.
@@ -298,7 +325,8 @@ def empty_solution(cost: Array, plan: Array | None = None) -> Solution:
         The solution, of value and gap 0.
     """
     dtype = working_dtype(cost)
-    if plan is None:
-        plan = jnp.zeros(cost.shape, dtype)
-    zero = jnp.zeros((), dtype)
-    return Solution(plan=plan, value=zero, converged=jnp.array(True), gap=zero)
+    xp = array_module(cost)
+    zeros = xp.zeros(cost.shape, dtype)
+    zero = xp.zeros((), dtype)
+    converged = xp.asarray(True)
+    return Solution(zeros if plan is None else plan, value=zero, converged=converged, gap=zero)

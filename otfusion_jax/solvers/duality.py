@@ -12,9 +12,10 @@ Cuturi, Computational Optimal Transport, 2019, sections 2.5 (duality) and 3.2 (c
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
+
+from otfusion_jax.common.host import Array, array_module, while_loop
 
 
 class _Distances(NamedTuple):
@@ -38,9 +39,10 @@ def slack(
     Returns:
         `cost - u - w` with `u` the c-transform of `v`, and `w` that of `u`: never below 0.
     """
-    u = jnp.min(cost - v[None, :], axis=1)
+    xp = array_module(cost, v)
+    u = xp.min(cost - v[None, :], axis=1)
     remaining = cost - u[:, None]
-    w = jnp.min(remaining, axis=0)
+    w = xp.min(remaining, axis=0)
     return remaining - w[None, :]
 
 
@@ -60,7 +62,7 @@ def plan_gap(
         The gap, at least 0, in the units of the cost times those of the masses.
     """
     lost = plan * slack(cost, v)
-    return jnp.sum(lost)
+    return array_module(lost).sum(lost)
 
 
 def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
@@ -78,26 +80,27 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
         The gap, at least 0, in units of the mean cost of a match.
     """
     n = len(cost)
-    matched = jnp.diagonal(cost)
+    xp = array_module(cost)
+    matched = xp.diagonal(cost)
     residual = cost - matched[:, None]
     # Paths that get shorter by less are rounded, and might go round in circles to the last step.
-    largest = jnp.max(jnp.abs(cost))
-    rounding = 8 * jnp.finfo(cost.dtype).eps * largest
+    largest = xp.max(abs(cost))
+    rounding = 8 * np.finfo(cost.dtype).eps * largest
 
     def unfinished(state: _Distances) -> Array:
         return (state.change > rounding) & (state.iteration < n)
 
     def relax_all_edges(state: _Distances) -> _Distances:
         by_way_of = state.v[:, None] + residual
-        shorter = jnp.min(by_way_of, axis=0)
-        change = jnp.max(state.v - shorter)
+        shorter = xp.min(by_way_of, axis=0)
+        change = xp.max(state.v - shorter)
         return _Distances(shorter, change, state.iteration + 1)
 
     start = _Distances(
-        v=jnp.zeros(n, cost.dtype),
-        change=jnp.array(jnp.inf, cost.dtype),
+        v=xp.zeros(n, cost.dtype),
+        change=xp.asarray(np.inf, cost.dtype),
         iteration=0,
     )
-    shortest = lax.while_loop(unfinished, relax_all_edges, start)
-    slack_of_matches = jnp.diagonal(slack(cost, shortest.v))
-    return jnp.mean(slack_of_matches)
+    shortest = while_loop(unfinished, relax_all_edges, start)
+    slack_of_matches = xp.diagonal(slack(cost, shortest.v))
+    return xp.mean(slack_of_matches)

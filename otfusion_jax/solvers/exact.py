@@ -1,14 +1,14 @@
 """Plans without regularisation: by an assignment where there is one, by a linear program if not."""
 
-import functools
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import require_number
+from otfusion_jax.common.host import Array, array_module, program, without_gradient
 from otfusion_jax.common.scaling import exponent, restored, scaled
 from otfusion_jax.solvers.assignment import assign, assign_copies
 from otfusion_jax.solvers.base import (
@@ -51,8 +51,9 @@ class Exact(AbstractSolver):
     """
 
     tolerance: float = 1e-5
+    takes_numpy: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "tolerance", least=0)
 
     @property
@@ -60,33 +61,43 @@ class Exact(AbstractSolver):
         """See `AbstractSolver.scale_free`."""
         return True
 
-    @functools.partial(jax.jit, static_argnames=("self",))
+    def form(self, problem: TransportProblem) -> Solution:
+        """See `AbstractSolver.form`. Which form a plan has is known without tracing the solver."""
+        if not _is_assignment(problem):
+            return super().form(problem)
+        number = jax.ShapeDtypeStruct((), working_dtype(problem.cost))
+        permutation = jax.ShapeDtypeStruct(problem.cost.shape[:1], np.int32)
+        solution: Any = (permutation, number, jax.ShapeDtypeStruct((), bool), number)
+        return Solution(*solution)
+
+    @program(static_argnames=("self",))
     def compute(self, problem: TransportProblem) -> Solution:
         """See `AbstractSolver.compute`."""
-        cost = problem.cost.astype(working_dtype(problem.cost))
+        xp = array_module(problem.cost)
+        cost = xp.asarray(problem.cost, working_dtype(problem.cost))
         n, m = cost.shape
         uniform = problem.a is None and problem.b is None
-        permutation = uniform and n == m
+        permutation = _is_assignment(problem)
         if cost.size == 0:
             if permutation:
-                return empty_solution(cost, jnp.zeros(0, jnp.int32))
+                return empty_solution(cost, xp.zeros(0, np.int32))
             return empty_solution(cost)
-        largest = jnp.max(jnp.abs(cost))
-        finite = jnp.isfinite(largest)
+        largest = xp.max(abs(cost))
+        finite = xp.isfinite(largest)
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
         k = exponent(cost)
-        constant = lax.stop_gradient(cost)
+        constant = without_gradient(cost)
         in_range = scaled(constant, -k)
         # ott's solver may never return from NaN, so it gets a problem that takes it one step a row.
-        easy = 1 - jnp.eye(n, m, dtype=cost.dtype)
-        safe = jnp.where(finite, in_range, easy)
+        easy = 1 - xp.eye(n, m, dtype=cost.dtype)
+        safe = xp.where(finite, in_range, easy)
 
         valid = finite
         if permutation:
             plan, gap = assign(safe)
             # Divided first: the sum may be out of range where the mean is not.
-            matched = cost[plan, jnp.arange(n)]
-            value = jnp.sum(matched / n)
+            matched = cost[plan, np.arange(n)]
+            value = xp.sum(matched / n)
             unusable = n
         else:
             if uniform and max(n, m) % min(n, m) == 0:
@@ -94,22 +105,28 @@ class Exact(AbstractSolver):
             else:
                 plan, gap, valid_masses = _linear_program(safe, problem.a, problem.b)
                 valid = finite & valid_masses
-            value = jnp.sum(plan * cost)
-            unusable = jnp.nan
+            value = xp.sum(plan * cost)
+            unusable = np.nan
 
         # Of all costs, the largest is rounded by most.
-        largest = jnp.max(jnp.abs(safe))
-        rounding = 8 * jnp.finfo(cost.dtype).eps * largest
-        spread = jnp.max(safe) - jnp.min(safe)
+        largest = xp.max(abs(safe))
+        rounding = 8 * np.finfo(cost.dtype).eps * largest
+        spread = xp.max(safe) - xp.min(safe)
         tolerance = self.tolerance * spread + rounding
         within_tolerance = gap <= tolerance
         gap = restored(gap, k)
         return Solution(
-            plan=jnp.where(valid, plan, unusable),
-            value=jnp.where(valid, value, jnp.nan),
+            plan=xp.where(valid, plan, unusable),
+            value=xp.where(valid, value, np.nan),
             converged=valid & within_tolerance,
-            gap=jnp.where(valid, gap, jnp.nan),
+            gap=xp.where(valid, gap, np.nan),
         )
+
+
+def _is_assignment(problem: TransportProblem) -> bool:
+    """Whether a permutation is the best plan of a problem, whatever it costs."""
+    n, m = problem.cost.shape
+    return n == m and problem.a is None and problem.b is None
 
 
 def _linear_program(
@@ -123,14 +140,14 @@ def _linear_program(
     b = _masses(b, m, cost)
     valid = is_distribution(a) & is_distribution(b)
     # POT raises on the host for masses that are no distribution, so it never gets any.
-    a = jnp.where(valid, a, 1 / n)
-    b = jnp.where(valid, b, 1 / m)
-    plan, gap = network_simplex(cost, a, b)
+    xp = array_module(cost)
+    plan, gap = network_simplex(cost, xp.where(valid, a, 1 / n), xp.where(valid, b, 1 / m))
     return plan, gap, valid
 
 
 def _masses(given: Array | None, size: int, cost: Array) -> Float[Array, " n"]:
     """Returns masses without gradient in the precision of the solver, uniform ones for None."""
+    xp = array_module(cost)
     if given is None:
-        return jnp.full(size, 1 / size, cost.dtype)
-    return lax.stop_gradient(given).astype(working_dtype(given))
+        return xp.full(size, 1 / size, cost.dtype)
+    return xp.asarray(without_gradient(given), working_dtype(given))

@@ -70,7 +70,7 @@ class GromovWasserstein(AbstractSolver):
     max_iterations: int = 50
     max_inner_iterations: int = 2000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "alpha", least=0, most=1)
         require_epsilon(self)
         require_flag(self, "relative")

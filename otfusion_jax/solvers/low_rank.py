@@ -53,7 +53,7 @@ class LowRank(AbstractSolver):
     threshold: float = 1e-3
     max_iterations: int = 2000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number(self, "rank", least=1, whole=True)
         require_number(self, "epsilon", least=0, finite=True)
         require_number(self, "gamma", above=0, finite=True)

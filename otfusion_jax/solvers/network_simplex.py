@@ -1,11 +1,13 @@
 """The transport linear program, solved on the host by POT's network simplex."""
 
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.solvers.duality import plan_gap
 
 # POT stops a thousand units short by default. Pivots are counted here, each takes microseconds.
@@ -50,6 +52,10 @@ def network_simplex(
         ImportError: If POT is not installed.
     """
     require_pot()
+    if array_module(cost) is np:
+        solved: Any = _solve_on_host(cost, a, b)
+        plan, v = solved
+        return plan, plan_gap(plan, cost, v)
     plan_form = jax.ShapeDtypeStruct(cost.shape, cost.dtype)
     potentials_form = jax.ShapeDtypeStruct(b.shape, cost.dtype)
     plan, v = jax.pure_callback(

@@ -1,16 +1,19 @@
-"""One program for assignments of many sizes: small problems are filled up to a few sizes.
+"""Assignments of known costs, of many sizes, by few programs or none.
 
-A solver is by far the largest program there is, and XLA compiles another one for each size. So an
-assignment of known costs is filled up to the next of a few sizes, with units that are matched with
-each other in any best match, and what belongs to them is cut off from the solution.
+A solver is by far the largest program there is, and XLA compiles another one for each size. So a
+small problem is solved by NumPy, if its cost is an array of NumPy (see `common.host`). If not, it
+is filled up to the next of a few sizes, with units that are matched with each other in any best
+match, and what belongs to them is cut off from the solution.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
+from otfusion_jax.common.host import Array, array_module, as_numpy
 from otfusion_jax.solvers.base import Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 
@@ -18,9 +21,12 @@ SIZES = (8, 32, 128, 512)
 """The sizes that assignments are filled up to. Beyond the last, to solve a larger problem would
 take longer than to compile a program."""
 
+LARGEST_AT_HAND = 1024
+"""Up to how many units NumPy is as fast as a compiled program."""
+
 
 def solve_assignment(solver: Exact, cost: Float[Array, "n n"]) -> Solution:
-    """Solves an assignment, by a program that several sizes share.
+    """Solves an assignment, by NumPy or by a program that several sizes share.
 
     Args:
         solver: The solver.
@@ -31,6 +37,10 @@ def solve_assignment(solver: Exact, cost: Float[Array, "n n"]) -> Solution:
         match, and may be larger by rounding.
     """
     size = len(cost)
+    if array_module(cost) is np:
+        if size <= LARGEST_AT_HAND:
+            return solver.compute(TransportProblem(cost))
+        return as_numpy(_solved(solver, cost))
     for larger_size in SIZES:
         if 0 < size < larger_size:
             padded = _solved(solver, _padded(cost, larger_size))

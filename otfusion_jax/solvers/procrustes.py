@@ -9,12 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.host import Array, array_module, matmul, without_gradient
 from otfusion_jax.common.scaling import exponent, restored, scaled
-from otfusion_jax.solvers.base import Solution, empty_solution, working_dtype
+from otfusion_jax.solvers.base import Solution, working_dtype
 from otfusion_jax.symmetry.rotation import fixing_ones, reflected
 
 # What passes for rounding, in units of the precision: 1e-4 in float32. Errors of a decomposition
@@ -24,7 +25,7 @@ _TOLERANCE = 1000
 # for up to 4096 units.
 _ROUNDING = 8
 
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_MATRIX = (-2, -1)  # the axes of each matrix of a stack
 
 
 @functools.partial(jax.jit, static_argnames=("fixes_ones",))
@@ -66,9 +67,24 @@ def procrustes(cross: Float[Array, "*batch n m"], *, fixes_ones: bool = False) -
         1991, section 3.4 (the nuclear norm is dual to the spectral norm).
     """
     _check_cross(cross, fixes_ones)
-    solve = functools.partial(_solve_single, fixes_ones=fixes_ones)
-    for _ in cross.shape[:-2]:
-        solve = jax.vmap(solve)
+    return polar_factors(cross, fixes_ones)
+
+
+def polar_factors(cross: Float[Array, "*batch n m"], fixes_ones: bool) -> Solution:
+    """Solves problems without checks, see `procrustes`.
+
+    Args:
+        cross: The inner products, of JAX or of NumPy (see `common.host`).
+        fixes_ones: Whether the maps must also keep the vector of ones.
+
+    Returns:
+        The solutions, arrays of the same kind.
+    """
+    solve = functools.partial(_solve, fixes_ones=fixes_ones)
+    if array_module(cross) is jnp:
+        # NumPy takes a stack as it is; on an accelerator, this compiles to more.
+        for _ in cross.shape[:-2]:
+            solve = jax.vmap(solve)
     return solve(cross)
 
 
@@ -93,51 +109,58 @@ def _check_cross(cross: object, fixes_ones: bool) -> None:
         )
 
 
-def _solve_single(cross: Float[Array, "n m"], fixes_ones: bool) -> Solution:
-    """Solves the problem of a single matrix that has been checked."""
-    cross = cross.astype(working_dtype(cross))
+def _solve(cross: Float[Array, "*batch n m"], fixes_ones: bool) -> Solution:
+    """Solves the problem of a matrix that has been checked, or of each in a stack."""
+    xp = array_module(cross)
+    cross = xp.asarray(cross, working_dtype(cross))
     if cross.size == 0:
-        return empty_solution(cross)
+        zeros = xp.zeros(cross.shape[:-2], cross.dtype)
+        return Solution(xp.zeros_like(cross), zeros, zeros == 0, zeros)
     # A range in which no square overflows, and none is taken for zero.
-    k = exponent(cross)
-    finite = jnp.all(jnp.isfinite(cross))
-    in_range = jnp.where(finite, scaled(cross, -k), 0)
-    constant = lax.stop_gradient(in_range)
+    k = exponent(cross, _MATRIX)
+    finite = xp.all(xp.isfinite(cross), axis=_MATRIX)
+    in_range = scaled(cross, -k[..., None, None])
+    in_range = xp.where(finite[..., None, None], in_range, 0)
+    constant = without_gradient(in_range)
     if fixes_ones:
         plan, bound = _factor_fixing_ones(constant)
     else:
         plan, bound = _polar_factor(constant)
 
-    reached = jnp.sum(plan * in_range)
-    gap = jnp.maximum(bound - lax.stop_gradient(reached), 0)
-    tolerance = _TOLERANCE * jnp.finfo(cross.dtype).eps
+    reached = xp.sum(plan * in_range, axis=_MATRIX)
+    gap = xp.maximum(bound - without_gradient(reached), 0)
+    tolerance = _TOLERANCE * np.finfo(cross.dtype).eps
     # Where ones are kept, the bound may be nothing but what large numbers leave of each other.
-    magnitude = jnp.maximum(bound, jnp.linalg.norm(constant))
+    magnitude = xp.maximum(bound, xp.linalg.norm(constant, axis=_MATRIX))
     is_best = gap <= tolerance * magnitude
     is_orthogonal = _deviation_from_orthogonal(plan) <= tolerance
     return Solution(
-        plan=jnp.where(finite, plan, jnp.nan),
-        value=jnp.where(finite, restored(-reached, k), jnp.nan),
+        plan=xp.where(finite[..., None, None], plan, np.nan),
+        value=xp.where(finite, restored(-reached, k), np.nan),
         converged=finite & is_best & is_orthogonal,
-        gap=jnp.where(finite, restored(gap, k), jnp.nan),
+        gap=xp.where(finite, restored(gap, k), np.nan),
     )
 
 
-def _polar_factor(cross: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
+def _polar_factor(
+    cross: Float[Array, "*batch n m"],
+) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch"]]:
     """Returns the orthogonal factor of a matrix, the identity for zeros, and its nuclear norm."""
-    identity = jnp.eye(*cross.shape, dtype=cross.dtype)
+    xp = array_module(cross)
     if cross.size == 0:
-        return identity, jnp.zeros((), cross.dtype)
-    u, singular_values, v_transposed = jnp.linalg.svd(cross, full_matrices=False)
-    factor = _matmul(u, v_transposed)
+        return cross, xp.zeros(cross.shape[:-2], cross.dtype)
+    identity = xp.eye(*cross.shape[-2:], dtype=cross.dtype)
+    u, singular_values, v_transposed = xp.linalg.svd(cross, full_matrices=False)
+    factor = matmul(u, v_transposed)
     # Of nothing, every orthogonal matrix is a factor, but none is a reason to move.
-    factor = jnp.where(jnp.any(cross != 0), factor, identity)
-    return factor, jnp.sum(singular_values)
+    is_something = xp.any(cross != 0, axis=_MATRIX)
+    factor = xp.where(is_something[..., None, None], factor, identity)
+    return factor, xp.sum(singular_values, axis=-1)
 
 
 def _factor_fixing_ones(
-    cross: Float[Array, "n n"],
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    cross: Float[Array, "*batch n n"],
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch"]]:
     """Finds the best orthogonal matrix among those that keep the vector of ones.
 
     In a basis whose first vector is the direction of the ones, such a matrix has a 1 in its corner
@@ -150,19 +173,22 @@ def _factor_fixing_ones(
         The matrix, and the largest inner product that a matrix of this kind has with `cross`.
     """
     in_basis = reflected(cross)
-    along_ones = in_basis[0, 0]
-    block = in_basis[1:, 1:]
+    along_ones = in_basis[..., 0, 0]
+    block = in_basis[..., 1:, 1:]
     # Of what all units share, nothing but rounding errors is left, which would be turned at random.
-    rounding = _ROUNDING * jnp.finfo(cross.dtype).eps * jnp.max(jnp.abs(cross))
-    largest = jnp.max(jnp.abs(block), initial=0)
-    block = jnp.where(largest > rounding, block, 0)
+    xp = array_module(cross)
+    rounding = _ROUNDING * np.finfo(cross.dtype).eps * xp.max(abs(cross), axis=_MATRIX)
+    largest = xp.max(abs(block), axis=_MATRIX, initial=0)
+    block = xp.where((largest > rounding)[..., None, None], block, 0)
     factor, norm = _polar_factor(block)
     return fixing_ones(factor), along_ones + norm
 
 
-def _deviation_from_orthogonal(plan: Float[Array, "n m"]) -> Float[Array, ""]:
+def _deviation_from_orthogonal(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch"]:
     """Returns the largest error among the inner products of what should be orthonormal."""
-    n, m = plan.shape
-    products = _matmul(plan.T, plan) if n >= m else _matmul(plan, plan.T)
-    identity = jnp.eye(min(n, m), dtype=plan.dtype)
-    return jnp.max(jnp.abs(products - identity))
+    n, m = plan.shape[-2:]
+    transposed = plan.swapaxes(-1, -2)
+    products = matmul(transposed, plan) if n >= m else matmul(plan, transposed)
+    xp = array_module(plan)
+    identity = xp.eye(min(n, m), dtype=plan.dtype)
+    return xp.max(abs(products - identity), axis=_MATRIX)

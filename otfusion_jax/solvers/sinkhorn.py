@@ -72,7 +72,7 @@ class Sinkhorn(AbstractSolver):
     tau_a: float = 1.0
     tau_b: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_epsilon(self)
         require_flag(self, "relative")
         require_number(self, "threshold", above=0)

@@ -4,14 +4,13 @@ A `BlockPartition` takes an array apart into blocks with one dimension for each 
 Here units along a dimension are permuted, or mixed by weights, which may change how many there are.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
+from otfusion_jax.common.host import Array, array_module, matmul, taken
 from otfusion_jax.common.sharding import best_axis_to_spread, spread_along
 
 BlockDim = int | tuple[int, int]
@@ -54,7 +53,7 @@ def spread_beside(block: Block, dims: Sequence[BlockDim]) -> Block:
     array = spread_along(block.array, axis)
     # What is flattened keeps its layout if the dimension that is spread comes first.
     in_front = (block.dims[axis], *block.dims[:axis], *block.dims[axis + 1 :])
-    return Block(in_front, jnp.moveaxis(array, axis, 0))
+    return in_order(Block(block.dims, array), in_front)
 
 
 def in_order(block: Block, dims: Sequence[BlockDim]) -> Block:
@@ -87,12 +86,8 @@ def permuted(
         The block with its units in another order.
     """
     axis = block.dims.index(dim)
-    if not batch_dims:
-        array = jnp.take(block.array, permutation, axis, mode="fill", fill_value=jnp.nan)
-        return block._replace(array=array)
-    indices = _beside(block, (*batch_dims, dim), permutation)
-    array = jnp.take_along_axis(block.array, indices, axis, mode="fill", fill_value=jnp.nan)
-    return block._replace(array=array)
+    indices = _beside(block, (*batch_dims, dim), permutation) if batch_dims else permutation
+    return block._replace(array=taken(block.array, indices, axis, np.nan))
 
 
 def multiplied(
@@ -126,7 +121,7 @@ def _beside(block: Block, dims: Sequence[BlockDim], numbers: Array) -> Array:
     axes = [block.dims.index(dim) for dim in dims]
     in_order = numbers.transpose(np.argsort(axes))
     absent = [axis for axis in range(block.array.ndim) if axis not in axes]
-    return jnp.expand_dims(in_order, absent)
+    return array_module(numbers).expand_dims(in_order, absent)
 
 
 def mixed(
@@ -144,26 +139,29 @@ def mixed(
     Returns:
         The block with the new units.
     """
-    # The axes of the block are named 0, 1, ... to `einsum`, and those of the new units from the
-    # rank on. An axis of the batch has the same name everywhere, an axis of old units is summed.
-    rank = block.array.ndim
-    array_names = list(range(rank))
-    output_names = list(range(rank))
-    weight_names = [block.dims.index(batch_dim) for batch_dim in batch_dims]
-    for number, dim in enumerate(dims):
-        old = block.dims.index(dim)
-        new = rank + number
-        weight_names += [old, new]
-        output_names[old] = new
-    product = jnp.einsum(
-        block.array,
-        array_names,
-        weights,
-        weight_names,
-        output_names,
-        precision=jax.lax.Precision.HIGHEST,
+    # A product of matrices: [*batch, others, old units] with [*batch, old units, new units].
+    count = len(dims)
+    levels = len(batch_dims)
+    batch_axes = [block.dims.index(dim) for dim in batch_dims]
+    old_axes = [block.dims.index(dim) for dim in dims]
+    other_axes = [x for x in range(block.array.ndim) if x not in (*batch_axes, *old_axes)]
+    order = [*batch_axes, *other_axes, *old_axes]
+    array = block.array.transpose(order)
+    batch, others = array.shape[:levels], array.shape[levels : array.ndim - count]
+    # Of the weights, old units and new ones take turns.
+    old_first = [
+        *range(levels),
+        *range(levels, weights.ndim, 2),
+        *range(levels + 1, weights.ndim, 2),
+    ]
+    weights = weights.transpose(old_first)
+    old, new = weights.shape[levels : levels + count], weights.shape[levels + count :]
+    product = matmul(
+        array.reshape(*batch, math.prod(others), math.prod(old)),
+        weights.reshape(*batch, math.prod(old), math.prod(new)),
     )
-    return block._replace(array=product)
+    product = product.reshape(*batch, *others, *new)
+    return block._replace(array=product.transpose(np.argsort(order)))
 
 
 def fronted(block: Block, front: Sequence[BlockDim]) -> Array:
@@ -177,6 +175,6 @@ def fronted(block: Block, front: Sequence[BlockDim]) -> Array:
         The block as an array `[*front, rest]`.
     """
     axes = [block.dims.index(dim) for dim in front]
-    count = len(axes)
-    array = jnp.moveaxis(block.array, axes, range(count))
-    return array.reshape(*array.shape[:count], -1)
+    others = [axis for axis in range(block.array.ndim) if axis not in axes]
+    array = block.array.transpose([*axes, *others])
+    return array.reshape(*array.shape[: len(axes)], -1)

@@ -6,16 +6,16 @@ all that reads these units are weights, the scale can be multiplied into them an
 one are looked for (see `Symmetry.with_rotations`).
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
 from otfusion_jax.common.lazy import any_lazy
 from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.balancing import balanced
@@ -58,7 +58,8 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
     _require_no_lazy(params, "params")
-    return laid_out_like(balanced(symmetry, folded(symmetry, params, "params")), params)
+    changed = balanced(symmetry, folded(symmetry, as_numpy(params), "params"))
+    return laid_out_like(as_jax(changed), params)
 
 
 def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
@@ -122,7 +123,7 @@ def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
             if degree > 0:
                 _require_finite(symmetry, fold, scale, leaf, divided, name)
             arrays[leaf] = divided
-        arrays[fold.leaf] = jnp.full_like(scale, 1 - fold.shift)
+        arrays[fold.leaf] = array_module(scale).full_like(scale, 1 - fold.shift)
     return symmetry.join(arrays)
 
 
@@ -134,7 +135,7 @@ def folds_of(symmetry: Symmetry) -> list[tuple[str, Fold]]:
     return folds
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "axes", "degree", "layered"))
+@program(static_argnames=("structure", "axes", "degree", "layered"))
 def _divided(
     structure: LeafStructure,
     array: Array,
@@ -181,7 +182,8 @@ def _scaled(array: Array, factors: Array, degree: int) -> Array:
     if degree < 0:
         return array * factors
     stays = (array == 0) & (factors == 0)
-    return jnp.where(stays, 0, array / jnp.where(stays, 1, factors))
+    xp = array_module(array, factors)
+    return xp.where(stays, 0, array / xp.where(stays, 1, factors))
 
 
 def _require_finite(

@@ -46,11 +46,12 @@ def require_symmetry(symmetry: Any, call: str) -> None:
         )
 
 
-def require_models(models: Any) -> None:
+def require_models(models: Any, name: str = "models") -> None:
     """Refuses what is no list of models.
 
     Args:
         models: The argument that was given.
+        name: The name of the argument, for the message.
 
     Raises:
         TypeError: If it is one model, a stack of models, or a generator.
@@ -58,9 +59,9 @@ def require_models(models: Any) -> None:
     """
     # Arrays, dicts and generators are no sequences.
     if not isinstance(models, Sequence) or isinstance(models, str):
-        raise TypeError(f"models is {kind_of(models)}; pass a list of pytrees, one for each model")
+        raise TypeError(f"{name} is {kind_of(models)}; pass a list of pytrees, one for each model")
     if not models:
-        raise ValueError("no models were given; pass at least one pytree of parameters")
+        raise ValueError(f"no {name} were given; pass at least one pytree of parameters")
 
 
 def require_model(

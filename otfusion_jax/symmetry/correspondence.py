@@ -264,7 +264,7 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
     for group, partner in pairs:
         reason = reasons.get(group.name)
         sizes_differ = group.size != partner.size
-        if group.orthogonal or partner.orthogonal:
+        if _keeps_its_number(group) or _keeps_its_number(partner):
             kind = (group if group.orthogonal else partner).motion.value
             reason = f"its units are {kind}, which keeps their number"
             sizes_differ = (group.batch, group.size) != (partner.batch, partner.size)
@@ -276,6 +276,11 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
             )
             lines.append(f"  {group.name}: its units are {kinds}")
     return lines
+
+
+def _keeps_its_number(group: Group) -> bool:
+    """Whether units can only be moved onto as many: they rotate, or have signs inside of heads."""
+    return group.rotates or (group.signed and bool(group.batch))
 
 
 def _renamed(group: Group, partner: Group, source_names: dict[str, str]) -> Group:

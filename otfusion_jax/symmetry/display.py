@@ -1,15 +1,17 @@
-"""A symmetry in words: the table of `print(symmetry)`, and the text of `symmetry.summary()`."""
+"""A symmetry in words: the tables of `print` and of notebooks, and `symmetry.summary()`."""
 
 import collections
 import math
 from typing import TYPE_CHECKING
 
+from otfusion_jax.common.html import html_table
 from otfusion_jax.symmetry.folding import Row, aligned, fold, fold_rows
 from otfusion_jax.symmetry.groups import Freedom, Group, Member
 
 if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
 
+_PIN_COLUMNS = ("pinned", "size", "axis", "why")
 # Of the leaves that one reason holds, the summary names so many.
 _LEAVES_NAMED = 2
 
@@ -23,26 +25,30 @@ def table(symmetry: "Symmetry") -> str:
     Returns:
         The table of `print(symmetry)`.
     """
-    blocks = [_block_of(symmetry, group) for group in symmetry.groups]
-    columns = ("group", "units", "move") if shows_motions(symmetry) else ("group", "units")
-    rows: list[Row] = [(*columns, "role", "leaf", "axis")]
-    for header, *members in fold(blocks):
-        for member in fold_rows(members):
-            rows.append((*header, *member))
-            # What is said of a group stands in its first row alone.
-            header = ("",) * len(columns)
-    lines = [headline(symmetry)]
-    lines.extend(aligned(rows))
+    columns, groups = _groups_in_rows(symmetry)
+    lines = [headline(symmetry), *aligned([columns, *groups])]
     if symmetry.pinned:
-        pins: list[Row] = []
-        for pin in symmetry.pinned:
-            size, axis = str(pin.size), str(pin.axis)
-            pins.append((pin.path, size, axis, pin.reason))
-        rows = [("pinned", "size", "axis", "why")]
-        rows.extend(fold_rows(pins))
         lines.append("")
-        lines.extend(aligned(rows))
+        lines.extend(aligned([_PIN_COLUMNS, *_pins_in_rows(symmetry)]))
     return "\n".join(lines)
+
+
+def html(symmetry: "Symmetry") -> str:
+    """Shows the same as `table` in a notebook; what is pinned unfolds when it is clicked.
+
+    Args:
+        symmetry: The symmetry to be shown.
+
+    Returns:
+        A piece of HTML.
+    """
+    columns, groups = _groups_in_rows(symmetry)
+    text = html_table(columns, groups, headline(symmetry))
+    if symmetry.pinned:
+        axes = counted(len(symmetry.pinned), "axis is", "axes are")
+        pins = html_table(_PIN_COLUMNS, _pins_in_rows(symmetry), f"{axes} pinned", folded=True)
+        text = f"{text}\n{pins}"
+    return text
 
 
 def summary(symmetry: "Symmetry") -> str:
@@ -160,6 +166,18 @@ def shows_motions(symmetry: "Symmetry") -> bool:
 # --- groups and members
 
 
+def _groups_in_rows(symmetry: "Symmetry") -> tuple[Row, list[Row]]:
+    """Returns the names of the columns, and a row for each member of each group."""
+    columns = ("group", "units", "move") if shows_motions(symmetry) else ("group", "units")
+    rows: list[Row] = []
+    for header, *members in fold([_block_of(symmetry, group) for group in symmetry.groups]):
+        for member in fold_rows(members):
+            rows.append((*header, *member))
+            # What is said of a group stands in its first row alone.
+            header = ("",) * len(columns)
+    return (*columns, "role", "leaf", "axis"), rows
+
+
 def _block_of(symmetry: "Symmetry", group: Group) -> list[Row]:
     """Returns the rows of a group: its name and size, and a row for each member."""
     header: Row = (group.name, units(group))
@@ -265,6 +283,14 @@ def _freedom_in_words(freedom: Freedom) -> str:
 
 
 # --- pins
+
+
+def _pins_in_rows(symmetry: "Symmetry") -> list[Row]:
+    """Returns a row for each axis that stays, and why."""
+    pins: list[Row] = []
+    for pin in symmetry.pinned:
+        pins.append((pin.path, str(pin.size), str(pin.axis), pin.reason))
+    return fold_rows(pins)
 
 
 def _reasons_in_rows(symmetry: "Symmetry") -> list[Row]:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from otfusion_jax.common.host import Array
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.location import UnitLocation
 

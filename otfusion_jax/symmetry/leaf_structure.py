@@ -13,8 +13,7 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtyping import Array
-
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.blocks import Block, BlockDim
 from otfusion_jax.symmetry.groups import Group, Member
 from otfusion_jax.symmetry.location import LocatedFactor

@@ -15,11 +15,9 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.symmetry.blocks import Block, BlockDim, Blocks
 from otfusion_jax.symmetry.location import LocatedFactor
 
@@ -63,6 +61,10 @@ class BlockPartition:
         # Axis by axis: parts that are later cut along another axis share the slice along this one.
         parts: dict[tuple[int, ...], Array] = {(): array}
         for axis, axis_blocks in enumerate(self.axes):
+            if len(axis_blocks) == 1:
+                # The whole axis is one block.
+                parts = {(*key, 0): part for key, part in parts.items()}
+                continue
             finer_parts = {}
             for key, part in parts.items():
                 for number, axis_block in enumerate(axis_blocks):
@@ -184,15 +186,13 @@ class BlockPartition:
 
 def _take(array: Array, positions: np.ndarray, axis: int) -> Array:
     """Takes positions along an axis by what is cheapest: no operation, a slice, or a gather."""
-    if not len(positions):
-        return jax.lax.slice_in_dim(array, 0, 0, axis=axis)
-    start = int(positions[0])
+    start = int(positions[0]) if len(positions) else 0
     stop = start + len(positions)
     if not np.array_equal(positions, np.arange(start, stop)):
-        return jnp.take(array, positions, axis=axis)
+        return array_module(array).take(array, positions, axis=axis)
     if len(positions) == array.shape[axis]:
         return array
-    return jax.lax.slice_in_dim(array, start, stop, axis=axis)
+    return array[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def _concatenated(parts: Sequence[Array], axis_blocks: Sequence[AxisBlock], axis: int) -> Array:
@@ -208,7 +208,7 @@ def _concatenated(parts: Sequence[Array], axis_blocks: Sequence[AxisBlock], axis
     """
     if len(parts) == 1:
         return parts[0]
-    whole = jnp.concatenate(parts, axis)
+    whole = array_module(*parts).concatenate(parts, axis)
     positions = np.concatenate([block.positions for block in axis_blocks])
     return _take(whole, np.argsort(positions), axis)
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
@@ -65,7 +65,7 @@ def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
     Returns:
         True for integer dtypes.
     """
-    return jnp.issubdtype(plan.dtype, jnp.integer)
+    return np.issubdtype(plan.dtype, np.integer)
 
 
 def is_identity(plan: Array) -> bool:
@@ -84,6 +84,34 @@ def is_identity(plan: Array) -> bool:
     # Of more than one unit, masses would be smaller.
     is_square = values.ndim > 1 and values.shape[-1] == values.shape[-2] > 1
     return is_square and bool((values == np.eye(values.shape[-1])).all())
+
+
+def moved_units(plan: Array | np.ndarray) -> int | None:
+    """Counts the units that a plan takes to another place.
+
+    Args:
+        plan: A plan whose values are known.
+
+    Returns:
+        The number, over the whole batch. None where units are mixed: then none has stayed, and none
+        has gone to another place.
+    """
+    if not is_permutation(plan):
+        return None
+    return int(np.count_nonzero(np.asarray(plan) != np.arange(plan.shape[-1])))
+
+
+def is_orthogonal(group: Group, plan: Array | np.ndarray) -> bool:
+    """Says whether a plan of a group is made of orthogonal matrices, by its shape alone.
+
+    Args:
+        group: The group.
+        plan: A plan of it, of floating-point numbers.
+
+    Returns:
+        False for plans of masses, and so for those with signs onto another number of units.
+    """
+    return group.orthogonal and plan.shape[-1:] == (group.size,)
 
 
 # --- chains of permutations and rotations
@@ -184,7 +212,7 @@ def _invertible_plans_of_all_groups(symmetry: Symmetry, plans: Plans | HasPlans)
     # What several units have been mixed into does not tell them apart again.
     soft = []
     for name, plan in plans.items():
-        if not is_permutation(plan) and not symmetry[name].orthogonal:
+        if not is_permutation(plan) and not is_orthogonal(symmetry[name], plan):
             soft.append(name)
     if soft:
         raise ValueError(f"only permutations can be chained or turned around; soft: {soft}")
@@ -268,7 +296,7 @@ def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dic
     problems = {}
     for name, reason in permutable_only(symmetry).items():
         is_soft = name in plans and not is_permutation(plans[name])
-        if is_soft and not symmetry[name].orthogonal:
+        if is_soft and not is_orthogonal(symmetry[name], plans[name]):
             problems[name] = reason
     return problems
 
@@ -319,8 +347,11 @@ def _problem_of_plan(
         note = f", one for every pair of what {group.outer} moves from and to"
     if is_permutation(plan):
         return _problem_of_permutation(group, plan, batch, note, target_size)
-    if group.orthogonal:
+    if is_orthogonal(group, plan) or group.rotates:
         return _problem_of_rotation(group, plan, batch, target_size)
+    if group.signed and plan.ndim and target_size != group.size:
+        # Masses whose signs say by what units are multiplied.
+        plan = abs(plan)
     return _problem_of_coupling(group, plan, batch, note, target_size)
 
 

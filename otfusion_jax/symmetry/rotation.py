@@ -10,7 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from otfusion_jax.common.host import Array, array_module
 
 
 @functools.partial(jax.jit, static_argnames=("size", "batch", "fixes_ones"))
@@ -37,45 +39,47 @@ def random_rotation(
     return extend(smaller)
 
 
-def fixing_ones(smaller: Float[Array, "k k"]) -> Float[Array, "n n"]:
+def fixing_ones(smaller: Float[Array, "*batch k k"]) -> Float[Array, "*batch n n"]:
     """Makes an orthogonal matrix of one more dimension, which leaves the vector of ones as it is.
 
     Args:
         smaller: An orthogonal matrix of one dimension less, which says what becomes of the
-            complement of the vector of ones, in the basis of `reflected`.
+            complement of the vector of ones, in the basis of `reflected`; or a stack of them.
 
     Returns:
         The matrix, of the same dtype; exactly the identity for the identity.
     """
-    k = len(smaller)
+    k = smaller.shape[-1]
     # Less the identity, so that units that stay do so without the errors of two reflections.
-    change = smaller - jnp.eye(k, dtype=smaller.dtype)
-    padded = jnp.pad(change, ((1, 0), (1, 0)))
-    return jnp.eye(k + 1, dtype=smaller.dtype) + reflected(padded)
+    xp = array_module(smaller)
+    change = smaller - xp.eye(k, dtype=smaller.dtype)
+    beside = [(0, 0)] * (smaller.ndim - 2) + [(1, 0), (1, 0)]
+    padded = xp.pad(change, beside)
+    return xp.eye(k + 1, dtype=smaller.dtype) + reflected(padded)
 
 
-def reflected(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def reflected(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Multiplies a matrix from both sides by the reflection H with `H e_1 = -1 / sqrt(n)`.
 
     H is symmetric and its own inverse, and the sign cancels. The other one, with which `e_1` would
     go to the ones themselves, divides by zero for `n == 1`, and loses digits for any small n.
 
     Args:
-        matrix: The matrix.
+        matrix: The matrix, or a stack of them.
 
     Returns:
         H times the matrix times H: the matrix in a basis whose first vector is along the ones.
     """
     of_columns = _columns_reflected(matrix)
-    of_both = _columns_reflected(of_columns.T)
-    return of_both.T
+    of_both = _columns_reflected(of_columns.swapaxes(-1, -2))
+    return of_both.swapaxes(-1, -2)
 
 
-def _columns_reflected(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def _columns_reflected(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Multiplies a matrix from the left by the Householder reflection of `reflected`."""
-    n = len(matrix)
+    n = matrix.shape[-1]
     normal = np.full((n, 1), 1 / np.sqrt(n))
     normal[0] += 1
-    normal = jnp.asarray(normal / np.linalg.norm(normal), matrix.dtype)
-    along_normal = jnp.sum(normal * matrix, axis=0, keepdims=True)
+    normal = np.asarray(normal / np.linalg.norm(normal), matrix.dtype)
+    along_normal = array_module(matrix).sum(normal * matrix, axis=-2, keepdims=True)
     return matrix - 2 * normal * along_normal

@@ -1,8 +1,9 @@
 """Permutations with signs, as matrices of which each row and column has a single 1 or -1."""
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Float, Int
+
+from otfusion_jax.common.host import Array, array_module
 
 
 def signed_matrix(
@@ -19,9 +20,11 @@ def signed_matrix(
         The matrix Q of the dtype of `signs`, with `Q[permutation[j], j] = signs[j]`.
     """
     n = permutation.shape[-1]
-    matrix = jax.nn.one_hot(permutation, n, axis=-2, dtype=signs.dtype) * signs[..., None, :]
+    is_there = permutation[..., None, :] == np.arange(n)[:, None]
     is_solved = (permutation >= 0) & (permutation < n)
-    return jnp.where(is_solved[..., None, :], matrix, jnp.nan)
+    xp = array_module(permutation, signs)
+    value = xp.where(is_solved, signs, np.nan)
+    return xp.where(is_there | ~is_solved[..., None, :], value[..., None, :], 0)
 
 
 def permutation_of(matrix: Float[Array, "*batch n n"]) -> Int[Array, "*batch n"]:
@@ -34,9 +37,10 @@ def permutation_of(matrix: Float[Array, "*batch n n"]) -> Int[Array, "*batch n"]
         The permutation, int32; indices out of range where there are NaN.
     """
     n = matrix.shape[-1]
-    index = jnp.argmax(jnp.abs(matrix), axis=-2).astype(jnp.int32)
-    is_nan = jnp.any(jnp.isnan(matrix), axis=-2)
-    return jnp.where(is_nan, n, index)
+    xp = array_module(matrix)
+    index = xp.argmax(abs(matrix), axis=-2).astype(np.int32)
+    is_nan = xp.any(xp.isnan(matrix), axis=-2)
+    return xp.where(is_nan, np.int32(n), index)
 
 
 def signs_of(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n"]:
@@ -45,4 +49,5 @@ def signs_of(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n"]:
     Args:
         matrix: A permutation with signs.
     """
-    return jnp.sign(jnp.sum(matrix, axis=-2))
+    xp = array_module(matrix)
+    return xp.sign(xp.sum(matrix, axis=-2))

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_function, require_key, require_kind
-from otfusion_jax.common.lazy import loaded
+from otfusion_jax.common.host import loaded
 from otfusion_jax.symmetry import display, serialization
 from otfusion_jax.symmetry.groups import (
     FOLDED,
@@ -133,6 +133,10 @@ class Symmetry(Mapping[str, Group]):
         What repeats itself from block to block is shown once, as in `layer_{0..11}/kernel`.
         """
         return display.table(self)
+
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        return display.html(self)
 
     def summary(self) -> str:
         """Says which share of the parameters can move, and what pins the rest.

@@ -54,7 +54,7 @@ def transport_state(
         SymmetryWarning: If arrays are passed on though they have sizes of groups, such as the row
             and column accumulators of `optax.sm3`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> import otfusion_jax as otf
         >>> params = {"in": jnp.ones((8, 4)), "out": jnp.ones((4, 2))}

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from otfusion_jax.common.lazy import LazyArray, loaded
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.sharding import (
     constrained,
     laid_out_like,
@@ -39,7 +41,14 @@ from otfusion_jax.symmetry.correspondence import match_groups
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.partition import BlockPartition
-from otfusion_jax.symmetry.plans import HasPlans, is_permutation, new_sizes, plans_of, require_plans
+from otfusion_jax.symmetry.plans import (
+    HasPlans,
+    is_orthogonal,
+    is_permutation,
+    new_sizes,
+    plans_of,
+    require_plans,
+)
 from otfusion_jax.symmetry.signs import permutation_of, signs_of
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -67,7 +76,8 @@ def transport(
             axis of the batch counts the old heads. Of a group that rotates (see
             `Symmetry.with_rotations`), a float plan is an orthogonal matrix `Q` `[n, n]`: new unit
             `j` is the sum of `Q[i, j]` times old unit `i`. Of a group that is signed (see
-            `Symmetry.with_signs`), it is a permutation whose ones may be minus ones. Groups that
+            `Symmetry.with_signs`), it is a permutation whose ones may be minus ones, or onto
+            another number of units a transport plan whose masses may be negative. Groups that
             are left out stay.
         params: The parameters of the network. They are not changed.
         onto: The symmetry of the network that the plans lead to, if its widths are others. None
@@ -96,7 +106,7 @@ def transport(
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     require_canonical(symmetry, params, "the model")
-    moved = move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto)
+    moved = as_jax(move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto))
     return moved if onto is not None else laid_out_like(moved, params)
 
 
@@ -112,7 +122,7 @@ def move_all(
         onto: The symmetry of the network that the plans lead to, see `move`.
 
     Returns:
-        The moved parameters.
+        The moved parameters. Those that were arrays of NumPy may be so again.
     """
     # Leaf after leaf, each by a small program that equal leaves share: one program for all of a
     # deep network would take XLA longer than everything else.
@@ -140,13 +150,14 @@ def move(
             None takes the widths from the plans.
 
     Returns:
-        The moved parameter.
+        The moved parameter, of NumPy where that has moved it (see `common.host`).
     """
     numbered = symmetry.numbered_leaves[leaf]
     leaf_plans = numbered.plans(plans)
     if not leaf_plans:
-        # The parameter is passed on as it is, of whatever dtype.
-        return array if isinstance(array, jax.Array | LazyArray) else _passed_on(array)
+        # The parameter is passed on as it is, of whatever dtype. Who gave an array of NumPy may
+        # write to it later on.
+        return array if isinstance(array, jax.Array | LazyArray) else np.array(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
@@ -155,6 +166,7 @@ def move(
         shape = array.shape if onto is None else onto.leaf_structures[leaf].partition.shape
         read = functools.partial(_moved_from_lazy, symmetry, plans, leaf, array, onto)
         return LazyArray(shape, array.dtype, read)
+    leaf_plans, array = as_numpy((leaf_plans, array))
     return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
 
 
@@ -164,13 +176,7 @@ def _moved_from_lazy(
     return move(symmetry, plans, leaf, loaded(array), onto)
 
 
-@jax.jit
-def _passed_on(array: Any) -> Array:
-    """Makes an array of JAX of a parameter that is one of NumPy or a number."""
-    return array
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "target", "layout"))
+@program(static_argnames=("structure", "target", "layout"))
 def _moved(
     structure: LeafStructure,
     target: BlockPartition | None,
@@ -250,7 +256,7 @@ def _moved_along(
         return mixed(block, dims, batch_dims, weights.astype(block.array.dtype))
     if is_permutation(plan):
         return permuted(block, unit_axis.dim, unit_axis.levels, plan)
-    if unit_axis.group.signed:
+    if unit_axis.group.signed and is_orthogonal(unit_axis.group, plan):
         block = permuted(block, unit_axis.dim, unit_axis.levels, permutation_of(plan))
         if not unit_axis.member.odd:
             return block
@@ -262,6 +268,8 @@ def _moved_along(
         if nested.levels[-1] == unit_axis.dim and nested.is_in(block):
             # These heads move together with the units in them, when it is the turn of those.
             return block
+    if unit_axis.group.signed and not unit_axis.member.odd:
+        plan = jnp.abs(plan)
     weights = _unit_weights(unit_axis.group, plan, role).astype(block.array.dtype)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
@@ -312,7 +320,7 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
 
 def _unit_weights(group: Group, plan: Array, role: Role) -> Array:
     """Returns by how much old units are in new ones, `[..., n, m]`, in one role."""
-    if group.orthogonal and not is_permutation(plan):
+    if not is_permutation(plan) and is_orthogonal(group, plan):
         # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
         return plan
     return _weights(_as_coupling(plan), role)
@@ -331,7 +339,7 @@ def _weights(plan: Array, role: Role) -> Array:
     """Divides a transport plan by its marginals.
 
     Args:
-        plan: Float `[..., n, m]`.
+        plan: Float `[..., n, m]`, of masses that may have signs.
         role: `"produces"` divides by the masses of the new units, P diag(1/b); other roles by those
             of the old ones, diag(1/a) P.
 
@@ -339,6 +347,7 @@ def _weights(plan: Array, role: Role) -> Array:
         The weights, `[..., n, m]`. Units without mass have weight 0.
     """
     axis_of_sum = -2 if role == "produces" else -1
-    masses = jnp.sum(plan, axis=axis_of_sum, keepdims=True)
+    xp = array_module(plan)
+    masses = xp.sum(abs(plan), axis=axis_of_sum, keepdims=True)
     # Where there is no mass, this is 0 / 1 and not 0 / 0.
-    return plan / jnp.where(masses > 0, masses, 1)
+    return plan / xp.where(masses > 0, masses, 1)

@@ -6,8 +6,8 @@ size, rest]`, and go back.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.symmetry.blocks import BlockDim, Blocks, fronted
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.location import LocatedFactor, UnitLocation
@@ -46,7 +46,7 @@ def units_in(blocks: Blocks, front: list[BlockDim]) -> Array:
             vectors.append(fronted(block, front))
     if len(vectors) == 1:
         return vectors[0]
-    return jnp.concatenate(vectors, axis=-1)
+    return array_module(*vectors).concatenate(vectors, axis=-1)
 
 
 def with_units(array: Array, location: UnitLocation, group: Group, units: Array) -> Array:

@@ -17,16 +17,18 @@ def require_fitting(
     treedef: Any,
     params: PyTree,
     name: str,
-    batch: tuple[int, ...],
+    batch: tuple[int, ...] = (),
+    reference: str = "the model that was traced",
 ) -> None:
-    """Refuses parameters that are not as they were traced; see `Symmetry.validate`.
+    """Refuses parameters that are not as others; see `Symmetry.validate`.
 
     Args:
-        leaves: Path, shape and dtype of every parameter, as traced.
-        treedef: The structure of the parameters, as traced.
+        leaves: Path, shape and dtype of every parameter of the others.
+        treedef: The structure of the others.
         params: The pytree to be checked.
         name: What to call the pytree in the message.
         batch: The leading axes that every leaf has in front.
+        reference: What to call the others in the message.
 
     Raises:
         ValueError: If the tree, a shape, or a kind of dtype is another, or if values are not
@@ -35,8 +37,8 @@ def require_fitting(
     given_leaves = leaves_of(params, name)
     if jax.tree_util.tree_structure(params) != treedef:
         raise ValueError(
-            f"{name} has another tree than expected; all models must be of the architecture "
-            "and framework that was traced:\n"
+            f"{name} has another tree than {reference}; all models must be of one architecture "
+            "and framework:\n"
             + "\n".join(_differences_of_trees(leaves, treedef, params, given_leaves))
         )
     problems: dict[int, str] = {}
@@ -63,8 +65,8 @@ def require_fitting(
         for number in sorted(problems):
             lines.append(f"  {leaves[number].path}: {problems[number]}")
         raise ValueError(
-            f"{name} does not fit the symmetry (was it made with the same sizes as the model that "
-            "was traced? did training diverge?):\n" + "\n".join(lines)
+            f"{name} does not fit {reference} (was it made with the same sizes? did training "
+            "diverge?):\n" + "\n".join(lines)
         )
 
 

@@ -19,7 +19,7 @@ split or pinned, and the symmetry stays right.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from otfusion_jax.tracing.axis import (
     Axis,
@@ -66,7 +66,7 @@ class AxisVariables:
     """
 
     def __init__(self) -> None:
-        self.roles = ParityUnionFind()
+        self.roles: ParityUnionFind = ParityUnionFind()
         self.current_equation: Equation | None = None
         self.pinned_at: dict[int, Equation | None] = {}
         self._parents: list[int] = []
@@ -174,13 +174,13 @@ class AxisVariables:
                 variables.add(factor.variable)
         return variables
 
-    def signature(self, axis: Axis) -> tuple:
+    def signature(self, axis: Axis) -> tuple[Any, ...]:
         """Returns what an axis is made of, roles left out.
 
         Returns:
             A nested tuple. Those of two axes are equal if all that is known of the two is the same.
         """
-        described: list[tuple] = []
+        described: list[tuple[Any, ...]] = []
         for term in self.expand(axis):
             if isinstance(term, Sum):
                 segments = [self.signature(segment) for segment in term.segments]

@@ -56,6 +56,7 @@ class Interpreter:
         interactions: What met other indices within an operation.
         regroupings: What was read as other axes.
         selections: What was selected from an axis, while the rest was left out.
+        padded: Axes that padding was put beside.
         produced: Where contractions with parameters put out features, in dataflow order.
         consumed: Where contractions take up features, in dataflow order.
         seen: Where any value that depends on inputs can be read, in dataflow order.
@@ -70,7 +71,7 @@ class Interpreter:
     """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
-        self.unifier = Unifier()
+        self.unifier: Unifier = Unifier()
         self.on_unsupported = on_unsupported
         self.loops: Axes = ()
         self.values: dict[Axes, None] = {}
@@ -79,6 +80,7 @@ class Interpreter:
         self.interactions: list[Interaction] = []
         self.regroupings: list[Regrouping] = []
         self.selections: list[Selection] = []
+        self.padded: list[Axis] = []
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []
@@ -285,16 +287,19 @@ class Interpreter:
 
         Some operation may have taken up the whole axis before, such as a normalisation. They count
         as left out all the same, unless they are summed over together with something else, or taken
-        up without those that were kept.
+        up without those that were kept. In a sum where those that were kept may stand beside
+        padding, as in a gradient, the others may count for nothing: it does not tell.
         """
         unifier = self.unifier
         contracted = self.variables(unifier.contracted_with_others)
-        used_elsewhere = contracted | self.picked()
+        picked = self.picked()
+        padded = self.variables(self.padded)
         readings = [unifier.variables_of(axis) for axis in self.read]
         left_out: set[int] = set()
         for selection in self.selections:
             kept = self.variables(selection.kept) | selection.single_positions
             whole = unifier.variables_of(selection.whole)
+            used_elsewhere = picked if kept & padded else picked | contracted
             for variable in whole - kept - used_elsewhere - left_out:
                 if unifier.is_free(variable) and not _is_read_alone(variable, kept, readings):
                     left_out.add(variable)

@@ -30,7 +30,7 @@ def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:
     Raises:
         TypeError: If it is anything else. The message says what to do instead.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf

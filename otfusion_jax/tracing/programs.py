@@ -75,7 +75,7 @@ def together(*functions: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         ValueError: If there are no functions.
         TypeError: If one of them can't be called.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> both = otf.together(lambda p, x: x @ p, lambda p, x, y: y - x @ p)
@@ -166,8 +166,8 @@ def _require_entry_point(number: int, entry: EntryPoint) -> None:
     is_pair = isinstance(entry, Sequence) and len(entry) == 2 and callable(entry[0])
     if not is_pair:
         raise TypeError(
-            f"entry point {number} is no pair (fn, inputs) of a function and its inputs, but a "
-            f"{type(entry).__name__}; pass fn(params, *inputs), or a list such as "
+            f"entry point {number} is no pair (fn, inputs) of a function and its inputs, but "
+            f"{kind_of(entry)}; pass fn(params, *inputs), or a list such as "
             "[(fn, (x,)), (other_fn, (x, y))]"
         )
     fn, inputs = entry

@@ -55,7 +55,7 @@ def register_rule(*primitives: core.Primitive, reads: bool = True) -> Callable[[
         TypeError: For no primitives, for what is no primitive (a name, a function of `jax.numpy`,
             the rule itself), and, by the decorator, for a rule that cannot be called.
 
-    Example:
+    Examples:
         >>> import otfusion_jax as otf
         >>> from jax.extend import core
         >>> swish_p = core.Primitive("swish")

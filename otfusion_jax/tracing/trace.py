@@ -91,7 +91,7 @@ def trace_symmetry(
             because of arguments of a wrong kind: parameters and inputs that are swapped, a list in
             place of the inputs.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> import otfusion_jax as otf
         >>> def mlp(params, x):

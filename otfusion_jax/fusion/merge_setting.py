@@ -1,0 +1,214 @@
+"""What `merge` has to work with, and which ways to move models it tries.
+
+All of it is known before the first trial: models, inputs, and the symmetries of the forms that
+models are moved in.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from otfusion_jax.averaging.stacking import in_canonical_form
+from otfusion_jax.common.host import Array
+from otfusion_jax.fusion.candidates import Candidate, Task
+from otfusion_jax.fusion.divergence import Objective
+from otfusion_jax.fusion.judges import Judge, Spread
+from otfusion_jax.fusion.repair_methods import AbstractRepair
+from otfusion_jax.fusion.samples import Samples
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+AS_THEY_ARE = "as they are"
+NOTHING = "nothing"
+_WEIGHTS = "weights"
+_TOKENS = (
+    "Only floating-point inputs can be drawn at random: the weights alone have decided. Pass "
+    "batches of inputs, or of tokens drawn from the range that they have."
+)
+_DRAWN_AT_RANDOM = (
+    "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
+)
+_ROTATED = (
+    "The inputs to match features by were drawn at random. Units are rotated, and so the weights "
+    "have decided: what such an average answers to noise says little."
+)
+
+
+class Known(NamedTuple):
+    """The inputs that are looked at.
+
+    Attributes:
+        example: Shapes of the inputs, two samples or more.
+        fit: The inputs to fit to; None if there are none.
+        held_out: The inputs to choose by; None if there are none.
+        more: All but those to choose by, where they are many; None if there are no more.
+        whole: All together; None if they are of two kinds.
+    """
+
+    example: tuple[PyTree, ...]
+    fit: Samples | None
+    held_out: Samples | None
+    more: Samples | None = None
+    whole: Samples | None = None
+
+    def exchanged(self) -> "Known":
+        """Returns the same with what is fitted to and what is chosen by exchanged."""
+        return self._replace(fit=self.held_out, held_out=self.fit)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What was asked for, checked.
+
+    Attributes:
+        fn: The function of the models.
+        models: The parameters of the models as they were given.
+        weights: How much each of them counts, float `[K]`.
+        leaf_weight: How much each parameter counts.
+        symmetry: The symmetry of the models.
+        known: The inputs that are looked at.
+        objective: What is to be small; None without inputs.
+        repairs: The repairs to try.
+        update: A step in training mode, where running statistics are to be estimated anew.
+        key: The source of randomness.
+    """
+
+    fn: Callable[..., Any]
+    models: list[PyTree]
+    weights: Array
+    leaf_weight: Callable[[str], Any] | None
+    symmetry: Symmetry
+    known: Known
+    objective: Objective | None
+    repairs: tuple[AbstractRepair, ...]
+    update: Callable[[PyTree, Any], PyTree] | None
+    key: Array
+
+    @property
+    def free(self) -> Symmetry:
+        """The symmetry with rotations and signs; the same as without, if there are none."""
+        return self.symmetry.with_rotations().with_signs()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the inputs."""
+        if self.known.whole is not None:
+            return ()
+        if self.known.fit is None:
+            return (_TOKENS,)
+        return (_ROTATED,) if self.weights_decide else (_DRAWN_AT_RANDOM,)
+
+    @property
+    def weights_decide(self) -> bool:
+        """Whether weights alone decide.
+
+        Where units rotate, as in transformers, what an average answers to noise says nothing of
+        what it answers to data, and least squares on noise hurt it.
+        """
+        return self.known.whole is None and (self.known.fit is None or self.free.rotates)
+
+    def judge(self) -> Judge | Spread:
+        """Returns what scores averages."""
+        if self.weights_decide or self.objective is None or self.known.held_out is None:
+            return Spread(self.weights, self.leaf_weight)
+        return Judge(self.objective, self.models, self.weights, self.known.held_out)
+
+    def task(self, symmetry: Symmetry) -> Task:
+        """Puts the models into the form of a symmetry."""
+        models = self.models
+        if symmetry.has_form:
+            models = in_canonical_form(symmetry, models, len(models), stacked=False)
+        return Task(
+            symmetry,
+            self.fn,
+            models,
+            self.weights,
+            self.leaf_weight,
+            self.known.fit,
+            self.objective,
+            jax.random.fold_in(self.key, 1),
+        )
+
+
+class Step(NamedTuple):
+    """A way to move models.
+
+    Attributes:
+        candidate: What they are matched by.
+        symmetry: The symmetry of the form that they are moved in.
+    """
+
+    candidate: Candidate
+    symmetry: Symmetry
+
+    @property
+    def start(self) -> str:
+        """What the models are matched by."""
+        return self.candidate.name
+
+    @property
+    def units(self) -> str:
+        """What units are moved by, in a word."""
+        if not self.candidate.moves:
+            return NOTHING
+        if self.symmetry.rotates:
+            return "rotations"
+        return "signs" if self.symmetry.orthogonal else "permutations"
+
+
+def planned(candidates: list[Candidate], asked_for: bool, setting: Setting) -> list[Step]:
+    """Says which candidates are tried, and with which symmetry.
+
+    Args:
+        candidates: The candidates.
+        asked_for: Whether they were asked for, so that none may be left out.
+        setting: The models, and what is known of them.
+
+    Returns:
+        The steps, in the order in which they are tried.
+
+    Raises:
+        ValueError: If a candidate that was asked for does not apply.
+    """
+    steps = []
+    for candidate in candidates:
+        problem = _why_not(candidate, setting)
+        if problem and asked_for:
+            raise ValueError(f"the candidate {candidate.name!r} does not apply: {problem}")
+        if not problem:
+            for symmetry in _forms(candidate, setting):
+                steps.append(Step(candidate, symmetry))
+    return steps
+
+
+def _why_not(candidate: Candidate, setting: Setting) -> str:
+    """Says why a candidate does not apply; nothing if it does."""
+    if candidate.rotates and not setting.free.rotates:
+        return "no units of this network can be rotated"
+    if candidate.looks_at_inputs and setting.known.fit is None:
+        return "there are no inputs to look at"
+    if candidate.learns and setting.known.whole is None:
+        return "what is learned on inputs drawn at random does not hold for others; pass batches"
+    if candidate.permutes and setting.symmetry.orthogonal:
+        return "the symmetry has rotations or signs; pass it without them"
+    if candidate.least_models > len(setting.models):
+        return f"of {len(setting.models)} models it makes what 'weights' makes"
+    return ""
+
+
+def _forms(candidate: Candidate, setting: Setting) -> list[Symmetry]:
+    """Says with which symmetries a candidate is tried: with all freedoms, without, or both."""
+    plain, free = setting.symmetry, setting.free
+    if not free.orthogonal:
+        return [plain]
+    if setting.weights_decide:
+        # Distances of weights can be compared in one form alone.
+        return [free]
+    if candidate.permutes or not candidate.moves:
+        return [plain]
+    # What `fuse` does unless it is told otherwise is tried beside the same with rotations. Signs
+    # alone make less of a difference, which may be for the worse.
+    tries_both = candidate.name == _WEIGHTS or not free.rotates
+    return [plain, free] if tries_both and not plain.orthogonal else [free]

@@ -1,0 +1,187 @@
+"""How a trial of `merge` is made: models moved, averaged, repaired, and what follows.
+
+A `Recipe` says which steps; a `Workshop` takes them, on inputs of its own.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from otfusion_jax.averaging.average import average
+from otfusion_jax.averaging.estimation import estimate_statistics
+from otfusion_jax.common.host import Array
+from otfusion_jax.fusion.candidates import Task
+from otfusion_jax.fusion.distill import trained
+from otfusion_jax.fusion.merge_setting import NOTHING, Setting, Step
+from otfusion_jax.fusion.passes import Passes
+from otfusion_jax.fusion.repair import repaired
+from otfusion_jax.fusion.repair_methods import AbstractRepair
+from otfusion_jax.fusion.samples import Samples
+from otfusion_jax.symmetry.symmetry import Symmetry
+
+_KEPT_BYTES = 2**30
+"""How many bytes of features a repair may keep from pass to pass."""
+
+
+class Recipe(NamedTuple):
+    """What is done in a trial.
+
+    Attributes:
+        step: How models are moved.
+        method: The repair of their average; None for none.
+        anew: Whether running statistics are estimated anew.
+        count: How many steps it is polished for.
+        on: How many inputs are fitted to, where these are more than in other trials; else 0.
+    """
+
+    step: Step
+    method: AbstractRepair | None = None
+    anew: bool = False
+    count: int = 0
+    on: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything after the average is fitted to inputs."""
+        return self.method is not None or self.anew or self.count > 0
+
+    @property
+    def then(self) -> str:
+        """What is done after the average, in words."""
+        words = []
+        if self.method is not None:
+            words.append(_name_of(self.method))
+        if self.anew:
+            words.append("statistics anew")
+        if self.count:
+            words.append("distilled")
+        then = ", ".join(words) or NOTHING
+        return f"{then} ({self.on:,} inputs)" if self.on else then
+
+
+def _name_of(method: AbstractRepair) -> str:
+    """Names a repair, with those of its settings that are not the usual ones."""
+    changed = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        # Of several values, the one that was chosen is said elsewhere.
+        if value != field.default and not isinstance(value, tuple):
+            changed.append(f"{field.name}={value}")
+    name = type(method).__name__
+    return f"{name}({', '.join(changed)})" if changed else name
+
+
+class Found(NamedTuple):
+    """What came of a trial.
+
+    Attributes:
+        recipe: What was done.
+        params: The parameters.
+        task: The models in the form that they were moved in.
+        moved: The models as they were moved.
+        ridges: The ridges that the repair has chosen, by the key path of a parameter.
+    """
+
+    recipe: Recipe
+    params: PyTree
+    task: Task
+    moved: list[PyTree]
+    ridges: dict[str, Array]
+
+
+class Workshop:
+    """Makes what is to be tried.
+
+    Attributes:
+        setting: What was asked for, with the inputs to fit to.
+    """
+
+    def __init__(self, setting: Setting):
+        """Starts with nothing made."""
+        self.setting = setting
+        # What several candidates need, such as inner products of features, is kept by the task.
+        self._tasks: dict[Symmetry, Task] = {}
+        self._moved: dict[Step, list[PyTree]] = {}
+
+    def keep(self, steps: list[Step]) -> None:
+        """Lets go of models as they were moved by all steps but some."""
+        self._moved = {step: self._moved[step] for step in steps}
+
+    def make(self, recipe: Recipe, samples: Samples | None = None) -> Found:
+        """Makes what a recipe says.
+
+        Args:
+            recipe: What to do.
+            samples: The inputs to fit to, once models are moved; None for those of the setting,
+                which decide how models are moved in any case.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: If something can't be done with these models, as too few samples.
+            FloatingPointError: If numbers are out of range.
+        """
+        setting = self.setting
+        # Of what is held out no repair may see anything, until all is chosen.
+        if samples is None:
+            samples = setting.known.more if recipe.on else setting.known.fit
+        task, moved = self._move(recipe.step)
+        ridges: dict[str, Array] = {}
+        if recipe.method is None:
+            params = average(moved, setting.weights.tolist())
+        else:
+            assert samples is not None
+            params, ridges = repaired(
+                task.symmetry,
+                setting.fn,
+                moved,
+                Passes(list(samples.batches())),
+                setting.weights.tolist(),
+                recipe.method,
+                [None] * len(moved),
+                _KEPT_BYTES,
+            )
+        if recipe.anew:
+            params = self._with_statistics(params, samples)
+        if recipe.count:
+            params = self._polished(params, recipe.count, samples)
+        return Found(recipe, params, task, moved, ridges)
+
+    def _move(self, step: Step) -> tuple[Task, list[PyTree]]:
+        """Moves the models, unless that was done before."""
+        if step.symmetry not in self._tasks:
+            self._tasks[step.symmetry] = self.setting.task(step.symmetry)
+        task = self._tasks[step.symmetry]
+        if step not in self._moved:
+            self._moved[step] = step.candidate.move(task)
+        return task, self._moved[step]
+
+    def _with_statistics(self, params: PyTree, samples: Samples | None) -> PyTree:
+        """Estimates running statistics anew."""
+        assert samples is not None
+        assert self.setting.update is not None
+        batches = []
+        for inputs in samples.batches():
+            # As the user has them: an array, or a tuple for functions of several inputs.
+            (batch,) = inputs if len(inputs) == 1 else (inputs,)
+            batches.append(batch)
+        return estimate_statistics(self.setting.update, params, batches)
+
+    def _polished(self, params: PyTree, count: int, samples: Samples | None) -> PyTree:
+        """Trains a model towards the mean prediction of all."""
+        setting = self.setting
+        assert setting.objective is not None
+        assert samples is not None
+        return trained(
+            setting.objective,
+            params,
+            setting.models,
+            setting.weights,
+            samples,
+            steps=count,
+            trains=setting.leaf_weight,
+            key=jax.random.fold_in(setting.key, 2),
+        )

@@ -1,0 +1,123 @@
+"""Checks that ridges are solved for together, and that the best of them is taken."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal, normals
+
+import otfusion_jax as otf
+from otfusion_jax.fusion.least_squares import shifted_solutions
+from otfusion_jax.fusion.passes import Passes
+from otfusion_jax.fusion.repair import repaired
+
+RIDGES = (1e-4, 1e-2, 1.0, 100.0)
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+
+def matrix(size: int, rank: int) -> np.ndarray:
+    factors = np.random.default_rng(0).normal(size=(size, rank))
+    return factors @ factors.T / rank
+
+
+@pytest.mark.parametrize("rank", [12, 5])
+def test_shifted_systems_are_solved_together(rank: int):
+    operator = matrix(12, rank)
+    right_side = operator @ np.random.default_rng(1).normal(size=(12, 3))
+    shifts = np.array([1.0, 0.1, 0.5, 30.0])
+    found = shifted_solutions(
+        lambda x: jnp.asarray(operator, jnp.float32) @ x,
+        jnp.asarray(right_side, jnp.float32),
+        jnp.asarray(shifts, jnp.float32),
+        60,
+    )
+    for shift, solution in zip(shifts, found, strict=True):
+        close(solution, np.linalg.solve(operator + shift * np.eye(12), right_side))
+
+
+def test_every_step_is_that_of_conjugate_gradients():
+    operator = jnp.asarray(matrix(20, 20), jnp.float32)
+    right_side = normal(20, 3, seed=2)
+    shifts = jnp.array([0.0, 0.3, 2.0])
+    for steps in (1, 2, 5):
+        found = shifted_solutions(lambda x: operator @ x, right_side, shifts, steps)
+        for shift, solution in zip(shifts, found, strict=True):
+            expected, _ = jax.scipy.sparse.linalg.cg(
+                lambda x, shift=shift: operator @ x + shift * x, right_side, maxiter=steps, tol=0
+            )
+            close(solution, expected, atol=1e-3)
+
+
+def test_nothing_to_solve_stays_nothing():
+    zero = jnp.zeros((4, 2))
+    found = shifted_solutions(lambda x: 0 * x, zero, jnp.array([0.0, 1.0]), 5)
+    np.testing.assert_array_equal(found, jnp.zeros((2, 4, 2)))
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+@functools.cache
+def setting(samples: int):
+    shapes = {"first": (5, 40), "second": (40, 3)}
+    nets = [normals(shapes, seed) for seed in range(2)]
+    return (
+        otf.trace_symmetry(network, nets[0], normal(2, 5, seed=0)),
+        nets,
+        normal(samples, 5, seed=2),
+    )
+
+
+def fitted(symmetry, nets, x, ridge):
+    method = otf.LeastSquares(ridge=ridge, steps=400)
+    return repaired(symmetry, network, nets, Passes([(x,)]), None, method, [None, None], 1)
+
+
+@pytest.mark.parametrize("samples", [40, 200, 1000])
+def test_the_ridge_that_is_best_for_samples_held_out_is_taken(samples: int):
+    symmetry, nets, x = setting(samples)
+    found = fitted(symmetry, nets, x, RIDGES)
+    wide = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net) for net in nets]
+    # The first layer sees the same inputs in all networks: its average is right.
+    rows = np.tanh(np.asarray(x, np.float64) @ (wide[0]["first"] + wide[1]["first"]) / 2)
+    kernel = (wide[0]["second"] + wide[1]["second"]) / 2
+    missing = sum(np.tanh(x @ net["first"]) @ net["second"] for net in wide) / 2 - rows @ kernel
+    edge = samples - samples // 5
+    gram = rows[:edge].T @ rows[:edge]
+    errors = []
+    for ridge in RIDGES:
+        penalised = gram + ridge * np.trace(gram) / 40 * np.eye(40)
+        change = np.linalg.solve(penalised, rows[:edge].T @ missing[:edge])
+        errors.append(np.sum((rows[edge:] @ change - missing[edge:]) ** 2))
+    best = RIDGES[int(np.argmin(errors))]
+    assert float(found.ridges["second"]) == pytest.approx(best)
+    # With it, the parameter is fitted to all samples.
+    expected = fitted(symmetry, nets, x, best)
+    assert not expected.ridges
+    close(found.params["second"], expected.params["second"], atol=2e-3)
+
+
+def test_more_samples_want_less_of_a_ridge():
+    chosen = [float(fitted(*setting(count), RIDGES).ridges["second"]) for count in (40, 1000)]
+    assert chosen[0] > chosen[1]
+
+
+def test_too_few_samples_to_hold_any_out_take_the_first_ridge():
+    symmetry, nets, x = setting(40)
+    found = fitted(symmetry, nets, x[:4], (0.5, 0.1))
+    assert {float(ridge) for ridge in found.ridges.values()} == {0.5}
+
+
+def test_ridges_are_chosen_under_jit():
+    symmetry, nets, x = setting(200)
+    method = otf.LeastSquares(ridge=RIDGES)
+    expected = otf.repair(symmetry, network, nets, x, method=method)
+
+    @jax.jit
+    def jitted(nets, x):
+        return otf.repair(symmetry, network, nets, x, method=method)
+
+    jax.tree.map(close, jitted(nets, x), expected)
