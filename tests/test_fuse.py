@@ -232,6 +232,22 @@ def test_method_and_solver_reach_the_alignment():
         otf.fuse(symmetry, models, solver=otf.Sinkhorn())
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_soft_plans_of_a_leaf_that_is_used_twice_are_refused(batch_size):
+    def tied(params, x):
+        stream = x @ params["embed"]
+        stream = stream + jax.nn.relu(stream @ params["up"]) @ params["down"]
+        return stream @ params["embed"].T
+
+    shapes = {"embed": (5, 8), "up": (8, 12), "down": (12, 8)}
+    models = [normals(shapes, seed) for seed in range(3)]
+    symmetry = otf.trace_symmetry(tied, models[0], normal(4, 5))
+    options = {"method": otf.ForwardPass(), "batch_size": batch_size}
+    with pytest.raises(ValueError, match="embed both produce and consume the units"):
+        otf.fuse(symmetry, models, solver=otf.Sinkhorn(), **options)
+    assert otf.fuse(symmetry, models, **options)["embed"].shape == (5, 8)
+
+
 def test_integers_are_those_of_the_reference():
     def fn(params, x):
         return jax.nn.relu(x @ params["w"]) @ params["v"]

@@ -50,6 +50,7 @@ from otfusion_jax.symmetry.checks import (
     require_symmetry,
     warn_without_groups,
 )
+from otfusion_jax.symmetry.plans import require_movable
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import move_all, transport
 
@@ -257,6 +258,7 @@ class _Fusion:
             solver=self.solver,
             weights=self.weight_of_leaf,
         )
+        require_movable(self.symmetry, alignment.plans)
         return move_all(self.symmetry, alignment.plans, source)
 
     def one_by_one(

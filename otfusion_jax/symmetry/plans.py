@@ -282,6 +282,26 @@ def require_plans(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None
     # Permutations change no width.
     if not problems and onto is None and has_soft_plan:
         problems = _leaves_without_known_shape(symmetry, plans)
+    _refuse(symmetry, problems)
+
+
+def require_movable(symmetry: Symmetry, plans: Plans) -> None:
+    """Refuses soft plans of groups that can only be permuted, as plans of a solver may be.
+
+    Shapes and dtypes alone are looked at, so that plans may be traced.
+
+    Args:
+        symmetry: The symmetry of the network that the plans move.
+        plans: Group name to plan, as `align` has found them.
+
+    Raises:
+        ValueError: If there are any, listing each group with the reason.
+    """
+    _refuse(symmetry, _groups_that_soft_plans_cannot_move(symmetry, plans))
+
+
+def _refuse(symmetry: Symmetry, problems: Mapping[str, str]) -> None:
+    """Raises if there are problems, by the names of groups or leaves."""
     if problems:
         lines = ["these plans do not fit the symmetry:"]
         for name, problem in problems.items():
@@ -293,11 +313,20 @@ def require_plans(symmetry: Symmetry, plans: Plans, onto: Symmetry | None = None
 
 def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dict[str, str]:
     """Returns for each group with a soft plan that can only be permuted the reason, in words."""
+    reasons = permutable_only(symmetry)
     problems = {}
-    for name, reason in permutable_only(symmetry).items():
-        is_soft = name in plans and not is_permutation(plans[name])
-        if is_soft and not is_orthogonal(symmetry[name], plans[name]):
-            problems[name] = reason
+    for name, plan in plans.items():
+        group = symmetry[name]
+        if is_permutation(plan) or is_orthogonal(group, plan):
+            continue
+        both = [member.path for member in group.members if member.role == "both"]
+        if both:
+            problems[name] = (
+                f"a soft plan, but {', '.join(both)} both produce and consume the units, which "
+                "only a permutation can serve; give each of the two uses a leaf of its own"
+            )
+        elif name in reasons:
+            problems[name] = reasons[name]
     return problems
 
 
@@ -450,10 +479,4 @@ def _problem_of_coupling(
         is_coupling = np.any(has_mass) if note else np.all(has_mass)
         if values.size and not is_coupling:
             return "no mass at all, which would make the units 0"
-    both = [member.path for member in group.members if member.role == "both"]
-    if both:
-        return (
-            f"a soft plan, but {', '.join(both)} both produce and consume the units, which only a "
-            "permutation can serve; give each of the two uses a leaf of its own"
-        )
     return None

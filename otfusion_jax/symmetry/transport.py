@@ -269,7 +269,7 @@ def _moved_along(
             # These heads move together with the units in them, when it is the turn of those.
             return block
     if unit_axis.group.signed and not unit_axis.member.odd:
-        plan = jnp.abs(plan)
+        plan = abs(plan)
     weights = _unit_weights(unit_axis.group, plan, role).astype(block.array.dtype)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
