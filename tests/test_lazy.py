@@ -78,6 +78,16 @@ def test_lazy_models_are_aligned_and_fused_as_others_are(symmetry, stored, metho
         np.testing.assert_array_equal(np.asarray(fused[name]), value)
 
 
+def test_lazy_leaves_are_weighted(symmetry, stored):
+    found, expected = (
+        otf.align(symmetry, *models, leaf_weight=lambda path: 4.0 if path == "second" else 0.0)
+        for models in ([dict(checkpoint.arrays) for checkpoint in stored], [model(0), model(1)])
+    )
+    for name, plan in expected.plans.items():
+        np.testing.assert_array_equal(found.plans[name], plan)
+    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-6)
+
+
 def test_nothing_is_computed_before_it_is_looked_at(symmetry):
     counted = Counted(model(0))
     moved = otf.transport(symmetry, symmetry.random(jax.random.key(0)), counted.params)
