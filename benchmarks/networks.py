@@ -214,6 +214,58 @@ def transformer(
     return apply, shapes, (1, 8)
 
 
+def llama(depth: int, width: int, heads: int, hidden: int, vocabulary: int) -> Network:
+    """A language model with the parts of Llama: RMSNorm, rotary positions, SwiGLU.
+
+    Args:
+        depth: number of blocks.
+        width: of the residual stream.
+        heads: of attention, of `width // heads` dimensions each.
+        hidden: number of units of each gated layer.
+        vocabulary: number of tokens.
+
+    Returns:
+        The network, of tokens `[time]`.
+    """
+    each = (heads, width // heads)
+    block = {"norm1": (width,), "norm2": (width,), "out": (*each, width)}
+    block |= dict.fromkeys(("query", "key", "value"), (width, *each))
+    block |= {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (vocabulary, width), "norm": (width,)}
+    shapes["head"] = (width, vocabulary)
+    for number in range(depth):
+        shapes |= {f"layers.{number}.{name}": shape for name, shape in block.items()}
+
+    def norm(x: Array, scale: Array) -> Array:
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale[None]
+
+    def rotated(x: Array) -> Array:
+        """Turns pairs of dimensions by angles that grow with the position."""
+        first, second = jnp.split(x, 2, axis=-1)
+        frequencies = 1e4 ** -jnp.linspace(0, 1, first.shape[-1], endpoint=False)
+        angles = jnp.arange(len(x))[:, None, None] * frequencies[None, None]
+        cosine, sine = jnp.cos(angles), jnp.sin(angles)
+        parts = [first * cosine - second * sine, second * cosine + first * sine]
+        return jnp.concatenate(parts, axis=-1)
+
+    def attention(p: dict[str, Array], y: Array) -> Array:
+        query, key = (rotated(jnp.einsum("td,dhk->thk", y, p[name])) for name in ("query", "key"))
+        value = jnp.einsum("td,dhk->thk", y, p["value"])
+        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return jnp.einsum("thk,hkd->td", y, p["out"])
+
+    def apply(params: dict[str, Array], tokens: Array) -> Array:
+        x = params["embed"][tokens]
+        for number in range(depth):
+            p = {name: params[f"layers.{number}.{name}"] for name in block}
+            x = x + attention(p, norm(x, p["norm1"]))
+            y = norm(x, p["norm2"])
+            x = x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
+        return norm(x, params["norm"]) @ params["head"]
+
+    return apply, shapes, (8,)
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "MLPNet": mlpnet,
     "VGG11": vgg11,

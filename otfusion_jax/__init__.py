@@ -29,11 +29,14 @@ from otfusion_jax.averaging.soup import Soup, greedy_soup
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.averaging.statistics import StatisticsWarning, running_statistics
 from otfusion_jax.averaging.task_vectors import dare, task_arithmetic, ties
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.evaluation.barrier import Barrier, barrier
 from otfusion_jax.evaluation.cka import linear_cka
 from otfusion_jax.evaluation.ensemble import ensemble
 from otfusion_jax.evaluation.plane import Plane, plane
 from otfusion_jax.evaluation.similarity import GroupSimilarity, Similarity, similarity
+from otfusion_jax.files.formats import read_checkpoint
+from otfusion_jax.files.writing import write_like
 from otfusion_jax.fusion.barycenter import Barycenter, barycenter
 from otfusion_jax.fusion.distill import distill
 from otfusion_jax.fusion.fuse import fuse
@@ -92,6 +95,7 @@ __all__ = [
     "Group",
     "GroupSimilarity",
     "Kind",
+    "LazyArray",
     "LearnedAlignment",
     "LearningState",
     "LeastSquares",
@@ -152,6 +156,7 @@ __all__ = [
     "plot_plane",
     "plot_plans",
     "plot_similarity",
+    "read_checkpoint",
     "register_rule",
     "regmean",
     "repair",
@@ -167,4 +172,5 @@ __all__ = [
     "transport_state",
     "unfold_batch_norm",
     "weight_importance",
+    "write_like",
 ]

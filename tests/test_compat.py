@@ -30,7 +30,7 @@ X = uniform(4, 5)
 
 MODULES_WITHOUT_RULES = {
     "jax._src.export.shape_poly": "arithmetic of symbolic shapes, which a trace does not have",
-    "jax._src.lax.parallel": "over devices, which `shard_map` gives; `vmap` makes others of it",
+    "jax._src.lax.parallel": "what few bodies of `shard_map` hold; `vmap` makes others of it",
     "jax._src.pallas": "inside of kernels; a call of a kernel has a rule",
     "jax._src.thunky": "inside of programs for one kind of device, which are compiled apart",
 }
@@ -47,10 +47,8 @@ PRIMITIVES_WITHOUT_RULES = {
     "eval_jaxpr": "becomes a `closed_call` when it is traced",
     "full_to_shard": "between devices, made when a partitioned program is lowered",
     "program_order": "orders effects on devices, and has no arrays",
-    "pvary": "casts types inside of `shard_map`",
     "reduced_vary_cast": "casts types inside of `shard_map`",
     "reduced_vary_cast_p": "casts types inside of `shard_map`",
-    "shard_map": "runs one program on each device, with axes that are parts of others",
     "shard_to_full": "between devices, made when a partitioned program is lowered",
     "stage": "happens outside of traces only",
     "unreachable": "raises an error where it is evaluated",

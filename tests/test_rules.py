@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from arrays import array, uniform
 from jax import lax
+from jax._src.lax.parallel import all_gather_invariant
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import linear_call
@@ -609,8 +610,32 @@ def over_rows(collective: Callable) -> Callable[[jax.Array], jax.Array]:
     return jax.vmap(lambda row: collective(row, "rows"), axis_name="rows")
 
 
+MESH = jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def on_each_device(name: str, body: Callable, given: tuple = ("devices",)) -> dict[str, Operation]:
+    out = jax.P("devices")
+    mapped = jax.shard_map(body, mesh=MESH, in_specs=jax.P(*given), out_specs=out)
+    return where_there_is(name, lambda _, h: mapped(h))
+
+
+def varying(h: jax.Array) -> jax.Array:
+    """What is the same on all devices, taken for something that is not."""
+    # By whichever name this JAX has for it.
+    cast = getattr(lax, "pvary", None) or functools.partial(lax.pcast, to="varying")
+    return cast(h, "devices")
+
+
 # The units are the last axis before and after.
 PASSED_ON = {
+    **on_each_device("shard_map", jnp.sin),
+    **on_each_device("psum_invariant", lambda h: lax.psum(h, "devices")),
+    **on_each_device("pvary", varying, given=()),
+    **on_each_device("ppermute", lambda h: lax.ppermute(h, "devices", [(0, 0)])),
+    **on_each_device("all_gather", lambda h: lax.all_gather(h, "devices", axis=0, tiled=True)),
+    **on_each_device(
+        "all_gather_invariant", lambda h: all_gather_invariant(h, "devices", axis=0)[0]
+    ),
     "device_put": Operation(P.device_put_p, lambda h: jax.device_put(h, jax.devices()[0])),
     "sharding_constraint": Operation(
         P.sharding_constraint_p,

@@ -1,4 +1,9 @@
-"""Checks arrays on a mesh whose axes are explicit, as `jax.make_mesh` makes them by default."""
+"""Checks arrays on meshes: of this process, and of one that has eight devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +40,25 @@ def test_arrays_on_an_explicit_mesh_are_aligned_fused_and_averaged():
         jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, atol=1e-6), got, expected)
     assert mean.converged
     assert moved["w"].sharding.is_equivalent_to(a["w"].sharding, 2)
+
+
+def test_what_is_said_of_eight_devices_holds():
+    # How many devices a CPU has is settled when JAX is first used. XLA's pool has to have a thread
+    # for each of them and for what runs beside, or collectives wait for ever on a small machine.
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment = os.environ | {
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+        "NPROC": "32",
+    }
+    program = Path(__file__).with_name("on_eight_devices.py")
+    # As a worker of this run: it shares what has been compiled, and starts no workers itself.
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(program)]
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=program.parents[1],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.leaf_programs import POSITIONS_AT_ONCE, cross_updated
 from otfusion_jax.alignment.problem import AlignmentProblem, position_of
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.sharding import is_spread
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_permutation
@@ -35,11 +36,11 @@ class _Compared(NamedTuple):
     """The inner products of a group tree, and what they depend on.
 
     Attributes:
-        grams: The inner products of each group of the tree.
+        grams: The inner products of each group of the tree; None if they are not kept.
         plans: The plans under which they were taken, of all groups that share a leaf with the tree.
     """
 
-    grams: list[Gram]
+    grams: list[Gram] | None
     plans: Plans
 
 
@@ -113,12 +114,14 @@ class DescentMemory:
         """
         grams = None
         compared = self._compared.pop(id(tree), None)
-        if compared is not None:
-            grams = self._updated(tree, compared, plans, members)
+        if compared is not None and compared.grams is not None:
+            grams = self._updated(tree, compared.grams, compared.plans, plans, members)
         if grams is None:
             grams = self._problem.compare(tree, plans, members)
         depends_on = {name: plans[name] for name in self._neighbours(tree)}
-        self._compared[id(tree)] = _Compared(grams, depends_on)
+        # Costs of all groups together may be larger than a model is.
+        kept = None if self._problem.lazy else grams
+        self._compared[id(tree)] = _Compared(kept, depends_on)
         return grams
 
     def _neighbours(self, tree: GroupTree) -> set[str]:
@@ -140,14 +143,19 @@ class DescentMemory:
     def _updated(
         self,
         tree: GroupTree,
-        compared: _Compared,
+        grams: list[Gram],
+        last_plans: Plans,
         plans: Plans,
         members: Sequence[Collection[Member]],
     ) -> list[Gram] | None:
         """Brings inner products up to date; None where it takes less time to take them anew."""
-        if len(tree.groups) > 1 or tree.siblings or compared.grams[0].intra is not None:
+        group, *nested = tree.groups
+        if nested or tree.siblings or grams[0].intra is not None:
             return None
-        moved = _moved(compared.plans, plans)
+        # A few units of a parameter that is spread may lie on any of the devices.
+        if any(is_spread(self._problem.source[member.leaf]) for member in group.members):
+            return None
+        moved = _moved(last_plans, plans)
         updates = []
         work = 0
         for unit_axis in self._problem.compared_axes(tree, members)[0]:
@@ -165,14 +173,14 @@ class DescentMemory:
         if work < LEAST_WORK:
             return None
 
-        gram = compared.grams[0]
+        gram = grams[0]
         cross = gram.cross
         moves = {}
         for name in moved:
             if not is_permutation(plans[name]):
                 # A rotation moves all units.
                 return None
-            columns, count = _moves(compared.plans[name], plans[name])
+            columns, count = _moves(last_plans[name], plans[name])
             if count > LARGEST_UPDATE * columns.shape[1]:
                 return None
             moves[name] = columns, count

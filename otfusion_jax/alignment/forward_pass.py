@@ -5,9 +5,11 @@ in place. `ForwardSweep` is that pass, for the loop in `visit`; coordinate desce
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import DEGREES, Gram
@@ -15,9 +17,10 @@ from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import AlignmentProblem
+from otfusion_jax.alignment.progress import Progress
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
-from otfusion_jax.common.host import program
+from otfusion_jax.common.host import as_jax, program
 from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group, Member
 
@@ -38,6 +41,8 @@ class ForwardPass(AbstractMethod):
         unit_norm: Whether to scale units to norm 1 for the cost, as the original does on request.
         members: Which weights make up a unit: those that produce it (`"producing"`), as in the
             paper, or those that consume it as well (`"all"`), in the order in which they are.
+        progress: A folder in which plans are kept as they are found, so that an alignment that was
+            killed goes on from there when it is called again. None keeps nothing.
 
     References:
         Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1.
@@ -45,18 +50,35 @@ class ForwardPass(AbstractMethod):
 
     unit_norm: bool = False
     members: Members = "producing"
+    progress: Path | None = None
 
     def __post_init__(self) -> None:
         require_flag(self, "unit_norm")
+        if self.progress is not None and not isinstance(self.progress, Path):
+            raise TypeError(f"progress is {self.progress!r}; give the pathlib.Path of a folder")
         if self.members not in ("producing", "all"):
             raise ValueError(f"members is {self.members!r}; it must be 'producing' or 'all'")
 
     def run(self, problem: AlignmentProblem, grams: dict[str, Gram] | None) -> Alignment:
-        """See `AbstractMethod.run`."""
+        """See `AbstractMethod.run`.
+
+        Raises:
+            ValueError: If there is a folder for progress inside of `jax.jit`, or it has the plans
+                of other models.
+        """
         sweep = ForwardSweep(problem, problem.metric, grams, self.unit_norm, self.members)
         start = initial_state(problem)
-        state = visit_group_trees(problem, start, [sweep])
-        before, after = problem.distance(start.plans), problem.distance(state.plans)
+        before = problem.distance(start.plans)
+        state = start
+        if self.progress is not None:
+            if not problem.known:
+                raise ValueError("progress can be kept outside of jax.jit alone; leave it None")
+            progress = Progress(self.progress, before)
+            state, solved = progress.resumed(start)
+            state = state if problem.xp is np else as_jax(state)
+            sweep = dataclasses.replace(sweep, progress=progress, solved=solved)
+        state = visit_group_trees(problem, state, [sweep])
+        after = problem.distance(state.plans)
         history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
@@ -79,6 +101,8 @@ class ForwardSweep(AbstractSweep):
             None, are compared by weights.
         unit_norm: Whether to scale units to norm 1.
         members: Which weights make up a unit, see `ForwardPass`.
+        progress: Where plans are kept; None keeps none.
+        solved: The positions of the group trees that were solved before.
     """
 
     problem: AlignmentProblem
@@ -86,6 +110,16 @@ class ForwardSweep(AbstractSweep):
     grams: dict[str, Gram] | None = None
     unit_norm: bool = False
     members: Members = "producing"
+    progress: Progress | None = None
+    solved: Collection[int] = ()
+
+    def is_settled(self, tree: GroupTree, state: DescentState) -> bool:
+        """See `AbstractSweep.is_settled`."""
+        return bool(self.solved) and self._position_of(tree) in self.solved
+
+    def _position_of(self, tree: GroupTree) -> int:
+        positions = [other is tree for other in self.problem.group_trees]
+        return positions.index(True)
 
     def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
         """See `AbstractSweep.compare`."""
@@ -120,7 +154,10 @@ class ForwardSweep(AbstractSweep):
         """See `AbstractSweep.accept`. Here every plan is kept."""
         new_plans = [solution.plan for solution in solutions]
         plans = self.problem.plans_after(tree, state.plans, new_plans)
-        return state.after(tree, solutions, plans, self.problem.xp.asarray(True))
+        after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
+        if self.progress is not None:
+            self.progress.save(self._position_of(tree), plans, after)
+        return after
 
 
 @program()

@@ -6,6 +6,7 @@ the kernels of a hundred blocks need one. What they return is in the dtype that 
 for.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 
 from otfusion_jax.alignment.costs import Gram, as_real, gram, squared_norm, unit_gram
 from otfusion_jax.common.host import Array, array_module, fori_loop, inner_product, program, taken
-from otfusion_jax.symmetry.blocks import Blocks
+from otfusion_jax.common.sharding import is_spread, replicated, with_auto_axes
+from otfusion_jax.symmetry.blocks import BlockDim, Blocks, in_order, spread_beside
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
 from otfusion_jax.symmetry.partition import BlockPartition
@@ -64,13 +66,47 @@ def units_compared(
     unit_axis = structure.unit_axes[axis]
     front = [*unit_axis.levels, unit_axis.dim]
     members = [structure.unit_axes[number].member for number in frozen]
-    blocks = move_blocks(structure, plans, source, members)
-    source_units = units_in(blocks, front)
-    target_units = units_in(target_partition.split(target), front)
-    if ratio != 1:
-        source_units = source_units * ratio
-    grams = unit_gram(source_units, target_units, unit_axis.group, intra)
-    return jax.tree.map(lambda x: array_module(x).asarray(x, dtype), grams)
+
+    def compare(plans: Plans, source: Array, target: Array) -> Gram:
+        blocks = move_blocks(structure, plans, source, members)
+        target_blocks = target_partition.split(target)
+        total = None
+        for some, some_of_target in _compared_together(blocks, target_blocks, front):
+            source_units, target_units = units_in(some, front), units_in(some_of_target, front)
+            if ratio != 1:
+                source_units = source_units * ratio
+            term = unit_gram(source_units, target_units, unit_axis.group, intra)
+            total = term if total is None else total + term
+        grams = jax.tree.map(lambda x: array_module(x).asarray(x, dtype), total)
+        # Where parameters are spread, each device has contracted its part, and these are added up.
+        return replicated(grams)
+
+    return with_auto_axes(compare, source, None)(plans, source, target)
+
+
+def _compared_together(
+    blocks: Blocks, target_blocks: Blocks, front: Sequence[BlockDim]
+) -> list[tuple[Blocks, Blocks]]:
+    """Sorts the blocks of two parameters by which are compared in one matrix product.
+
+    Args:
+        blocks: The blocks of the source's parameter.
+        target_blocks: Those of the target's, of the same keys and dimensions.
+        front: The dimensions of the units.
+
+    Returns:
+        Pairs of blocks. On one device all are compared at once. Those that are spread are compared
+        one by one, each where it is, as to put them side by side would gather them.
+    """
+    pairs = []
+    for key, block in blocks.items():
+        if not is_spread(block.array):
+            return [(blocks, target_blocks)]
+        if set(front).issubset(block.dims):
+            spread = spread_beside(block, front)
+            target_block = spread_beside(in_order(target_blocks[key], block.dims), front)
+            pairs.append(({key: spread}, {key: target_block}))
+    return pairs
 
 
 @program(donate_argnames=("total",))

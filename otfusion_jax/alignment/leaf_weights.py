@@ -6,6 +6,7 @@ multiplied by its square root. Here they are multiplied by powers of two as well
 squares into range.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.common.host import Array, array_module
+from otfusion_jax.common.host import Array, array_module, loaded
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.scaling import all_scaled
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -79,10 +81,17 @@ def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ..
     for array, part, leaf in zip(arrays, symmetry.parts, symmetry.leaf_of, strict=True):
         # w |x - y|² = |√w x - √w y|²: distances, cosines and overlaps are all weighted by this.
         if part.moves and weights[leaf] != 1:
-            root = array_module(array).asarray(math.sqrt(weights[leaf]), part.dtype)
-            array = array * root
+            times = functools.partial(_times, array, math.sqrt(weights[leaf]), part.dtype)
+            is_lazy = isinstance(array, LazyArray)
+            array = LazyArray(array.shape, array.dtype, times) if is_lazy else times()
         scaled.append(array)
     return scaled
+
+
+def _times(array: Any, factor: float, dtype: np.dtype) -> Array:
+    """Multiplies a parameter, which is read first if it is lazy."""
+    array = loaded(array)
+    return array * array_module(array).asarray(factor, dtype)
 
 
 def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], exponent: Array) -> list[Any]:

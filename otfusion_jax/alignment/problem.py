@@ -32,8 +32,9 @@ from otfusion_jax.alignment.leaf_programs import (
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
-from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand
+from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
+from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
@@ -70,6 +71,7 @@ class AlignmentProblem:
         group_trees: What is solved at once, in dataflow order.
         target_groups: The groups of the target, by name.
         known: Whether Python can look at all values. If not, everything is being traced.
+        lazy: Whether any parameter is read whenever it is looked at. Nothing large is kept then.
         moved: Of known values, each of the source's parameters as it was last moved, and the plans
             that it was moved along.
         xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
@@ -78,8 +80,8 @@ class AlignmentProblem:
 
     symmetry: Symmetry
     onto: Symmetry
-    source: list[Array]
-    target: list[Array]
+    source: list[Any]
+    target: list[Any]
     metric: costs.CostFn
     solver: AbstractSolver
     marginals: Marginals
@@ -87,6 +89,7 @@ class AlignmentProblem:
     group_trees: tuple[GroupTree, ...]
     target_groups: dict[str, Group]
     known: bool
+    lazy: bool
     moved: dict[int, tuple[Array, list[Array]]]
     xp: Any
 
@@ -109,7 +112,7 @@ class AlignmentProblem:
         for group, unit_axes in zip(tree.groups, self.compared_axes(tree, members), strict=True):
             total = None
             for unit_axis in unit_axes:
-                term = self._compare_along(tree, unit_axis, plans)
+                term = self.awaited(self._compare_along(tree, unit_axis, plans))
                 if group.signed:
                     term = told_apart(term, odd=unit_axis.member.odd)
                 total = term if total is None else added(total, term)
@@ -180,8 +183,8 @@ class AlignmentProblem:
             numbered.structure,
             self.onto.leaf_structures[member.leaf].partition,
             numbered.plans(plans),
-            self.source[member.leaf],
-            self.target[member.leaf],
+            self._loaded(self.source[member.leaf]),
+            self._loaded(self.target[member.leaf]),
             axis=position_of(unit_axis, unit_axes),
             frozen=tuple(frozen),
             ratio=ratio,
@@ -210,7 +213,7 @@ class AlignmentProblem:
             self.onto.leaf_structures[leaf].partition,
             {},
             self.moved_leaf(leaf, plans),
-            self.target[leaf],
+            self._loaded(self.target[leaf]),
             axis=position_of(unit_axis, unit_axes),
             frozen=(),
             ratio=1.0,
@@ -237,6 +240,10 @@ class AlignmentProblem:
             return move(self.symmetry, plans, number, self.source[number], self.onto)
         names = self.symmetry.numbered_leaves[number].names
         depends_on = [plans[name] for name in names if name in plans]
+        if isinstance(self.source[number], LazyArray):
+            # Read anew each time: of all leaves at once, what is kept would be the model.
+            moved = move(self.symmetry, plans, number, self._loaded(self.source[number]), self.onto)
+            return jax.block_until_ready(moved)
         moved, last = self.moved.get(number, (None, []))
         same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
         if moved is None or not same:
@@ -325,7 +332,8 @@ class AlignmentProblem:
             The squared distance, in the problem's dtype.
         """
         moved = self.moved_leaf(number, plans)
-        return squared_distance(moved, self.target[number], dtype=self.dtype)
+        target = self._loaded(self.target[number])
+        return self.awaited(squared_distance(moved, target, dtype=self.dtype))
 
     def similarity(self, plans: Plans) -> Float[Array, ""]:
         """Takes the sum over weight matrices of the log cosine of the moved source and the target.
@@ -346,8 +354,27 @@ class AlignmentProblem:
             has_units = self.symmetry.leaf_structures[number].unit_axes
             if part.moves and len(part.shape) > 1 and has_units:
                 moved = self.moved_leaf(number, plans)
-                similarities.append(log_cosine(moved, self.target[number], dtype=self.dtype))
+                target = self._loaded(self.target[number])
+                cosine = log_cosine(moved, target, dtype=self.dtype)
+                similarities.append(self.awaited(cosine))
         return self.summed(similarities)
+
+    def _loaded(self, array: Any) -> Array:
+        """Reads a parameter if it is lazy, for the array module of the problem."""
+        if not isinstance(array, LazyArray):
+            return array
+        return loaded(array) if self.xp is np else as_jax(loaded(array))
+
+    def awaited(self, results: Any) -> Any:
+        """Waits for results of leaves that are lazy, or many of them would be read ahead of time.
+
+        Args:
+            results: A pytree of arrays.
+
+        Returns:
+            The results.
+        """
+        return jax.block_until_ready(results) if self.lazy else results
 
     def summed(self, terms: Sequence[Array]) -> Float[Array, ""]:
         """Sums up numbers of all parameters; where they are known, they are fetched together.
@@ -418,11 +445,17 @@ def set_up_problem(
         for array, part in zip(arrays, symmetry.parts, strict=True):
             if part.moves:
                 moving.append(array)
+    lazy = any_lazy(moving)
     known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
     exponent: Any = np.int32(0)
     if solver.scale_free:
         exponent = _exponent_of_known(moving) if known else common_exponent(moving)
+        if lazy and exponent:
+            raise ValueError(
+                f"the largest weight is about 2**{exponent}, and squares would be out of range; "
+                "scaling takes models whose leaves are not lazy: jax.tree.map(np.asarray, model)"
+            )
         if not known or exponent:
             sources = rescaled(symmetry.parts, sources, -exponent)
             targets = rescaled(symmetry.parts, targets, -exponent)
@@ -446,13 +479,14 @@ def set_up_problem(
         group_trees=group_trees_of(symmetry),
         target_groups=target_groups,
         known=known,
+        lazy=lazy,
         moved={},
         xp=np if by_numpy else jnp,
     )
     return problem, exponent
 
 
-def _exponent_of_known(arrays: Sequence[Array]) -> np.int32:
+def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     """Returns the exponent of `common_exponent`, or 0 where squares and their sums are in range."""
     magnitudes = largest_magnitudes(arrays)
     _, exponent = np.frexp(max(magnitudes, default=0.0))

@@ -6,6 +6,7 @@ looks at values; `average_of` takes a stack of models and can be traced. In both
 leaves are averaged, and all others are those of one model: integers and keys have no average.
 """
 
+import functools
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from jaxtyping import Float, PyTree
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.lazy import LazyArray, any_lazy
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
@@ -93,13 +96,16 @@ def checked_average(
     # Leaf after leaf: they may lie on other devices, and widened they take twice the memory.
     means = []
     for number, (column, weights) in enumerate(zip(columns, shares, strict=True)):
-        if mean_of is None:
+        if mean_of is None and any_lazy(column):
+            read = functools.partial(_mean_of_lazy, column, weights)
+            means.append(LazyArray(column[0].shape, column[0].dtype, read))
+        elif mean_of is None:
             column, weights = as_numpy((column, weights))
             means.append(mean_of_column(column, weights))
         else:
             means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
-    averaged = treedef.unflatten(as_jax(means))
+    averaged = laid_out_like(treedef.unflatten(as_jax(means)), models[-1])
     require_finite(leaves, averaged, what)
     return averaged
 
@@ -125,6 +131,11 @@ def average_of(
     for leaf, leaf_weights in zip(leaves, weights, strict=True):
         means.append(_mean(leaf, leaf_weights))
     return treedef.unflatten(means)
+
+
+def _mean_of_lazy(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
+    column, weights = as_numpy((tuple(map(loaded, column)), weights))
+    return mean_of_column(column, weights)
 
 
 @program()

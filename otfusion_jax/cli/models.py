@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
+from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError, StoredArray
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 # Trees are walked by recursion.
@@ -105,13 +106,15 @@ class Naming:
         return tree
 
 
-def native(array: np.ndarray) -> np.ndarray:
+def native(array: StoredArray) -> StoredArray:
     """Returns an array in the byte order of this machine, which is the only one that JAX takes.
 
     Args:
         array: The array, of any byte order.
     """
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.isnative:
+        return array
+    return np.asarray(array).astype(array.dtype.newbyteorder("="))
 
 
 def fitted(
@@ -155,7 +158,7 @@ def fitted(
 
 def results_by_name(
     symmetry: Symmetry, result: PyTree, checkpoint: Checkpoint, naming: Naming
-) -> dict[str, np.ndarray]:
+) -> dict[str, StoredArray]:
     """Names the parameters of a result as a checkpoint does.
 
     Args:
@@ -168,12 +171,12 @@ def results_by_name(
         The arrays by name. Integers, booleans and keys are left out, which no one has changed.
     """
     names = naming.names(checkpoint)
-    arrays = {}
+    arrays: dict[str, StoredArray] = {}
     leaves = jax.tree_util.tree_leaves(result)
     for leaf, value in zip(symmetry.leaves, leaves, strict=True):
         # JAX may have narrowed integers of 64 bits; those of the file are passed on instead.
         if leaf.moves:
-            arrays[names[leaf.path]] = np.asarray(value)
+            arrays[names[leaf.path]] = value if isinstance(value, LazyArray) else np.asarray(value)
     return arrays
 
 
@@ -193,7 +196,7 @@ def _tied_in(others: Sequence[Checkpoint], naming: Naming, path: str) -> str:
     return ""
 
 
-def tied(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+def tied(arrays: Mapping[str, StoredArray]) -> list[tuple[str, str]]:
     """Finds arrays that are equal, as those are that a model uses twice.
 
     Args:

@@ -27,6 +27,9 @@ class Command(abc.ABC):
 
     quiet: bool = False
     """Say nothing of what is being done."""
+    lazily: bool = False
+    """Read safetensors array by array, whenever one is needed, for models larger than the memory.
+    """
 
     @abc.abstractmethod
     def run(self, console: Console) -> int:
@@ -55,7 +58,7 @@ class Command(abc.ABC):
         checkpoints = []
         for number, path in enumerate(paths, start=1):
             console.step(f"reading {path} ({number} of {len(paths)})")
-            checkpoints.append(read_checkpoint(path))
+            checkpoints.append(read_checkpoint(path, lazily=self.lazily))
         return checkpoints
 
 

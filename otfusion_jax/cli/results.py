@@ -19,7 +19,7 @@ from otfusion_jax.cli.report import (
     require_free_names,
     table_of_files,
 )
-from otfusion_jax.files.checkpoint import Checkpoint
+from otfusion_jax.files.checkpoint import Checkpoint, StoredArray
 from otfusion_jax.files.writing import write_like
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -65,7 +65,7 @@ class CommandWithResult(Command):
         symmetry: Symmetry,
         checkpoints: Sequence[Checkpoint],
         like: Checkpoint,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, StoredArray],
         facts: Mapping[str, Any],
         tables: Mapping[str, Table],
     ) -> int:
@@ -102,7 +102,7 @@ class CommandWithResult(Command):
         return 0
 
 
-def untied(like: Checkpoint, arrays: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+def untied(like: Checkpoint, arrays: Mapping[str, StoredArray]) -> list[tuple[str, str]]:
     """Finds arrays that were equal and are so no longer.
 
     Args:

@@ -21,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from otfusion_jax.common.lazy import LazyArray
 
 if TYPE_CHECKING:
     # NumPy's arrays have the methods of JAX's, as far as they are used on both.
@@ -102,8 +105,9 @@ def as_numpy(tree: Any) -> Any:
         tree: A pytree of arrays of JAX or NumPy, or Python numbers.
 
     Returns:
-        The tree with read-only views in the dtypes that JAX gives the values; random keys stay. The
-        tree as it is where any array is traced or lies elsewhere, and inside of what is traced.
+        The tree with read-only views in the dtypes that JAX gives the values; random keys and what
+        is lazy stay. The tree as it is where any array is traced, lies elsewhere or on a mesh, and
+        inside of what is traced.
     """
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     # Arrays of NumPy alone need not be asked where they are, which takes a while.
@@ -116,11 +120,12 @@ def at_hand(tree: Any) -> bool:
     """Says whether NumPy can work on some arrays in place of JAX.
 
     Args:
-        tree: A pytree of arrays of JAX or NumPy, or Python numbers.
+        tree: A pytree of arrays of JAX or NumPy, lazy ones, or Python numbers.
 
     Returns:
         Whether all of them are known and lie on the device that JAX puts results on, and that is a
-        CPU. False inside of what is traced.
+        CPU. Those that are lazy will, once they are read. False for what lies on a mesh, even of
+        one device, and inside of what is traced.
     """
     # Inside of what is traced, even this has no value.
     probe = jax.device_put(np.zeros((), np.int32))
@@ -132,15 +137,18 @@ def at_hand(tree: Any) -> bool:
     for leaf in jax.tree_util.tree_leaves(tree):
         if isinstance(leaf, Tracer):
             return False
-        # An array on several devices would lose its sharding.
-        if isinstance(leaf, jax.Array) and leaf.devices() != devices:
-            return False
+        if isinstance(leaf, jax.Array):
+            # As a view of NumPy it would lose the layout that results are to have.
+            if leaf.devices() != devices or isinstance(leaf.sharding, NamedSharding):
+                return False
     return True
 
 
 def _viewed(leaf: Any) -> Any:
     """Views an array as one of NumPy, without a copy unless JAX would take another dtype for it."""
     if type(leaf) is np.ndarray and leaf.dtype == np.float32:
+        return leaf
+    if isinstance(leaf, LazyArray):
         return leaf
     if isinstance(leaf, jax.Array):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
@@ -156,14 +164,33 @@ def as_jax(tree: Any) -> Any:
         tree: A pytree of arrays. Those of NumPy must not be written to any more.
 
     Returns:
-        The tree with arrays of JAX.
+        The tree with arrays of JAX; what is lazy stays.
     """
     leaves, treedef = jax.tree_util.tree_flatten(tree)
-    places = [number for number, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    places = []
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array | LazyArray):
+            places.append(number)
     put = jax.device_put([leaves[number] for number in places])
     for number, array in zip(places, put, strict=True):
         leaves[number] = array
     return treedef.unflatten(leaves)
+
+
+def loaded(array: Any) -> Any:
+    """Reads an array if it is lazy.
+
+    Args:
+        array: An array of any kind, or a number.
+
+    Returns:
+        The array; of one that was lazy, a view of NumPy where NumPy works in place of JAX, or else
+        an array on JAX's default device.
+    """
+    if not isinstance(array, LazyArray):
+        return array
+    read = np.asarray(array)
+    return _viewed(read) if at_hand(()) else jax.device_put(read)
 
 
 # --- what the two modules do not share

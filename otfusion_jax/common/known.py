@@ -39,12 +39,12 @@ def can_be_read_in_place(array: Any) -> bool:
         array: An array of JAX or NumPy, or a Python number. It must not be a tracer.
 
     Returns:
-        Whether they lie on CPUs that belong to this process.
+        Whether they lie on one CPU that belongs to this process.
     """
     if not isinstance(array, jax.Array):
         return True
-    # Of an array on several processes, this one has a part alone.
-    if not array.is_fully_addressable:
+    # Of an array on several devices, to read it all would be to gather it.
+    if len(array.devices()) > 1:
         return False
     for device in array.devices():
         if device.platform != "cpu":

@@ -28,6 +28,10 @@ MOST_AXES = 32
 _MOST_NUMBERS = 2**48
 
 
+StoredArray = Any
+"""An array of a checkpoint: one of NumPy, or a `LazyArray` where the checkpoint was read lazily."""
+
+
 class CheckpointError(ValueError):
     """A file that is no checkpoint, is damaged, or does not fit; the message names it."""
 
@@ -41,7 +45,7 @@ class AbstractLayout(abc.ABC):
         """The name of the format, as in `"safetensors"`."""
 
     @abc.abstractmethod
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes arrays.
 
         Args:
@@ -63,7 +67,7 @@ class Checkpoint:
     """
 
     path: Path
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, StoredArray]
     layout: AbstractLayout
     files: tuple[Path, ...]
 

@@ -20,6 +20,7 @@ from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
     CheckpointError,
+    StoredArray,
     checked_shape,
     require_booleans,
     require_regular,
@@ -51,7 +52,7 @@ class MsgpackLayout(AbstractLayout):
         """The name of the format."""
         return "msgpack"
 
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes a file, see `AbstractLayout.write`."""
         msgpack = _package()
 

@@ -20,6 +20,7 @@ from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
     CheckpointError,
+    StoredArray,
     checked_shape,
     require_booleans,
     require_bounded,
@@ -54,7 +55,7 @@ class NpzLayout(AbstractLayout):
         """The name of the format."""
         return "npz"
 
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes an archive, see `AbstractLayout.write`."""
         with zipfile.ZipFile(path, "w") as archive:
             for name, array in arrays.items():

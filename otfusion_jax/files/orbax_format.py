@@ -20,6 +20,7 @@ from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
     CheckpointError,
+    StoredArray,
     require_bounded,
     require_regular,
 )
@@ -45,7 +46,7 @@ class OrbaxLayout(AbstractLayout):
         """The name of the format."""
         return "orbax"
 
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes a folder, see `AbstractLayout.write`."""
         orbax = _package()
         tree = put_together(self.slots, arrays)

@@ -7,6 +7,7 @@ that differs from run to run, and NumPy's side of it does not have all dtypes.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.files.checkpoint import (
     AbstractLayout,
     Checkpoint,
     CheckpointError,
+    StoredArray,
     checked_shape,
     parse_json,
     require_booleans,
@@ -77,7 +80,7 @@ class SafetensorsLayout(AbstractLayout):
         """The name of the format."""
         return "safetensors"
 
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes a file, see `AbstractLayout.write`."""
         header: dict[str, Any] = {}
         if self.metadata is not None:
@@ -96,6 +99,7 @@ class SafetensorsLayout(AbstractLayout):
         with path.open("xb") as file:
             file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
             for array in arrays.values():
+                # One that is lazy is in memory from here until it is written.
                 stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
                 file.write(stored.reshape(-1).view(np.uint8).data)
 
@@ -119,7 +123,7 @@ class ShardedLayout(AbstractLayout):
         """The name of the format."""
         return "sharded safetensors"
 
-    def write(self, arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    def write(self, arrays: Mapping[str, StoredArray], path: Path) -> None:
         """Writes a folder, see `AbstractLayout.write`."""
         path.mkdir()
         for shard, layout in self.shards.items():
@@ -135,11 +139,13 @@ class ShardedLayout(AbstractLayout):
 # --- reading
 
 
-def read_safetensors(path: Path) -> Checkpoint:
+def read_safetensors(path: Path, *, lazily: bool = False) -> Checkpoint:
     """Reads one file.
 
     Args:
         path: The file.
+        lazily: Whether to leave arrays on disk, to be read whenever they are looked at. The file
+            has to stay as it is until then.
 
     Returns:
         The checkpoint.
@@ -166,12 +172,25 @@ def read_safetensors(path: Path) -> Checkpoint:
         arrays = {}
         for name in _require_gapless(entries, data_bytes, path):
             what = f"{name!r} in {path}"
-            file.seek(_LENGTH_BYTES + length + entries[name].begin)
-            arrays[name] = _read_array(file, entries[name], what)
+            start = _LENGTH_BYTES + length
+            if lazily:
+                entry = entries[name]
+                read = functools.partial(_read_later, path, start, entry, what)
+                arrays[name] = LazyArray(entry.shape, entry.dtype, read)
+            else:
+                arrays[name] = _read_array(file, start, entries[name], what)
     return Checkpoint(path, arrays, SafetensorsLayout(metadata), (path,))
 
 
-def _read_array(file: BinaryIO, entry: _Entry, what: str) -> np.ndarray:
+def _read_later(path: Path, start: int, entry: _Entry, what: str) -> np.ndarray:
+    # Into memory of its own and not by a map of the file, whose pages would count for as long as
+    # the system likes.
+    with path.open("rb") as file:
+        return _read_array(file, start, entry, what)
+
+
+def _read_array(file: BinaryIO, start: int, entry: _Entry, what: str) -> np.ndarray:
+    file.seek(start + entry.begin)
     count = math.prod(entry.shape)
     array = np.fromfile(file, entry.dtype, count)
     if array.size != count:
@@ -237,11 +256,12 @@ def _require_gapless(entries: Mapping[str, _Entry], data_bytes: int, path: Path)
 # --- several files
 
 
-def read_sharded(index_path: Path) -> Checkpoint:
+def read_sharded(index_path: Path, *, lazily: bool = False) -> Checkpoint:
     """Reads all files of an index.
 
     Args:
         index_path: The index.
+        lazily: Whether to leave arrays on disk, see `read_safetensors`.
 
     Returns:
         The checkpoint.
@@ -258,10 +278,10 @@ def read_sharded(index_path: Path) -> Checkpoint:
         raise CheckpointError(f"{index_path} has no weight_map")
     shards: dict[str, SafetensorsLayout] = {}
     # Only what both the index and the file agree on is read.
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, StoredArray] = {}
     files = [index_path]
     for shard in _shards_of(weight_map, index_path):
-        part = read_safetensors(index_path.parent / shard)
+        part = read_safetensors(index_path.parent / shard, lazily=lazily)
         if not isinstance(part.layout, SafetensorsLayout):
             raise TypeError(part.layout)
         for name, array in part.arrays.items():

@@ -5,6 +5,7 @@ killed. What was being written stays behind as `.NAME.PID.partial`, and can be d
 """
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,15 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
+from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError, StoredArray
 
 
-def write_like(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray], target: Path) -> None:
+def write_like(checkpoint: Checkpoint, arrays: Mapping[str, StoredArray], target: Path) -> None:
     """Writes other values of a checkpoint: in its format, dtypes, names, metadata and files.
 
     Args:
         checkpoint: The checkpoint that was read; its files are not touched.
         arrays: Arrays by name, of the shapes in the checkpoint. Those left out stay as they were.
+            Those that are lazy are read one by one, as they are written.
         target: The file or folder to be written, which must not exist.
 
     Raises:
@@ -32,9 +35,13 @@ def write_like(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray], target:
         if name not in checkpoint.arrays:
             wrong.append(f"  {name}: not in {checkpoint.path}")
     for name, old in checkpoint.arrays.items():
-        new = np.asarray(arrays.get(name, old))
+        new = arrays.get(name, old)
         if new.shape != old.shape:
             wrong.append(f"  {name}: shape {new.shape}, expected {old.shape}")
+            continue
+        if isinstance(new, LazyArray):
+            read = functools.partial(_narrowed, new, old.dtype, f"{target} was not written: {name}")
+            values[name] = LazyArray(new.shape, old.dtype, read)
             continue
         # A float32 may be beyond a float16: the check below tells that by name.
         with np.errstate(over="ignore"):
@@ -45,6 +52,16 @@ def write_like(checkpoint: Checkpoint, arrays: Mapping[str, np.ndarray], target:
         raise CheckpointError(f"{target} was not written:\n" + "\n".join(wrong))
     with written_whole(target) as partial:
         checkpoint.layout.write(values, partial)
+
+
+def _narrowed(array: LazyArray, dtype: np.dtype, what: str) -> np.ndarray:
+    """Reads an array and converts it to the dtype of a file."""
+    wide = np.asarray(array)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(dtype, copy=False)
+    if _overflows(wide, narrow):
+        raise CheckpointError(f"{what} is beyond the range of {dtype}")
+    return narrow
 
 
 def _overflows(wide: np.ndarray, narrow: np.ndarray) -> bool:

@@ -28,6 +28,7 @@ from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.sharding import has_explicit_axes, laid_out_like
 from otfusion_jax.fusion.passes import Passes, passes_of
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_pass import Prepared, RepairRun
@@ -120,9 +121,10 @@ def repair(
 
     Raises:
         ValueError: If models do not fit the symmetry or are not finite, listing every offender by
-            key path; if `fn` and inputs give another symmetry; if there are no batches, or one is
-            empty, or one pass has more of them than another; if weights do not fit; if integers
-            can't be averaged; if an original is of another architecture.
+            key path, or lie on a mesh with explicit axes; if `fn` and inputs give another symmetry;
+            if there are no batches, or one is empty, or one pass has more of them than another; if
+            weights do not fit; if integers can't be averaged; if an original is of another
+            architecture.
         TypeError: If arguments are in another order or of another type: shapes in place of arrays,
             a class or a name in place of a method, a single original in place of a list, a single
             array in place of batches, or both inputs and batches.
@@ -141,6 +143,7 @@ def repair(
     require_models(models)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
+        _require_auto_axes(model, f"model {number}")
     one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
     settings = (method, checked_originals, keep_bytes)
@@ -204,7 +207,7 @@ def repaired(
     for piece, ridge in run.ridges.items():
         indices = "".join([f"[{index}]" for index in piece.indices])
         ridges[symmetry.parts[piece.leaf].path + indices] = ridge
-    return Repaired(symmetry.join(average_parts), ridges)
+    return Repaired(laid_out_like(symmetry.join(average_parts), models[-1]), ridges)
 
 
 def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
@@ -230,6 +233,16 @@ def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
                 f"the first pass had {first_count} batches and a later one {count}; give what can "
                 "be gone through again: a list, or a function that returns an iterator"
             )
+
+
+def _require_auto_axes(model: PyTree, name: str) -> None:
+    """Refuses types that speak of devices: products are looked for in a trace that has no such."""
+    if any(map(has_explicit_axes, jax.tree_util.tree_leaves(model))):
+        raise ValueError(
+            f"{name} is on a mesh whose axes are explicit, where models cannot be repaired; put all"
+            " models on a mesh of the same devices with axes of jax.sharding.AxisType.Auto, by"
+            " jax.device_put, which copies nothing"
+        )
 
 
 def _require_finite_inputs(passes: Passes) -> None:

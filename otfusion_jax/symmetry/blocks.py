@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from otfusion_jax.common.host import Array, array_module, matmul, taken
+from otfusion_jax.common.sharding import best_axis_to_spread, spread_along
 
 BlockDim = int | tuple[int, int]
 """A dimension of a block: the number of a factor, or (axis, number) of what lies between two."""
@@ -30,6 +31,43 @@ class Block(NamedTuple):
 
 Blocks = dict[tuple[int, ...], Block]
 """The blocks of an array, by the number of the axis block that each is in along every axis."""
+
+
+def spread_beside(block: Block, dims: Sequence[BlockDim]) -> Block:
+    """Spreads a block over the devices of its mesh along a dimension that is not worked on.
+
+    Every device then has all units of its part, and works on these without the others.
+
+    Args:
+        block: A block, traced.
+        dims: The dimensions that are worked on, and have to be whole.
+
+    Returns:
+        The block, with that dimension first. On one device, and where there is no other dimension
+        that is long enough, it is the block as it was.
+    """
+    others = [axis for axis, dim in enumerate(block.dims) if dim not in dims]
+    axis = best_axis_to_spread(block.array, others)
+    if axis is None:
+        return block
+    array = spread_along(block.array, axis)
+    # What is flattened keeps its layout if the dimension that is spread comes first.
+    in_front = (block.dims[axis], *block.dims[:axis], *block.dims[axis + 1 :])
+    return in_order(Block(block.dims, array), in_front)
+
+
+def in_order(block: Block, dims: Sequence[BlockDim]) -> Block:
+    """Brings the dimensions of a block into an order.
+
+    Args:
+        block: The block.
+        dims: All of its dimensions.
+
+    Returns:
+        The block, of that order.
+    """
+    axes = [block.dims.index(dim) for dim in dims]
+    return Block(tuple(dims), block.array.transpose(axes))
 
 
 def permuted(

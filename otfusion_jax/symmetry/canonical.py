@@ -8,6 +8,7 @@ one are looked for (see `Symmetry.with_rotations`).
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -15,6 +16,8 @@ from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
+from otfusion_jax.common.lazy import any_lazy
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
@@ -54,7 +57,9 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
-    return as_jax(balanced(symmetry, folded(symmetry, as_numpy(params), "params")))
+    _require_no_lazy(params, "params")
+    changed = balanced(symmetry, folded(symmetry, as_numpy(params), "params"))
+    return laid_out_like(as_jax(changed), params)
 
 
 def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
@@ -69,11 +74,20 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
         The parameters, with scales made 1 if groups rotate, and units balanced that are scaled.
 
     Raises:
-        ValueError: If a scale can't be made 1, as far as that is known.
+        ValueError: If a scale can't be made 1, as far as that is known; if leaves are lazy.
     """
+    _require_no_lazy(params, name)
     if symmetry.rotates:
         params = folded(symmetry, params, name)
     return balanced(symmetry, params)
+
+
+def _require_no_lazy(params: PyTree, name: str) -> None:
+    if any_lazy(jax.tree_util.tree_leaves(params)):
+        raise ValueError(
+            f"{name} has lazy leaves, whose canonical form takes all of them at once: load them, "
+            "jax.tree.map(np.asarray, params), or use the symmetry without rotations and scales"
+        )
 
 
 def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:

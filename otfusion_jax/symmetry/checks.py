@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -143,7 +144,8 @@ def require_finite(leaves: Sequence[Leaf], params: PyTree, what: str) -> None:
     paths = []
     values = []
     for leaf, value in zip(leaves, jax.tree_util.tree_leaves(params), strict=True):
-        if leaf.moves and not isinstance(value, Tracer):
+        # Of what is lazy it shows when it is read.
+        if leaf.moves and not isinstance(value, Tracer | LazyArray):
             paths.append(leaf.path)
             values.append(value)
     wrong = []

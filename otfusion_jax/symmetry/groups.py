@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.location import UnitLocation
 
 Role = Literal["produces", "consumes", "both"]
@@ -301,7 +302,7 @@ def leaves_of(params: PyTree, name: str = "the parameters") -> tuple[Leaf, ...]:
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
         key_path = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         # `jax.typeof` takes arrays and numbers alone. To trace, shapes will do.
-        if isinstance(value, jax.ShapeDtypeStruct):
+        if isinstance(value, jax.ShapeDtypeStruct | LazyArray):
             leaves.append(Leaf(key_path, tuple(value.shape), value.dtype))
             continue
         try:

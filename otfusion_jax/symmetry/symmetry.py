@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_function, require_key, require_kind
+from otfusion_jax.common.host import loaded
 from otfusion_jax.symmetry import display, serialization
 from otfusion_jax.symmetry.groups import (
     FOLDED,
@@ -244,7 +245,8 @@ class Symmetry(Mapping[str, Group]):
             if leaf_split is None:
                 arrays.append(leaf)
             else:
-                arrays.extend(_split(leaf, leaf_split.count, leaf_split.axis))
+                # A leaf in parts is in memory as long as they are, even if it was lazy.
+                arrays.extend(_split(loaded(leaf), leaf_split.count, leaf_split.axis))
         return arrays
 
     def join(self, parts: Iterable[Any]) -> PyTree:

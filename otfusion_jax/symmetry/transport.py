@@ -15,10 +15,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
-from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, multiplied, permuted
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.sharding import (
+    constrained,
+    laid_out_like,
+    layout_of,
+    with_auto_axes,
+)
+from otfusion_jax.symmetry.blocks import (
+    Block,
+    Blocks,
+    in_order,
+    mixed,
+    multiplied,
+    permuted,
+    spread_beside,
+)
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
@@ -68,7 +84,8 @@ def transport(
             takes the widths from the plans.
 
     Returns:
-        New parameters of the same structure. Integers, booleans and keys are passed on. Inside
+        New parameters of the same structure, lazy where the parameters are (see `LazyArray`), and
+        with their shardings. Integers, booleans and keys are passed on. Inside
         `jax.jit` values cannot be looked at: there the scales of a model that is not in canonical
         form become NaN, where groups rotate.
 
@@ -89,7 +106,8 @@ def transport(
         onto = match_groups(symmetry, onto)
     require_plans(symmetry, plans, onto)
     require_canonical(symmetry, params, "the model")
-    return as_jax(move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto))
+    moved = as_jax(move_all(symmetry, plans, nan_unless_canonical(symmetry, params), onto))
+    return moved if onto is not None else laid_out_like(moved, params)
 
 
 def move_all(
@@ -139,25 +157,43 @@ def move(
     if not leaf_plans:
         # The parameter is passed on as it is, of whatever dtype. Who gave an array of NumPy may
         # write to it later on.
-        return array if isinstance(array, jax.Array) else np.array(array)
+        return array if isinstance(array, jax.Array | LazyArray) else np.array(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
         target = None
+    if isinstance(array, LazyArray):
+        shape = array.shape if onto is None else onto.leaf_structures[leaf].partition.shape
+        read = functools.partial(_moved_from_lazy, symmetry, plans, leaf, array, onto)
+        return LazyArray(shape, array.dtype, read)
     leaf_plans, array = as_numpy((leaf_plans, array))
-    return _moved(numbered.structure, target, leaf_plans, array)
+    return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
 
 
-@program(static_argnames=("structure", "target"))
+def _moved_from_lazy(
+    symmetry: Symmetry, plans: Plans, leaf: int, array: LazyArray, onto: Symmetry | None
+) -> Array:
+    return move(symmetry, plans, leaf, loaded(array), onto)
+
+
+@program(static_argnames=("structure", "target", "layout"))
 def _moved(
-    structure: LeafStructure, target: BlockPartition | None, plans: Plans, array: Array
+    structure: LeafStructure,
+    target: BlockPartition | None,
+    plans: Plans,
+    array: Array,
+    layout: NamedSharding | None,
 ) -> Array:
     """Moves an array along plans, which may tell its new shape by themselves."""
     if target is None:
         sizes = new_sizes(structure, plans)
         target = structure.partition.resized(sizes) if sizes else structure.partition
         assert target is not None, "require_plans has refused plans that do not tell the shape"
-    return target.join(move_blocks(structure, plans, array))
+
+    def move_whole(plans: Plans, array: Array) -> Array:
+        return constrained(target.join(move_blocks(structure, plans, array)), layout)
+
+    return with_auto_axes(move_whole, array, target.shape)(plans, array)
 
 
 def move_blocks(
@@ -184,7 +220,9 @@ def move_blocks(
     for unit_axis in moving:
         for key, block in blocks.items():
             if unit_axis.is_in(block):
-                blocks[key] = _moved_along(unit_axis, block, moving, plans)
+                spread = spread_beside(block, (unit_axis.dim, *unit_axis.levels))
+                moved = _moved_along(unit_axis, spread, moving, plans)
+                blocks[key] = in_order(moved, block.dims)
     return blocks
 
 

@@ -110,6 +110,18 @@ RELOCATIONS = [
 
 TIE = internal("lax.lax", "tie")
 
+SHARD_MAP = internal("shard_map", "shard_map")
+"""What runs a jaxpr on every device, on the part of its operands that is there."""
+
+SUMMED_OVER_DEVICES = internal("lax.parallel", "psum_invariant")
+"""A sum that is the same on all devices afterwards, as `psum` has become inside of `shard_map`."""
+
+VARYING = [*internal("lax.parallel", "ppermute"), *internal("core", "pvary")]
+"""What returns its operand as it is, or as another device has it."""
+
+ALL_GATHER = internal("lax.parallel", "all_gather all_gather_invariant")
+"""What puts the parts of an array on all devices together along one of its axes."""
+
 EMPTY = internal("lax.lax", "empty empty2")
 """What makes an array that is not filled yet."""
 

@@ -23,6 +23,37 @@ def higher(ctx: RuleContext, values: Values) -> Values:
     return ctx.call(jaxprs.expanded(ctx.eqn), values, once=False, used=ctx.used)
 
 
+@register_family(primitives.SHARD_MAP)
+def shard_map(ctx: RuleContext, values: Values) -> Values:
+    """Its body's rules are applied to what a device has; axes that devices share out are pinned."""
+    jaxpr = jaxprs.closed(ctx.params["jaxpr"])
+    reason = ctx.because("shared out to devices")
+    operands = []
+    for position, (x, aval) in enumerate(zip(values, jaxpr.in_avals, strict=True)):
+        operands.append(_shared_out(ctx, x, ctx.operand_shape(position), aval.shape, reason))
+    results = ctx.call(jaxpr, operands, once=False)
+    collected = []
+    for y, aval, shape in zip(results, jaxpr.out_avals, ctx.shapes(), strict=True):
+        collected.append(_shared_out(ctx, y, aval.shape, shape, reason))
+    return collected
+
+
+def _shared_out(
+    ctx: RuleContext,
+    x: TracedValue,
+    shape: tuple[int, ...],
+    new_shape: tuple[int, ...],
+    reason: str,
+) -> TracedValue:
+    """Passes axes between what one device has and the whole, where they are the same length."""
+    axes = list(x.axes)
+    for dim, (size, new_size) in enumerate(zip(shape, new_shape, strict=True)):
+        if size != new_size:
+            ctx.pin(x.axes[dim], reason)
+            axes[dim] = ctx.fresh_pinned(new_size, reason)
+    return x if axes == list(x.axes) else TracedValue(tuple(axes), x.kind)
+
+
 @register_rule(P.cond_p)
 def cond(ctx: RuleContext, values: Values) -> Values:
     """The rules of each branch are applied, and the branches' results tied."""

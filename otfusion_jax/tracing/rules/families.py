@@ -25,13 +25,14 @@ ELEMENTWISE = named(
 ELEMENTWISE += primitives.NEW_ELEMENTWISE
 
 # Each operand is returned as it is.
-ONE_BY_ONE = named("device_put sharding_constraint") + primitives.RELOCATIONS
+ONE_BY_ONE = named("device_put sharding_constraint")
+ONE_BY_ONE += [*primitives.RELOCATIONS, *primitives.VARYING]
 
 # Axes are dropped; `argmax` and `argmin` return positions, the others do not care about order.
 REDUCTION = named(
     "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
 )
-COLLECTIVE = named("pmax pmin psum")
+COLLECTIVE = named("pmax pmin psum") + primitives.SUMMED_OVER_DEVICES
 WINDOW = named("reduce_window_max reduce_window_min reduce_window_sum")
 
 # Order matters along the axis that is gone through.

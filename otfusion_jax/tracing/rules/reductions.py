@@ -2,6 +2,7 @@
 
 from jax.extend import core
 
+from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import COLLECTIVE, REDUCTION, SYMMETRIC, WINDOW, P
@@ -22,11 +23,22 @@ def reduction(ctx: RuleContext, values: Values) -> Values:
 @register_family(COLLECTIVE)
 def collective(ctx: RuleContext, values: Values) -> Values:
     """Over an axis that `vmap` names, a reduction of each operand."""
-    reduced = ctx.params["axes"]
-    # `vmap` has replaced its names by numbers of axes. What is named still is an axis of devices.
-    if not all(isinstance(axis, int) for axis in reduced):
-        return ctx.pin_all(values, ctx.because("over devices"))
+    # `vmap` has replaced its names by numbers of axes. What is named still is an axis of devices,
+    # over which each position is combined with the same one elsewhere.
+    reduced = [axis for axis in ctx.params["axes"] if isinstance(axis, int)]
     return [x.without(reduced) for x in values]
+
+
+@register_family(primitives.ALL_GATHER)
+def all_gather(ctx: RuleContext, values: Values) -> Values:
+    """The axis along which devices have their parts is pinned, others are passed on."""
+    (x,) = values
+    dim = ctx.params["all_gather_dimension"]
+    axes = list(x.axes)
+    if ctx.params["tiled"]:
+        ctx.pin(axes.pop(dim), ctx.because("over devices"))
+    axes.insert(dim, ctx.fresh_pinned(ctx.shapes()[0][dim], ctx.because("over devices")))
+    return [TracedValue(tuple(axes), x.kind)]
 
 
 @register_rule(P.reduce_p)

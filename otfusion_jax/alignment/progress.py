@@ -1,0 +1,100 @@
+"""Plans on disk as they are found, so that a run that was killed goes on from there.
+
+A folder has one file for each group tree that has been solved, written under another name and
+renamed, and one that says for which models. It is for a method that visits each tree once.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from otfusion_jax.alignment.descent_state import DescentState
+from otfusion_jax.common.host import Array
+from otfusion_jax.symmetry.groups import Plans
+
+_NAME = re.compile(r"tree-(\d+)\.npz")
+_MODELS = "models.npz"
+_KINDS = ("plans", "gaps", "converged")
+
+
+class Progress:
+    """What is known of an alignment that goes over all group trees once.
+
+    Args:
+        folder: The folder. It is made if it is not there.
+        distance: The squared distance of the models before they are aligned, float `[]`, by which
+            they are told from others.
+
+    Raises:
+        ValueError: If the folder has the plans of other models.
+    """
+
+    def __init__(self, folder: Path, distance: Array):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        models = folder / _MODELS
+        if not models.exists():
+            _write(models, {"distance": np.asarray(distance)})
+        with np.load(models) as stored:
+            if stored["distance"] != np.asarray(distance):
+                raise ValueError(
+                    f"{folder} has the plans of models that are {float(stored['distance']):.8g} "
+                    f"apart, in squared distance, and these are {float(distance):.8g} apart; give "
+                    "another folder, or delete this one"
+                )
+
+    def resumed(self, state: DescentState) -> tuple[DescentState, set[int]]:
+        """Takes what was found before into a state.
+
+        Args:
+            state: The state to start from.
+
+        Returns:
+            The state, with arrays of NumPy where something was found, and the positions of the
+            group trees that are solved.
+        """
+        found: dict[str, dict[str, Array]] = {kind: {} for kind in _KINDS}
+        solved = set()
+        for path in sorted(self._folder.iterdir()):
+            match = _NAME.fullmatch(path.name)
+            if match is None:
+                continue
+            solved.add(int(match[1]))
+            with np.load(path) as stored:
+                for key, value in stored.items():
+                    kind, _, name = key.partition(":")
+                    found[kind][name] = value
+        resumed = DescentState(
+            state.plans | found["plans"],
+            state.gaps | found["gaps"],
+            state.converged | found["converged"],
+            state.improved,
+        )
+        return resumed, solved
+
+    def save(self, number: int, plans: Plans, state: DescentState) -> None:
+        """Writes down what solving a group tree has changed.
+
+        Args:
+            number: The position of the tree.
+            plans: The plans that have changed.
+            state: The state after.
+        """
+        record = {}
+        for name, plan in plans.items():
+            record[f"plans:{name}"] = np.asarray(plan)
+            record[f"gaps:{name}"] = np.asarray(state.gaps[name])
+            record[f"converged:{name}"] = np.asarray(state.converged[name])
+        _write(self._folder / f"tree-{number:06}.npz", record)
+
+
+def _write(path: Path, record: dict[str, np.ndarray]) -> None:
+    """Writes a file of which there is nothing, or all of it, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **record)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

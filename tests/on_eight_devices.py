@@ -1,0 +1,313 @@
+"""Checks models that are spread over eight devices. `test_sharding` runs it in such a process."""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import otfusion_jax as otf
+from otfusion_jax.alignment.leaf_programs import units_compared
+from otfusion_jax.averaging.average import mean_of_column
+from otfusion_jax.symmetry.transport import move
+
+WIDTH, HEADS, HEAD_UNITS, HIDDEN, TOKENS = 16, 8, 2, 32, 24
+# Spelled as users do it: what is not said of later axes is not said in the result either.
+FSDP = {
+    "embed": P("fsdp"),
+    "gate": P("fsdp"),
+    "head": P("fsdp"),
+    "norm": P("fsdp"),
+    "out": P("fsdp"),
+    "query": P("fsdp"),
+    "value": P("fsdp"),
+}
+BOTH = {
+    "embed": P("fsdp", "tensor"),
+    "gate": P("fsdp", "tensor"),
+    "head": P("tensor", "fsdp"),
+    "norm": P("fsdp"),
+    "out": P("tensor", None, "fsdp"),
+    "query": P("fsdp", "tensor"),
+    "value": P("fsdp", "tensor"),
+}
+MESHES = {"fsdp": (8,), "fsdp and tensor": (4, 2)}
+SPECS = {"fsdp": FSDP, "fsdp and tensor": BOTH}
+TOKEN_IDS = np.arange(6, dtype=np.int32)
+
+
+def transformer(params: dict[str, Any], tokens: Any) -> Any:
+    """A block with heads, and a gated layer after it."""
+    # With explicit axes a function says where it wants its weights whole; elsewhere it need not.
+    if jax.typeof(params["embed"]).sharding.spec != P(None, None):
+        params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), params)
+    x = params["embed"][tokens]
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * params["norm"][None]
+    query = jnp.einsum("td,dhk->thk", y, params["query"])
+    value = jnp.einsum("td,dhk->thk", y, params["value"])
+    weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", query, query))
+    x = x + jnp.einsum("hts,shk,hkd->td", weights, value, params["out"])
+    return jax.nn.silu(x @ params["gate"]) @ params["head"]
+
+
+def model(seed: int) -> dict[str, Any]:
+    draw = np.random.default_rng(seed).normal
+    heads = (WIDTH, HEADS, HEAD_UNITS)
+    shapes = {"embed": (TOKENS, WIDTH), "query": heads, "value": heads}
+    shapes |= {"out": (HEADS, HEAD_UNITS, WIDTH), "gate": (WIDTH, HIDDEN), "head": (HIDDEN, 8)}
+    params: dict[str, Any] = {"norm": np.float32(1 + draw(size=WIDTH) / 10)}
+    for name, shape in shapes.items():
+        params[name] = np.float32(draw(size=shape) / 4)
+    return params
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[dict[str, Any], dict[str, Any]]:
+    return model(0), model(1)
+
+
+@pytest.fixture(scope="module")
+def symmetry(pair) -> otf.Symmetry:
+    return otf.trace_symmetry(transformer, pair[0], TOKEN_IDS)
+
+
+def spread(params: Any, layout: str, kind: AxisType) -> Any:
+    sizes = MESHES[layout]
+    mesh = jax.make_mesh(sizes, ("fsdp", "tensor")[: len(sizes)], axis_types=(kind,) * len(sizes))
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, SPECS[layout][name]))
+        for name, value in params.items()
+    }
+
+
+def require_equal(found: Any, expected: Any, like: Any) -> None:
+    """Compares values, and shardings as they are spelled."""
+    for name, value in found.items():
+        assert value.sharding == like[name].sharding, name
+        np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
+
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=repr)
+CORNERS = {
+    "fsdp, auto": ("fsdp", AxisType.Auto),
+    "both, explicit": ("fsdp and tensor", AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize(("layout", "kind"), list(CORNERS.values()), ids=list(CORNERS))
+def test_fused_models_lie_where_the_models_do_and_equal_those_of_one_device(
+    pair, symmetry, layout, kind
+):
+    a, b = (spread(params, layout, kind) for params in pair)
+    method = otf.CoordinateDescent(starts=("identity",))
+    with jax.set_mesh(a["norm"].sharding.mesh):
+        found = otf.align(symmetry, a, b, method=method)
+        moved = otf.transport(symmetry, found, a)
+        averaged = otf.average([moved, b])
+        fused = otf.fuse(symmetry, [a, b], method=method)
+        assert otf.check_symmetry(symmetry, transformer, a, TOKEN_IDS) < 1e-5
+        assert otf.trace_symmetry(transformer, a, TOKEN_IDS) == symmetry
+    expected = otf.align(symmetry, *pair, method=method)
+    for name, plan in found.plans.items():
+        np.testing.assert_array_equal(plan, expected.plans[name])
+        assert plan.sharding.is_fully_replicated
+    on_one = otf.transport(symmetry, expected, pair[0])
+    require_equal(moved, on_one, a)
+    require_equal(averaged, otf.average([on_one, pair[1]]), a)
+    require_equal(fused, averaged, a)
+
+
+@KINDS
+@pytest.mark.parametrize("layout", list(MESHES))
+def test_canonical_forms_and_moved_models_lie_where_the_models_do(pair, symmetry, layout, kind):
+    a = spread(pair[0], layout, kind)
+    rotating = symmetry.with_rotations()
+    plans = rotating.random(jax.random.key(0))
+    with jax.set_mesh(a["norm"].sharding.mesh):
+        form = otf.canonicalize(rotating, a)
+        moved = otf.transport(rotating, plans, form)
+    on_one = otf.canonicalize(rotating, pair[0])
+    require_equal(form, on_one, a)
+    require_equal(moved, otf.transport(rotating, plans, on_one), a)
+
+
+def test_repaired_averages_lie_where_the_models_do(pair, symmetry):
+    a, b = (spread(params, "fsdp and tensor", AxisType.Auto) for params in pair)
+    repaired = otf.repair(symmetry, transformer, [a, b], TOKEN_IDS)
+    require_equal(repaired, otf.repair(symmetry, transformer, list(pair), TOKEN_IDS), a)
+    explicit = spread(pair[0], "fsdp and tensor", AxisType.Explicit)
+    with pytest.raises(ValueError, match=r"model 0 is on a mesh whose axes are explicit"):
+        otf.repair(symmetry, transformer, [explicit, explicit], TOKEN_IDS)
+
+
+# --- what devices send each other
+
+
+COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\(")
+SHAPE = re.compile(r"f32\[([\d,]*)\]")
+BIG, DEVICES = 256, 8
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+    """Returns each collective of a program, and how many weights it leaves on a device."""
+    found = []
+    for results, name in COLLECTIVE.findall(compiled.as_text()):
+        numbers = 0
+        for sizes in SHAPE.findall(results):
+            numbers += math.prod([int(size) for size in sizes.split(",") if size])
+        found.append((name, numbers))
+    return found
+
+
+def memory_of(compiled: Any) -> Any:
+    """Returns what a program needs on each device."""
+    return compiled.memory_analysis()
+
+
+def compiled(program: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
+    return jax.jit(program, **static).lower(*arguments).compile()
+
+
+@pytest.fixture(scope="module", params=list(MESHES))
+def kernel_and_symmetry(request) -> tuple[jax.Array, otf.Symmetry]:
+    """A kernel with units along both axes, spread over both."""
+
+    def mlp(params, x):
+        hidden = jnp.tanh(x @ params["embed"])
+        return jnp.tanh(hidden @ params["gate"]) @ params["head"]
+
+    draw = np.random.default_rng(0).normal
+    shapes = {"embed": (8, BIG), "gate": (BIG, BIG), "head": (BIG, 8)}
+    params = {name: np.float32(draw(size=shape)) for name, shape in shapes.items()}
+    symmetry = otf.trace_symmetry(mlp, params, np.ones((1, 8), np.float32))
+    gate = spread({"gate": params["gate"]}, request.param, AxisType.Auto)["gate"]
+    return gate, symmetry
+
+
+def test_a_kernel_is_moved_without_being_gathered(kernel_and_symmetry):
+    gate, symmetry = kernel_and_symmetry
+    plans = symmetry.random(jax.random.key(0))
+    number = [part.path for part in symmetry.parts].index("gate")
+    program = compiled(
+        lambda plans, gate: move(symmetry, plans, number, gate),
+        plans,
+        gate,
+        out_shardings=gate.sharding,
+    )
+    found = collectives(program)
+    assert "all-to-all" in {name for name, _ in found}
+    # A device never has more than a few times its part, and none of the whole.
+    part = gate.size // DEVICES
+    assert max(numbers for _, numbers in found) <= part
+    memory = memory_of(program)
+    assert memory.output_size_in_bytes == 4 * part
+    assert memory.temp_size_in_bytes <= 4 * part * 6
+
+
+def test_an_average_needs_no_collectives(kernel_and_symmetry):
+    gate, _ = kernel_and_symmetry
+    program = jax.jit(mean_of_column).lower((gate, gate), jnp.full(2, 0.5)).compile()
+    assert not collectives(program)
+    memory = memory_of(program)
+    assert memory.output_size_in_bytes == gate.nbytes // DEVICES
+    assert memory.temp_size_in_bytes <= 2 * gate.nbytes // DEVICES
+
+
+def test_costs_are_contracted_where_the_shards_are(kernel_and_symmetry):
+    gate, symmetry = kernel_and_symmetry
+    number = [part.path for part in symmetry.parts].index("gate")
+    structure = symmetry.numbered_leaves[number].structure
+    for axis in range(2):
+        compare = functools.partial(
+            units_compared,
+            structure,
+            structure.partition,
+            {},
+            axis=axis,
+            frozen=(),
+            ratio=1.0,
+            intra=False,
+            dtype=jnp.float32,
+        )
+        program = jax.jit(compare).lower(gate, gate).compile()
+        found = collectives(program)
+        # The cost is added up on all devices; of the kernels, no device has more than its part.
+        assert max(numbers for name, numbers in found if name == "all-reduce") >= BIG * BIG
+        part = gate.size // DEVICES
+        assert all(numbers <= part for name, numbers in found if name != "all-reduce")
+        assert "all-gather" not in {name for name, _ in found}
+        cost_bytes = 4 * BIG * BIG
+        assert memory_of(program).temp_size_in_bytes <= 2 * cost_bytes + 4 * part * 8
+
+
+# --- functions that speak of devices
+
+
+def over_batches(params: Any, x: Any) -> Any:
+    """Each device has a part of the batch, and all of the weights."""
+
+    def body(params: Any, x: Any) -> Any:
+        y = jnp.tanh(jnp.tanh(x @ params["first"]) @ params["second"])
+        return y / jax.lax.pmean(jnp.mean(y * y), "fsdp")
+
+    run = jax.shard_map(body, mesh=ROW, in_specs=(P(), P("fsdp")), out_specs=P("fsdp"))
+    return run(params, x) @ params["third"]
+
+
+def over_inputs(params: Any, x: Any) -> Any:
+    """Each device has a part of the first kernel, and gathers the others."""
+
+    def body(first: Any, second: Any, x: Any) -> Any:
+        whole = jax.lax.all_gather(first, "fsdp", axis=0, tiled=True)
+        return jnp.tanh(jnp.tanh(x @ whole) @ second)
+
+    specs = (P("fsdp"), P(), P("fsdp"))
+    run = jax.shard_map(body, mesh=ROW, in_specs=specs, out_specs=P("fsdp"))
+    return run(params["first"], params["second"], x) @ params["third"]
+
+
+def over_units(params: Any, x: Any) -> Any:
+    """Each device has some of the units of the first layer."""
+
+    def body(first: Any, second: Any, x: Any) -> Any:
+        return jax.lax.psum(jnp.tanh(x @ first) @ second, "fsdp")
+
+    specs = (P(None, "fsdp"), P("fsdp"), P())
+    run = jax.shard_map(body, mesh=ROW, in_specs=specs, out_specs=P())
+    return jnp.tanh(run(params["first"], params["second"], x)) @ params["third"]
+
+
+def constrained(params: Any, x: Any) -> Any:
+    """The compiler is told where features are, and what to keep for the backward pass."""
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(kernel: Any, x: Any) -> Any:
+        y = jnp.tanh(x @ kernel)
+        return jax.lax.with_sharding_constraint(y, NamedSharding(ROW, P("fsdp")))
+
+    return layer(params["second"], layer(params["first"], x)) @ params["third"]
+
+
+ROW = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+# Units of which every device has its own may not change places.
+SPEAKING = {over_batches: 2, over_inputs: 2, over_units: 1, constrained: 2}
+
+
+@pytest.mark.parametrize(("fn", "count"), SPEAKING.items())
+def test_functions_that_speak_of_devices_have_symmetries(fn, count):
+    draw = np.random.default_rng(0).normal
+    shapes = {"first": (8, 16), "second": (16, 24), "third": (24, 2)}
+    params = {name: np.float32(draw(size=shape) / 3) for name, shape in shapes.items()}
+    x = np.float32(draw(size=(8, 8)))
+    symmetry = otf.trace_symmetry(fn, params, x)
+    assert [group.size for group in symmetry.groups] == [16, 24][-count:]
+    moved = otf.transport(symmetry, symmetry.random(jax.random.key(0)), params)
+    np.testing.assert_allclose(fn(moved, x), fn(params, x), atol=1e-5)
