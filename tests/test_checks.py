@@ -53,6 +53,8 @@ SETTINGS: list[tuple[Any, str, Any, str]] = [
     (otf.CoordinateDescent, "starts", ["forward"], "must be a tuple of 'identity', 'forward'"),
     (otf.CoordinateDescent, "starts", (), "must be a tuple of 'identity', 'forward'"),
     (otf.CoordinateDescent, "starts", ("random",), "must be a tuple of 'identity', 'forward'"),
+    (otf.CoordinateDescent, "tolerance", -1e-3, "tolerance >= 0, got -0.001"),
+    (otf.ForwardPass, "progress", "here", "progress is 'here'; give the pathlib.Path of a folder"),
     (otf.ForwardPass, "unit_norm", "yes", "unit_norm to be True or False, got 'yes'"),
     (otf.ForwardPass, "members", "some", "members is 'some'"),
     (otf.Exact, "tolerance", -1.0, "Exact needs tolerance >= 0, got -1.0"),

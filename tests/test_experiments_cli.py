@@ -71,9 +71,9 @@ def inline(page: Path) -> int:
 
 
 def test_every_documented_flag_is_there():
-    """Those that the pages speak of in a sentence."""
+    """Those that the pages of studies speak of in a sentence."""
     documented = set()
-    for page in PAGES:
+    for page in (ROOT / "README.md", ROOT / "docs/studies.md"):
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
         for code in re.findall(r"`([^`]*)`", prose):
             documented |= set(re.findall(r"(?<!\S)--([a-z-]+)", code))

@@ -58,7 +58,10 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
     _require_no_lazy(params, "params")
-    changed = balanced(symmetry, folded(symmetry, as_numpy(params), "params"))
+    known = as_numpy(params)
+    changed = balanced(symmetry, folded(symmetry, known, "params"))
+    if changed is known:
+        return params
     return laid_out_like(as_jax(changed), params)
 
 

@@ -63,12 +63,16 @@ class AxisVariables:
         pinned_at: For a variable that was free until it was united with a pinned one, the equation
             that united them. The reason of the pin may come from far away (an input, say), and this
             tells the user where the two have met.
+        met_padding: Segments of axes that have met, unit by unit, a segment along which the other
+            value is constant, beside others along which it varies: padding, as the gradient of a
+            selection has it where units were left out.
     """
 
     def __init__(self) -> None:
         self.roles: ParityUnionFind = ParityUnionFind()
         self.current_equation: Equation | None = None
         self.pinned_at: dict[int, Equation | None] = {}
+        self.met_padding: list[Axis] = []
         self._parents: list[int] = []
         self._sizes: list[int] = []
         # How many splits into segments, one within another, a variable comes from.

@@ -162,17 +162,6 @@ class EquationContext:
         selection = Selection(axis, tuple(kept), frozenset(found))
         self.interpreter.selections.append(selection)
 
-    def note_padding(self, axis: Axis) -> None:
-        """Records that units stand beside padding from here on. `pad` calls it.
-
-        Padding is what the gradient of a selection puts where units were left out. A contraction
-        over all of them does not put those to use.
-
-        Args:
-            axis: The axis before it is padded.
-        """
-        self.interpreter.padded.append(axis)
-
     def note_sliced(self, value: TracedValue) -> None:
         """Records that a loop takes slices of an operand along its first axis, one an iteration.
 

@@ -56,7 +56,6 @@ class Interpreter:
         interactions: What met other indices within an operation.
         regroupings: What was read as other axes.
         selections: What was selected from an axis, while the rest was left out.
-        padded: Axes that padding was put beside.
         produced: Where contractions with parameters put out features, in dataflow order.
         consumed: Where contractions take up features, in dataflow order.
         seen: Where any value that depends on inputs can be read, in dataflow order.
@@ -80,7 +79,6 @@ class Interpreter:
         self.interactions: list[Interaction] = []
         self.regroupings: list[Regrouping] = []
         self.selections: list[Selection] = []
-        self.padded: list[Axis] = []
         self.produced: list[Reading] = []
         self.consumed: list[Reading] = []
         self.seen: list[Reading] = []
@@ -287,19 +285,17 @@ class Interpreter:
 
         Some operation may have taken up the whole axis before, such as a normalisation. They count
         as left out all the same, unless they are summed over together with something else, or taken
-        up without those that were kept. In a sum where those that were kept may stand beside
-        padding, as in a gradient, the others may count for nothing: it does not tell.
+        up without those that were kept. Where they have met padding, as in the gradient of the
+        selection, they may count for nothing in such a sum: it does not tell.
         """
         unifier = self.unifier
         contracted = self.variables(unifier.contracted_with_others)
-        picked = self.picked()
-        padded = self.variables(self.padded)
+        used_elsewhere = self.picked() | (contracted - self.variables(unifier.met_padding))
         readings = [unifier.variables_of(axis) for axis in self.read]
         left_out: set[int] = set()
         for selection in self.selections:
             kept = self.variables(selection.kept) | selection.single_positions
             whole = unifier.variables_of(selection.whole)
-            used_elsewhere = picked if kept & padded else picked | contracted
             for variable in whole - kept - used_elsewhere - left_out:
                 if unifier.is_free(variable) and not _is_read_alone(variable, kept, readings):
                     left_out.add(variable)

@@ -181,10 +181,27 @@ def tie_elementwise(variables: AxisVariables, a: Axis, b: Axis) -> Axis:
         return x if x.role else y
 
     try:
-        return match(variables, a, b, meet)
+        result = match(variables, a, b, meet)
     except Disagreement as disagreement:
         reason = pin_disagreement(variables, disagreement)
         return variables.pinned(size_of(a), reason)
+    _note_padding(variables, a, b)
+    _note_padding(variables, b, a)
+    return result
+
+
+def _note_padding(variables: AxisVariables, padded: Axis, other: Axis) -> None:
+    """Notes the segments of an axis that face padding in another one, which it has been tied to."""
+    if len(padded) != 1 or not isinstance(padded[0], Sum):
+        return
+    is_constant = [not variables.variables_of(segment) for segment in padded[0].segments]
+    if all(is_constant) or not any(is_constant):
+        return
+    boundaries = sorted(segment_boundaries(padded))
+    facing = split_segments(variables, other, boundaries)
+    for segment, is_padding in zip(facing, is_constant, strict=True):
+        if is_padding:
+            variables.met_padding.append(segment)
 
 
 def pin_disagreement(variables: AxisVariables, disagreement: Disagreement) -> str:

@@ -131,7 +131,6 @@ def pad(ctx: RuleContext, values: Values) -> Values:
             start = max(0, -low)
             end = size_of(axis) - max(0, -high)
             kept = _segment(ctx, axis, start, end, reason)
-            ctx.note_padding(kept)
             axis = _padded(ctx, kept, low, high, reason)
         axes.append(axis)
     return [TracedValue(tuple(axes), kind)]
