@@ -166,6 +166,18 @@ def as_jax(tree: Any) -> Any:
     return treedef.unflatten(leaves)
 
 
+def kept(array: Any) -> Any:
+    """Makes an array one's own, before it is passed on as it is: `as_jax` shares its memory.
+
+    Args:
+        array: An array of JAX or NumPy, or a Python number.
+
+    Returns:
+        An array of JAX as it is, as nobody writes to it; of anything else a copy, of NumPy.
+    """
+    return array if isinstance(array, jax.Array) else np.array(array)
+
+
 # --- what the two modules do not share
 
 

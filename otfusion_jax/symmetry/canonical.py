@@ -8,13 +8,14 @@ one are looked for (see `Symmetry.with_rotations`).
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, program
 from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
@@ -54,7 +55,9 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
-    return as_jax(balanced(symmetry, folded(symmetry, as_numpy(params), "params")))
+    # Most parameters may be passed on as they are, and the result must not be the caller's memory.
+    owned = jax.tree_util.tree_map(kept, params)
+    return as_jax(balanced(symmetry, folded(symmetry, as_numpy(owned), "params")))
 
 
 def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:

@@ -14,10 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, program
 from otfusion_jax.symmetry.blocks import Block, Blocks, mixed, multiplied, permuted
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
@@ -137,9 +136,8 @@ def move(
     numbered = symmetry.numbered_leaves[leaf]
     leaf_plans = numbered.plans(plans)
     if not leaf_plans:
-        # The parameter is passed on as it is, of whatever dtype. Who gave an array of NumPy may
-        # write to it later on.
-        return array if isinstance(array, jax.Array) else np.array(array)
+        # The parameter is passed on as it is, of whatever dtype.
+        return kept(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
