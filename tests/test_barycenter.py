@@ -168,6 +168,14 @@ def test_the_same_under_jit_and_for_a_stack():
     close(jax.jit(lambda s: otf.barycenter(symmetry, s).params)(stacked), expected)
 
 
+def test_it_can_be_stepped_through_without_jit():
+    models = [ref.random_net(seed, "mlp") for seed in range(COUNT)]
+    weights = (0.1, 0.2, 0.3, 0.4)
+    expected = otf.barycenter(mlp(), models, weights)
+    with jax.disable_jit():
+        close(otf.barycenter(mlp(), models, weights), expected)
+
+
 def test_what_makes_no_barycenter_is_refused():
     symmetry, params = heads()
     with pytest.raises(ValueError, match="at least two"):

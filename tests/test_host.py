@@ -133,6 +133,33 @@ def test_what_is_returned_is_of_jax_and_shares_no_memory_with_what_was_given():
     assert_array_equal(moved["b"], np.ones(2))
 
 
+def at_boundary(array):
+    """A copy at a multiple of 64 bytes: of such arrays alone does JAX share the memory."""
+    spare = np.zeros(array.nbytes + 64, np.uint8)
+    start = -spare.ctypes.data % 64
+    copy = spare[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_canonical_form_shares_no_memory_with_what_was_given(scales):
+    def apply(params, x):
+        return jax.nn.relu(x @ params["w"]) @ params["v"] + params["b"][None]
+
+    shapes = {"b": (32,), "v": (32, 32), "w": (32, 32)}
+    params = {name: at_boundary(np.asarray(normal(*shapes[name]))) for name in shapes}
+    symmetry = otf.trace_symmetry(apply, params, normal(1, 32))
+    symmetry = symmetry.with_scales() if scales else symmetry
+    found = any_otf.canonicalize(symmetry, params)
+    expected = jax.tree.map(np.array, found)
+    for array in params.values():
+        array[:] = 0
+    for name in shapes:
+        assert isinstance(found[name], jax.Array)
+        assert_array_equal(found[name], expected[name])
+
+
 def test_a_solver_of_ones_own_gets_arrays_of_jax():
     solved = []
 

@@ -289,6 +289,8 @@ def test_a_state_that_learning_cannot_go_on_from_is_refused():
         learn(few, state=other, steps=4)
     with pytest.raises(ValueError, match="there are no batches"):
         learn([], steps=4)
+    with pytest.raises(ValueError, match="there are no batches"):
+        learn([])
     with pytest.raises(ValueError, match="the state is traced"):
         jax.jit(lambda state: learn(few, state=state, steps=4))(state)
 

@@ -1,6 +1,7 @@
 """Checks that ridges are solved for together, and that the best of them is taken."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,12 @@ def test_too_few_samples_to_hold_any_out_take_the_first_ridge():
     symmetry, nets, x = setting(40)
     found = fitted(symmetry, nets, x[:4], (0.5, 0.1))
     assert {float(ridge) for ridge in found.ridges.values()} == {0.5}
+
+
+def test_ridges_in_a_tuple_of_their_own_are_refused():
+    nested: Any = ((0.1,), 0.1)
+    with pytest.raises(TypeError, match="LeastSquares needs numbers to choose from"):
+        otf.LeastSquares(ridge=nested)
 
 
 def test_ridges_are_chosen_under_jit():

@@ -135,6 +135,8 @@ def test_planes_that_cannot_be_plotted_are_refused():
     plane = otf.plane(hill, A, B, C, points=2)
     with pytest.raises(ValueError, match="there are 2 names, for three models"):
         otf.plot_plane(plane, names=("a", "b"))
+    with pytest.raises(ValueError, match="levels is -1; give 1 or more"):
+        otf.plot_plane(plane, levels=-1)
     with pytest.raises(TypeError, match="(?s)plane is .*; pass what otf.plane"):
         otf.plot_plane(otf.barrier(hill, A, B))  # pyright: ignore[reportArgumentType]
 

@@ -58,6 +58,16 @@ def test_distances_are_those_between_parameters():
         np.testing.assert_allclose(found.values[..., number], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [2.0**-90, 2.0**90])
+def test_models_whose_squares_are_out_of_range(size):
+    trees = models()
+    resized = [{**tree, **{name: size * tree[name] for name in SHAPES}} for tree in trees]
+    expected = otf.plane(lambda p: flat(p).sum(), *trees, points=3)
+    found = otf.plane(lambda p: flat(p).sum(), *resized, points=3)
+    np.testing.assert_allclose(found.models / size, expected.models, rtol=1e-6)
+    np.testing.assert_allclose(found.values / size, expected.values, rtol=1e-4, atol=1e-5)
+
+
 def test_complex_and_narrow_parameters():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(3, 2, 3)).astype(np.float16)

@@ -81,6 +81,7 @@ def test_linear_cka_does_not_see_rotations_scales_and_shifts():
 def test_linear_cka_of_any_size(scale):
     x, y = normal(30, 4, seed=1), normal(30, 3, seed=2)
     close(otf.linear_cka([(x * scale, y)]), cka(x, y))
+    close(otf.linear_cka([(x * scale, y * scale)]), cka(x, y))
 
 
 def test_linear_cka_of_means_far_from_zero_and_of_half_precision():

@@ -18,6 +18,8 @@ from otfusion_jax.alignment.loss_descent import (
 )
 from otfusion_jax.common.progress import shown_bar
 
+_NONE = "there are no batches; learning takes at least one"
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -62,7 +64,7 @@ class Batches:
             state, loss = after_batch(descent, state, batch)
             losses.append(loss)
         if not losses:
-            raise ValueError("there are no batches; learning takes at least one")
+            raise ValueError(_NONE)
         return state, jnp.stack(losses)
 
     def _stack_by_steps(self) -> Iterator[PyTree]:
@@ -82,12 +84,15 @@ def batches_given(batches: Any) -> Batches:
         The batches.
 
     Raises:
-        ValueError: If stacked arrays have no leading axis of one size, of at least 1.
+        ValueError: If stacked arrays have no leading axis of one size, of at least 1, or if a list
+            is empty.
     """
     # A tuple or a dict holds what a batch consists of. A list has always been a list of batches.
     is_tree = isinstance(batches, Mapping | tuple | str | jax.Array | np.ndarray)
     if not is_tree and isinstance(batches, Iterable):
         count = len(batches) if isinstance(batches, Sized) else None
+        if count == 0:
+            raise ValueError(_NONE)
         return Batches(batches, count, is_stacked=False)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(sizes) != 1 or sizes <= {(), (0,)}:

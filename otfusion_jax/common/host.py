@@ -193,6 +193,19 @@ def loaded(array: Any) -> Any:
     return _viewed(read) if at_hand(()) else jax.device_put(read)
 
 
+def kept(array: Any) -> Any:
+    """Makes an array one's own, before it is passed on as it is: `as_jax` shares its memory.
+
+    Args:
+        array: An array of JAX or NumPy, or a Python number.
+
+    Returns:
+        An array of JAX or a lazy one as it is, as nobody writes to it; of anything else a copy, of
+        NumPy.
+    """
+    return array if isinstance(array, jax.Array | LazyArray) else np.array(array)
+
+
 # --- what the two modules do not share
 
 

@@ -63,7 +63,8 @@ class Moments:
         # Scaled by the total variance first: fourth powers of activations are soon out of range.
         source_scale = jnp.nansum(source_norms**2, axis=-1)[..., None, None]
         target_scale = jnp.nansum(target_norms**2, axis=-1)[..., None, None]
-        across = self.gram.cross / jnp.sqrt(source_scale * target_scale)
+        # One after the other: their product is a fourth power as well.
+        across = self.gram.cross / jnp.sqrt(source_scale) / jnp.sqrt(target_scale)
         source_norm = jnp.linalg.norm(within_source / source_scale, axis=(-2, -1))
         target_norm = jnp.linalg.norm(within_target / target_scale, axis=(-2, -1))
         return jnp.sum(across**2, axis=(-2, -1)) / (source_norm * target_norm)

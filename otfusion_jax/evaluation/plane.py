@@ -21,6 +21,7 @@ from otfusion_jax.alignment.costs import as_real
 from otfusion_jax.averaging.average import average_of, columns_of
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.scaling import all_scaled, common_exponent, restored
 from otfusion_jax.evaluation.barrier import as_numbers
 from otfusion_jax.symmetry.checks import require_equal_integers
 from otfusion_jax.symmetry.groups import leaves_of
@@ -119,6 +120,9 @@ def _coordinates(stacked: PyTree) -> Float[Array, "3 2"]:
             first, second, third = as_real(leaf.reshape(3, -1))
             to_b.append(second - first)
             to_c.append(third - first)
+    # Times a power of two, which is exact, their squares are in range.
+    exponent = common_exponent([*to_b, *to_c])
+    to_b, to_c = all_scaled(to_b, -exponent), all_scaled(to_c, -exponent)
     zero = jnp.zeros(())
     length = jnp.sqrt(sum(map(jnp.vdot, to_b, to_b), start=zero))
     along = sum(map(jnp.vdot, to_b, to_c), start=zero) / length
@@ -134,7 +138,7 @@ def _coordinates(stacked: PyTree) -> Float[Array, "3 2"]:
                 "the three models lie on one line and span no plane; give three of which none is "
                 "between or beyond the others, or take barrier(metric, a, b)"
             )
-    return jnp.array([[0, 0], [length, 0], [along, off]])
+    return restored(jnp.array([[0, 0], [length, 0], [along, off]]), exponent)
 
 
 def _positions(coordinates: Array, points: int, margin: float) -> Float[Array, " points"]:

@@ -161,7 +161,9 @@ def _barycenter(
     # In an order of their own, the largest first, so that the one in which the models are given
     # does not matter.
     order = jnp.argsort(-jax.vmap(squared_distance.to_zero)(in_range))
-    descent = _BarycenterDescent(symmetry, weight_of_leaf, weights[order], squared_distance)
+    # Under `jax.disable_jit`, known weights are still an array of NumPy.
+    ordered_weights = jnp.asarray(weights)[order]
+    descent = _BarycenterDescent(symmetry, weight_of_leaf, ordered_weights, squared_distance)
     plans, history, rounds = descent.run(_at(order, in_range), method, metric, max_rounds)
 
     plans = _at(jnp.argsort(order), plans)

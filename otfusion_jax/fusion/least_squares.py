@@ -87,6 +87,8 @@ class LeastSquares(AbstractRepair):
             raise ValueError("LeastSquares needs a ridge, or several to choose from; got ()")
         else:
             for ridge in self.ridge:
+                if isinstance(ridge, tuple):
+                    raise TypeError(f"LeastSquares needs numbers to choose from; got {self.ridge}")
                 dataclasses.replace(self, ridge=ridge)
         require_number(self, "steps", least=1, whole=True)
 

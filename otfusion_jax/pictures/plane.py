@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from otfusion_jax.common.arguments import require_kind
+from otfusion_jax.common.arguments import checked_count, require_kind
 from otfusion_jax.evaluation.plane import Plane
 from otfusion_jax.pictures.canvas import axes_for
 from otfusion_jax.pictures.path import one_metric
@@ -44,13 +44,15 @@ def plot_plane(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If it is not said which of several metrics is meant, if no value is finite, or
-            if there are not three names.
+        ValueError: If it is not said which of several metrics is meant, if no value is finite, if
+            there are not three names, or if the number of levels is below 1.
         TypeError: If there is anything but a result of `plane`, or but axes.
     """
     require_kind(plane, Plane, "plane", "what otf.plane(metric, a, b, c) returns")
     if len(names) != 3:
         raise ValueError(f"there are {len(names)} names, for three models")
+    if isinstance(levels, int):
+        levels = checked_count(levels, "levels", "1 or more, or where they are")
     values = one_metric(plane.values, 2, metric)
     if not np.any(np.isfinite(values)):
         raise ValueError("no value in the plane is finite; give a smaller margin to otf.plane")

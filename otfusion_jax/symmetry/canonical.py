@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, program
 from otfusion_jax.common.lazy import any_lazy
 from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.symmetry.balancing import balanced
@@ -58,10 +58,12 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     require_symmetry(symmetry, "canonicalize(symmetry, params)")
     require_model(symmetry, params)
     _require_no_lazy(params, "params")
-    known = as_numpy(params)
+    # Most parameters may be passed on as they are, and the result must not be the caller's memory.
+    owned = jax.tree_util.tree_map(kept, params)
+    known = as_numpy(owned)
     changed = balanced(symmetry, folded(symmetry, known, "params"))
     if changed is known:
-        return params
+        return owned
     return laid_out_like(as_jax(changed), params)
 
 

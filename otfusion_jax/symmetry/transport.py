@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, loaded, program
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.sharding import (
     constrained,
@@ -155,9 +154,8 @@ def move(
     numbered = symmetry.numbered_leaves[leaf]
     leaf_plans = numbered.plans(plans)
     if not leaf_plans:
-        # The parameter is passed on as it is, of whatever dtype. Who gave an array of NumPy may
-        # write to it later on.
-        return array if isinstance(array, jax.Array | LazyArray) else np.array(array)
+        # The parameter is passed on as it is, of whatever dtype.
+        return kept(array)
     target = None if onto is None else onto.leaf_structures[leaf].partition
     if target is numbered.structure.partition:
         # Of the same widths: one program for this and for plans that tell the shape themselves.
