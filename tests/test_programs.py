@@ -146,6 +146,8 @@ def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
 
 UNSEEN = {
     "collective": "a reduction by another name",
+    "all_gather": "needs the devices of a mesh, see `on_eight_devices.py`",
+    "shard_map": "likewise",
     "empty": "appears in the gradients of branches, not of all",
     "bitcast": "no network does this to its features",
     "observer": "returns nothing",

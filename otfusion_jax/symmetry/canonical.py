@@ -63,7 +63,7 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     known = as_numpy(owned)
     changed = balanced(symmetry, folded(symmetry, known, "params"))
     if changed is known:
-        return owned
+        return as_jax(owned)
     return laid_out_like(as_jax(changed), params)
 
 
