@@ -77,17 +77,28 @@ def training_step(network: Network) -> Callable[[PyTree, Array], PyTree] | None:
     """
     if _STATISTICS not in network.shapes:
         return None
-    model = build_model(network.config, network.classes)
 
     @jax.jit
     def update(variables: PyTree, images: Array) -> PyTree:
-        if network.augment:
-            black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
-            images = augmented(jax.random.key(0), images, black)
-        _, changed = model.apply(variables, images, train=True, mutable=[_STATISTICS])
+        changed = _after_step(network, variables, _as_in_training(network, images))
         return {**variables, **changed}
 
     return update
+
+
+def _as_in_training(network: Network, images: Num[Array, "n ..."]) -> Array:
+    """Crops and flips images where training does."""
+    if not network.augment:
+        return images
+    black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
+    return augmented(jax.random.key(0), images, black)
+
+
+def _after_step(network: Network, variables: PyTree, images: Array) -> PyTree:
+    """Returns the running statistics after a step in training mode."""
+    model = build_model(network.config, network.classes)
+    _, changed = model.apply(variables, images, train=True, mutable=[_STATISTICS])
+    return changed
 
 
 def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]) -> PyTree:
@@ -106,10 +117,7 @@ def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]
     """
     if _STATISTICS not in variables:
         return variables
-    model = build_model(network.config, network.classes)
-    if network.augment:
-        black = jnp.min(images, axis=(0, 1, 2), keepdims=True)
-        images = augmented(jax.random.key(0), images, black)
+    images = _as_in_training(network, images)
 
     def without_momentum(new: Array, old: Array) -> Array:
         # Flax sets new = momentum * old + (1 - momentum) * batch, which is solved for `batch`.
@@ -117,7 +125,7 @@ def reestimated(network: Network, variables: PyTree, images: Num[Array, "n ..."]
 
     @jax.jit
     def statistics(batch: Array) -> PyTree:
-        _, changed = model.apply(variables, batch, train=True, mutable=[_STATISTICS])
+        changed = _after_step(network, variables, batch)
         return jax.tree.map(without_momentum, changed[_STATISTICS], variables[_STATISTICS])
 
     size = min(_BATCH_SIZE, len(images))

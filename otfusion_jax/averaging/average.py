@@ -97,11 +97,10 @@ def checked_average(
     means = []
     for number, (column, weights) in enumerate(zip(columns, shares, strict=True)):
         if mean_of is None and any_lazy(column):
-            read = functools.partial(_mean_of_lazy, column, weights)
+            read = functools.partial(_mean_of_leaf, column, weights)
             means.append(LazyArray(column[0].shape, column[0].dtype, read))
         elif mean_of is None:
-            column, weights = as_numpy((column, weights))
-            means.append(mean_of_column(column, weights))
+            means.append(_mean_of_leaf(column, weights))
         else:
             means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
@@ -133,7 +132,8 @@ def average_of(
     return treedef.unflatten(means)
 
 
-def _mean_of_lazy(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
+def _mean_of_leaf(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
+    """Averages the values of one leaf, which are read first if they are lazy."""
     column, weights = as_numpy((tuple(map(loaded, column)), weights))
     return mean_of_column(column, weights)
 

@@ -107,7 +107,7 @@ def as_numpy(tree: Any) -> Any:
     Returns:
         The tree with read-only views in the dtypes that JAX gives the values; random keys and what
         is lazy stay. The tree as it is where any array is traced, lies elsewhere or on a mesh, and
-        inside of what is traced.
+        inside of what is traced, unless there is nothing but arrays of NumPy.
     """
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     # Arrays of NumPy alone need not be asked where they are, which takes a while.
