@@ -8,17 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_of_several import SHAPES, mlp
 
 import otfusion_jax as otf
 from otfusion_jax.alignment.progress import Progress
 from otfusion_jax.files.safetensors_format import SafetensorsLayout
-
-SHAPES = {"first": (4, 8), "second": (8, 12), "third": (12, 4)}
-
-
-def mlp(params: dict[str, Any], x: Any) -> Any:
-    hidden = jnp.tanh(x @ params["first"])
-    return jnp.tanh(hidden @ params["second"]) @ params["third"]
 
 
 def model(seed: int) -> dict[str, Any]:
