@@ -18,7 +18,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     aligned = time.perf_counter()
     moved = otf.transport(symmetry, alignment, models[0])
     otf.write_like(target, otf.average([moved, models[1]]), folder / "fused.safetensors")
-    np.savez(folder / "found.npz", allow_pickle=False, **alignment.plans)
+    np.savez(folder / "found.npz", **cast(Any, alignment.plans))
     written = time.perf_counter()
     print(f"{aligned - start:.1f} {written - aligned:.1f} {float(alignment.objective):.3g}")
 

@@ -145,6 +145,7 @@ def killed_after_the_first(monkeypatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.compatibility
 def test_an_alignment_that_was_killed_goes_on(symmetry, tmp_path, killed_after_the_first):
     method = otf.ForwardPass(progress=tmp_path / "plans")
     for _ in symmetry.groups:

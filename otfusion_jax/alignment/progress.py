@@ -7,6 +7,7 @@ renamed, and one that says for which models. It is for a method that visits each
 import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -94,7 +95,8 @@ def _write(path: Path, record: dict[str, np.ndarray]) -> None:
     """Writes a file of which there is nothing, or all of it, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **record)
+        # Numbers alone, which are never pickled: NumPy 2.1 has no argument that would forbid it.
+        np.savez(file, **cast(Any, record))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
