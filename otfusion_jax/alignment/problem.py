@@ -10,7 +10,6 @@ need not be compiled (see `common.host`).
 """
 
 import dataclasses
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from otfusion_jax.alignment.leaf_programs import (
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
+from otfusion_jax.alignment.moved_leaves import MovedLeaves
 from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
@@ -72,8 +72,7 @@ class AlignmentProblem:
         target_groups: The groups of the target, by name.
         known: Whether Python can look at all values. If not, everything is being traced.
         lazy: Whether any parameter is read whenever it is looked at. Nothing large is kept then.
-        moved: Of known values, each of the source's parameters as it was last moved, and the plans
-            that it was moved along.
+        moved: Of known values, the source's parameters as they were last moved; otherwise None.
         xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
             them, otherwise `jax.numpy`.
     """
@@ -90,7 +89,7 @@ class AlignmentProblem:
     target_groups: dict[str, Group]
     known: bool
     lazy: bool
-    moved: dict[int, tuple[Array, list[Array]]]
+    moved: MovedLeaves | None
     xp: Any
 
     def compare(
@@ -234,25 +233,16 @@ class AlignmentProblem:
             plans: The plans of all groups.
 
         Returns:
-            The parameter, moved. Of known values, the last result is kept.
+            The parameter, moved. Of known values, the last result is kept, see `MovedLeaves`.
         """
-        if not self.known:
-            return move(self.symmetry, plans, number, self.source[number], self.onto)
-        names = self.symmetry.numbered_leaves[number].names
-        depends_on = [plans[name] for name in names if name in plans]
-        if isinstance(self.source[number], LazyArray):
+        source = self.source[number]
+        if isinstance(source, LazyArray):
             # Read anew each time: of all leaves at once, what is kept would be the model.
-            moved = move(self.symmetry, plans, number, self._loaded(self.source[number]), self.onto)
+            moved = move(self.symmetry, plans, number, self._loaded(source), self.onto)
             return jax.block_until_ready(moved)
-        moved, last = self.moved.get(number, (None, []))
-        same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
-        if moved is None or not same:
-            if self._same_widths(number) and all(map(is_identity, depends_on)):
-                moved = self.source[number]
-            else:
-                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
-            self.moved[number] = moved, depends_on
-        return moved
+        if self.moved is None:
+            return move(self.symmetry, plans, number, source, self.onto)
+        return self.moved.moved(number, plans)
 
     def _same_widths(self, number: int) -> bool:
         """Whether a parameter falls into the same blocks in both models."""
@@ -480,7 +470,7 @@ def set_up_problem(
         target_groups=target_groups,
         known=known,
         lazy=lazy,
-        moved={},
+        moved=MovedLeaves(symmetry, onto, sources) if known else None,
         xp=np if by_numpy else jnp,
     )
     return problem, exponent

@@ -22,7 +22,7 @@ class _Distances(NamedTuple):
     """The state of Bellman-Ford: distances so far, how much the last step took off, its number."""
 
     v: Array
-    change: Array
+    taken_off: Array
     iteration: int | Array
 
 
@@ -42,8 +42,8 @@ def slack(
     xp = array_module(cost, v)
     u = xp.min(cost - v[None, :], axis=1)
     remaining = cost - u[:, None]
-    w = xp.min(remaining, axis=0)
-    return remaining - w[None, :]
+    remaining -= xp.min(remaining, axis=0, keepdims=True)
+    return remaining
 
 
 def plan_gap(
@@ -88,19 +88,30 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     rounding = 8 * np.finfo(cost.dtype).eps * largest
 
     def unfinished(state: _Distances) -> Array:
-        return (state.change > rounding) & (state.iteration < n)
+        return (xp.max(state.taken_off) > rounding) & (state.iteration < n)
 
-    def relax_all_edges(state: _Distances) -> _Distances:
-        by_way_of = state.v[:, None] + residual
-        shorter = xp.min(by_way_of, axis=0)
-        change = xp.max(state.v - shorter)
-        return _Distances(shorter, change, state.iteration + 1)
+    def relax_edges(state: _Distances) -> _Distances:
+        by_way_of = xp.min(_first_steps(state.v, state.taken_off, residual), axis=0)
+        shorter = xp.minimum(state.v, by_way_of)
+        return _Distances(shorter, state.v - shorter, state.iteration + 1)
 
     start = _Distances(
         v=xp.zeros(n, cost.dtype),
-        change=xp.asarray(np.inf, cost.dtype),
+        taken_off=xp.full(n, np.inf, cost.dtype),
         iteration=0,
     )
-    shortest = while_loop(unfinished, relax_all_edges, start)
+    shortest = while_loop(unfinished, relax_edges, start)
     slack_of_matches = xp.diagonal(slack(cost, shortest.v))
     return xp.mean(slack_of_matches)
+
+
+def _first_steps(v: Array, taken_off: Array, residual: Array) -> Array:
+    """Adds edges to distances: `[k, n]`, in row k by way of a place k.
+
+    Where shapes may depend on values, only places that the last step has brought nearer are gone
+    by: the others have been before. Those are a few of all, from the second step on.
+    """
+    if array_module(v, taken_off, residual) is np:
+        nearer = np.flatnonzero(taken_off > 0)
+        return v[nearer, None] + residual[nearer]
+    return v[:, None] + residual

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import require_number
-from otfusion_jax.common.host import Array, array_module, program, without_gradient
+from otfusion_jax.common.host import Array, array_module, cond, program, without_gradient
 from otfusion_jax.common.scaling import exponent, restored, scaled
 from otfusion_jax.solvers.assignment import assign, assign_copies
 from otfusion_jax.solvers.base import (
@@ -89,8 +89,7 @@ class Exact(AbstractSolver):
         constant = without_gradient(cost)
         in_range = scaled(constant, -k)
         # ott's solver may never return from NaN, so it gets a problem that takes it one step a row.
-        easy = 1 - xp.eye(n, m, dtype=cost.dtype)
-        safe = xp.where(finite, in_range, easy)
+        safe = cond(finite, lambda: in_range, lambda: 1 - xp.eye(n, m, dtype=cost.dtype))
 
         valid = finite
         if permutation:

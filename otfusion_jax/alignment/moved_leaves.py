@@ -1,0 +1,122 @@
+"""The parameters of a source, each as it was last moved.
+
+To move a parameter is most of what it takes to compare it. Once moved, it serves all groups in it,
+and the objective; and where one group has got another plan since, only that one is moved again.
+"""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from otfusion_jax.common.host import Array
+from otfusion_jax.symmetry.groups import Plans
+from otfusion_jax.symmetry.plans import is_identity, is_permutation
+from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.transport import move
+
+
+class MovedLeaves:
+    """Known parameters of a source as they were last moved, and the plans that moved them.
+
+    Args:
+        symmetry: The symmetry of the source.
+        onto: The symmetry of the target, its groups in the source's order.
+        source: The parameters of the source, one array for each of `symmetry.parts`.
+    """
+
+    def __init__(self, symmetry: Symmetry, onto: Symmetry, source: list[Any]):
+        self._symmetry = symmetry
+        self._onto = onto
+        self._source = source
+        self._last: dict[int, tuple[Array, dict[str, Array]]] = {}
+
+    def moved(self, number: int, plans: Plans) -> Array:
+        """Returns a parameter of the source, moved.
+
+        Args:
+            number: The position of the parameter in `symmetry.parts`.
+            plans: The plans of all groups.
+
+        Returns:
+            The moved parameter.
+        """
+        along = {}
+        for name in self._symmetry.numbered_leaves[number].names:
+            if name in plans:
+                along[name] = plans[name]
+        moved, last = self._last.get(number, (None, {}))
+        if moved is not None and _are_same(last, along):
+            return moved
+        if moved is None:
+            moved, last = self._source[number], {}
+        steps = self._steps(number, last, along)
+        if steps is None:
+            moved, steps = self._source[number], along
+        if steps:
+            moved = move(self._symmetry, steps, number, moved, self._onto)
+        self._last[number] = moved, along
+        return moved
+
+    def _steps(self, number: int, last: Plans, plans: Plans) -> Plans | None:
+        """Finds what is left to do for a parameter that has moved along other plans.
+
+        Args:
+            number: The position of the parameter.
+            last: The plans that it has moved along; groups that are left out have stayed.
+            plans: The plans that it is to be moved along, of the same groups or more.
+
+        Returns:
+            The plans of those groups that have to move on from where they are. None if it has to
+            be moved from the start: where not all plans are permutations, of units that are
+            neither in a batch nor nested in others.
+        """
+        structure = self._symmetry.leaf_structures[number]
+        if self._onto.leaf_structures[number].partition is not structure.partition:
+            return None
+        for unit_axis in structure.unit_axes:
+            if unit_axis.group.batch:
+                return None
+        steps = {}
+        for name, plan in plans.items():
+            before = last.get(name)
+            if before is plan:
+                continue
+            if not is_permutation(plan):
+                return None
+            if before is None:
+                step = plan
+            else:
+                step = _step_between(before, plan)
+                if step is None:
+                    return None
+            if not is_identity(step):
+                steps[name] = step
+        return steps
+
+
+def _are_same(last: Plans, plans: Plans) -> bool:
+    """Whether plans are the very arrays that they were, so that none has to be looked at."""
+    return len(last) == len(plans) and all(map(operator.is_, last.values(), plans.values()))
+
+
+def _step_between(before: Array, plan: Array) -> np.ndarray | None:
+    """Finds the permutation that leads from one permutation to another.
+
+    Args:
+        before: Integer `[n]`: position `j` has unit `before[j]`.
+        plan: Integer `[n]`: position `j` is to receive unit `plan[j]`.
+
+    Returns:
+        Integer `[n]`: position `j` receives what is at position `step[j]`. None if either is no
+        permutation, as of a cost that could not be solved.
+    """
+    if not is_permutation(before):
+        return None
+    positions = np.arange(len(before))
+    place = np.argsort(np.asarray(before))
+    new_units = np.asarray(plan)
+    for units in (np.asarray(before)[place], np.sort(new_units)):
+        if not np.array_equal(units, positions):
+            return None
+    return place[new_units].astype(np.int32)
