@@ -84,12 +84,9 @@ class MovedLeaves:
                 continue
             if not is_permutation(plan):
                 return None
-            if before is None:
-                step = plan
-            else:
-                step = _step_between(before, plan)
-                if step is None:
-                    return None
+            step = plan if before is None else _step_between(before, plan)
+            if step is None:
+                return None
             if not is_identity(step):
                 steps[name] = step
         return steps
@@ -100,7 +97,7 @@ def _are_same(last: Plans, plans: Plans) -> bool:
     return len(last) == len(plans) and all(map(operator.is_, last.values(), plans.values()))
 
 
-def _step_between(before: Array, plan: Array) -> np.ndarray | None:
+def _step_between(before: Array, plan: Array) -> Array | None:
     """Finds the permutation that leads from one permutation to another.
 
     Args:
@@ -119,4 +116,5 @@ def _step_between(before: Array, plan: Array) -> np.ndarray | None:
     for units in (np.asarray(before)[place], np.sort(new_units)):
         if not np.array_equal(units, positions):
             return None
-    return place[new_units].astype(np.int32)
+    step: Any = place[new_units].astype(np.int32)
+    return step
