@@ -14,8 +14,7 @@ from experiments.pairs import Pair
 
 # How many images are held in memory at once where features are read.
 _BATCH_SIZE = 250
-# How many steps rotations are learned by, of how many images.
-_LEARNING_STEPS = 600
+# Of how many images a step is that rotations are learned by.
 _LEARNING_BATCH_SIZE = 64
 
 
@@ -194,7 +193,7 @@ def by_learned_rotations(pair: Pair) -> PyTree:
         answer = (answers[0] + answers[1]) / 2
         return optax.softmax_cross_entropy(network.apply(params, images), answer).mean()
 
-    shape = (_LEARNING_STEPS, _LEARNING_BATCH_SIZE)
+    shape = (pair.learning_steps, _LEARNING_BATCH_SIZE)
     batches = jax.random.randint(jax.random.key(0), shape, 0, len(pair.images))
     # Permutations stay as features have found them.
     learned = otf.learn_alignment(

@@ -29,6 +29,7 @@ class Pair:
         b: The variables of the model that it is moved onto.
         images: Images without labels, drawn by the seeds: of the training split, or of nothing.
         ridge: The penalty of least squares.
+        learning_steps: How many steps rotations are learned by.
     """
 
     network: Network
@@ -36,6 +37,7 @@ class Pair:
     b: PyTree
     images: Num[Array, "samples ..."]
     ridge: float = 0.01
+    learning_steps: int = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,8 @@ class PairStudy(Study):
     """Training images, without labels, for methods that use data."""
     ridge: float = 0.01
     """The penalty of least squares, in units of the mean eigenvalue."""
+    learning_steps: int = 600
+    """Steps of 64 images that rotations are learned by."""
     synthetic: bool = False
     """Images of dead leaves instead, so that no method uses data."""
 
@@ -130,6 +134,12 @@ class PairStudy(Study):
     def files(self) -> tuple[Path, ...]:
         """The files that models are read from, instead of training them."""
         return self.weights or ()
+
+    def check(self) -> None:
+        """Refuses to learn rotations by no steps."""
+        super().check()
+        if self.learning_steps < 1:
+            raise ValueError(f"--learning-steps is {self.learning_steps}; give at least 1.")
 
     def check_data(self, dataset: Dataset) -> None:
         """Refuses a text where images are to be drawn."""
@@ -158,4 +168,4 @@ class PairStudy(Study):
         """
         a, b = models
         images = seen_images(dataset or run.dataset, seeds, self.images, draw, self.synthetic)
-        return Pair(run.network, a, b, images, self.ridge)
+        return Pair(run.network, a, b, images, self.ridge, self.learning_steps)

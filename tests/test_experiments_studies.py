@@ -342,6 +342,8 @@ def test_clients_are_averaged_round_by_round(tmp_path: Path):
 
 
 def test_there_is_a_round(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["one_shot", "--learning-steps", "0"]) == 2
+    assert "--learning-steps is 0" in capsys.readouterr().err
     assert cli.main(["federated", "--rounds", "0"]) == 2
     assert "--rounds is 0" in capsys.readouterr().err
 

@@ -30,6 +30,9 @@ from otfusion_jax.symmetry.transport import transport
 
 _LEARNING_STEPS = 600
 _LEARNING_BATCH_SIZE = 64
+# Of many inputs, more is learned before they are known by heart.
+_LEARNING_PASSES = 15
+_MOST_LEARNING_STEPS = 2400
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +182,9 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
         batch = jax.tree.map(lambda array: array[chosen], inputs)
         return objective(params, task.models, task.weights, batch)
 
-    shape = (_LEARNING_STEPS, min(_LEARNING_BATCH_SIZE, samples.count))
+    size = min(_LEARNING_BATCH_SIZE, samples.count)
+    steps = min(_LEARNING_PASSES * samples.count // size, _MOST_LEARNING_STEPS)
+    shape = (max(_LEARNING_STEPS, steps), size)
     learned = []
     for number, model in enumerate(task.models[:-1]):
         positions = jax.random.randint(
