@@ -87,7 +87,8 @@ def reflected(matrix: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
     """Multiplies a matrix from both sides by the reflection H with `H e_1 = -1 / sqrt(n)`.
 
     On each side it is that of the size there. H is symmetric and its own inverse, and the sign
-    cancels. The other one, with which `e_1` would go to the ones themselves, divides by zero for `n == 1`, and loses digits for any small n.
+    cancels. The other one, with which `e_1` would go to the ones themselves, divides by zero for
+    `n == 1`, and loses digits for any small n.
 
     Args:
         matrix: The matrix, or a stack of them.

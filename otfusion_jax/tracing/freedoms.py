@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Scaling
 from otfusion_jax.symmetry.stretch import Stretch
 from otfusion_jax.tracing.algebras import PositiveScales, Rotations, Scales, Signs, Vector
-from otfusion_jax.tracing.axis import Axis, Sum, factors_of
+from otfusion_jax.tracing.axis import Axis, Kind, Sum, factors_of
 from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
@@ -42,8 +42,8 @@ from otfusion_jax.tracing.laws import (
 )
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.rules.families import P
-from otfusion_jax.tracing.values import Axes, TracedValue
-from otfusion_jax.tracing.widths import Power, Widths
+from otfusion_jax.tracing.values import TracedValue
+from otfusion_jax.tracing.widths import Widths
 
 
 def find_freedoms(
@@ -167,7 +167,7 @@ class _Program:
         self._groups = frozenset(collected.names)
         self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
-        self._widths = Widths(self._interpreter)
+        self._widths = Widths(self._interpreter, self._occurrences)
         self.shifted = self._find_shifted()
         for transfer in self._interpreter.transfers:
             self._add(transfer)
@@ -302,23 +302,14 @@ class _Program:
             freedom: How it rotates.
         """
         folded = {fold.leaf for fold in freedom.folds}
-        roles = {(member.leaf, member.axis): member.role for member in group.members}
-
-        def dims_of(axes: Axes) -> tuple[int, ...]:
-            return self._dims_of(axes, variable)
-
-        start: dict[int, Power] = {}
+        parameters = []
         # Where 1 is added to a parameter, the sum says what that demands.
         for number, parameter in self._parameters(variable, as_sums=False):
-            if parameter in folded:
-                continue
-            power = Power()
-            for dim in dict.fromkeys(dims_of(self._param_axes[parameter])):
-                is_produced = roles[(parameter, dim)] == "produces"
-                one = Power(produced=1, order=1) if is_produced else Power(consumed=1, order=1)
-                power = power.plus(one)
-            start[number] = power
-        return self._widths.stretch(group, start, dims_of)
+            if parameter not in folded:
+                axes = self._param_axes[parameter]
+                value = TracedValue(tuple(axes), Kind.PARAMETER, number)
+                parameters.append((value, parameter))
+        return self._widths.stretch(group, variable, parameters)
 
     def is_sliced(self, parameter: int) -> bool:
         """Whether a loop takes slices of a parameter, one in each iteration."""
