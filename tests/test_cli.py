@@ -335,7 +335,9 @@ def test_units_of_models_of_other_widths_rotate():
     save_file(model, "wide.safetensors")
     save_file(params(1), "b.safetensors")
     flags = ("--apply", "network:bottleneck", "--input", "f32[2,6]", "--other-widths")
-    run("fuse", "wide.safetensors", "b.safetensors", *flags, "--rotations", "--out", "f.safetensors")
+    run(
+        "fuse", "wide.safetensors", "b.safetensors", *flags, "--rotations", "--out", "f.safetensors"
+    )
     x = jnp.ones((2, 6))
     symmetries = []
     for trained in (model, params(1)):

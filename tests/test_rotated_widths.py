@@ -189,6 +189,27 @@ def test_a_rank_that_divides_makes_both_matrices_larger():
     np.testing.assert_allclose(wide_fn(wide, X[0]), fn(params, X[0]), atol=1e-5)
 
 
+def test_queries_keys_and_values_in_one_kernel_are_told_apart():
+    def fused(params, x, heads):
+        count, size = x.shape[0], params["qkv"].shape[1] // (3 * heads)
+        parts = jnp.split(x @ params["qkv"], 3, axis=1)
+        query, key, value = (part.reshape(count, heads, size) for part in parts)
+        weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", query, key) / np.float32(size) ** 0.5)
+        mixed = jnp.einsum("hts,shk->thk", weights, value)
+        return mixed.reshape(count, heads * size) @ params["out"]
+
+    found = []
+    for size in (3, 5):
+        params = normals({"qkv": (4, 3 * 2 * size), "out": (2 * size, 3)})
+        fn = functools.partial(fused, heads=2)
+        found.append((params, otf.trace_symmetry(fn, params, X[0]).with_rotations()))
+    (params, symmetry), (_, onto) = found
+    assert powers(symmetry, "qkv#2") == (0.25, 0.25)
+    assert powers(symmetry, "qkv#3") == (0, 0)
+    wide = otf.transport(symmetry, planted(symmetry, onto, 1), params, onto=onto)
+    np.testing.assert_allclose(fused(wide, X[0], 2), fused(params, X[0], 2), atol=1e-5)
+
+
 def test_a_mean_over_tokens_is_no_matter_of_widths():
     _, params, symmetry = network(0, norm=layer_norm, **NARROW)
     fn = functools.partial(model, norm=layer_norm)

@@ -77,7 +77,10 @@ class Trail:
         found = []
         powers = self._results(transfer)
         for value, power in zip(transfer.results, powers, strict=True):
-            if power is not None and value.number is not None and value.number not in self.powers:
+            if power is None or (power.order > 0 and not self.dims_of(value)):
+                # Of queries, keys and values beside each other, a part may have no units of these.
+                continue
+            if value.number is not None and value.number not in self.powers:
                 self.powers[value.number] = power
                 found.append(value.number)
         return found
@@ -183,7 +186,7 @@ class Trail:
             number = self.numbers.get(value.number)
             if number is None or self._power(value) is not None:
                 continue
-            if total.count != 1 and math.isclose(number**-times, total.count, rel_tol=SAME_NUMBER):
+            if total.count != 1 and math.isclose(number, total.count**-times, rel_tol=SAME_NUMBER):
                 # A sum over tokens becomes their mean.
                 total = total._replace(count=1)
             elif not (total.is_read and self._is_of_others(number, other)):
@@ -224,7 +227,7 @@ class Trail:
                 power = power.summed(_order_along(power, dims))
         for dim, size in enumerate(sizes_of(value)):
             if dim in axes and dim not in dims:
-                power = power._replace(count=power.count * size)
+                power = power._replace(count=power.count * max(size, 1))
         return power
 
     def _contracted(self, transfer: Transfer) -> Power | None:
