@@ -280,6 +280,7 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
             reason = f"its units are {kind}, which keeps their number"
             sizes_differ = (group.batch, group.size) != (partner.batch, partner.size)
         elif group.rotates:
+            # An isometry changes their number, if the program can make up for it.
             reason = reason or difference(group.stretch, partner.stretch)
         if reason is not None and sizes_differ:
             lines.append(f"  {group.name}: {reason}")

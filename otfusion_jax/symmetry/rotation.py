@@ -57,6 +57,7 @@ def fixing_ones(smaller: Float[Array, "*batch k l"]) -> Float[Array, "*batch n m
     xp = array_module(smaller)
     beside = [(0, 0)] * (smaller.ndim - 2) + [(1, 0), (1, 0)]
     if k != other:
+        # There is no identity to subtract: the direction of the ones has an entry of its own.
         corner = np.zeros((k + 1, other + 1), smaller.dtype)
         corner[0, 0] = 1
         return reflected(xp.pad(smaller, beside) + corner)

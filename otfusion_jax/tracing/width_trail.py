@@ -114,6 +114,7 @@ class Trail:
         if law is None or transfer.form == "call":
             return [self._ended(powers)] * count
         if law is laws.one_by_one:
+            # Each operand comes out again, as at a checkpoint.
             return powers
         if law is laws.mul or law is laws.div:
             return [self._product(operands, -1 if law is laws.div else 1)]
@@ -122,6 +123,7 @@ class Trail:
         if law is laws.reduce_sum:
             return [self._summed(operands[0], eqn.params["axes"])]
         if law in (laws.ordered, laws.equal):
+            # Which of two is larger stays the same if both grow alike.
             self._alike(operands)
             return [None]
         degree = _degree(eqn)

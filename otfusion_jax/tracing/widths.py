@@ -74,6 +74,7 @@ class Widths:
         number = transfer.results[0].number
         function = _FUNCTIONS.get(eqn.primitive.name)
         with np.errstate(all="ignore"):
+            # A cast or a broadcast is the same number, and a root of one is another that is known.
             if eqn.primitive in UNCHANGED:
                 self._numbers[number] = found[0]
             elif function is not None:
@@ -98,6 +99,7 @@ class Widths:
         for number, power in trail.powers.items():
             if power.order == 0 and number not in self._users:
                 trail.demand(power, "an output")
+        # One array has one factor, whichever way it is read.
         if _has_both_roles(group):
             source = "a parameter that both produces and consumes the units"
             trail.demands.append(Demand(1, -1, 0, source))
@@ -153,6 +155,7 @@ def _solved(demands: Sequence[Demand], constants: tuple[float, ...]) -> Stretch:
         distinct.setdefault(demand[:3], demand.source)
     rows: list[tuple[float, ...]] = []
     for equation, source in distinct.items():
+        # One more at a time, so that the first that contradicts those before is the one named.
         rows.append(tuple(map(float, equation)))
         matrix = np.array(rows)
         # Of several solutions the smallest, which shares a factor evenly between both roles.
