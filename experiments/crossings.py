@@ -28,6 +28,17 @@ class Crossing:
     a: PyTree
     b: PyTree
 
+    def rotating(self) -> "Crossing":
+        """Returns the models in the form in which their units may rotate, and do where they can."""
+        source = dataclasses.replace(self.source, symmetry=self.source.symmetry.with_rotations())
+        target = dataclasses.replace(self.target, symmetry=self.target.symmetry.with_rotations())
+        return Crossing(
+            source,
+            target,
+            otf.canonicalize(source.symmetry, self.a),
+            otf.canonicalize(target.symmetry, self.b),
+        )
+
     def moved(self, plans: Plans) -> PyTree:
         """Moves A along plans into the shapes of B.
 

@@ -300,6 +300,7 @@ class WidthMethod:
         plans: Finds the plans that A is moved along.
         as_original: Whether A, once moved, is scaled as in the original's code.
         narrows: Whether it can only make networks narrower.
+        rotates: Whether units rotate where they can, as those of transformers do.
         needs: What it looks at besides the weights.
     """
 
@@ -307,6 +308,7 @@ class WidthMethod:
     plans: Callable[[Crossing], Plans]
     as_original: bool = False
     narrows: bool = False
+    rotates: bool = False
     needs: Needs = Needs.NOTHING
 
     def __str__(self) -> str:
@@ -327,6 +329,7 @@ WIDTH_METHODS = by_name(
     DESCENT_ACROSS,
     WidthMethod("truncated by l1 norm", crossings.truncated, narrows=True),
     WidthMethod("truncated, then aligned", crossings.truncated_and_aligned, narrows=True),
+    WidthMethod("coordinate descent, with rotations", crossings.by_descent, rotates=True),
 )
 
 

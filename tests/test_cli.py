@@ -52,6 +52,11 @@ def plain(params, x):
     return h @ params["down"]
 
 
+def bottleneck(params, x):
+    h = jax.nn.relu(x @ params["embed"] @ params["up.weight"] + params["up.bias"][None])
+    return h @ params["down"]
+
+
 def wrong(params, x):
     return params["not there"]
 
@@ -264,7 +269,7 @@ def test_names_with_a_separator_are_nested():
     run("fuse", a, b, *flags, "--out", "f.npz")
     fused = otf.fuse(traced(), [params(0), params(1)])
     for name in SIZES:
-        np.testing.assert_array_equal(read_back("f.npz")[name], fused[name])
+        np.testing.assert_array_equal(load_file("f.safetensors")[name], fused[name])
 
 
 # --- methods, solvers and widths
@@ -320,6 +325,28 @@ def test_models_of_other_widths(folder: Path, capsys: pytest.CaptureFixture):
         capsys, "fuse", "wide.safetensors", b, *apply, "--out", "g.safetensors"
     )
     assert not (folder / "g.safetensors").exists()
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_units_of_models_of_other_widths_rotate():
+    wide = {"embed": (6, 8), "up.weight": (8, 7), "up.bias": (7,), "down": (7, 5)}
+    rng = np.random.default_rng(2)
+    model = {name: rng.normal(size=shape).astype(np.float32) for name, shape in wide.items()}
+    save_file(model, "wide.safetensors")
+    save_file(params(1), "b.safetensors")
+    flags = ("--apply", "network:bottleneck", "--input", "f32[2,6]", "--other-widths")
+    run(
+        "fuse", "wide.safetensors", "b.safetensors", *flags, "--rotations", "--out", "f.safetensors"
+    )
+    x = jnp.ones((2, 6))
+    symmetries = []
+    for trained in (model, params(1)):
+        symmetry = otf.trace_symmetry(network().bottleneck, trained, x)
+        symmetries.append(symmetry.with_rotations())
+    assert symmetries[0]["embed"].rotates
+    fused = otf.fuse(symmetries, [model, params(1)])
+    for name in SIZES:
+        np.testing.assert_array_equal(load_file("f.safetensors")[name], fused[name])
 
 
 # --- merging

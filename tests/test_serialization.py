@@ -168,7 +168,13 @@ LOCATION = (*MEMBER, "location")
     ("change", "message"),
     [
         (edit("format", value="x"), "no saved symmetry"),
-        (edit("version", value=2), "version 2 .* reads version 1"),
+        (edit("version", value=3), "version 3 .* reads versions 1 to 2"),
+        (edit("version", value="2"), "version '2' .* reads versions 1 to 2"),
+        (edit("freedoms", 0, "stretch", "produced", value=1), "produced is 1, expected a number w"),
+        (
+            edit("freedoms", 0, "stretch", "produced", value=1e9),
+            r"stretch is 10+\.0, expected a po",
+        ),
         (edit("extra", value=1), "the symmetry has 'extra'"),
         (lambda r: r.pop("pinned"), "the symmetry has no 'pinned'"),
         (lambda r: r["groups"][0].pop("size"), r"groups\[0\] has no 'size'"),
@@ -210,6 +216,20 @@ def test_each_wrong_field_is_named(change: Callable[[Any], Any], message: str):
     change(record)
     with pytest.raises(ValueError, match=message):
         otf.Symmetry.from_json(json.dumps(record))
+
+
+def test_what_an_earlier_version_has_saved_is_read_and_rotates_at_its_own_width_alone():
+    params = {"in": jnp.ones((4, 6)), "out": jnp.ones((6, 3))}
+    traced = otf.trace_symmetry(lambda p, x: x @ p["in"] @ p["out"], params, jnp.ones((2, 4)))
+    record = json.loads(traced.to_json())
+    for entry in (*record["groups"], *record["freedoms"]):
+        del entry["stretch"]
+    read = otf.Symmetry.from_json(json.dumps(record | {"version": 1}))
+    assert read.groups == traced.groups
+    narrower = {"in": jnp.eye(6)[:, :4]}
+    otf.transport(traced.with_rotations(), narrower, params)
+    with pytest.raises(ValueError, match="in: 6 units become 4, but .* trace it anew"):
+        otf.transport(read.with_rotations(), narrower, params)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from otfusion_jax.symmetry.groups import Plans
 _MOVED = "A moved"
 _REPAIRED = ", least squares"
 _BEST = "best (t)"
+_PERMUTATIONS = tuple([method for method in WIDTH_METHODS.values() if not method.rotates])
 _HELD_OUT = "held-out accuracy (%)"
 
 
@@ -52,8 +53,10 @@ class Widths(Study):
     """Widths of A as multiples of those of B."""
     methods: Annotated[
         tuple[Annotated[WidthMethod, choice(WIDTH_METHODS, "METHOD")], ...],
-        tyro.conf.arg(help=f"Methods to compare, of {listed(WIDTH_METHODS)} (default: all)."),
-    ] = tuple(WIDTH_METHODS.values())
+        tyro.conf.arg(
+            help=f"Methods to compare, of {listed(WIDTH_METHODS)} (default: all that permute)."
+        ),
+    ] = _PERMUTATIONS
     t: tuple[float, ...] = (0.5, 0.67)
     """Positions of the averages, (1 - t) · A + t · B; the first is repaired too."""
     grid: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -125,32 +128,34 @@ class Widths(Study):
 
     def _compare(self, run: Run, source: _Side, target: _Side, images: Array) -> None:
         """Measures what every method makes of a source that is moved onto a target."""
-        crossing = Crossing(source.network, target.network, source.model, target.model)
+        as_trained = Crossing(source.network, target.network, source.model, target.model)
         # With and without the original's scaling, the plans are the same.
-        plans: dict[Callable, Plans] = {}
+        found: dict[tuple[Callable, bool], Plans] = {}
         for method in self.methods:
             if method.narrows and source.factor < target.factor:
                 continue
-            if method.plans not in plans:
-                plans[method.plans] = method.plans(crossing)
-            moved = crossing.moved(plans[method.plans])
+            crossing = as_trained.rotating() if method.rotates else as_trained
+            key = method.plans, method.rotates
+            if key not in found:
+                found[key] = method.plans(crossing)
+            plans = found[key]
+            moved = crossing.moved(plans)
             if method.as_original:
                 moved = as_original(source.network, target.network, moved)
             models = {_MOVED: moved}
             averages = {}
             for t in (*self.t, *sorted(self.grid)):
-                both = [moved, target.model]
+                both = [moved, crossing.b]
                 averages[t] = otf.average(both, (1 - t, t))
             for t in self.t:
                 models[f"t = {t:g}"] = averages[t]
             # Least squares solves for the kernels anew, whatever they were scaled by.
             if not method.as_original:
-                along = plans[method.plans]
                 t = self.t[0]
-                both = [moved, target.model]
-                alone = repaired(crossing, along, [moved], (1.0,), images)
+                both = [moved, crossing.b]
+                alone = repaired(crossing, plans, [moved], (1.0,), images)
                 models[_MOVED + _REPAIRED] = alone
-                average = repaired(crossing, along, both, (1 - t, t), images)
+                average = repaired(crossing, plans, both, (1 - t, t), images)
                 models[f"t = {t:g}" + _REPAIRED] = average
 
             labels = {"source": source.factor, "target": target.factor, "method": method.name}

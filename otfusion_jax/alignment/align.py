@@ -60,7 +60,8 @@ def align(
         target: The parameters of the model to be matched.
         onto: The symmetry of the target, if its widths are others than the source's. Groups are
             matched by structure; plans between groups of different sizes are float `[n, m]`, with
-            negative masses where units change their signs. Units that rotate keep their number.
+            negative masses where units change their signs. Units that rotate become another number
+            by an isometry, `[n, m]` of orthonormal rows or columns (see `Stretch`).
         method: How the plans of all groups are found: `CoordinateDescent()` or `ForwardPass()`.
         metric: The ground metric between units, an ott cost function. None means
             `ott.geometry.costs.SqEuclidean()`, which coordinate descent uses for its objective

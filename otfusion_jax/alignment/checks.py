@@ -60,8 +60,9 @@ def require_rectangular_plans(symmetry: Symmetry, onto: Symmetry) -> None:
     """
     wrong = []
     for group, target_group in zip(symmetry.groups, onto.groups, strict=True):
-        # A permutation serves both roles; a rectangular plan has other weights in each.
-        if group.size == target_group.size:
+        # A permutation serves both roles, as does an isometry where `match_groups` allows it; a
+        # rectangular plan of masses has other weights in each.
+        if group.size == target_group.size or group.rotates:
             continue
         paths = [member.path for member in group.members if member.role == "both"]
         if paths:

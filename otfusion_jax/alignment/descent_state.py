@@ -10,11 +10,12 @@ import numpy as np
 
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.common.host import Array, as_numpy
+from otfusion_jax.common.host import Array, array_module, as_numpy
 from otfusion_jax.solvers.base import Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.groups import Group, Plans
 from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.rotation import orthonormal_identity
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +79,11 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
         outer_names.add(group.outer)
     for group in problem.symmetry.groups:
         target_group = problem.target_groups[group.name]
-        if group.orthogonal and group.size == target_group.size:
-            plan = np.broadcast_to(np.eye(group.size), (*group.batch, group.size, group.size))
-            plans[group.name] = xp.asarray(plan.astype(problem.dtype))
+        if group.rotates or (group.orthogonal and group.size == target_group.size):
+            n, m = group.size, target_group.size
+            plan = orthonormal_identity(n, m, fixes_ones=group.fixes_ones).astype(problem.dtype)
+            plan = xp.asarray(np.broadcast_to(plan, (*group.batch, n, m)))
+            plans[group.name] = _for_pairs(plan, group, target_group)
             gaps[group.name] = xp.zeros((), problem.dtype)
             converged[group.name] = xp.asarray(True)
             continue
@@ -96,13 +99,27 @@ def initial_state(problem: AlignmentProblem) -> DescentState:
             n, m = group.size, target_group.size
             coupling = _order_keeping_coupling(n, m).astype(solution.plan.dtype)
             plan = xp.broadcast_to(coupling, (*group.batch, n, m))
-        if group.outer is not None and group.batch[-1] != target_group.batch[-1]:
-            # Heads that do not move one to one: inside, there is a plan for every pair of heads.
-            rank = len(group.batch)
-            shape = (*group.batch, target_group.batch[-1], *plan.shape[rank:])
-            plan = xp.broadcast_to(xp.expand_dims(plan, rank), shape)
-        plans[group.name] = plan
+        plans[group.name] = _for_pairs(plan, group, target_group)
     return DescentState(plans, gaps, converged, xp.asarray(False))
+
+
+def _for_pairs(plan: Array, group: Group, target_group: Group) -> Array:
+    """Repeats the plan inside of each head for all pairs of heads, if heads do not move one to one.
+
+    Args:
+        plan: The plan, `[*batch, n]` or `[*batch, n, m]`.
+        group: The group of the source.
+        target_group: The group of the target.
+
+    Returns:
+        The plan, with the heads of the target behind the batch if these are another number.
+    """
+    if group.outer is None or group.batch[-1] == target_group.batch[-1]:
+        return plan
+    rank = len(group.batch)
+    xp = array_module(plan)
+    shape = (*group.batch, target_group.batch[-1], *plan.shape[rank:])
+    return xp.broadcast_to(xp.expand_dims(plan, rank), shape)
 
 
 def _abstract_problem(

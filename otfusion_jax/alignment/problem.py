@@ -173,10 +173,7 @@ class AlignmentProblem:
             # What is compared stays; the same units elsewhere in the leaf move.
             if other.member is member or other.member in around:
                 frozen.append(number)
-                if other.member.role == "consumes":
-                    # Of n units that become m, n/m take the place of one; what consumes them adds
-                    # up.
-                    ratio *= other.group.size / self.target_groups[other.group.name].size
+                ratio *= self._ratio_of(other)
         numbered = self.symmetry.numbered_leaves[member.leaf]
         return units_compared(
             numbered.structure,
@@ -190,6 +187,16 @@ class AlignmentProblem:
             intra=self.solver.quadratic,
             dtype=self.dtype,
         )
+
+    def _ratio_of(self, unit_axis: UnitAxis) -> float:
+        """Returns how much larger a parameter becomes along units that become another number."""
+        group, role = unit_axis.group, unit_axis.member.role
+        n, m = group.size, self.target_groups[group.name].size
+        if group.rotates and n != m:
+            assert group.stretch is not None, "match_groups has refused it"
+            return group.stretch.factor(role, n, m)
+        # Of n units that become m, n/m take the place of one; what consumes them adds up.
+        return n / m if role == "consumes" else 1.0
 
     def _is_plain(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> bool:
         """Whether a group can be compared by its moved parameter, and brought back into place."""

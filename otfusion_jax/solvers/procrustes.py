@@ -44,7 +44,9 @@ def procrustes(cross: Float[Array, "*batch n m"], *, fixes_ones: bool = False) -
             source unit `i` and target unit `j`. float64 is solved in float64, everything narrower
             in float32.
         fixes_ones: Whether Q must also keep the vector of ones, `Q 1 = 1` and `Q^T 1 = 1`, as maps
-            must that are to commute with the mean that LayerNorm subtracts. Needs `n == m`.
+            must that are to commute with the mean that LayerNorm subtracts. Between different
+            numbers of units it keeps the direction of the ones: `Q 1 = sqrt(m / n) 1` and
+            `Q^T 1 = sqrt(n / m) 1`.
 
     Returns:
         The solution, every array with `batch` in front. The plan is Q, float `[n, m]`: its columns
@@ -57,8 +59,7 @@ def procrustes(cross: Float[Array, "*batch n m"], *, fixes_ones: bool = False) -
 
     Raises:
         TypeError: For what is no array.
-        ValueError: For fewer than two axes, for inner products that are complex, and for
-            `fixes_ones` between different numbers of units.
+        ValueError: For fewer than two axes, and for inner products that are complex.
 
     References:
         Schönemann, A generalized solution of the orthogonal Procrustes problem, Psychometrika 1966.
@@ -66,7 +67,7 @@ def procrustes(cross: Float[Array, "*batch n m"], *, fixes_ones: bool = False) -
         (Procrustes) and 9.4 (polar decomposition). Horn and Johnson, Topics in Matrix Analysis,
         1991, section 3.4 (the nuclear norm is dual to the spectral norm).
     """
-    _check_cross(cross, fixes_ones)
+    _check_cross(cross)
     return polar_factors(cross, fixes_ones)
 
 
@@ -88,8 +89,8 @@ def polar_factors(cross: Float[Array, "*batch n m"], fixes_ones: bool) -> Soluti
     return solve(cross)
 
 
-def _check_cross(cross: object, fixes_ones: bool) -> None:
-    """Refuses what is no matrix of real numbers, and what cannot keep the ones."""
+def _check_cross(cross: object) -> None:
+    """Refuses what is no matrix of real numbers."""
     if not isinstance(cross, jax.Array):
         raise TypeError(
             f"the cross is {kind_of(cross)}; pass an array of inner products, as in a @ b.T"
@@ -101,12 +102,6 @@ def _check_cross(cross: object, fixes_ones: bool) -> None:
         )
     if jnp.issubdtype(cross.dtype, jnp.complexfloating):
         raise ValueError(f"inner products are real numbers, got {cross.dtype}; pass cross.real")
-    n, m = cross.shape[-2:]
-    if fixes_ones and n != m:
-        raise ValueError(
-            f"fixes_ones needs as many source units as target units, got {n} and {m}: the vector "
-            "of ones has a length of its own on either side. Leave fixes_ones out."
-        )
 
 
 def _solve(cross: Float[Array, "*batch n m"], fixes_ones: bool) -> Solution:
@@ -159,11 +154,11 @@ def _polar_factor(
 
 
 def _factor_fixing_ones(
-    cross: Float[Array, "*batch n n"],
-) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch"]]:
-    """Finds the best orthogonal matrix among those that keep the vector of ones.
+    cross: Float[Array, "*batch n m"],
+) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch"]]:
+    """Finds the best orthogonal matrix among those that keep the direction of the ones.
 
-    In a basis whose first vector is the direction of the ones, such a matrix has a 1 in its corner
+    In bases whose first vectors are the direction of the ones, such a matrix has a 1 in its corner
     and zeros beside and below it. What remains is free: the polar factor of the same block.
 
     Args:

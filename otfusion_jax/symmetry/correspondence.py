@@ -9,7 +9,9 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from otfusion_jax.symmetry.folded import folded_axes
 from otfusion_jax.symmetry.groups import Group, Member
+from otfusion_jax.symmetry.stretch import difference
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 _Pair = tuple[Group, Group]
@@ -132,7 +134,16 @@ def _differences_of_leaves(source: Symmetry, target: Symmetry) -> list[str]:
 def _differences_of_axes(source: Symmetry, matched: Symmetry) -> list[str]:
     """Returns a line for each leaf whose axes are not the same products and sums of units."""
     lines = []
+    folded = folded_axes(source)
     for number, leaf in enumerate(source.parts):
+        if number in folded:
+            # All ones, of which there are as many as units.
+            group, axis = folded[number]
+            shape = list(leaf.shape)
+            shape[axis] = matched[group.name].size
+            if tuple(shape) != matched.parts[number].shape:
+                lines.append(f"  {leaf.path}: {leaf.shape} and {matched.parts[number].shape}")
+            continue
         partition = source.leaf_structures[number].partition
         target_partition = matched.leaf_structures[number].partition
         if partition.dims != target_partition.dims:
@@ -265,9 +276,12 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
         reason = reasons.get(group.name)
         sizes_differ = group.size != partner.size
         if _keeps_its_number(group) or _keeps_its_number(partner):
-            kind = (group if group.orthogonal else partner).motion.value
+            kind = (group if group.signed else partner).motion.value
             reason = f"its units are {kind}, which keeps their number"
             sizes_differ = (group.batch, group.size) != (partner.batch, partner.size)
+        elif group.rotates:
+            # An isometry changes their number, if the program can make up for it.
+            reason = reason or difference(group.stretch, partner.stretch)
         if reason is not None and sizes_differ:
             lines.append(f"  {group.name}: {reason}")
         elif group.motion is not partner.motion:
@@ -279,8 +293,8 @@ def _widths_that_must_not_differ(source: Symmetry, pairs: list[_Pair]) -> list[s
 
 
 def _keeps_its_number(group: Group) -> bool:
-    """Whether units can only be moved onto as many: they rotate, or have signs inside of heads."""
-    return group.rotates or (group.signed and bool(group.batch))
+    """Whether units can only be moved onto as many: those that have signs inside of heads."""
+    return group.signed and bool(group.batch)
 
 
 def _renamed(group: Group, partner: Group, source_names: dict[str, str]) -> Group:

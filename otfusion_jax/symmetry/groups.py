@@ -19,11 +19,13 @@ from jaxtyping import PyTree
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.location import UnitLocation
+from otfusion_jax.symmetry.stretch import Stretch
 
 Role = Literal["produces", "consumes", "both"]
 Plans = dict[str, Array]
 """Group name to plan: an integer `[n]` permutation or a float `[n, m]` transport plan, preceded by
-the group's batch. Of a group that rotates or is signed, a float `[n, n]` is orthogonal."""
+the group's batch. Of a group that rotates or is signed, a float `[n, n]` is orthogonal, and of one
+that rotates a float `[n, m]` has orthonormal rows or columns, whichever are fewer."""
 
 NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
@@ -101,6 +103,8 @@ class Group:
             `Symmetry.with_signs` returns.
         scaled: Whether the positive scales of units are balanced before they are compared: only in
             what `Symmetry.with_scales` returns.
+        stretch: Of a group that rotates, by what units are multiplied where they become another
+            number of units; None if it is not known.
     """
 
     name: str
@@ -112,6 +116,7 @@ class Group:
     fixes_ones: bool = False
     signed: bool = False
     scaled: bool = False
+    stretch: Stretch | None = None
 
     @property
     def motion(self) -> Motion:
@@ -209,6 +214,8 @@ class Freedom:
         signs: Which parameters may be multiplied by -1 unit by unit, likewise.
         linear: Whether units may be multiplied by any invertible matrix, as those of queries may if
             the keys are multiplied by its inverse transpose: they rotate, and may all be scaled.
+        stretch: Of units that rotate, by what they are multiplied where they become another number
+            of units; None of others.
         reason: The primitive and the source line that stand in the way of rotations, or of those
             that do not fix the ones; None if nothing does. Two freedoms that differ in this alone
             are equal.
@@ -221,6 +228,7 @@ class Freedom:
     scales: tuple[Scaling, ...] = ()
     signs: tuple[Scaling, ...] = ()
     linear: bool = False
+    stretch: Stretch | None = None
     reason: str | None = dataclasses.field(default=None, compare=False)
 
 

@@ -19,6 +19,7 @@ from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
+from otfusion_jax.symmetry.stretch import difference
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 LARGEST_ERROR = 1e-2
@@ -317,7 +318,8 @@ def _groups_that_soft_plans_cannot_move(symmetry: Symmetry, plans: Plans) -> dic
     problems = {}
     for name, plan in plans.items():
         group = symmetry[name]
-        if is_permutation(plan) or is_orthogonal(group, plan):
+        # What rotates is multiplied by a matrix that serves both roles.
+        if is_permutation(plan) or is_orthogonal(group, plan) or group.rotates:
             continue
         both = [member.path for member in group.members if member.role == "both"]
         if both:
@@ -368,7 +370,7 @@ def _problem_of_plan(
         outer_plan = plans.get(group.outer)
     is_array = isinstance(outer_plan, jax.Array | np.ndarray)
     if is_array and not is_permutation(outer_plan):
-        if group.orthogonal:
+        if group.signed:
             kind = group.motion.value
             return f"its units are {kind} inside of {group.outer}, which may only be permuted"
         # The units inside of an old index are matched anew with those of each new one.
@@ -377,7 +379,7 @@ def _problem_of_plan(
     if is_permutation(plan):
         return _problem_of_permutation(group, plan, batch, note, target_size)
     if is_orthogonal(group, plan) or group.rotates:
-        return _problem_of_rotation(group, plan, batch, target_size)
+        return _problem_of_rotation(group, plan, batch, note, target_size)
     if group.signed and plan.ndim and target_size != group.size:
         # Masses whose signs say by what units are multiplied.
         plan = abs(plan)
@@ -420,16 +422,26 @@ def _problem_of_permutation(
 
 
 def _problem_of_rotation(
-    group: Group, plan: Any, batch: tuple[int, ...], target_size: int | None
+    group: Group, plan: Any, batch: tuple[int, ...], note: str, target_size: int | None
 ) -> str | None:
-    """Says what is wrong with a plan that should be orthogonal matrices `[*batch, n, n]`."""
+    """Says what is wrong with a plan of orthogonal matrices `[*batch, n, n]`, or `[*batch, n, m]`.
+
+    A matrix that is not square has orthonormal rows or columns, whichever are fewer.
+    """
     n = group.size
-    if target_size not in (None, n):
-        return f"{n} units become {target_size}, but these units keep their number"
-    expected = (*batch, n, n)
-    if plan.shape != expected:
+    m = n if target_size is None else target_size
+    rows = (*batch, n)
+    if target_size is None and group.rotates and plan.shape[:-1] == rows:
+        m = plan.shape[-1]
+    if group.signed and m != n:
+        return f"{n} units become {m}, but these units keep their number"
+    if plan.shape != (*rows, m):
         kind = "a permutation with signs" if group.signed else "a rotation"
-        return f"shape {plan.shape}, expected {expected} for {kind} or int {expected[:-1]}"
+        return f"shape {plan.shape}, expected {(*rows, m)} for {kind} or int {rows}{note}"
+    if n != m:
+        reason = difference(group.stretch, group.stretch)
+        if reason is not None:
+            return f"{n} units become {m}, but {reason}"
     if not jnp.issubdtype(plan.dtype, jnp.floating):
         return f"dtype {plan.dtype}, but a rotation is floating-point"
     if isinstance(plan, Tracer):
@@ -437,13 +449,17 @@ def _problem_of_rotation(
     matrices = np.asarray(plan, np.float64)
     if not np.all(np.isfinite(matrices)):
         return "a matrix that is not finite"
-    products = matrices @ np.swapaxes(matrices, -1, -2)
-    if np.max(np.abs(products - np.eye(n)), initial=0) > LARGEST_ERROR:
+    transposed = np.swapaxes(matrices, -1, -2)
+    products = matrices @ transposed if n <= m else transposed @ matrices
+    if np.max(np.abs(products - np.eye(min(n, m))), initial=0) > LARGEST_ERROR:
         return f"a matrix that is not orthogonal; the units of this group are {group.motion.value}"
     if group.signed and np.max(np.abs(np.abs(matrices) - np.round(np.abs(matrices)))) > 0:
         return "a matrix of more than ones and minus ones; the units change their signs alone"
-    changes = np.abs(np.sum(matrices, axis=-1) - 1)
-    if group.fixes_ones and np.max(changes, initial=0) > LARGEST_ERROR * np.sqrt(n):
+    # An isometry takes 1 / sqrt(n) at each of n units to 1 / sqrt(m) at each of m, and back.
+    changes = [np.sum(matrices, axis=-1) - np.sqrt(m / n)]
+    changes.append(np.sum(matrices, axis=-2) - np.sqrt(n / m))
+    largest = max(np.max(np.abs(change), initial=0) for change in changes)
+    if group.fixes_ones and largest > LARGEST_ERROR * np.sqrt(max(n, m)):
         return "a rotation that moves the vector of ones, over which a mean is taken"
     return None
 

@@ -2,10 +2,12 @@
 
 Where a mean over units is subtracted, as in a LayerNorm, the units can be rotated about the vector
 of ones alone. A Householder reflection takes that vector to the first axis, where such a matrix is
-a smaller one beside a 1.
+a smaller one beside a 1. The same holds for maps to another number of units, which take the
+direction of the ones to that of the ones there.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,30 +41,55 @@ def random_rotation(
     return extend(smaller)
 
 
-def fixing_ones(smaller: Float[Array, "*batch k k"]) -> Float[Array, "*batch n n"]:
+def fixing_ones(smaller: Float[Array, "*batch k l"]) -> Float[Array, "*batch n m"]:
     """Makes an orthogonal matrix of one more dimension, which leaves the vector of ones as it is.
 
     Args:
         smaller: An orthogonal matrix of one dimension less, which says what becomes of the
-            complement of the vector of ones, in the basis of `reflected`; or a stack of them.
+            complement of the vector of ones, in the basis of `reflected`; or a stack of them. It
+            need not be square, if its rows or its columns are orthonormal.
 
     Returns:
-        The matrix, of the same dtype; exactly the identity for the identity.
+        The matrix, of the same dtype; exactly the identity for the identity. Of other numbers of
+        rows than of columns, it takes the direction of the ones to that of the ones.
     """
-    k = smaller.shape[-1]
-    # Less the identity, so that units that stay do so without the errors of two reflections.
+    k, other = smaller.shape[-2:]
     xp = array_module(smaller)
-    change = smaller - xp.eye(k, dtype=smaller.dtype)
     beside = [(0, 0)] * (smaller.ndim - 2) + [(1, 0), (1, 0)]
+    if k != other:
+        # There is no identity to subtract: the direction of the ones has an entry of its own.
+        corner = np.zeros((k + 1, other + 1), smaller.dtype)
+        corner[0, 0] = 1
+        return reflected(xp.pad(smaller, beside) + corner)
+    # Less the identity, so that units that stay do so without the errors of two reflections.
+    change = smaller - xp.eye(k, dtype=smaller.dtype)
     padded = xp.pad(change, beside)
     return xp.eye(k + 1, dtype=smaller.dtype) + reflected(padded)
 
 
-def reflected(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+def orthonormal_identity(n: int, m: int, *, fixes_ones: bool) -> np.ndarray:
+    """Returns the map from n units to m that is nearest to leaving each where it is.
+
+    Args:
+        n: The number of units before.
+        m: The number of units after.
+        fixes_ones: Whether the direction of the ones has to become that of the ones.
+
+    Returns:
+        Float64 `[n, m]`, of orthonormal rows or columns: the identity for `n == m`.
+    """
+    if not fixes_ones or n == m:
+        return np.eye(n, m)
+    smaller: Any = np.eye(n - 1, m - 1)
+    return np.asarray(fixing_ones(smaller))
+
+
+def reflected(matrix: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
     """Multiplies a matrix from both sides by the reflection H with `H e_1 = -1 / sqrt(n)`.
 
-    H is symmetric and its own inverse, and the sign cancels. The other one, with which `e_1` would
-    go to the ones themselves, divides by zero for `n == 1`, and loses digits for any small n.
+    On each side it is that of the size there. H is symmetric and its own inverse, and the sign
+    cancels. The other one, with which `e_1` would go to the ones themselves, divides by zero for
+    `n == 1`, and loses digits for any small n.
 
     Args:
         matrix: The matrix, or a stack of them.
@@ -75,9 +102,9 @@ def reflected(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     return of_both.swapaxes(-1, -2)
 
 
-def _columns_reflected(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+def _columns_reflected(matrix: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
     """Multiplies a matrix from the left by the Householder reflection of `reflected`."""
-    n = matrix.shape[-1]
+    n = matrix.shape[-2]
     normal = np.full((n, 1), 1 / np.sqrt(n))
     normal[0] += 1
     normal = np.asarray(normal / np.linalg.norm(normal), matrix.dtype)

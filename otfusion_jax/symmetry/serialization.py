@@ -8,6 +8,7 @@ it speaks of (`stored_symmetry`), since the text may come from anywhere.
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
 
 FORMAT = "otfusion_jax.Symmetry"
-VERSION = 1
+VERSION = 2
 # Trees are walked by recursion, here and in JAX.
 _MOST_LEVELS = 200
 _TOP = "the tree of parameters"
@@ -155,13 +156,15 @@ def loads(text: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f'this is no saved symmetry: it has no "format": "{FORMAT}"')
     version = record.get("version")
-    # There is one version so far. Whoever adds a field raises it, and reads the old one here.
-    if version != VERSION:
+    # Whoever adds a field raises it, and reads the old ones in `_upgraded`.
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
             f"the symmetry is saved in version {_shown(version)} of the format, and this library"
-            f" reads version {VERSION}: trace it again, or use the library that saved it"
+            f" reads versions 1 to {VERSION}: trace it again, or use the library that saved it"
         )
     _require_names(record, {"format", "version", "tree", *_PARTS}, "the symmetry")
+    if version == 1:
+        record = _upgraded(record)
     fields: dict[str, Any] = {}
     for name, kind in _PARTS.items():
         fields[name] = _from_json(record[name], tuple[kind, ...], name)
@@ -169,6 +172,20 @@ def loads(text: str) -> dict[str, Any]:
     fields["treedef"] = jax.tree_util.tree_structure(tree)
     require_consistent(tree, **fields)
     return fields
+
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns what version 1 has as version 2 says it: it knows no `stretch`."""
+    upgraded = dict(record)
+    for name in ("groups", "freedoms"):
+        if not isinstance(record[name], list):
+            continue
+        entries = []
+        for entry in record[name]:
+            # What is no object is named where it is read.
+            entries.append({**entry, "stretch": None} if isinstance(entry, dict) else entry)
+        upgraded[name] = entries
+    return upgraded
 
 
 def _parsed(text: str) -> Any:
@@ -220,12 +237,17 @@ def _from_json(value: Any, kind: Any, where: str) -> Any:
             raise ValueError(f"{where} is {_shown(value)}, expected one of {wanted}")
         return value
     # To Python a bool is an integer.
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where} is {_shown(value)}, expected {_KINDS[kind]}")
     return value
 
 
-_KINDS = {int: "a whole number", str: "a text", bool: "true or false"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number with a decimal point",
+    str: "a text",
+    bool: "true or false",
+}
 
 
 def _dataclass_from_json(value: Any, kind: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ import jax
 
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, LeafSplit, Member, Pin, Scaling
 from otfusion_jax.symmetry.location import StridedIndex
+from otfusion_jax.symmetry.stretch import Stretch
 
 # No array has more positions along an axis, and none has a rank beyond this.
 _LONGEST_AXIS = 2**31 - 1
@@ -95,6 +96,7 @@ def require_consistent(
             _require_scaling(scaling, parts, entry.below(".scales", position))
         for position, scaling in enumerate(freedom.signs):
             _require_scaling(scaling, parts, entry.below(".signs", position))
+        _require_stretch(freedom.stretch, entry)
 
 
 # --- parameters
@@ -154,6 +156,7 @@ def _require_groups(groups: Sequence[Group], parts: Sequence[Leaf]) -> None:
     for number, group in enumerate(groups):
         entry = _TOP.below("groups", number)
         entry.require_sizes(".size", group.size)
+        _require_stretch(group.stretch, entry)
         entry.require_sizes(".batch", *group.batch)
         if group.outer is not None:
             # That the batch is longer by one in each level keeps groups from going in circles.
@@ -210,6 +213,12 @@ def _require_fold(fold: Fold, parts: Sequence[Leaf], entry: _Entry) -> None:
         entry.require_part(leaf, parts, ".others")
         entry.require(power in (-1, 1), ".others", power, "-1 or 1")
     entry.require(fold.shift in (0, 1), ".shift", fold.shift, "0 or 1")
+
+
+def _require_stretch(stretch: Stretch | None, entry: _Entry) -> None:
+    if stretch is not None:
+        for power in (stretch.produced, stretch.consumed):
+            entry.require(abs(power) <= _MOST_AXES, ".stretch", power, "a power")
 
 
 def _require_scaling(scaling: Scaling, parts: Sequence[Leaf], entry: _Entry) -> None:

@@ -356,6 +356,7 @@ class Symmetry(Mapping[str, Group]):
                 fixes_ones=freedom.fixes_ones,
                 signed=False,
                 scaled=group.scaled and freedom.linear,
+                stretch=freedom.stretch,
             )
             groups.append(rotating)
         pinned = (*self.pinned, *pins)

@@ -5,7 +5,9 @@ unit j is the average of the old units that map to it, so an axis that *produces
 multiplied by `P diag(1/b)`. What consumes the units must reconstruct old unit i from the new ones,
 so a *consuming* axis is multiplied by `diag(1/a) P`. For a permutation the two are the same gather.
 Units of a group that rotates are multiplied by an orthogonal matrix in either role, and those of
-one that is signed are permuted and then multiplied by signs, where a member changes them.
+one that is signed are permuted and then multiplied by signs, where a member changes them. Onto
+another number of units, rotations are isometries, times a power of the ratio of widths (see
+`stretch`).
 """
 
 import functools
@@ -37,6 +39,7 @@ from otfusion_jax.symmetry.blocks import (
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups
+from otfusion_jax.symmetry.folded import folded_axes, resized
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.partition import BlockPartition
@@ -74,7 +77,9 @@ def transport(
             pair of an old and a new head: `[*batch, g, n]` or `[*batch, g, n, m]`, where the last
             axis of the batch counts the old heads. Of a group that rotates (see
             `Symmetry.with_rotations`), a float plan is an orthogonal matrix `Q` `[n, n]`: new unit
-            `j` is the sum of `Q[i, j]` times old unit `i`. Of a group that is signed (see
+            `j` is the sum of `Q[i, j]` times old unit `i`. Onto another number of units it is
+            `[n, m]` of orthonormal rows or columns, and what produces units and what consumes them
+            is multiplied by a power of `m / n` as well. Of a group that is signed (see
             `Symmetry.with_signs`), it is a permutation whose ones may be minus ones, or onto
             another number of units a transport plan whose masses may be negative. Groups that
             are left out stay.
@@ -153,6 +158,11 @@ def move(
     """
     numbered = symmetry.numbered_leaves[leaf]
     leaf_plans = numbered.plans(plans)
+    folded = folded_axes(symmetry).get(leaf)
+    if folded is not None and folded.group.name in plans:
+        size = plans[folded.group.name].shape[-1]
+        if size != folded.group.size:
+            return _resized(array, folded.axis, size)
     if not leaf_plans:
         # The parameter is passed on as it is, of whatever dtype.
         return kept(array)
@@ -166,6 +176,19 @@ def move(
         return LazyArray(shape, array.dtype, read)
     leaf_plans, array = as_numpy((leaf_plans, array))
     return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
+
+
+def _resized(array: Any, axis: int, size: int) -> Any:
+    """Gives a parameter of ones, see `folded`, another number of them."""
+    if not isinstance(array, LazyArray):
+        return resized(as_numpy(array), axis=axis, size=size)
+    shape = list(array.shape)
+    shape[axis] = size
+
+    def read() -> Array:
+        return resized(as_numpy(loaded(array)), axis=axis, size=size)
+
+    return LazyArray(tuple(shape), array.dtype, read)
 
 
 def _moved_from_lazy(
@@ -318,9 +341,13 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
 
 def _unit_weights(group: Group, plan: Array, role: Role) -> Array:
     """Returns by how much old units are in new ones, `[..., n, m]`, in one role."""
-    if not is_permutation(plan) and is_orthogonal(group, plan):
-        # An orthogonal matrix is its own inverse transpose, so that it serves both roles.
-        return plan
+    if group.rotates and not is_permutation(plan):
+        # An orthogonal matrix is its own inverse transpose, so that it serves both roles. The
+        # program may do other things with another number of units.
+        n, m = plan.shape[-2:]
+        if n == m or group.stretch is None:
+            return plan
+        return group.stretch.factor(role, n, m) * plan
     return _weights(_as_coupling(plan), role)
 
 

@@ -54,6 +54,24 @@ def is_throughout(array: Any, number: int) -> bool:
     return bool(np.all(np.asarray(array) == number))
 
 
+def number_of(array: Any) -> float | None:
+    """Returns the number that an array of one entry holds; None of other arrays.
+
+    Args:
+        array: An array that the traced function closes over, or a literal.
+
+    Returns:
+        The number. None if it is complex, not known, or no number.
+    """
+    aval = jax.typeof(array)
+    is_key = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+    if is_key or isinstance(array, Tracer) or aval.size != 1:
+        return None
+    if not jnp.issubdtype(aval.dtype, jnp.floating) and not jnp.issubdtype(aval.dtype, jnp.integer):
+        return None
+    return float(np.asarray(array).reshape(()))
+
+
 def _axis_along(array: Any, dim: int, size: int) -> Axis | None:
     """Returns an axis of an array; None where the array holds its positions in place."""
     if size < 2:

@@ -20,8 +20,9 @@ from collections.abc import Collection, Sequence
 import jax.numpy as jnp
 
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Scaling
+from otfusion_jax.symmetry.stretch import Stretch
 from otfusion_jax.tracing.algebras import PositiveScales, Rotations, Scales, Signs, Vector
-from otfusion_jax.tracing.axis import Axis, Sum, factors_of
+from otfusion_jax.tracing.axis import Axis, Kind, Sum, factors_of
 from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
@@ -42,6 +43,7 @@ from otfusion_jax.tracing.laws import (
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue
+from otfusion_jax.tracing.widths import Widths
 
 
 def find_freedoms(
@@ -71,7 +73,10 @@ def find_freedoms(
             scales = program.scalings(variable, PositiveScales())
             signs = program.scalings(variable, Signs())
             linear = _is_linear(group, freedom, scales)
-            freedom = dataclasses.replace(freedom, scales=scales, signs=signs, linear=linear)
+            stretch = program.stretch(variable, group, freedom) if freedom.rotates else None
+            freedom = dataclasses.replace(
+                freedom, scales=scales, signs=signs, linear=linear, stretch=stretch
+            )
             freedoms.append(freedom)
     return tuple(freedoms)
 
@@ -162,6 +167,7 @@ class _Program:
         self._groups = frozenset(collected.names)
         self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
+        self._widths = Widths(self._interpreter, self._occurrences)
         self.shifted = self._find_shifted()
         for transfer in self._interpreter.transfers:
             self._add(transfer)
@@ -286,6 +292,24 @@ class _Program:
             degrees = [(*unknowns[unknown], degree) for unknown, degree in solution.items()]
             scalings.append(Scaling(tuple(sorted(degrees))))
         return tuple(scalings)
+
+    def stretch(self, variable: int, group: Group, freedom: Freedom) -> Stretch:
+        """Finds by what units that rotate are multiplied where they become another number.
+
+        Args:
+            variable: The axis variable of the group.
+            group: The group.
+            freedom: How it rotates.
+        """
+        folded = {fold.leaf for fold in freedom.folds}
+        parameters = []
+        # Where 1 is added to a parameter, the sum says what that demands.
+        for number, parameter in self._parameters(variable, as_sums=False):
+            if parameter not in folded:
+                axes = self._param_axes[parameter]
+                value = TracedValue(tuple(axes), Kind.PARAMETER, number)
+                parameters.append((value, parameter))
+        return self._widths.stretch(group, variable, parameters)
 
     def is_sliced(self, parameter: int) -> bool:
         """Whether a loop takes slices of a parameter, one in each iteration."""

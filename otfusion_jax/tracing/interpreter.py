@@ -16,7 +16,7 @@ from jax.extend import core
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Factor, Kind, Sum, constant, factors_of
-from otfusion_jax.tracing.constants import constant_value, is_throughout
+from otfusion_jax.tracing.constants import constant_value, is_throughout, number_of
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
@@ -64,6 +64,7 @@ class Interpreter:
             was interpreted.
         zeros: The numbers of the values that are 0 throughout: constants, and what is made of them.
         ones: The numbers of the constants that are 1 throughout.
+        numbers: For the numbers of constants of one entry what that is.
         parameters: For the number of a value that is a parameter, which one it is.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
             identity of its equation.
@@ -86,6 +87,7 @@ class Interpreter:
         self.transfers: list[Transfer] = []
         self.zeros: set[int] = set()
         self.ones: set[int] = set()
+        self.numbers: dict[int | None, float] = {}
         self.parameters: dict[int | None, int] = {}
         self.sliced: list[tuple[int | None, int]] = []
         self._values_numbered = 0
@@ -234,6 +236,9 @@ class Interpreter:
         for number, values in ((0, self.zeros), (1, self.ones)):
             if value.number is not None and is_throughout(array, number):
                 values.add(value.number)
+        number = number_of(array)
+        if number is not None:
+            self.numbers[value.number] = number
         return value
 
     def numbered(self, value: TracedValue) -> TracedValue:
