@@ -2,10 +2,13 @@
 
     python -m benchmarks.larger_than_memory
 
-Makes a network with the parts of Llama in bfloat16, moves its units by a random element of its
-symmetry, aligns and fuses the two leaf by leaf in a process that is killed half-way and started
-again, and compares what was found with what was planted. Memory is what the kernel says of that
-process, looked at from here. `--depth` and `--width` set the size.
+Makes a network with the parts of Llama in bfloat16, 3 GB of it, and a second one of the same
+function: in canonical form it is the first, moved by a random element of its symmetry
+(permutations, heads, rotations of the residual stream and inside of heads), and its norms have
+other gains. Both are brought into canonical form, aligned and fused leaf by leaf in a process that
+is killed half-way and started again, and what was found is compared with what was planted. Memory
+is what the kernel says of that process, looked at from here. Sizes are flags, and
+`--no-rotations` leaves it at permutations, which move bfloat16 without rounding.
 """
 
 import argparse
@@ -26,9 +29,13 @@ import numpy as np
 
 import otfusion_jax as otf
 from benchmarks.networks import llama
+from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.files.safetensors_format import SafetensorsLayout
 
 GB = 1e9
+BFLOAT16 = np.dtype(jnp.bfloat16)
+ROUNDING = 2.0**-8
+"""By how much bfloat16 rounds a number at most, relative to it."""
 
 
 def traced(options: argparse.Namespace) -> tuple[otf.Symmetry, dict[str, tuple[int, ...]]]:
@@ -37,14 +44,48 @@ def traced(options: argparse.Namespace) -> tuple[otf.Symmetry, dict[str, tuple[i
     fn, shapes, tokens = llama(*sizes)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     symmetry = otf.trace_symmetry(fn, params, jax.ShapeDtypeStruct(tokens, jnp.int32))
-    return symmetry, shapes
+    return symmetry.with_rotations() if options.rotations else symmetry, shapes
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draws one parameter, the same each time it is asked for."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
-    values = generator.standard_normal(shape, np.float32) / np.sqrt(shape[0])
-    return values.astype(jnp.bfloat16)
+    values = generator.standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        # The gain of a norm.
+        values = 1 + values / 10
+    else:
+        values /= np.sqrt(shape[0])
+    return values.astype(BFLOAT16)
+
+
+def divided(array: Any, gains: np.ndarray) -> np.ndarray:
+    """Divides what reads the residual stream, along its first axis, by the gains of a norm."""
+    values = np.asarray(array)
+    beside = (1,) * (values.ndim - 1)
+    return values / gains.reshape((-1, *beside))
+
+
+def with_gains(symmetry: otf.Symmetry, params: dict[str, Any]) -> dict[str, Any]:
+    """Gives norms whose gains are 1 other gains, and keeps the function; all of it lazily."""
+    changed = dict(params)
+    for freedom in symmetry.freedoms:
+        for fold in freedom.folds:
+            shape = params[fold.path].shape
+            draw = functools.partial(drawn, f"target {fold.path}", shape)
+            changed[fold.path] = otf.LazyArray(shape, BFLOAT16, draw)
+            for number, _ in fold.others:
+                name = symmetry.parts[number].path
+                reader = changed[name]
+                divide = functools.partial(divided, reader, draw())
+                changed[name] = otf.LazyArray(reader.shape, BFLOAT16, divide)
+    return changed
+
+
+def in_form(symmetry: otf.Symmetry, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Brings a checkpoint into the form in which its units may move, leaf by leaf."""
+    params = dict(checkpoint.arrays)
+    return otf.canonicalize(symmetry, params) if symmetry.rotates else params
 
 
 def make(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
@@ -53,11 +94,13 @@ def make(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, shape in shapes.items():
         read = functools.partial(drawn, name, shape)
-        arrays[name] = otf.LazyArray(shape, np.dtype(jnp.bfloat16), read)
+        arrays[name] = otf.LazyArray(shape, BFLOAT16, read)
     SafetensorsLayout(None).write(arrays, folder / "source.safetensors")
     source = otf.read_checkpoint(folder / "source.safetensors", lazily=True)
     planted = symmetry.random(jax.random.key(0))
-    moved = otf.transport(symmetry, planted, dict(source.arrays))
+    moved = otf.transport(symmetry, planted, in_form(symmetry, source))
+    if symmetry.rotates:
+        moved = with_gains(symmetry, moved)
     otf.write_like(source, moved, folder / "target.safetensors")
     return {name: np.asarray(plan) for name, plan in planted.items()}
 
@@ -69,8 +112,8 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         otf.read_checkpoint(folder / f"{name}.safetensors", lazily=True)
         for name in ("source", "target")
     )
-    models = [dict(source.arrays), dict(target.arrays)]
     start = time.perf_counter()
+    models = [in_form(symmetry, checkpoint) for checkpoint in (source, target)]
     method = otf.ForwardPass(progress=folder / "plans")
     alignment = otf.align(symmetry, *models, method=method)
     aligned = time.perf_counter()
@@ -110,18 +153,42 @@ def run(command: list[str], folder: Path, kill_at: int | None) -> tuple[int, flo
     return peak, time.perf_counter() - start, said
 
 
-def require_recovered(planted: dict[str, np.ndarray], folder: Path) -> None:
-    """Compares what was found with what was planted, and what was fused with the target."""
+def relative_error(found: Any, expected: Any) -> float:
+    """Returns the norm of what two arrays differ by, relative to that of the second."""
+    found, expected = (np.asarray(array).astype(np.float32) for array in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def errors(
+    symmetry: otf.Symmetry, planted: dict[str, np.ndarray], folder: Path
+) -> tuple[float, float]:
+    """Compares what was found with what was planted, and what was fused with the target.
+
+    Returns:
+        The largest relative error of a rotation, and of a fused parameter to the target's in
+        canonical form. Permutations alone have neither.
+
+    Raises:
+        RuntimeError: If a permutation is another one, or an error above the rounding of bfloat16.
+    """
+    wrong, of_rotations, of_leaves = [], [0.0], [0.0]
     with np.load(folder / "found.npz") as found:
-        wrong = [name for name, plan in planted.items() if not np.array_equal(found[name], plan)]
-    fused = otf.read_checkpoint(folder / "fused.safetensors", lazily=True).arrays
-    target = otf.read_checkpoint(folder / "target.safetensors", lazily=True).arrays
-    for name, array in target.items():
+        for name, plan in planted.items():
+            if symmetry[name].rotates:
+                of_rotations.append(relative_error(found[name], plan))
+            elif not np.array_equal(found[name], plan):
+                wrong.append(name)
+    fused, target = (
+        otf.read_checkpoint(folder / f"{name}.safetensors", lazily=True)
+        for name in ("fused", "target")
+    )
+    for name, array in in_form(symmetry, target).items():
         # The moved source is the target, and so is the average of the two.
-        if not np.array_equal(np.asarray(fused[name]), np.asarray(array)):
-            wrong.append(name)
-    if wrong:
-        raise RuntimeError(f"not recovered: {wrong}")
+        of_leaves.append(relative_error(fused.arrays[name], array))
+    worst = max(of_rotations), max(of_leaves)
+    if wrong or max(worst) > (ROUNDING if symmetry.rotates else 0):
+        raise RuntimeError(f"not recovered: {wrong}, relative errors {worst}")
+    return worst
 
 
 def main() -> None:
@@ -129,9 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    sizes: dict[str, Any] = {"depth": 24, "width": 1280, "heads": 20, "hidden": 3456}
+    sizes: dict[str, Any] = {"depth": 28, "width": 2048, "heads": 32, "hidden": 5632}
     for name, default in (sizes | {"vocabulary": 16_000}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rotations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where there is room for three checkpoints")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -145,13 +213,13 @@ def main() -> None:
         made = time.perf_counter() - start
         size = (folder / "source.safetensors").stat().st_size
         command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--work"]
-        command += ["--folder", str(folder)]
+        command += ["--folder", str(folder), f"--{'' if options.rotations else 'no-'}rotations"]
         for flag in (*sizes, "vocabulary"):
             command += [f"--{flag}", str(getattr(options, flag))]
         trees = options.depth * 2 + 1
         killed, before, _ = run(command, folder, trees // 2)
         resumed, after, said = run(command, folder, None)
-        require_recovered(planted, folder)
+        of_rotations, of_leaves = errors(traced(options)[0], planted, folder)
     align, write, objective = said.split()
     print(
         "| checkpoints (GB) | made in (s) | until killed (s) | resumed: all (s) | align (s) | "
@@ -159,7 +227,9 @@ def main() -> None:
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
         f"| 2 x {size / GB:.2f} | {made:.0f} | {before:.0f} | {after:.0f} | {align} | {write} | "
         f"{objective} | {killed / GB:.2f} | {resumed / GB:.2f} |\n\n"
-        f"{len(planted)} groups, all as planted."
+        f"{len(planted)} groups, all as planted. Largest relative error of a rotation "
+        f"{of_rotations:.1e}, of a fused parameter {of_leaves:.1e}; bfloat16 rounds by up "
+        f"to {ROUNDING:.1e}."
     )
 
 

@@ -242,17 +242,20 @@ class AlignmentProblem:
         depends_on = [plans[name] for name in names if name in plans]
         if isinstance(self.source[number], LazyArray):
             # Read anew each time: of all leaves at once, what is kept would be the model.
-            moved = move(self.symmetry, plans, number, self._loaded(self.source[number]), self.onto)
-            return jax.block_until_ready(moved)
+            return jax.block_until_ready(self._moved_now(number, plans, depends_on))
         moved, last = self.moved.get(number, (None, []))
         same = len(last) == len(depends_on) and all(map(operator.is_, last, depends_on))
         if moved is None or not same:
-            if self._same_widths(number) and all(map(is_identity, depends_on)):
-                moved = self.source[number]
-            else:
-                moved = move(self.symmetry, plans, number, self.source[number], self.onto)
+            moved = self._moved_now(number, plans, depends_on)
             self.moved[number] = moved, depends_on
         return moved
+
+    def _moved_now(self, number: int, plans: Plans, depends_on: Sequence[Array]) -> Array:
+        """Moves a parameter of known values, unless it stays, by the plans that it depends on."""
+        array = self._loaded(self.source[number])
+        if self._same_widths(number) and all(map(is_identity, depends_on)):
+            return array
+        return move(self.symmetry, plans, number, array, self.onto)
 
     def _same_widths(self, number: int) -> bool:
         """Whether a parameter falls into the same blocks in both models."""
