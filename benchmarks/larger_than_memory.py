@@ -1,6 +1,6 @@
 """Two checkpoints that are larger than the memory they are aligned and fused in.
 
-    python -m benchmarks.larger_than_memory
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.larger_than_memory
 
 Makes a network with the parts of Llama in bfloat16, 3 GB of it, and a second one of the same
 function: in canonical form it is the first, moved by a random element of its symmetry
@@ -8,12 +8,15 @@ function: in canonical form it is the first, moved by a random element of its sy
 other gains. Both are brought into canonical form, aligned and fused leaf by leaf in a process that
 is killed half-way and started again, and what was found is compared with what was planted. Memory
 is what the kernel says of that process, looked at from here. Sizes are flags, and
-`--no-rotations` leaves it at permutations, which move bfloat16 without rounding.
+`--no-rotations` leaves it at permutations, which move bfloat16 without rounding. Where cores are
+shared, threads of OpenBLAS wait for each other: singular values of a head took a hundred times as
+long with two of them.
 """
 
 import argparse
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +24,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -132,13 +135,24 @@ def peak_bytes(process: subprocess.Popen) -> int:
     return 0
 
 
-def run(command: list[str], folder: Path, kill_at: int | None) -> tuple[int, float, str]:
-    """Runs the work, and kills it once there are so many plans.
+class Run(NamedTuple):
+    """What was seen of a process: its peak of resident memory, its times, and what it has said."""
 
-    Returns:
-        The peak of its resident memory in bytes, its seconds, and what it has printed.
-    """
-    start, peak = time.perf_counter(), 0
+    peak_bytes: int
+    seconds: float
+    cpu_seconds: float
+    said: str
+
+
+def cpu_seconds_of_children() -> float:
+    """Returns what all processes that were started from here, and have ended, took of the CPUs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(command: list[str], folder: Path, kill_at: int | None) -> Run:
+    """Runs the work, and kills it once there are so many plans."""
+    start, cpu_start, peak = time.perf_counter(), cpu_seconds_of_children(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, peak_bytes(process))
@@ -150,7 +164,8 @@ def run(command: list[str], folder: Path, kill_at: int | None) -> tuple[int, flo
     expected = 0 if kill_at is None else -signal.SIGKILL
     if process.returncode != expected:
         raise RuntimeError(f"the work ended with {process.returncode}, expected {expected}")
-    return peak, time.perf_counter() - start, said
+    cpu_seconds = cpu_seconds_of_children() - cpu_start
+    return Run(peak, time.perf_counter() - start, cpu_seconds, said)
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -191,13 +206,40 @@ def errors(
     return worst
 
 
+SIZES = {"depth": 28, "width": 2048, "heads": 32, "hidden": 5632, "vocabulary": 16_000}
+
+
+def recovered(options: argparse.Namespace, folder: Path, planted: dict[str, np.ndarray]) -> str:
+    """Has two checkpoints aligned, kills that, resumes and compares; returns a row of a table."""
+    command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--work"]
+    command += ["--folder", str(folder), f"--{'' if options.rotations else 'no-'}rotations"]
+    for flag in SIZES:
+        command += [f"--{flag}", str(getattr(options, flag))]
+    trees = options.depth * 2 + 1
+    killed = run(command, folder, trees // 2)
+    resumed = run(command, folder, None)
+    of_rotations, of_leaves = errors(traced(options)[0], planted, folder)
+    size = (folder / "source.safetensors").stat().st_size
+    align, write, objective = resumed.said.split()
+    return (
+        "| checkpoints (GB) | until killed (s) | of the CPU | resumed: all (s) | of the CPU | "
+        "align (s) | fuse and write (s) | distance | peak GB: killed | resumed |\n"
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        f"| 2 x {size / GB:.2f} | {killed.seconds:.0f} | {killed.cpu_seconds:.0f} | "
+        f"{resumed.seconds:.0f} | {resumed.cpu_seconds:.0f} | {align} | {write} | {objective} | "
+        f"{killed.peak_bytes / GB:.2f} | {resumed.peak_bytes / GB:.2f} |\n\n"
+        f"{len(planted)} groups, all as planted. Largest relative error of a rotation "
+        f"{of_rotations:.1e}, of a fused parameter {of_leaves:.1e}; bfloat16 rounds by up "
+        f"to {ROUNDING:.1e}."
+    )
+
+
 def main() -> None:
     """Makes, kills, resumes, compares, and prints a row of a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    sizes: dict[str, Any] = {"depth": 28, "width": 2048, "heads": 32, "hidden": 5632}
-    for name, default in (sizes | {"vocabulary": 16_000}).items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rotations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where there is room for three checkpoints")
@@ -208,29 +250,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        start = time.perf_counter()
-        planted = make(options, folder)
-        made = time.perf_counter() - start
-        size = (folder / "source.safetensors").stat().st_size
-        command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--work"]
-        command += ["--folder", str(folder), f"--{'' if options.rotations else 'no-'}rotations"]
-        for flag in (*sizes, "vocabulary"):
-            command += [f"--{flag}", str(getattr(options, flag))]
-        trees = options.depth * 2 + 1
-        killed, before, _ = run(command, folder, trees // 2)
-        resumed, after, said = run(command, folder, None)
-        of_rotations, of_leaves = errors(traced(options)[0], planted, folder)
-    align, write, objective = said.split()
-    print(
-        "| checkpoints (GB) | made in (s) | until killed (s) | resumed: all (s) | align (s) | "
-        "fuse and write (s) | distance | peak GB: killed | resumed |\n"
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-        f"| 2 x {size / GB:.2f} | {made:.0f} | {before:.0f} | {after:.0f} | {align} | {write} | "
-        f"{objective} | {killed / GB:.2f} | {resumed / GB:.2f} |\n\n"
-        f"{len(planted)} groups, all as planted. Largest relative error of a rotation "
-        f"{of_rotations:.1e}, of a fused parameter {of_leaves:.1e}; bfloat16 rounds by up "
-        f"to {ROUNDING:.1e}."
-    )
+        print(recovered(options, folder, make(options, folder)))
 
 
 if __name__ == "__main__":
