@@ -90,6 +90,20 @@ def test_the_form_of_a_leaf_takes_that_leaf_and_its_gain_alone(symmetry):
     assert sorted(counted.looked_at) == ["down", "gain", "up"]
 
 
+def test_leaves_that_fall_into_parts_are_read_with_their_gains():
+    def two_in_one(p, x):
+        normed = rms_norm(x @ p["embed"]) * p["gain"][None]
+        return jnp.tanh(normed @ p["both"][0]) @ p["read"] + jnp.tanh(normed @ p["both"][1])
+
+    shapes = {"embed": (12, 8), "gain": (8,), "both": (2, 8, 6), "read": (6, 6)}
+    params = {name: np.asarray(value) for name, value in normals(shapes, 3).items()}
+    parts = otf.trace_symmetry(two_in_one, params, X).with_rotations()
+    assert parts.leaf_splits
+    found = otf.canonicalize(parts, lazy(params))
+    for name, value in otf.canonicalize(parts, params).items():
+        np.testing.assert_array_equal(np.asarray(found[name]), value)
+
+
 def test_what_was_checked_is_not_computed_to_be_checked_again(symmetry):
     counted = Lazily(model(0))
     found = otf.canonicalize(symmetry, counted.params)

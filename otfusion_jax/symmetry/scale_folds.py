@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.host import Array, array_module, loaded, program
-from otfusion_jax.common.lazy import LazyArray, any_lazy
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.groups import Fold
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -46,7 +46,8 @@ def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
             divide = functools.partial(
                 _without_scale, symmetry, group, fold, leaf, degree, array, scale, name
             )
-            if any_lazy((array, scale)):
+            # A part of a leaf has been read with it, and is not lazy even where its scale is.
+            if isinstance(array, LazyArray):
                 arrays[leaf] = LazyArray(array.shape, array.dtype, divide, checked=True)
             else:
                 arrays[leaf] = divide()
