@@ -87,8 +87,8 @@ def seconds_of(law: tuple[float, float], size: int) -> float:
 
 def assigned(size: int) -> float:
     """Assigns units that have nothing to do with each other, as two trained networks' mostly do."""
-    problem = otf.TransportProblem(cost_of("unrelated", size))
-    return core_seconds(lambda: otf.Exact().compute(problem))
+    cost: Any = cost_of("unrelated", size)  # of NumPy, as it is where values are known
+    return core_seconds(lambda: otf.Exact().compute(otf.TransportProblem(cost)))
 
 
 def decomposed(size: int) -> float:
