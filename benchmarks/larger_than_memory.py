@@ -1,16 +1,22 @@
 """Two checkpoints that are larger than the memory they are aligned and fused in.
 
-    python -m benchmarks.larger_than_memory
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.larger_than_memory
 
-Makes a network with the parts of Llama in bfloat16, moves its units by a random element of its
-symmetry, aligns and fuses the two leaf by leaf in a process that is killed half-way and started
-again, and compares what was found with what was planted. Memory is what the kernel says of that
-process, looked at from here. `--depth` and `--width` set the size.
+Makes a network with the parts of Llama in bfloat16, 3 GB of it, and a second one of the same
+function: in canonical form it is the first, moved by a random element of its symmetry
+(permutations, heads, rotations of the residual stream and inside of heads), and its norms have
+other gains. Both are brought into canonical form, aligned and fused leaf by leaf in a process that
+is killed half-way and started again, and what was found is compared with what was planted. Memory
+is what the kernel says of that process, looked at from here. Sizes are flags, and
+`--no-rotations` leaves it at permutations, which move bfloat16 without rounding. Where cores are
+shared, threads of OpenBLAS wait for each other: singular values of a head took a hundred times as
+long with two of them.
 """
 
 import argparse
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +24,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +32,13 @@ import numpy as np
 
 import otfusion_jax as otf
 from benchmarks.networks import llama
+from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.files.safetensors_format import SafetensorsLayout
 
 GB = 1e9
+BFLOAT16 = np.dtype(jnp.bfloat16)
+ROUNDING = 2.0**-8
+"""By how much bfloat16 rounds a number at most, relative to it."""
 
 
 def traced(options: argparse.Namespace) -> tuple[otf.Symmetry, dict[str, tuple[int, ...]]]:
@@ -37,14 +47,48 @@ def traced(options: argparse.Namespace) -> tuple[otf.Symmetry, dict[str, tuple[i
     fn, shapes, tokens = llama(*sizes)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     symmetry = otf.trace_symmetry(fn, params, jax.ShapeDtypeStruct(tokens, jnp.int32))
-    return symmetry, shapes
+    return symmetry.with_rotations() if options.rotations else symmetry, shapes
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draws one parameter, the same each time it is asked for."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
-    values = generator.standard_normal(shape, np.float32) / np.sqrt(shape[0])
-    return values.astype(jnp.bfloat16)
+    values = generator.standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        # The gain of a norm.
+        values = 1 + values / 10
+    else:
+        values /= np.sqrt(shape[0])
+    return values.astype(BFLOAT16)
+
+
+def divided(array: Any, gains: np.ndarray) -> np.ndarray:
+    """Divides what reads the residual stream, along its first axis, by the gains of a norm."""
+    values = np.asarray(array)
+    beside = (1,) * (values.ndim - 1)
+    return values / gains.reshape((-1, *beside))
+
+
+def with_gains(symmetry: otf.Symmetry, params: dict[str, Any]) -> dict[str, Any]:
+    """Gives norms whose gains are 1 other gains, and keeps the function; all of it lazily."""
+    changed = dict(params)
+    for freedom in symmetry.freedoms:
+        for fold in freedom.folds:
+            shape = params[fold.path].shape
+            draw = functools.partial(drawn, f"target {fold.path}", shape)
+            changed[fold.path] = otf.LazyArray(shape, BFLOAT16, draw)
+            for number, _ in fold.others:
+                name = symmetry.parts[number].path
+                reader = changed[name]
+                divide = functools.partial(divided, reader, draw())
+                changed[name] = otf.LazyArray(reader.shape, BFLOAT16, divide)
+    return changed
+
+
+def in_form(symmetry: otf.Symmetry, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Brings a checkpoint into the form in which its units may move, leaf by leaf."""
+    params = dict(checkpoint.arrays)
+    return otf.canonicalize(symmetry, params) if symmetry.rotates else params
 
 
 def make(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
@@ -53,11 +97,13 @@ def make(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, shape in shapes.items():
         read = functools.partial(drawn, name, shape)
-        arrays[name] = otf.LazyArray(shape, np.dtype(jnp.bfloat16), read)
+        arrays[name] = otf.LazyArray(shape, BFLOAT16, read)
     SafetensorsLayout(None).write(arrays, folder / "source.safetensors")
     source = otf.read_checkpoint(folder / "source.safetensors", lazily=True)
     planted = symmetry.random(jax.random.key(0))
-    moved = otf.transport(symmetry, planted, dict(source.arrays))
+    moved = otf.transport(symmetry, planted, in_form(symmetry, source))
+    if symmetry.rotates:
+        moved = with_gains(symmetry, moved)
     otf.write_like(source, moved, folder / "target.safetensors")
     return {name: np.asarray(plan) for name, plan in planted.items()}
 
@@ -69,8 +115,8 @@ def work(options: argparse.Namespace, folder: Path) -> None:
         otf.read_checkpoint(folder / f"{name}.safetensors", lazily=True)
         for name in ("source", "target")
     )
-    models = [dict(source.arrays), dict(target.arrays)]
     start = time.perf_counter()
+    models = [in_form(symmetry, checkpoint) for checkpoint in (source, target)]
     method = otf.ForwardPass(progress=folder / "plans")
     alignment = otf.align(symmetry, *models, method=method)
     aligned = time.perf_counter()
@@ -89,13 +135,24 @@ def peak_bytes(process: subprocess.Popen) -> int:
     return 0
 
 
-def run(command: list[str], folder: Path, kill_at: int | None) -> tuple[int, float, str]:
-    """Runs the work, and kills it once there are so many plans.
+class Run(NamedTuple):
+    """What was seen of a process: its peak of resident memory, its times, and what it has said."""
 
-    Returns:
-        The peak of its resident memory in bytes, its seconds, and what it has printed.
-    """
-    start, peak = time.perf_counter(), 0
+    peak_bytes: int
+    seconds: float
+    cpu_seconds: float
+    said: str
+
+
+def cpu_seconds_of_children() -> float:
+    """Returns what all processes that were started from here, and have ended, took of the CPUs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(command: list[str], folder: Path, kill_at: int | None) -> Run:
+    """Runs the work, and kills it once there are so many plans."""
+    start, cpu_start, peak = time.perf_counter(), cpu_seconds_of_children(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, peak_bytes(process))
@@ -107,21 +164,74 @@ def run(command: list[str], folder: Path, kill_at: int | None) -> tuple[int, flo
     expected = 0 if kill_at is None else -signal.SIGKILL
     if process.returncode != expected:
         raise RuntimeError(f"the work ended with {process.returncode}, expected {expected}")
-    return peak, time.perf_counter() - start, said
+    cpu_seconds = cpu_seconds_of_children() - cpu_start
+    return Run(peak, time.perf_counter() - start, cpu_seconds, said)
 
 
-def require_recovered(planted: dict[str, np.ndarray], folder: Path) -> None:
-    """Compares what was found with what was planted, and what was fused with the target."""
+def relative_error(found: Any, expected: Any) -> float:
+    """Returns the norm of what two arrays differ by, relative to that of the second."""
+    found, expected = (np.asarray(array).astype(np.float32) for array in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def errors(
+    symmetry: otf.Symmetry, planted: dict[str, np.ndarray], folder: Path
+) -> tuple[float, float]:
+    """Compares what was found with what was planted, and what was fused with the target.
+
+    Returns:
+        The largest relative error of a rotation, and of a fused parameter to the target's in
+        canonical form. Permutations alone have neither.
+
+    Raises:
+        RuntimeError: If a permutation is another one, or an error above the rounding of bfloat16.
+    """
+    wrong, of_rotations, of_leaves = [], [0.0], [0.0]
     with np.load(folder / "found.npz") as found:
-        wrong = [name for name, plan in planted.items() if not np.array_equal(found[name], plan)]
-    fused = otf.read_checkpoint(folder / "fused.safetensors", lazily=True).arrays
-    target = otf.read_checkpoint(folder / "target.safetensors", lazily=True).arrays
-    for name, array in target.items():
+        for name, plan in planted.items():
+            if symmetry[name].rotates:
+                of_rotations.append(relative_error(found[name], plan))
+            elif not np.array_equal(found[name], plan):
+                wrong.append(name)
+    fused, target = (
+        otf.read_checkpoint(folder / f"{name}.safetensors", lazily=True)
+        for name in ("fused", "target")
+    )
+    for name, array in in_form(symmetry, target).items():
         # The moved source is the target, and so is the average of the two.
-        if not np.array_equal(np.asarray(fused[name]), np.asarray(array)):
-            wrong.append(name)
-    if wrong:
-        raise RuntimeError(f"not recovered: {wrong}")
+        of_leaves.append(relative_error(fused.arrays[name], array))
+    worst = max(of_rotations), max(of_leaves)
+    if wrong or max(worst) > (ROUNDING if symmetry.rotates else 0):
+        raise RuntimeError(f"not recovered: {wrong}, relative errors {worst}")
+    return worst
+
+
+SIZES = {"depth": 28, "width": 2048, "heads": 32, "hidden": 5632, "vocabulary": 16_000}
+
+
+def recovered(options: argparse.Namespace, folder: Path, planted: dict[str, np.ndarray]) -> str:
+    """Has two checkpoints aligned, kills that, resumes and compares; returns a row of a table."""
+    command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--work"]
+    command += ["--folder", str(folder), f"--{'' if options.rotations else 'no-'}rotations"]
+    for flag in SIZES:
+        command += [f"--{flag}", str(getattr(options, flag))]
+    trees = options.depth * 2 + 1
+    killed = run(command, folder, trees // 2)
+    resumed = run(command, folder, None)
+    of_rotations, of_leaves = errors(traced(options)[0], planted, folder)
+    size = (folder / "source.safetensors").stat().st_size
+    align, write, objective = resumed.said.split()
+    return (
+        "| checkpoints (GB) | until killed (s) | of the CPU | resumed: all (s) | of the CPU | "
+        "align (s) | fuse and write (s) | distance | peak GB: killed | resumed |\n"
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        f"| 2 x {size / GB:.2f} | {killed.seconds:.0f} | {killed.cpu_seconds:.0f} | "
+        f"{resumed.seconds:.0f} | {resumed.cpu_seconds:.0f} | {align} | {write} | {objective} | "
+        f"{killed.peak_bytes / GB:.2f} | {resumed.peak_bytes / GB:.2f} |\n\n"
+        f"{len(planted)} groups, all as planted. Largest relative error of a rotation "
+        f"{of_rotations:.1e}, of a fused parameter {of_leaves:.1e}; bfloat16 rounds by up "
+        f"to {ROUNDING:.1e}."
+    )
 
 
 def main() -> None:
@@ -129,9 +239,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    sizes: dict[str, Any] = {"depth": 24, "width": 1280, "heads": 20, "hidden": 3456}
-    for name, default in (sizes | {"vocabulary": 16_000}).items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rotations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", type=Path, help="where there is room for three checkpoints")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -140,27 +250,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        start = time.perf_counter()
-        planted = make(options, folder)
-        made = time.perf_counter() - start
-        size = (folder / "source.safetensors").stat().st_size
-        command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--work"]
-        command += ["--folder", str(folder)]
-        for flag in (*sizes, "vocabulary"):
-            command += [f"--{flag}", str(getattr(options, flag))]
-        trees = options.depth * 2 + 1
-        killed, before, _ = run(command, folder, trees // 2)
-        resumed, after, said = run(command, folder, None)
-        require_recovered(planted, folder)
-    align, write, objective = said.split()
-    print(
-        "| checkpoints (GB) | made in (s) | until killed (s) | resumed: all (s) | align (s) | "
-        "fuse and write (s) | distance | peak GB: killed | resumed |\n"
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-        f"| 2 x {size / GB:.2f} | {made:.0f} | {before:.0f} | {after:.0f} | {align} | {write} | "
-        f"{objective} | {killed / GB:.2f} | {resumed / GB:.2f} |\n\n"
-        f"{len(planted)} groups, all as planted."
-    )
+        print(recovered(options, folder, make(options, folder)))
 
 
 if __name__ == "__main__":

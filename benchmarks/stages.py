@@ -3,8 +3,10 @@
     python -m benchmarks.stages
 
 A network with the parts of Llama and a permutation of it, in bfloat16, by Algorithm 1. Stages are
-the trace, what XLA takes to compile, and, the second time, costs, solutions, and the push.
-Beside them what JAX takes to trace and to compile where layers are scanned, for growing depths.
+the trace, what XLA takes to compile, and, after one layer has been aligned, so that all is
+compiled, costs, solutions, and the push.
+Beside them what it takes to trace, and to compile inside of `jax.jit`, for growing depths of a
+network whose layers are scanned, and of one whose layers are not.
 Seconds are of the process's CPUs, which other processes of the machine disturb less; those of the
 compiler are JAX's own, of the clock.
 """
@@ -69,43 +71,54 @@ class Stages:
         return wrapped
 
 
-def measure(size: tuple[int, ...], stages: Stages) -> int:
+def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Draws parameters in bfloat16."""
+    generator = np.random.default_rng(0)
+    params = {}
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape, np.float32) / np.sqrt(shape[0])
+        params[name] = jnp.asarray(values.astype(jnp.bfloat16))
+    return params
+
+
+def aligned(size: tuple[int, ...], stages: Stages) -> int:
     """Aligns a network to a permutation of itself; returns the number of parameters."""
     fn, shapes, tokens = llama(*size)
     structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     with stages.stage("trace"):
         symmetry = otf.trace_symmetry(fn, structs, jax.ShapeDtypeStruct(tokens, jnp.int32))
-    generator = np.random.default_rng(0)
-    params = {}
-    for name, shape in shapes.items():
-        drawn = generator.standard_normal(shape, np.float32) / np.sqrt(shape[0])
-        params[name] = jnp.asarray(drawn.astype(jnp.bfloat16))
+    params = drawn(shapes)
     planted = symmetry.random(jax.random.key(0))
-    target = jax.block_until_ready(otf.transport(symmetry, planted, params))
+    with stages.stage("push"):
+        target = jax.block_until_ready(otf.transport(symmetry, planted, params))
     found = otf.align(symmetry, params, target, method=otf.ForwardPass())
     if float(found.objective):
         raise RuntimeError("what was planted was not found")
-    # All is compiled: of the second time are the stages.
-    stages.seconds |= {"costs": 0.0, "solve": 0.0}
-    otf.align(symmetry, params, target, method=otf.ForwardPass())
-    with stages.stage("push"):
-        jax.block_until_ready(otf.transport(symmetry, planted, params))
     return sum(map(math.prod, shapes.values()))
 
 
-def scanned(depth: int) -> tuple[float, float]:
-    """Aligns a small scanned network; returns the seconds of its trace and of the first call."""
-    fn, shapes, tokens = transformer(depth, 64, 4, 100, scanned=True)
-    generator = np.random.default_rng(0)
-    params = {
-        name: jnp.asarray(generator.standard_normal(shape, np.float32))
-        for name, shape in shapes.items()
-    }
+def measure(size: tuple[int, ...], stages: Stages) -> int:
+    """Aligns a network once all is compiled; returns the number of parameters."""
+    # One layer has all the shapes, and equal leaves share programs.
+    aligned((1, *size[1:]), stages)
+    stages.seconds |= dict.fromkeys(("trace", "costs", "solve", "push"), 0.0)
+    return aligned(size, stages)
+
+
+def compiled(depth: int, *, scanned: bool) -> tuple[float, float]:
+    """Traces a small network of equal layers, and compiles what aligns it inside of `jax.jit`.
+
+    Returns:
+        The seconds of the trace, and those of `jax.jit` until there is a program.
+    """
+    fn, shapes, tokens = transformer(depth, 64, 4, 100, scanned=scanned)
+    structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    jax.clear_caches()
     start = time.process_time()
-    symmetry = otf.trace_symmetry(fn, params, jax.ShapeDtypeStruct(tokens, jnp.int32))
+    symmetry = otf.trace_symmetry(fn, structs, jax.ShapeDtypeStruct(tokens, jnp.int32))
     traced = time.process_time()
     plans = functools.partial(otf.align, symmetry, method=otf.ForwardPass())
-    jax.jit(lambda a, b: plans(a, b).plans).lower(params, params).compile()
+    jax.jit(lambda a, b: plans(a, b).plans).lower(structs, structs).compile()
     return traced - start, time.process_time() - traced
 
 
@@ -143,10 +156,14 @@ def main() -> None:
         logarithms = np.log(np.maximum(rows, 1e-3))
         exponents = np.polyfit(np.log(counts), logarithms, 1)[0]
         print("| exponent | " + " | ".join([f"{power:.2f}" for power in exponents]) + " |")
-    print("\n| scanned layers | trace | jit and compile |\n|---:|---:|---:|")
+    print(
+        "\n| layers | scanned: trace | jit and compile | not scanned: trace | jit and compile |\n"
+        "|---:|---:|---:|---:|---:|"
+    )
+    compiled(min(options.depths), scanned=True)  # imports, and the first use of the compiler
     for depth in options.depths:
-        trace, compiled = scanned(depth)
-        print(f"| {depth} | {trace:.2f} | {compiled:.2f} |", flush=True)
+        seconds = (*compiled(depth, scanned=True), *compiled(depth, scanned=False))
+        print(f"| {depth} | " + " | ".join([f"{each:.2f}" for each in seconds]) + " |", flush=True)
 
 
 if __name__ == "__main__":

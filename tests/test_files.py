@@ -28,6 +28,7 @@ from flax import serialization
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.packages import require_package
 from otfusion_jax.files import msgpack_format, npz_format, writing
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError
@@ -220,6 +221,47 @@ def test_orbax_by_its_own_library(tmp_path: Path):
         found = orbax.restore(tmp_path / "b")
     assert jax.tree.structure(found) == jax.tree.structure({"params": [0, {"b": 0}], "step": 0})
     np.testing.assert_array_equal(found["params"][0], np.ones((3, 4)))
+
+
+def test_orbax_array_by_array(tmp_path: Path):
+    path = write_orbax(tmp_path)
+    expected = read_checkpoint(path)
+    lazy = read_checkpoint(path, lazily=True)
+    assert list(lazy.arrays) == list(expected.arrays)
+    for name, array in expected.arrays.items():
+        # A counter is a number, and there.
+        assert isinstance(lazy.arrays[name], LazyArray) == (array.ndim > 0)
+        assert lazy.arrays[name].shape == array.shape
+        assert lazy.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(np.asarray(lazy.arrays[name]), array)
+    write_like(lazy, {}, tmp_path / "b")
+    found = read_checkpoint(tmp_path / "b")
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+    # Nothing is left of it but what was said of it.
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="orbax can't be read by Orbax"):
+        np.asarray(lazy.arrays["params/0"])
+
+
+def test_an_array_of_orbax_is_the_one_that_was_described(tmp_path: Path):
+    path = write_orbax(tmp_path)
+    lazy = read_checkpoint(path, lazily=True)
+    shutil.rmtree(path)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(
+            path, {"params": [np.ones((5, 2)), {"b": brains()["bf16"]}], "step": np.int64(3)}
+        )
+    with pytest.raises(CheckpointError, match="has become another checkpoint while it was read"):
+        np.asarray(lazy.arrays["params/0"])
+
+
+def test_an_orbax_that_reads_no_single_array_is_named(tmp_path: Path, monkeypatch):
+    path = write_orbax(tmp_path)
+    monkeypatch.delattr(ocp, "PLACEHOLDER")
+    assert read_checkpoint(path).arrays["params/0"].shape == (3, 4)
+    with pytest.raises(ImportError, match=r'pip install "orbax-checkpoint>=0\.11\.14"'):
+        read_checkpoint(path, lazily=True)
 
 
 def test_shards_stay_as_they_were_spread(tmp_path: Path):
@@ -580,20 +622,22 @@ def test_flipped_bits_are_one_error_or_a_whole_checkpoint(format: str, tmp_path:
     assert peak < 2**27
 
 
-def read_or_refused(path: Path) -> str:
+def read_or_refused(path: Path, *, lazily: bool = False) -> str:
     """Reads what may be damaged: any error but ours is a failure of the test."""
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, lazily=lazily)
+        arrays = [np.asarray(array) for array in checkpoint.arrays.values()]
     except CheckpointError:
         return "refused"
-    for array in checkpoint.arrays.values():
+    for array in arrays:
         np.sum(array == array)
     return "read"
 
 
 # Orbax's readers of other arrays tell a loop that is closed by then of their end.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_flipped_bits_in_a_folder_of_orbax(tmp_path: Path):
+@pytest.mark.parametrize("lazily", [False, True])
+def test_flipped_bits_in_a_folder_of_orbax(lazily: bool, tmp_path: Path):
     pristine = write_orbax(tmp_path)
     rng = random.Random(0)
     outcomes = {"read": 0, "refused": 0}
@@ -604,7 +648,7 @@ def test_flipped_bits_in_a_folder_of_orbax(tmp_path: Path):
         content = bytearray(file.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(content[: rng.choice([len(content), len(content), len(content) // 2])])
-        outcomes[read_or_refused(folder)] += 1
+        outcomes[read_or_refused(folder, lazily=lazily)] += 1
         shutil.rmtree(folder)
     gc.collect()
     assert outcomes["refused"] > 5

@@ -90,7 +90,7 @@ def test_nothing_is_computed_before_it_is_looked_at(symmetry):
     beside = counted.looks
     np.asarray(averaged["second"])
     # Values are checked as they come in; to average takes both models' leaf, and no other.
-    assert (checked, beside, counted.looks) == (3, 3 * 3, 3 * 3 + 2)
+    assert (checked, beside, counted.looks) == (3, 3, 3 + 2)
     assert repr(moved["second"]) == "LazyArray(shape=(8, 12), dtype=bfloat16)"
 
 
@@ -114,14 +114,11 @@ def test_what_is_out_of_range_when_it_is_written_leaves_no_file(tmp_path):
 
 
 def test_what_takes_all_leaves_at_once_says_so(symmetry, tmp_path):
-    lazy = Counted(model(0)).params
-    with pytest.raises(ValueError, match=r"params has lazy leaves.*jax\.tree\.map\(np\.asarray"):
-        otf.canonicalize(symmetry.with_rotations(), lazy)
     huge = {name: np.float32(value) * np.float32(1e9) for name, value in model(0).items()}
     with pytest.raises(ValueError, match="squares would be out of range"):
         otf.align(symmetry, Counted(huge).params, Counted(huge).params)
     np.savez(tmp_path / "a.npz", w=np.ones(2))
-    with pytest.raises(ValueError, match="can't be read array by array, as safetensors can"):
+    with pytest.raises(ValueError, match="can't be read array by array, as safetensors and"):
         otf.read_checkpoint(tmp_path / "a.npz", lazily=True)
 
 

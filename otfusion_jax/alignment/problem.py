@@ -245,11 +245,19 @@ class AlignmentProblem:
         source = self.source[number]
         if isinstance(source, LazyArray):
             # Read anew each time: of all leaves at once, what is kept would be the model.
-            moved = move(self.symmetry, plans, number, self._loaded(source), self.onto)
-            return jax.block_until_ready(moved)
+            array = self._loaded(source)
+            if not self._stays(number, plans):
+                array = move(self.symmetry, plans, number, array, self.onto)
+            return jax.block_until_ready(array)
         if self.moved is None:
             return move(self.symmetry, plans, number, source, self.onto)
         return self.moved.moved(number, plans)
+
+    def _stays(self, number: int, plans: Plans) -> bool:
+        """Whether plans that are known leave a parameter as it is."""
+        names = self.symmetry.numbered_leaves[number].names
+        depends_on = [plans[name] for name in names if name in plans]
+        return self._same_widths(number) and all(map(is_identity, depends_on))
 
     def _same_widths(self, number: int) -> bool:
         """Whether a parameter falls into the same blocks in both models."""

@@ -214,18 +214,24 @@ def matmul(rows: Array, columns: Array) -> Array:
 
     Args:
         rows: `[*batch, n, d]`.
-        columns: `[*batch, d, m]`.
+        columns: `[*batch, d, m]`, of the same dtype or a wider one.
 
     Returns:
-        The products, `[*batch, n, m]`.
+        The products, `[*batch, n, m]`, in the dtype of the rows. Those of half precision are taken
+        in single precision and rounded once.
     """
-    if array_module(rows, columns) is np:
-        if rows.dtype.itemsize < 4:
-            # Sums of half precision are taken in single precision, as JAX takes them.
-            wide = np.matmul(rows.astype(np.float32), columns.astype(np.float32))
-            return wide.astype(rows.dtype)
-        return np.matmul(rows, columns)
-    return jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST)
+    dtype = rows.dtype
+    xp = array_module(rows, columns)
+    if dtype.itemsize < 4:
+        # Neither sums nor what the rows are multiplied by may be rounded to half precision: a
+        # matrix that is orthogonal would be so no more.
+        rows, columns = rows.astype(xp.float32), columns.astype(xp.float32)
+    columns = columns.astype(rows.dtype)
+    if xp is np:
+        products = np.matmul(rows, columns)
+    else:
+        products = jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST)
+    return products.astype(dtype)
 
 
 def inner_product(x: Array, y: Array) -> Array:

@@ -23,11 +23,14 @@ class LazyArray:
         shape: The shape of the array.
         dtype: Its dtype.
         read: What returns the array, of this shape and dtype. It is called once for each look.
+        checked: Whether it is made of arrays that were found finite, so that it need not be
+            computed to be checked itself.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], Any]
+    checked: bool = False
 
     def __repr__(self) -> str:
         """One line: what it is made of may be a whole model."""

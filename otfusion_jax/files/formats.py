@@ -50,8 +50,8 @@ def read_checkpoint(path: Path, *, lazily: bool = False) -> Checkpoint:
 
 def _not_lazily(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} can't be read array by array, as safetensors can; write it as such, or read it"
-        " into memory"
+        f"{path} can't be read array by array, as safetensors and folders of Orbax can; write it"
+        " as such, or read it into memory"
     )
 
 
@@ -63,9 +63,7 @@ def _read_folder(folder: Path, lazily: bool) -> Checkpoint:
         raise CheckpointError(f"{folder} has {len(indices)} indices; name one of them")
     for mark in orbax_format.MARKS:
         if (folder / mark).exists():
-            if lazily:
-                raise _not_lazily(folder)
-            return orbax_format.read_orbax(folder)
+            return orbax_format.read_orbax(folder, lazily=lazily)
     raise CheckpointError(
         f"{folder} has neither a {safetensors_format.INDEX_SUFFIX} nor {orbax_format.MARKS[0]}, as"
         " a folder of Orbax has; name the file, or the folder of one step"

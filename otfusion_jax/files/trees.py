@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from otfusion_jax.files.checkpoint import CheckpointError
+from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.files.checkpoint import CheckpointError, StoredArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Slot:
     is_scalar: bool
 
 
-def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
+def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, StoredArray]]:
     """Takes the arrays out of a tree.
 
     Args:
@@ -35,7 +36,7 @@ def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
     Raises:
         CheckpointError: If two arrays have one name, or a key is no text.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, StoredArray] = {}
 
     def slots_of(node: Any, name: str) -> Any:
         if isinstance(node, dict):
@@ -51,10 +52,10 @@ def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
             for number, child in enumerate(node):
                 items.append(slots_of(child, _below(name, str(number))))
             return items
-        if isinstance(node, np.ndarray | np.generic):
+        if isinstance(node, np.ndarray | np.generic | LazyArray):
             if name in arrays:
                 raise CheckpointError(f"{what} has two arrays of the name {name!r}")
-            arrays[name] = np.asarray(node)
+            arrays[name] = node if isinstance(node, LazyArray) else np.asarray(node)
             return Slot(name, isinstance(node, np.generic))
         # Counters of Python, texts and None stay where they are.
         return node
@@ -65,7 +66,7 @@ def take_apart(tree: Any, what: str) -> tuple[Any, dict[str, np.ndarray]]:
         raise CheckpointError(f"{what} is nested too deeply") from None
 
 
-def put_together(slots: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+def put_together(slots: Any, arrays: Mapping[str, StoredArray]) -> Any:
     """Puts arrays into a tree.
 
     Args:

@@ -173,7 +173,7 @@ def move(
     if isinstance(array, LazyArray):
         shape = array.shape if onto is None else onto.leaf_structures[leaf].partition.shape
         read = functools.partial(_moved_from_lazy, symmetry, plans, leaf, array, onto)
-        return LazyArray(shape, array.dtype, read)
+        return LazyArray(shape, array.dtype, read, checked=True)
     leaf_plans, array = as_numpy((leaf_plans, array))
     return _moved(numbered.structure, target, leaf_plans, array, layout=layout_of(array))
 
@@ -274,7 +274,7 @@ def _moved_along(
         weights = outer_weights[..., None, None] * inner_weights
         *batch_dims, outer_dim = unit_axis.levels
         dims = (outer_dim, unit_axis.dim)
-        return mixed(block, dims, batch_dims, weights.astype(block.array.dtype))
+        return mixed(block, dims, batch_dims, weights)
     if is_permutation(plan):
         return permuted(block, unit_axis.dim, unit_axis.levels, plan)
     if unit_axis.group.signed and is_orthogonal(unit_axis.group, plan):
@@ -291,7 +291,7 @@ def _moved_along(
             return block
     if unit_axis.group.signed and not unit_axis.member.odd:
         plan = abs(plan)
-    weights = _unit_weights(unit_axis.group, plan, role).astype(block.array.dtype)
+    weights = _unit_weights(unit_axis.group, plan, role)
     return mixed(block, (unit_axis.dim,), unit_axis.levels, weights)
 
 

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite_counts
+from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -54,7 +55,8 @@ def require_fitting(
         elif given.moves != leaf.moves:
             problems[number] = f"dtype {given.dtype}, expected {leaf.dtype}"
         elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
-            known[number] = value
+            if not isinstance(value, LazyArray) or not value.checked:
+                known[number] = value
     counts = not_finite_counts(list(known.values()))
     for number, count in zip(known, counts, strict=True):
         if count:

@@ -9,10 +9,10 @@ from jaxtyping import Array, PyTree
 
 from otfusion_jax.common.arguments import require_arrays
 from otfusion_jax.symmetry.balancing import randomly_scaled
-from otfusion_jax.symmetry.canonical import folded
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.scale_folds import folded
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 from otfusion_jax.tracing.activations import require_samples
