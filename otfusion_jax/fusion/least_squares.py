@@ -7,6 +7,7 @@ with the inner products a step solves all.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,8 @@ from otfusion_jax.fusion.repair_methods import AbstractRepair, Correctable, Corr
 
 _HELD_OUT = 5
 """One of so many samples of each batch is held out where a ridge is to be chosen."""
+_MOST_STEPS = 200
+"""After so many steps conjugate gradients are at the end, as far as float32 goes."""
 
 
 class NormalSums(NamedTuple):
@@ -58,6 +61,8 @@ class LeastSquares(AbstractRepair):
     outputs of the network are products too: they come close to the models' mean. Solved by
     conjugate gradients on the normal equations, so that neither shapes nor partitions matter, nor
     that inner products have less than full rank: what has no features stays as the average has it.
+    Or solved to the end, by a Cholesky factor of the inner products for each ridge; of a wide layer
+    that takes a tenth of the time of 20 steps.
     Layer by layer it is the regression of Jin et al., Dataless Knowledge Fusion by Merging Weights
     of Language Models (RegMean), ICLR 2023, on the features of the merged model instead of those of
     each parent.
@@ -72,13 +77,14 @@ class LeastSquares(AbstractRepair):
         ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
             products; or a tuple of several to choose from.
         steps: The number of steps of conjugate gradients, at least 1. To stop early is a penalty
-            too.
+            too. None solves to the end; where there is no Cholesky factor in the precision at hand,
+            or the parameter is repeated on its way into the product, by 200 steps.
     """
 
     looks_at_units: ClassVar[bool] = False
 
     ridge: float | tuple[float, ...] = 0.01
-    steps: int = 20
+    steps: int | None = 20
 
     def __post_init__(self):
         if not isinstance(self.ridge, tuple):
@@ -90,7 +96,8 @@ class LeastSquares(AbstractRepair):
                 if isinstance(ridge, tuple):
                     raise TypeError(f"LeastSquares needs numbers to choose from; got {self.ridge}")
                 dataclasses.replace(self, ridge=ridge)
-        require_number(self, "steps", least=1, whole=True)
+        if self.steps is not None:
+            require_number(self, "steps", least=1, whole=True)
 
     def summed(self, product: Product) -> tuple[NormalSums, ...]:
         """See `AbstractRepair.summed`."""
@@ -122,7 +129,7 @@ class LeastSquares(AbstractRepair):
             fitted, held_out = sums
             chosen = _chosen_ridge(form, leaf, fitted, held_out, self.ridge, self.steps)
             whole, ridge = fitted.plus(held_out), chosen
-        equations = _equations(form, leaf, whole)
+        equations = _equations(form, leaf, whole, self.steps)
         k = common_exponent([equations.mean_eigenvalue])
         penalty = ridge * equations.mean_eigenvalue
 
@@ -133,7 +140,17 @@ class LeastSquares(AbstractRepair):
         # Conjugate gradients square both sides once more: these are brought to the range of the
         # parameter, which changes no digit of what is found.
         right_side = scaled(equations.right_side, -k)
-        change, _ = jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=self.steps)
+
+        def by_steps() -> Array:
+            steps = _MOST_STEPS if self.steps is None else self.steps
+            return jax.scipy.sparse.linalg.cg(penalised_normal, right_side, maxiter=steps)[0]
+
+        if _has_factor(form, leaf, self.steps):
+            solved = _solved(form, leaf, whole, penalty, k)
+            is_solved = jnp.all(jnp.isfinite(solved))
+            change = jax.lax.cond(is_solved, lambda: solved, by_steps)
+        else:
+            change = by_steps()
         # Where numbers are out of range, conjugate gradients stop before their first step. To
         # return the average, unchanged, would hide it.
         first_step = jnp.sum(right_side * penalised_normal(right_side))
@@ -158,7 +175,7 @@ class _Equations(NamedTuple):
     mean_eigenvalue: Float[Array, ""]
 
 
-def _equations(form: LinearForm, leaf: Array, sums: NormalSums) -> _Equations:
+def _equations(form: LinearForm, leaf: Array, sums: NormalSums, steps: int | None) -> _Equations:
     """Reads normal equations off their sums."""
     transpose = form.transposed_matrix(leaf)
 
@@ -166,15 +183,54 @@ def _equations(form: LinearForm, leaf: Array, sums: NormalSums) -> _Equations:
         highest = jax.lax.Precision.HIGHEST
         return transpose(jnp.matmul(sums.gram, form.matrix(parameter), precision=highest))
 
-    # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
-    # |z|² it is the mean eigenvalue.
-    random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
-    mean_eigenvalue = jnp.sum(random * normal(random)) / _squared_length(random)
+    if _has_factor(form, leaf, steps):
+        traces = jnp.trace(sums.gram, axis1=-2, axis2=-1)
+        mean_eigenvalue = jnp.mean(traces) / sums.gram.shape[-1]
+    else:
+        # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
+        # |z|² it is the mean eigenvalue.
+        random = jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+        mean_eigenvalue = jnp.sum(random * normal(random)) / _squared_length(random)
     return _Equations(normal, transpose(sums.right_side), mean_eigenvalue)
 
 
 def _squared_length(x: Array) -> Array:
     return jnp.sum(x * x)
+
+
+# --- systems solved to the end
+
+
+def _has_factor(form: LinearForm, leaf: Array, steps: int | None) -> bool:
+    """Whether a system is to be solved to the end, and is the same one for each unit."""
+    is_real = not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    return steps is None and is_real and form.is_rearranged(leaf)
+
+
+def _solved(form: LinearForm, leaf: Array, sums: NormalSums, penalty: Array, k: Array) -> Array:
+    """Solves normal equations by Cholesky factors, with their numbers scaled by 2^-k.
+
+    The matrix of the parameter has each of its entries once, so that all units have the system of
+    the inner products. Not finite where these, with the penalty, are not positive definite.
+
+    Args:
+        form: The product.
+        leaf: The parameter of the average, float32 or wider.
+        sums: The sums of the normal equations.
+        penalty: The penalty on the squared change.
+        k: The exponent to scale by.
+
+    Returns:
+        The change of the parameter.
+    """
+    gram = scaled(sums.gram, -k)
+    gram += scaled(penalty, -k) * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+    factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
+    triangular = functools.partial(
+        jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True
+    )
+    change = triangular(triangular(scaled(sums.right_side, -k)), transpose_a=True)
+    return form.transposed_matrix(leaf)(change)
 
 
 # --- the choice of a ridge
@@ -186,7 +242,7 @@ def _chosen_ridge(
     fitted: NormalSums,
     held_out: NormalSums,
     ridges: Sequence[float],
-    steps: int,
+    steps: int | None,
 ) -> Float[Array, ""]:
     """Chooses the ridge whose fit to some samples is closest to what is wanted of others.
 
@@ -196,20 +252,25 @@ def _chosen_ridge(
         fitted: The sums of the samples to fit to.
         held_out: The sums of the others.
         ridges: The ridges, in units of the mean eigenvalue.
-        steps: The number of steps of conjugate gradients.
+        steps: The number of steps of conjugate gradients; None to solve to the end.
 
     Returns:
         The best of the ridges; of equal ones the first.
     """
-    equations, others = _equations(form, leaf, fitted), _equations(form, leaf, held_out)
+    equations = _equations(form, leaf, fitted, steps)
+    others = _equations(form, leaf, held_out, steps)
     k = common_exponent([equations.mean_eigenvalue])
     choices = jnp.asarray(ridges, equations.mean_eigenvalue.dtype)
-    changes = shifted_solutions(
-        lambda change: scaled(equations.normal(change), -k),
-        scaled(equations.right_side, -k),
-        choices * scaled(equations.mean_eigenvalue, -k),
-        steps,
-    )
+    if _has_factor(form, leaf, steps):
+        penalties = choices * equations.mean_eigenvalue
+        changes = [_solved(form, leaf, fitted, penalty, k) for penalty in penalties]
+    else:
+        changes = shifted_solutions(
+            lambda change: scaled(equations.normal(change), -k),
+            scaled(equations.right_side, -k),
+            choices * scaled(equations.mean_eigenvalue, -k),
+            _MOST_STEPS if steps is None else steps,
+        )
     errors = []
     for change in changes:
         # |A change - missing|², less what no change makes a difference to.
