@@ -10,7 +10,7 @@ import pytest
 from arrays import normal, normals
 
 import otfusion_jax as otf
-from otfusion_jax.fusion.least_squares import shifted_solutions
+from otfusion_jax.fusion.normal_equations import shifted_solutions
 from otfusion_jax.fusion.passes import Passes
 from otfusion_jax.fusion.repair import repaired
 

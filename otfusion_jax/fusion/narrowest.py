@@ -95,11 +95,12 @@ def narrowest(
 
     Returns:
         The number of steps to take before; no product is among the others. Of equal places the
-        last, which leaves least to be done again.
+        last, which leaves least to be done again; and the end, unless there is less than half as
+        much to be kept elsewhere, as other steps are compiled as a program of their own.
     """
     live = set(needed)
     place = len(steps)
-    least = sum(sizes[slot] for slot in live)
+    least = sum(sizes[slot] for slot in live) / 2
     for number in reversed(range(len(steps))):
         step = steps[number]
         eqn = network.equations[step.path].eqn
