@@ -166,4 +166,5 @@ def _way(
     if place < len(steps):
         rest = chunk_of(networks, steps[place:], needed)
         needed = (needed - set(rest.results)) | set(rest.slots)
-    return Way(chunk_of(networks, steps[:place], needed), tuple(needed), rest, tuple(read))
+    first = chunk_of(networks, steps[:place], needed)
+    return Way(first, tuple(sorted(needed)), rest, tuple(sorted(read)))
