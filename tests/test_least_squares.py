@@ -10,7 +10,7 @@ import pytest
 from arrays import normal, normals
 
 import otfusion_jax as otf
-from otfusion_jax.fusion.least_squares import shifted_solutions
+from otfusion_jax.fusion.normal_equations import shifted_solutions
 from otfusion_jax.fusion.passes import Passes
 from otfusion_jax.fusion.repair import repaired
 
@@ -72,15 +72,16 @@ def setting(samples: int):
     )
 
 
-def fitted(symmetry, nets, x, ridge):
-    method = otf.LeastSquares(ridge=ridge, steps=400)
+def fitted(symmetry, nets, x, ridge, steps=400):
+    method = otf.LeastSquares(ridge=ridge, steps=steps)
     return repaired(symmetry, network, nets, Passes([(x,)]), None, method, [None, None], 1)
 
 
+@pytest.mark.parametrize("steps", [400, None])
 @pytest.mark.parametrize("samples", [40, 200, 1000])
-def test_the_ridge_that_is_best_for_samples_held_out_is_taken(samples: int):
+def test_the_ridge_that_is_best_for_samples_held_out_is_taken(samples: int, steps: int | None):
     symmetry, nets, x = setting(samples)
-    found = fitted(symmetry, nets, x, RIDGES)
+    found = fitted(symmetry, nets, x, RIDGES, steps)
     wide = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net) for net in nets]
     # The first layer sees the same inputs in all networks: its average is right.
     rows = np.tanh(np.asarray(x, np.float64) @ (wide[0]["first"] + wide[1]["first"]) / 2)
@@ -96,7 +97,7 @@ def test_the_ridge_that_is_best_for_samples_held_out_is_taken(samples: int):
     best = RIDGES[int(np.argmin(errors))]
     assert float(found.ridges["second"]) == pytest.approx(best)
     # With it, the parameter is fitted to all samples.
-    expected = fitted(symmetry, nets, x, best)
+    expected = fitted(symmetry, nets, x, best, steps)
     assert not expected.ridges
     close(found.params["second"], expected.params["second"], atol=2e-3)
 
@@ -118,9 +119,81 @@ def test_ridges_in_a_tuple_of_their_own_are_refused():
         otf.LeastSquares(ridge=nested)
 
 
-def test_ridges_are_chosen_under_jit():
+def grouped(params, x):
+    x = jnp.tanh(x @ params["first"])
+    return jax.lax.conv_general_dilated(
+        x,
+        params["second"],
+        (1, 1),
+        "SAME",
+        feature_group_count=2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@pytest.mark.compatibility
+def test_a_convolution_solved_to_the_end_is_the_regression_of_its_groups():
+    shapes = {"first": (3, 6), "second": (2, 2, 3, 8)}
+    nets = [normals(shapes, seed) for seed in range(2)]
+    x = normal(40, 5, 4, 3, seed=2)
+    symmetry = otf.trace_symmetry(grouped, nets[0], x)
+    method = otf.LeastSquares(ridge=0.1, steps=None)
+    found = otf.repair(symmetry, grouped, nets, batches=[x[:30], x[30:]], method=method)
+    wide = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net) for net in nets]
+    features = np.tanh(np.asarray(x, np.float64) @ (wide[0]["first"] + wide[1]["first"]) / 2)
+    images = [np.tanh(x @ net["first"]) for net in wide]
+
+    def patches(image, group):
+        padded = np.pad(image[..., 3 * group : 3 * group + 3], [(0, 0), (0, 1), (0, 1), (0, 0)])
+        rows = [padded[:, i : i + 5, j : j + 4] for i in (0, 1) for j in (0, 1)]
+        return np.concatenate(rows, axis=-1).reshape(-1, 12)
+
+    average = (wide[0]["second"] + wide[1]["second"]) / 2
+    traces = [np.sum(patches(features, group) ** 2) / 12 for group in (0, 1)]
+    for group in (0, 1):
+        units = slice(4 * group, 4 * group + 4)
+        rows, kernel = patches(features, group), average[..., units].reshape(12, 4)
+        target = np.zeros((len(rows), 4))
+        for image, net in zip(images, wide, strict=True):
+            target += patches(image, group) @ net["second"][..., units].reshape(12, 4) / 2
+        # The penalty is a row for each entry, in units of the mean eigenvalue of both groups.
+        penalty = np.sqrt(0.1 * np.mean(traces)) * np.eye(12)
+        change = np.linalg.lstsq(
+            np.concatenate([rows, penalty]),
+            np.concatenate([target - rows @ kernel, np.zeros((12, 4))]),
+        )[0]
+        expected = (kernel + change).reshape(2, 2, 3, 4)
+        close(found["second"][..., units], expected)
+
+
+def test_what_has_no_features_stays_also_where_there_is_no_factor():
+    symmetry, nets, x = setting(40)
+    # Some units of the first layer are always 0, and nothing is penalised.
+    dead = [net | {"first": net["first"].at[:, :5].set(0)} for net in nets]
+    solved = fitted(symmetry, dead, x, 0.0, None)
+    stopped = fitted(symmetry, dead, x, 0.0, 200)
+    close(solved.params["second"], stopped.params["second"])
+    average = (nets[0]["second"] + nets[1]["second"]) / 2
+    np.testing.assert_array_equal(solved.params["second"][:5], average[:5])
+
+
+def test_a_parameter_that_is_repeated_is_solved_for_by_steps():
+    def shared(params, x):
+        hidden = jnp.tanh(x @ params["first"])
+        return hidden @ jnp.broadcast_to(params["second"][:, None], (6, 4))
+
+    nets = [normals({"first": (5, 6), "second": (6,)}, seed) for seed in range(2)]
+    x = normal(80, 5, seed=2)
+    symmetry = otf.trace_symmetry(shared, nets[0], x)
+    methods = [otf.LeastSquares(ridge=0.1, steps=steps) for steps in (None, 200)]
+    found, expected = [otf.repair(symmetry, shared, nets, x, method=method) for method in methods]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("steps", [20, None])
+def test_ridges_are_chosen_under_jit(steps: int | None):
     symmetry, nets, x = setting(200)
-    method = otf.LeastSquares(ridge=RIDGES)
+    method = otf.LeastSquares(ridge=RIDGES, steps=steps)
     expected = otf.repair(symmetry, network, nets, x, method=method)
 
     @jax.jit

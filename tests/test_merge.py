@@ -411,6 +411,22 @@ def test_of_many_inputs_the_best_is_fitted_to_more(monkeypatch: pytest.MonkeyPat
     assert same.report.chosen.repair == "nothing"
 
 
+def test_what_looks_at_no_inputs_is_moved_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def counted(*args, **named):
+        calls.append(named["grams"])
+        return otf.align(*args, **named)
+
+    monkeypatch.setattr(candidates, "align", counted)
+    for name, count in (("weights", 1), ("features, then weights", 3)):
+        calls.clear()
+        merged = merge(near(1), [data(100)], candidates=[name], repairs=[Slight()])
+        # The average and what is next to it were made for both halves, and the best for all inputs.
+        assert not any(np.isnan(row.again) for row in merged.report.rows)
+        assert len(calls) == count
+
+
 def test_ridges_are_chosen_and_recorded():
     repairs = [otf.LeastSquares(ridge=(0.001, 0.01, 0.1, 1.0))]
     merged = merge(near(1), [data(200)], candidates=["weights"], repairs=repairs)

@@ -101,6 +101,50 @@ def test_memory_is_one_batch_however_many_there_are(monkeypatch):
     assert largest[0] == largest[1] == largest[2]
 
 
+def cut_out(x):
+    """Patches of nine positions, as a convolution multiplies them with its kernel."""
+    shifted = [jnp.pad(x, ((0, 0), (shift, 8 - shift), (0, 0)))[:, 4:-4] for shift in range(9)]
+    return jnp.stack(shifted, axis=-1).reshape(*x.shape[:2], -1)
+
+
+def of_patches(params, x):
+    for name in ("in", "out"):
+        x = jnp.tanh(cut_out(x) @ params[name])
+    return x.sum(axis=1) @ params["head"]
+
+
+def of_patches_in_a_loop(params, x):
+    def layer(x, kernel):
+        return jnp.tanh(cut_out(x) @ kernel), None
+
+    x, _ = lax.scan(layer, jnp.tanh(cut_out(x) @ params["in"]), params["out"])
+    return x.sum(axis=1) @ params["head"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "out"),
+    [(of_patches, (36, 4)), (of_patches_in_a_loop, (1, 36, 4))],
+    ids=["layers", "loop"],
+)
+def test_what_is_kept_between_passes_is_smaller_than_patches(monkeypatch, fn, out):
+    nets = [normals({"in": (27, 4), "out": out, "head": (4, 2)}, seed) for seed in range(2)]
+    x = normal(16, 10, 3, seed=2)
+    symmetry = otf.trace_symmetry(fn, nets[0], x)
+    expected = otf.repair(symmetry, fn, nets, x, method=otf.LeastSquares())
+    kept = []
+
+    class Counted(repair_pass.RepairRun):
+        def _keep(self, batch, what):
+            super()._keep(batch, what)
+            kept.append(repair_pass._byte_count(what))
+
+    monkeypatch.setattr("otfusion_jax.fusion.repair.RepairRun", Counted)
+    found = otf.repair(symmetry, fn, nets, batches=[x[:8], x[8:]], method=otf.LeastSquares())
+    jax.tree.map(close, found, expected)
+    # Of 8 samples in float32: the inputs, in each of three networks 10 x 4 features, and 4 sums.
+    assert kept == [8 * 10 * 3 * 4] * 2 + [3 * 8 * 10 * 4 * 4] * 2 + [3 * 8 * 4 * 4] * 2
+
+
 def test_sums_do_not_grow_with_samples():
     rows = [normal(1, samples, 6, seed=0) for samples in (10, 1000)]
     assert row_gram(rows[0]).shape == row_gram(rows[1]).shape == (1, 6, 6)

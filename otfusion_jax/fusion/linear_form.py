@@ -134,6 +134,11 @@ class LinearForm:
             return _fronted(arranged, batch, contracted, others_first=False)
         return _kernel_matrix(arranged, dict(self.params))
 
+    def is_rearranged(self, parameter: Array) -> bool:
+        """Whether `matrix` has every entry of a parameter once: its transpose undoes it."""
+        # Nothing on the way into a product leaves entries out, but they may be repeated.
+        return jax.eval_shape(self.matrix, parameter).size == parameter.size
+
     def transposed_matrix(self, like: Array) -> Callable[[Array], Array]:
         """Returns the transpose of `matrix`, for parameters of the shape and dtype of one."""
         transpose = jax.linear_transpose(self.matrix, like)

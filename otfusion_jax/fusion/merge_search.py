@@ -143,8 +143,8 @@ class Search:
         near = [distinct[score] for score in sorted(distinct)[:_AGAIN]]
         if len(near) < 2:
             return chosen
-        setting = dataclasses.replace(self.setting, known=self.setting.known.exchanged())
-        judge, workshop = setting.judge(), Workshop(setting)
+        workshop = self._workshop.with_inputs(self.setting.known.exchanged())
+        judge = workshop.setting.judge()
         for number in bar(near, "choosing"):
             began = time.perf_counter()
             try:
@@ -164,8 +164,7 @@ class Search:
         # Where there are many, those that were held out would add little.
         if known.whole is not None and known.more is None:
             if recipe.step.candidate.looks_at_inputs:
-                all_known = known._replace(fit=known.whole)
-                return Workshop(dataclasses.replace(self.setting, known=all_known)).make(recipe)
+                return self._workshop.with_inputs(known._replace(fit=known.whole)).make(recipe)
             if recipe.fits:
                 return self._workshop.make(recipe, known.whole)
         if self.best is not None and self.best.recipe == recipe:

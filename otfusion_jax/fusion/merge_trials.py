@@ -14,7 +14,7 @@ from otfusion_jax.averaging.estimation import estimate_statistics
 from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.candidates import Task
 from otfusion_jax.fusion.distill import trained
-from otfusion_jax.fusion.merge_setting import NOTHING, Setting, Step
+from otfusion_jax.fusion.merge_setting import NOTHING, Known, Setting, Step
 from otfusion_jax.fusion.passes import Passes
 from otfusion_jax.fusion.repair import repaired
 from otfusion_jax.fusion.repair_methods import AbstractRepair
@@ -108,6 +108,14 @@ class Workshop:
     def keep(self, steps: list[Step]) -> None:
         """Lets go of models as they were moved by all steps but some."""
         self._moved = {step: self._moved[step] for step in steps}
+
+    def with_inputs(self, known: Known) -> "Workshop":
+        """Returns a workshop for other inputs. What was moved without a look at any is kept."""
+        other = Workshop(dataclasses.replace(self.setting, known=known))
+        for step, moved in self._moved.items():
+            if not step.candidate.looks_at_inputs:
+                other._moved[step] = moved
+        return other
 
     def make(self, recipe: Recipe, samples: Samples | None = None) -> Found:
         """Makes what a recipe says.

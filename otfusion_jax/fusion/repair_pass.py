@@ -11,8 +11,8 @@ So what follows a correction sees the features that come of it, and the result h
 of the models.
 
 What a batch has come to by the first product that is not corrected yet need not be computed anew in
-the next pass. It is kept as long as that takes no more memory than allowed; of the first batch,
-always.
+the next pass. It is kept, from where it takes least memory (`narrowest`), as long as that is no
+more than allowed; of the first batch, always.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
-from otfusion_jax.fusion.flat_program import branch_taken, run_chunk
+from otfusion_jax.fusion.flat_program import ChunkCall, branch_taken, run_chunk
 from otfusion_jax.fusion.linear_form import LinearForm, form_of
 from otfusion_jax.fusion.product_features import (
     Mover,
@@ -273,10 +273,10 @@ def _with_slice(leaf: Array, positions: Int[Array, " n"], piece: Array) -> Array
 
 
 class _Kept(NamedTuple):
-    """What a batch has come to by some product.
+    """What a batch has come to on its way to some product.
 
     Attributes:
-        cut: The number of the chunk that leads to the product.
+        cut: The number of the cut at the product.
         slots: The arrays that are needed from there on.
     """
 
@@ -357,12 +357,15 @@ class RepairRun:
             slots = dict(kept.slots)
         resume = plan.first_cut_from(stage)
         for cut in range(start, due[-1] + 1):
+            way = plan.ways[cut]
             if kept is None or cut > start:
-                self._run_chunk(plan, cut, slots)
-            for slot in [slot for slot in slots if plan.last_read.get(slot, -1) < cut]:
-                del slots[slot]
+                self._run_chunk(way.first, slots)
+            slots = {slot: slots[slot] for slot in way.kept}
             if cut == resume:
                 self._keep(batch, _Kept(cut, dict(slots)))
+            if way.rest is not None:
+                self._run_chunk(way.rest, slots)
+            slots = {slot: slots[slot] for slot in way.read}
             number, occurrence = plan.cuts[cut]
             if plan.corrections[number].stage == stage:
                 found = self._summed(prepared, number, occurrence, slots)
@@ -370,9 +373,8 @@ class RepairRun:
                     found = _added(prepared.sites[number].method, sums[number], found)
                 sums[number] = found
 
-    def _run_chunk(self, plan: RepairPlan, cut: int, slots: Slots) -> None:
+    def _run_chunk(self, call: ChunkCall, slots: Slots) -> None:
         """Runs a chunk, and adds what it makes to the slots."""
-        call = plan.calls[cut]
         leaves = [self._in_all_networks(leaf) for leaf in call.leaves]
         read = [slots[slot] for slot in call.slots]
         made = run_chunk(call.chunk, leaves, read, _as_positions(call.positions))

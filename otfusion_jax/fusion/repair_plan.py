@@ -6,6 +6,7 @@ serves them all.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jax.extend import core
 
@@ -18,9 +19,26 @@ from otfusion_jax.fusion.flat_program import (
     Step,
     chunk_of,
 )
+from otfusion_jax.fusion.narrowest import narrowest, slot_bytes
 from otfusion_jax.fusion.repair_planner import Planner
 from otfusion_jax.fusion.side_by_side import Network
 from otfusion_jax.symmetry.groups import Leaf
+
+
+class Way(NamedTuple):
+    """What leads from one product to the next.
+
+    Attributes:
+        first: The steps up to where there is least to be kept.
+        kept: The slots that are read after these.
+        rest: The steps from there to the product; None if there are none.
+        read: The slots that are read after these, at the product or later.
+    """
+
+    first: ChunkCall
+    kept: tuple[int, ...]
+    rest: ChunkCall | None
+    read: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,9 +48,8 @@ class RepairPlan:
     Attributes:
         networks: The networks that run side by side, the average last.
         corrections: The parameters that are corrected, in the order of the program.
-        calls: The chunks that lead to each of the products, in order.
-        cuts: For each chunk the correction whose product follows it, and which occurrence it is.
-        last_read: For each slot the number of the last chunk that it is read in, or right after.
+        ways: What leads to each of the products, in order.
+        cuts: For each of them the correction whose product follows, and which occurrence it is.
         out_of_reach: Why some parameters that features are multiplied by are not corrected, by
             their positions.
         uses: What else parameters are first used in, by their positions.
@@ -40,9 +57,8 @@ class RepairPlan:
 
     networks: tuple[Network, ...]
     corrections: tuple[Correction, ...]
-    calls: tuple[ChunkCall, ...]
+    ways: tuple[Way, ...]
     cuts: tuple[tuple[int, Occurrence], ...]
-    last_read: dict[int, int]
     out_of_reach: dict[int, str]
     uses: dict[int, str]
 
@@ -52,7 +68,7 @@ class RepairPlan:
         return max([correction.stage + 1 for correction in self.corrections], default=0)
 
     def cuts_of(self, stage: int) -> list[int]:
-        """Returns the numbers of the chunks that are followed by products of a stage."""
+        """Returns the numbers of the cuts at products of a stage."""
         numbers = []
         for number, (correction, _) in enumerate(self.cuts):
             if self.corrections[correction].stage == stage:
@@ -60,7 +76,7 @@ class RepairPlan:
         return numbers
 
     def first_cut_from(self, stage: int) -> int:
-        """Returns the number of the first chunk that is followed by a product of a stage or later.
+        """Returns the number of the first cut at a product of a stage or later.
 
         Nothing before it changes any more once the stages before have been corrected.
         """
@@ -93,11 +109,10 @@ def plan_repair(
     planner.interpret(jaxpr, (), arguments)
     corrections = tuple(planner.state.corrections)
     _set_stages(corrections)
-    calls, cuts, last_read = _chunks(planner.networks, planner.state.steps, corrections)
     state = planner.state
-    return RepairPlan(
-        planner.networks, corrections, calls, cuts, last_read, state.out_of_reach, state.uses
-    )
+    sizes = slot_bytes(planner.networks, state.steps, jaxpr.in_avals[len(leaves) :])
+    ways, cuts = _cut(planner.networks, state.steps, corrections, sizes)
+    return RepairPlan(planner.networks, corrections, ways, cuts, state.out_of_reach, state.uses)
 
 
 def _set_stages(corrections: Sequence[Correction]) -> None:
@@ -109,9 +124,12 @@ def _set_stages(corrections: Sequence[Correction]) -> None:
                 correction.stage = max(correction.stage, corrections[earlier].stage + 1)
 
 
-def _chunks(
-    networks: Sequence[Network], steps: Sequence[Step], corrections: Sequence[Correction]
-) -> tuple[tuple[ChunkCall, ...], tuple[tuple[int, Occurrence], ...], dict[int, int]]:
+def _cut(
+    networks: Sequence[Network],
+    steps: Sequence[Step],
+    corrections: Sequence[Correction],
+    sizes: dict[int, int],
+) -> tuple[tuple[Way, ...], tuple[tuple[int, Occurrence], ...]]:
     """Cuts a program at the products, and leaves out what leads to none of them."""
     by_step: dict[int, tuple[int, Occurrence]] = {}
     for number, correction in enumerate(corrections):
@@ -120,12 +138,10 @@ def _chunks(
     ends = sorted(by_step)
     # Backwards: what a chunk has to make is what is read after it.
     needed: set[int] = set()
-    last_read: dict[int, int] = {}
-    calls = []
+    ways = []
     for cut in reversed(range(len(ends))):
         _, occurrence = by_step[ends[cut]]
-        read = {occurrence.features, *[condition.which for condition in occurrence.conditions]}
-        needed |= read
+        needed |= {occurrence.features, *[condition.which for condition in occurrence.conditions]}
         start = ends[cut - 1] if cut else 0
         kept = []
         within = set(needed)
@@ -134,9 +150,21 @@ def _chunks(
                 continue
             kept.append(step)
             within |= {slot.number for slot in step.operands if isinstance(slot, Slot)}
-        call = chunk_of(networks, kept[::-1], needed)
-        for slot in (*read, *call.slots):
-            last_read.setdefault(slot, cut)
-        needed = (needed - set(call.results)) | set(call.slots)
-        calls.append(call)
-    return tuple(calls[::-1]), tuple([by_step[end] for end in ends]), last_read
+        way = _way(networks, kept[::-1], needed, sizes)
+        needed = (set(way.kept) - set(way.first.results)) | set(way.first.slots)
+        ways.append(way)
+    return tuple(ways[::-1]), tuple([by_step[end] for end in ends])
+
+
+def _way(
+    networks: Sequence[Network], steps: Sequence[Step], needed: set[int], sizes: dict[int, int]
+) -> Way:
+    """Divides the steps to a product where there is least to be kept."""
+    read = set(needed)
+    place = narrowest(steps, networks[-1], read, sizes)
+    rest = None
+    if place < len(steps):
+        rest = chunk_of(networks, steps[place:], needed)
+        needed = (needed - set(rest.results)) | set(rest.slots)
+    first = chunk_of(networks, steps[:place], needed)
+    return Way(first, tuple(sorted(needed)), rest, tuple(sorted(read)))

@@ -11,17 +11,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 from jax.extend.core import primitives as P
 
 from otfusion_jax.fusion.corrections import Condition, Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
 from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
+from otfusion_jax.fusion.narrowest import has_product, has_while
 from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, Network, inner_jaxprs
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.tracing.activations import Path
-from otfusion_jax.tracing.jaxprs import body, closed, is_jaxpr, scan_operands, source
+from otfusion_jax.tracing.jaxprs import body, closed, scan_operands, source
 
 
 @dataclasses.dataclass
@@ -147,9 +147,9 @@ class Planner:
         self, eqn: core.JaxprEqn, path: Path, operands: Sequence[Reference]
     ) -> Sequence[Slot]:
         """Evaluates an equation as it is."""
-        has_product = _has_product(eqn)
+        is_product = has_product(eqn)
         for reference in operands:
-            if has_product and isinstance(reference, Parameter):
+            if is_product and isinstance(reference, Parameter):
                 self._leave(reference, f"it is used inside of {_place(eqn)}")
         return self._emit("equation", path, operands, len(eqn.outvars), place=_place(eqn))
 
@@ -308,7 +308,7 @@ class Planner:
         if any(network.is_moved for network in self.networks):
             return None
         # Of a branch that is not taken no effect may be seen, and a loop in it may have no end.
-        if not _has_product(eqn) or eqn.effects or _has_while(eqn):
+        if not has_product(eqn) or eqn.effects or has_while(eqn):
             return None
         before = self.state.copy()
         if eqn.primitive is P.scan_p:
@@ -414,28 +414,6 @@ def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
         if not reached.isdisjoint([a for a in eqn.invars if not isinstance(a, core.Literal)]):
             reached.update(eqn.outvars)
     return [not isinstance(a, core.Literal) and a in reached for a in jaxpr.outvars]
-
-
-def _has_product(eqn: core.JaxprEqn) -> bool:
-    """Whether a matrix product or a convolution is evaluated within an equation."""
-    return any(inner.primitive in PRODUCTS for inner in _equations_within(eqn))
-
-
-def _has_while(eqn: core.JaxprEqn) -> bool:
-    """Whether a loop without a known end is evaluated within an equation."""
-    return any(inner.primitive is P.while_p for inner in _equations_within(eqn))
-
-
-def _equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """Returns the equations within an equation, those within them included."""
-    found = []
-    for parameter in jax.tree_util.tree_leaves(eqn.params):
-        if not is_jaxpr(parameter):
-            continue
-        for inner in closed(parameter).jaxpr.eqns:
-            found.append(inner)
-            found.extend(_equations_within(inner))
-    return found
 
 
 def _place(eqn: core.JaxprEqn) -> str:

@@ -1,0 +1,276 @@
+"""The normal equations of a parameter, solved for one ridge or several.
+
+The systems of several ridges differ by multiples of the identity. Conjugate gradients go through
+the same spaces for all of them, so that one product with the inner products a step solves all. Or
+each of them is solved to the end, by a Cholesky factor, which all units share.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from otfusion_jax.common.host import Array
+from otfusion_jax.common.scaling import common_exponent, scaled
+from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
+
+_MOST_STEPS = 200
+"""After so many steps conjugate gradients are at the end, as far as float32 goes."""
+
+
+class NormalSums(NamedTuple):
+    """The sums that make up normal equations: X are the rows that a parameter is multiplied by.
+
+    Attributes:
+        gram: XᵀX, float `[groups, width, width]`.
+        right_side: Xᵀ times what is missing from the features that are wanted, with the average's
+            parameter, float `[groups, width, units]`.
+        is_any: Whether there is anything but zeros in X.
+    """
+
+    gram: Array
+    right_side: Array
+    is_any: Bool[Array, ""]
+
+    @staticmethod
+    def of(rows: Array, missing: Array) -> "NormalSums":
+        """Takes the sums of some rows and of what is missing from them."""
+        return NormalSums(row_gram(rows), rows_times(rows, missing), jnp.any(rows != 0))
+
+    def plus(self, other: "NormalSums") -> "NormalSums":
+        """Returns the sums of the rows of both."""
+        gram, right_side = self.gram + other.gram, self.right_side + other.right_side
+        return NormalSums(gram, right_side, self.is_any | other.is_any)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """Normal equations of a change of a parameter, in the shape that it has.
+
+    With A, which makes features of the parameter, they are (AᵀA + penalty) change = Aᵀ missing.
+
+    Attributes:
+        form: The product.
+        leaf: The parameter of the average, float32 or wider.
+        sums: The sums that make the equations up.
+        steps: The number of steps of conjugate gradients; None to solve to the end.
+    """
+
+    form: LinearForm
+    leaf: Array
+    sums: NormalSums
+    steps: int | None
+
+    @functools.cached_property
+    def is_factorised(self) -> bool:
+        """Whether systems are solved by Cholesky factors: they are the same for all units."""
+        is_real = not jnp.issubdtype(self.leaf.dtype, jnp.complexfloating)
+        return self.steps is None and is_real and self.form.is_rearranged(self.leaf)
+
+    @property
+    def most_steps(self) -> int:
+        """The number of steps of conjugate gradients."""
+        return _MOST_STEPS if self.steps is None else self.steps
+
+    @functools.cached_property
+    def _transpose(self) -> Callable[[Array], Array]:
+        return self.form.transposed_matrix(self.leaf)
+
+    def normal(self, change: Array) -> Array:
+        """Returns AᵀA times a change of the parameter."""
+        highest = jax.lax.Precision.HIGHEST
+        matrix = self.form.matrix(change)
+        return self._transpose(jnp.matmul(self.sums.gram, matrix, precision=highest))
+
+    @functools.cached_property
+    def right_side(self) -> Array:
+        """Aᵀ times what is missing from the features."""
+        return self._transpose(self.sums.right_side)
+
+    @functools.cached_property
+    def mean_eigenvalue(self) -> Float[Array, ""]:
+        """The mean eigenvalue of AᵀA."""
+        if self.is_factorised:
+            gram = self.sums.gram
+            return jnp.mean(jnp.trace(gram, axis1=-2, axis2=-1)) / gram.shape[-1]
+        # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
+        # |z|² it is the mean eigenvalue.
+        random = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)
+        return jnp.sum(random * self.normal(random)) / _squared_length(random)
+
+    @functools.cached_property
+    def exponent(self) -> Array:
+        """The exponent k by which equations are brought to the range of the parameter: 2^-k.
+
+        Conjugate gradients square both sides once more. Scaling changes no digit of what is found.
+        """
+        return common_exponent([self.mean_eigenvalue])
+
+    def solved(self, ridge: Any) -> Array:
+        """Solves the equations.
+
+        Args:
+            ridge: The penalty, in units of the mean eigenvalue.
+
+        Returns:
+            The change of the parameter; NaN where numbers are out of range.
+        """
+        penalty = ridge * self.mean_eigenvalue
+        right_side = scaled(self.right_side, -self.exponent)
+
+        def penalised_normal(change: Array) -> Array:
+            return scaled(self.normal(change) + penalty * change, -self.exponent)
+
+        def by_steps() -> Array:
+            found, _ = jax.scipy.sparse.linalg.cg(
+                penalised_normal, right_side, maxiter=self.most_steps
+            )
+            return found
+
+        if self.is_factorised:
+            by_factor = self.solved_by_factor(ridge)
+            # Without a penalty, what has no features leaves no factor.
+            change = jax.lax.cond(jnp.all(jnp.isfinite(by_factor)), lambda: by_factor, by_steps)
+        else:
+            change = by_steps()
+        # Where numbers are out of range, conjugate gradients stop before their first step. To
+        # return the average, unchanged, would hide it.
+        first_step = jnp.sum(right_side * penalised_normal(right_side))
+        is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
+        vanishes = (self.mean_eigenvalue == 0) & self.sums.is_any
+        return jnp.where(is_finite & ~vanishes, change, jnp.nan)
+
+    def solved_by_factor(self, ridge: Any) -> Array:
+        """Solves the equations by Cholesky factors: of `gram + penalty`, one for each group.
+
+        Args:
+            ridge: The penalty, in units of the mean eigenvalue.
+
+        Returns:
+            The change of the parameter; not finite where the sum is not positive definite.
+        """
+        gram = scaled(self.sums.gram, -self.exponent)
+        penalty = scaled(ridge * self.mean_eigenvalue, -self.exponent)
+        gram += penalty * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+        factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
+        triangular = functools.partial(
+            jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True
+        )
+        half = triangular(scaled(self.sums.right_side, -self.exponent))
+        # The matrix has each entry of the parameter once: its transpose brings them back.
+        return self._transpose(triangular(half, transpose_a=True))
+
+    def solved_for_each(self, ridges: Float[Array, " n"]) -> Iterable[Array]:
+        """Solves the equations for several ridges: see `solved`.
+
+        Args:
+            ridges: The penalties, in units of the mean eigenvalue.
+
+        Returns:
+            The change of the parameter for each of them; not finite where there is none.
+        """
+        if self.is_factorised:
+            return [self.solved_by_factor(ridge) for ridge in ridges]
+        return shifted_solutions(
+            lambda change: scaled(self.normal(change), -self.exponent),
+            scaled(self.right_side, -self.exponent),
+            ridges * scaled(self.mean_eigenvalue, -self.exponent),
+            self.most_steps,
+        )
+
+
+def _squared_length(x: Array) -> Array:
+    return jnp.sum(x * x)
+
+
+# --- several ridges
+
+
+def chosen_ridge(
+    fitted: NormalEquations, held_out: NormalEquations, ridges: Sequence[float]
+) -> Float[Array, ""]:
+    """Chooses the ridge whose fit to some samples is closest to what is wanted of others.
+
+    Args:
+        fitted: The equations of the samples to fit to.
+        held_out: Those of the others.
+        ridges: The ridges, in units of the mean eigenvalue.
+
+    Returns:
+        The best of the ridges; of equal ones the first.
+    """
+    choices = jnp.asarray(ridges, fitted.mean_eigenvalue.dtype)
+    errors = []
+    for change in fitted.solved_for_each(choices):
+        # |A change - missing|², less what no change makes a difference to.
+        error = change * (held_out.normal(change) - 2 * held_out.right_side)
+        errors.append(jnp.sum(error))
+    # What is not finite is the worst: `argmin` would take it.
+    found = jnp.nan_to_num(jnp.stack(errors), nan=jnp.inf)
+    return choices[jnp.argmin(found)]
+
+
+def shifted_solutions(
+    operator: Callable[[Array], Array],
+    right_side: Array,
+    shifts: Float[Array, " n"],
+    steps: int,
+) -> Float[Array, "n ..."]:
+    """Solves (B + shift) x = b for several shifts by one run of conjugate gradients.
+
+    Args:
+        operator: B, symmetric and without negative eigenvalues, as a function of arrays of the
+            shape of b.
+        right_side: The right side b.
+        shifts: The shifts, float `[n]`, at least 0.
+        steps: The number of steps.
+
+    Returns:
+        For each shift what `steps` steps of conjugate gradients from zero give.
+
+    References:
+        Frommer and Maass, Fast CG-based methods for Tikhonov-Phillips regularization, SIAM Journal
+        on Scientific Computing 20 (1999): residuals of all systems are multiples of one another.
+    """
+    # A number for each system, to be multiplied with the arrays of all.
+    column = (-1, *[1] * right_side.ndim)
+    least = jnp.min(shifts)
+    above = shifts - least
+    ones = jnp.ones_like(shifts)
+    all_directions = jnp.stack([right_side] * len(shifts))
+
+    def step(_: Any, state: Any) -> Any:
+        solutions, directions, residual, direction, scale, last_scale, last_length, last_turn = (
+            state
+        )
+        along = operator(direction) + least * direction
+        squared = _squared_length(residual)
+        length = _ratio(squared, jnp.sum(direction * along))
+        # The residual of the system with a shift is `scale` times that of the first.
+        denominator = length * last_turn * (last_scale - scale) + last_scale * last_length * (
+            1 + length * above
+        )
+        next_scale = _ratio(scale * last_scale * last_length, denominator)
+        shrinks = _ratio(next_scale, scale)
+        solutions = solutions + (length * shrinks).reshape(column) * directions
+        residual = residual - length * along
+        turn = _ratio(_squared_length(residual), squared)
+        kept = (turn * shrinks**2).reshape(column)
+        directions = next_scale.reshape(column) * residual[None] + kept * directions
+        direction = residual + turn * direction
+        return solutions, directions, residual, direction, next_scale, scale, length, turn
+
+    one = jnp.ones((), shifts.dtype)
+    zeros = jnp.zeros_like(all_directions)
+    start = (zeros, all_directions, right_side, right_side, ones, ones, one, 0 * one)
+    return jax.lax.fori_loop(0, steps, step, start)[0]
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Divides; 0 where there is nothing to divide by, as of a system that is solved."""
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
