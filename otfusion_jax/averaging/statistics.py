@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.alignment.method import Alignment
 from otfusion_jax.cli.report import Table
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.plans import moved_units
 from otfusion_jax.symmetry.symmetry import Symmetry
 

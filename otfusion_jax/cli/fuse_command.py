@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average
 from otfusion_jax.cli.alignments import table_of_norms
@@ -14,6 +13,7 @@ from otfusion_jax.cli.matching import CommandThatAligns
 from otfusion_jax.cli.models import fitted, precision_of, results_by_name
 from otfusion_jax.cli.report import Table
 from otfusion_jax.cli.results import CommandWithResult
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.symmetry.canonical import canonicalize

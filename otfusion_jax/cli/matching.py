@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import PyTree
-
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.forward_pass import ForwardPass
@@ -15,6 +13,7 @@ from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.models import fitted
 from otfusion_jax.cli.options import CommandWithSymmetry
 from otfusion_jax.cli.report import Table
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact

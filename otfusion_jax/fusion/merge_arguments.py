@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.statistics import running_statistics, warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known

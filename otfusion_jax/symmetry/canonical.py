@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, program
 from otfusion_jax.common.lazy import any_lazy
 from otfusion_jax.common.sharding import laid_out_like
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import balanced
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Fold
