@@ -31,9 +31,9 @@ COMMANDS: dict[str, type[Command]] = {
 }
 
 AVERAGED_STATISTICS = (
-    "running statistics of batch norm are averaged, and are wrong for the average. Measure them"
-    " anew on training data: by torch.optim.swa_utils.update_bn(batches, model) in PyTorch, by"
-    " otfusion_jax.estimate_statistics in JAX"
+    "running statistics of batch norm are averaged, and are wrong for an average that is not"
+    " repaired. Measure them anew on training data: in PyTorch by"
+    " torch.optim.swa_utils.update_bn(batches, model), in JAX by otfusion_jax.estimate_statistics"
 )
 
 
