@@ -57,6 +57,16 @@ def bottleneck(params, x):
     return h @ params["down"]
 
 
+def gained(params, gain, x):
+    return gain * plain(params, x)
+
+
+def normed(params, x):
+    h = x @ params["w"] - params["bn.running_mean"]
+    h = h / jnp.sqrt(params["bn.running_var"] + 1e-5) * params["bn.weight"] + params["bn.bias"]
+    return jax.nn.relu(h) @ params["v"]
+
+
 def wrong(params, x):
     return params["not there"]
 
@@ -208,6 +218,44 @@ def test_fuse_and_align_equal_the_api(format: str, folder: Path):
     assert names == {a, b} | results | reports
     for name, value in params(0).items():
         np.testing.assert_array_equal(read_back(a)[name], value)
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_running_statistics_decide_nothing(folder: Path, capsys: pytest.CaptureFixture):
+    """In a state dict of PyTorch they are far larger than the weights, and differ by network."""
+    rng = np.random.default_rng(0)
+    units = 8
+    learned = {"w": (6, units), "v": (units, 5), "bn.weight": (units,), "bn.bias": (units,)}
+    a = {name: rng.normal(size=shape).astype(np.float32) for name, shape in learned.items()}
+    order = rng.permutation(units)
+    b = {}
+    for name, value in a.items():
+        # safetensors writes the memory of an array, whatever its strides.
+        b[name] = np.ascontiguousarray(value[order] if name == "v" else value[..., order])
+    for model in (a, b):
+        for name in ("bn.running_mean", "bn.running_var"):
+            model[name] = rng.uniform(0, 1000, units).astype(np.float32)
+    save_file(a, "a.safetensors")
+    save_file(b, "b.safetensors")
+    flags = ("a.safetensors", "b.safetensors", "--apply", "network:normed", "--input", "f32[2,6]")
+    run("compare", *flags, "--report", "c")
+    distance = json.loads((folder / "c.report.json").read_text())["facts"]
+    before = sum(np.square(a[name].astype(float) - b[name]).sum() for name in learned)
+    np.testing.assert_allclose(distance["squared distance"], before)
+    np.testing.assert_allclose(distance["squared distance when aligned"], 0, atol=1e-5)
+    run("align", *flags, "--out", "moved.safetensors")
+    capsys.readouterr()
+    run("fuse", *flags, "--out", "fused.safetensors")
+    # What the average of the learned parameters is, now that they are those of one network.
+    for name in learned:
+        np.testing.assert_allclose(load_file("fused.safetensors")[name], b[name], rtol=1e-6)
+    for name in a:
+        moved = a[name][order] if name == "v" else a[name][..., order]
+        np.testing.assert_array_equal(load_file("moved.safetensors")[name], moved)
+    # The averages of the statistics are said to be wrong, once.
+    assert capsys.readouterr().err.count("update_bn") == 1
+    warnings = json.loads((folder / "fused.safetensors.report.json").read_text())["warnings"]
+    assert ["update_bn" in warning for warning in warnings] == [True]
 
 
 @pytest.mark.usefixtures("default_promotion")
@@ -386,6 +434,20 @@ def test_merge_equals_the_api(folder: Path):
     (chosen,) = [row for row in trials if row["chosen"]]
     assert chosen["start"] == merged.report.chosen.start
     assert "| weights | permutations |" in (folder / "m.safetensors.report.md").read_text()
+
+
+@pytest.mark.usefixtures("default_promotion")
+def test_merge_takes_inputs_in_their_order(capsys: pytest.CaptureFixture):
+    """That of an npz, and of the names in safetensors, whose writer puts wide dtypes first."""
+    a, b = write_safetensors("a", 0), write_safetensors("b", 1)
+    gain, x = np.ones((4, 1), np.float16), np.ones((4, 6), np.float32)
+    np.savez("x.npz", allow_pickle=False, second=gain, first=x)
+    save_file({"0": gain, "1": x}, "x.safetensors")
+    flags = ("--apply", "network:gained", "--outputs", "values", "--dry-run")
+    for data in ("x.npz", "x.safetensors"):
+        # The other way round, the function would refuse the shapes.
+        run("merge", a, b, *flags, "--data", data, "--out", "m.safetensors")
+        assert "would merge 2 models" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("default_promotion")

@@ -72,7 +72,7 @@ def setting(samples: int):
     )
 
 
-def fitted(symmetry, nets, x, ridge, steps=400):
+def fitted(symmetry, nets, x, ridge, steps: int | None = 400):
     method = otf.LeastSquares(ridge=ridge, steps=steps)
     return repaired(symmetry, network, nets, Passes([(x,)]), None, method, [None, None], 1)
 

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,22 @@ def test_scales_signs_and_rotations_have_colours():
     ):
         ticks = otf.draw(moving).get_xticklabels()
         assert {str(tick.get_text()): tick.get_color() for tick in ticks} == motions
+
+
+def test_a_picture_of_one_group_is_wide_enough_for_its_legend():
+    def mlp(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    params = {"in": normal(3, 4), "out": normal(4, 2)}
+    ax = otf.draw(otf.trace_symmetry(mlp, params, normal(2, 3)))
+    figure = cast(Figure, ax.figure)
+    figure.draw_without_rendering()
+    legend = ax.get_legend()
+    assert legend is not None
+    for artist in (legend, ax.xaxis.label):
+        extent = artist.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0
+        assert extent.x1 <= figure.bbox.x1
 
 
 def deep(params, x):

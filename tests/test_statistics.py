@@ -291,10 +291,17 @@ def test_statistics_are_known_by_evidence():
         "torch": {"running_mean": jnp.zeros(2), "running_var": jnp.ones(2)},
         "apart": {"mean": jnp.zeros(3), "var": jnp.ones(4)},
         "alone": {"mean": jnp.zeros(3)},
+        # A state dict of PyTorch, and Linen's variables, flat.
+        "layer1.0.bn1.running_mean": jnp.zeros(2),
+        "layer1.0.bn1.running_var": jnp.ones(2),
+        "params.prior.mean": jnp.zeros(3),
+        "params.prior.var": jnp.ones(3),
     }
     assert otf.running_statistics(tree) == {
         "batch_stats/bn/mean": "batch_stats/bn/mean",
         "batch_stats/bn/var": "batch_stats/bn/mean",
+        "layer1.0.bn1.running_mean": "layer1.0.bn1.running_mean",
+        "layer1.0.bn1.running_var": "layer1.0.bn1.running_mean",
         "torch/running_mean": "torch/running_mean",
         "torch/running_var": "torch/running_mean",
     }
@@ -409,7 +416,30 @@ def named_norms() -> tuple[Any, Any]:
     return fn, {"w": W1, **{name: jnp.ones(4) for name in "mvgb"}}
 
 
-NORMS = {"linen": linen_norms, "nnx": nnx_norms, "haiku": haiku_norms, "named": named_norms}
+def torch_norms() -> tuple[Any, Any]:
+    """State dicts of PyTorch: names with points in them, each of them one key."""
+
+    def fn(p, x):
+        for name in ("block.0.bn1", "block.1.bn1"):
+            x = x @ p[f"{name.removesuffix('bn1')}fc.weight"].T
+            x = (x - p[f"{name}.running_mean"]) / jnp.sqrt(p[f"{name}.running_var"] + 1e-5)
+            x = jax.nn.relu(x * p[f"{name}.weight"] + p[f"{name}.bias"])
+        return x
+
+    tree = {"block.0.fc.weight": W1.T, "block.1.fc.weight": W2.T}
+    for name, width in (("block.0.bn1", 4), ("block.1.bn1", 2)):
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            tree[f"{name}.{key}"] = jnp.ones(width)
+    return fn, tree
+
+
+NORMS = {
+    "linen": linen_norms,
+    "nnx": nnx_norms,
+    "haiku": haiku_norms,
+    "torch": torch_norms,
+    "named": named_norms,
+}
 NAMED = [otf.BatchNorm(mean="m", var="v", scale="g", bias="b")]
 
 

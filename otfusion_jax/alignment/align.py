@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 from ott.geometry import costs
 
 from otfusion_jax.alignment.checks import (
@@ -25,6 +24,7 @@ from otfusion_jax.common.arguments import require_function
 from otfusion_jax.common.host import Array, as_jax, as_numpy
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.canonical import require_canonical

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups, target_names

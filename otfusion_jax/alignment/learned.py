@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.leaf_weights import leaf_weights
@@ -36,6 +36,7 @@ from otfusion_jax.alignment.loss_descent import (
 from otfusion_jax.averaging.average import columns_of
 from otfusion_jax.averaging.interpolate import checked_positions
 from otfusion_jax.common.arguments import require_function, require_kind
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import (

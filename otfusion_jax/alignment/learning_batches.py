@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.alignment.loss_descent import (
     LearningState,
@@ -17,6 +17,7 @@ from otfusion_jax.alignment.loss_descent import (
     after_stack,
 )
 from otfusion_jax.common.progress import shown_bar
+from otfusion_jax.common.typing import PyTree
 
 _NONE = "there are no batches; learning takes at least one"
 

@@ -12,13 +12,14 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram, ground_cost
 from otfusion_jax.alignment.problem import set_up_problem
 from otfusion_jax.alignment.solve_tree import picked
 from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.sinkhorn import Sinkhorn

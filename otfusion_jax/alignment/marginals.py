@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.scaling import common_exponent, scaled
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.units import units_of

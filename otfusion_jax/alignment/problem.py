@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 from ott.geometry import costs
 
 from otfusion_jax.alignment.costs import Gram, unit_gram
@@ -36,6 +36,7 @@ from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis

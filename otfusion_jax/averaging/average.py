@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.sharding import laid_out_like
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 

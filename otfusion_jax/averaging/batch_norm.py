@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.averaging.stacking import require_alike
-from otfusion_jax.averaging.statistics import running_statistics
+from otfusion_jax.averaging.statistics import running_statistics, separator_of
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import leaves_of
 
@@ -55,9 +56,9 @@ def fold_batch_norm(
     Args:
         params: The parameters with their statistics, a pytree of arrays.
         layers: The layers. If None, those that are found by name: of a Linen tree with `params` and
-            `batch_stats`, of an NNX state, and of Haiku's parameters and state in one tree, where
-            the module's parameters are called as the statistics' module. Equinox has no names: say
-            which leaves they are.
+            `batch_stats`, of an NNX state, of a state dict of PyTorch, and of Haiku's parameters
+            and state in one tree, where the module's parameters are called as the statistics'
+            module. Equinox has no names: say which leaves they are.
         epsilon: What the network adds to the variance, above 0 and below 1. No leaf says it; the
             frameworks' default is 1e-5. With another one than the network's, the function changes.
             Where layers have several, fold those of each by themselves, by `layers`.
@@ -237,10 +238,11 @@ def _beside(mean: str) -> list[tuple[str, str]]:
         Pairs of key paths, of which one at most is there.
     """
     beside = []
-    for in_front, name, behind in _splits(mean):
+    separator = separator_of(mean)
+    for in_front, name, behind in _splits(mean, separator):
         if name == "mean":
             # Linen has two collections, NNX all in one module.
-            learned = in_front.replace("batch_stats/", "params/", 1)
+            learned = in_front.replace(f"batch_stats{separator}", f"params{separator}", 1)
             beside.append((f"{learned}scale{behind}", f"{learned}bias{behind}"))
         elif name == "running_mean":
             beside.append((f"{in_front}weight{behind}", f"{in_front}bias{behind}"))
@@ -252,12 +254,12 @@ def _beside(mean: str) -> list[tuple[str, str]]:
     return beside
 
 
-def _splits(path: str) -> list[tuple[str, str, str]]:
+def _splits(path: str, separator: str) -> list[tuple[str, str, str]]:
     """Returns what is before, at and behind each of the last two steps of a key path."""
-    parts = path.split("/")
+    parts = path.split(separator)
     splits = []
     for at in range(max(0, len(parts) - 2), len(parts)):
-        in_front = "".join(f"{part}/" for part in parts[:at])
-        behind = "".join(f"/{part}" for part in parts[at + 1 :])
+        in_front = "".join(f"{part}{separator}" for part in parts[:at])
+        behind = "".join(f"{separator}{part}" for part in parts[at + 1 :])
         splits.append((in_front, parts[at], behind))
     return splits

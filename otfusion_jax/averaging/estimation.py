@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.statistics import running_statistics
 from otfusion_jax.common.arguments import (
@@ -22,6 +21,7 @@ from otfusion_jax.common.arguments import (
     require_function,
 )
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import leaves_of
 
 MeanOf = Callable[[str], str | None]

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.averaging.average import accumulation_dtype, columns_of
 from otfusion_jax.averaging.stacking import stack
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers
 from otfusion_jax.symmetry.groups import leaves_of
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import checked_average, mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import leaves_of
 
 

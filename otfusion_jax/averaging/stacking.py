@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import canonical
 from otfusion_jax.symmetry.checks import require_model, require_models
 from otfusion_jax.symmetry.groups import leaves_of

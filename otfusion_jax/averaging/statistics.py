@@ -6,6 +6,8 @@ by the names that frameworks give them, and those of Equinox, which have no name
 the node that they are in.
 """
 
+import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -41,7 +43,8 @@ def running_statistics(params: PyTree) -> dict[str, str]:
     What looks so is a mean and a variance of one floating-point dtype and one shape beside each
     other, called `mean` and `var` (Linen, NNX; not inside of `params`, where Linen has what is
     learned), `running_mean` and `running_var`, or `mean_ema/average` and `var_ema/average`
-    (Haiku). In a `State` of Equinox it is a pair of arrays of one shape.
+    (Haiku). The names of a state dict of PyTorch are one key each: `bn1.running_mean`. In a `State`
+    of Equinox it is a pair of arrays of one shape.
 
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.
@@ -78,17 +81,61 @@ def running_statistics(params: PyTree) -> dict[str, str]:
 
 def _variance_beside(path: str) -> str | None:
     """Returns the key path that the variance of a mean would have; None for what is no mean."""
-    parts = path.split("/")
+    separator = separator_of(path)
+    parts = path.split(separator)
     wrapper = parts[-1:] if parts[-1] in _WRAPPERS else []
     parts = parts[: len(parts) - len(wrapper)]
     for mean, variance in _NAMES:
         if tuple(parts[-len(mean) :]) != mean:
             continue
         # What is learned is no statistic, whatever it is called.
-        if parts[0] == "params" and mean == ("mean",):
+        if re.match(r"params[/.]", path) and mean == ("mean",):
             continue
-        return "/".join([*parts[: -len(mean)], *variance, *wrapper])
+        return separator.join([*parts[: -len(mean)], *variance, *wrapper])
     return None
+
+
+def separator_of(path: str) -> str:
+    """Says what stands between a module and the name of its statistic.
+
+    Args:
+        path: The key path of a leaf.
+
+    Returns:
+        A point if the last key has one, as all of `layer1.0.bn1.running_mean` is one key of a state
+        dict of PyTorch; otherwise a slash.
+    """
+    return "." if "." in path.rpartition("/")[2] else "/"
+
+
+@dataclasses.dataclass(frozen=True)
+class AllBut:
+    """Counts all parameters alike, but some not at all.
+
+    Attributes:
+        paths: The key paths of the latter.
+    """
+
+    paths: frozenset[str]
+
+    def __call__(self, path: str) -> float:
+        """Returns how much a parameter counts."""
+        return 0.0 if path in self.paths else 1.0
+
+
+def all_but_statistics(params: PyTree) -> AllBut | None:
+    """Says how much parameters count where units are matched by what was learned.
+
+    Running variances can be far larger than weights, and would decide alone which units match.
+
+    Args:
+        params: The parameters of a model, see `running_statistics`.
+
+    Returns:
+        The `leaf_weight` that counts running statistics 0 and all else 1; None if there are none.
+    """
+    statistics = running_statistics(params)
+    return AllBut(frozenset(statistics)) if statistics else None
 
 
 def _alike(mean: Leaf, variance: Leaf) -> bool:

@@ -39,7 +39,7 @@ class Align(CommandWithResult, CommandThatAligns):
             # The distances are of what is compared: of the canonical forms, where there are any.
             alignment, moved = self.align_pair(pair, console)
             facts = {
-                "squared distance before": finite(alignment.history[0]),
+                "squared distance before": pair.squared_distance(),
                 "squared distance after": finite(alignment.objective),
                 "converged": bool(alignment.converged),
             }

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.alignment.method import Alignment
 from otfusion_jax.cli.report import Table
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.plans import moved_units
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -105,6 +105,16 @@ def _norm(array: Any) -> float:
     return float(np.sqrt(np.sum(magnitudes**2)))
 
 
+def distance(array: Any, target: Any) -> float:
+    """Returns the norm of a difference, taken in float64.
+
+    Args:
+        array: An array of floating-point or complex numbers.
+        target: Another one of its shape.
+    """
+    return float(np.linalg.norm(_wide(array) - _wide(target)))
+
+
 def relative_distance(array: Any, target: Any) -> float | None:
     """Returns the norm of a difference over that of the target; None if that is 0.
 
@@ -112,12 +122,15 @@ def relative_distance(array: Any, target: Any) -> float | None:
         array: An array of floating-point or complex numbers.
         target: Another one of its shape.
     """
-    is_complex = jnp.issubdtype(np.asarray(target).dtype, jnp.complexfloating)
-    wide = np.complex128 if is_complex else np.float64
-    # A norm of many small numbers is out of the range of float16.
-    a, b = np.asarray(array).astype(wide), np.asarray(target).astype(wide)
-    norm = np.linalg.norm(b)
-    return finite(np.linalg.norm(a - b) / norm) if norm > 0 else None
+    norm = np.linalg.norm(_wide(target))
+    return finite(distance(array, target) / norm) if norm > 0 else None
+
+
+def _wide(array: Any) -> np.ndarray:
+    """Returns an array in float64 or complex128: norms may be out of the range of float16."""
+    known = np.asarray(array)
+    is_complex = jnp.issubdtype(known.dtype, jnp.complexfloating)
+    return known.astype(np.complex128 if is_complex else np.float64)
 
 
 def finite(value: Any) -> float | None:

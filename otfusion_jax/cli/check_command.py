@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from jaxtyping import PyTree
 
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.functions import calling, draw_inputs, load_function, parse_inputs
 from otfusion_jax.cli.models import fitted, precision_of
 from otfusion_jax.cli.options import CommandWithSymmetry
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from otfusion_jax.averaging.statistics import StatisticsWarning
 from otfusion_jax.cli.align_command import Align
 from otfusion_jax.cli.check_command import Check
 from otfusion_jax.cli.compare_command import Compare
@@ -28,6 +29,12 @@ COMMANDS: dict[str, type[Command]] = {
     "check": Check,
     "compare": Compare,
 }
+
+AVERAGED_STATISTICS = (
+    "running statistics of batch norm are averaged, and are wrong for an average that is not"
+    " repaired. Measure them anew on training data: in PyTorch by"
+    " torch.optim.swa_utils.update_bn(batches, model), in JAX by otfusion_jax.estimate_statistics"
+)
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -68,12 +75,16 @@ def run(words: Sequence[str]) -> int:
     with warnings.catch_warnings():
         # They belong to the report, without the source lines that Python puts before them.
         warnings.simplefilter("always", SymmetryWarning)
+        warnings.simplefilter("always", StatisticsWarning)
         # All others are shown as they would be.
         show = warnings.showwarning
 
         def showwarning(message: Warning | str, category: type[Warning], *rest, **named) -> None:
             if issubclass(category, SymmetryWarning):
                 console.warn(str(message))
+            elif issubclass(category, StatisticsWarning):
+                # Its own words are for those who call the library, who can give weights.
+                console.warn(AVERAGED_STATISTICS)
             else:
                 show(message, category, *rest, **named)
 

@@ -58,7 +58,7 @@ class Compare(CommandThatAligns):
         pair = self.read_pair(a, b, console)
         alignment, moved = self.align_pair(pair, console)
         facts = {
-            "squared distance": finite(alignment.history[0]),
+            "squared distance": pair.squared_distance(),
             "squared distance when aligned": finite(alignment.objective),
         }
         tables = {

@@ -1,19 +1,21 @@
 """`otfusion fuse`: one model made of several."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average
+from otfusion_jax.averaging.statistics import StatisticsWarning, all_but_statistics
 from otfusion_jax.cli.alignments import table_of_norms
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.matching import CommandThatAligns
 from otfusion_jax.cli.models import fitted, precision_of, results_by_name
 from otfusion_jax.cli.report import Table
 from otfusion_jax.cli.results import CommandWithResult
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.symmetry.canonical import canonicalize
@@ -60,6 +62,7 @@ class Fuse(CommandWithResult, CommandThatAligns):
                 reference=self.reference,
                 method=self.chosen_method,
                 solver=self.chosen_solver,
+                leaf_weight=all_but_statistics(models[self.reference]),
             )
             tables = {}
             # Models of several widths have no average as they are, to compare the result with.
@@ -78,7 +81,10 @@ class Fuse(CommandWithResult, CommandThatAligns):
         if symmetry.has_form:
             # So is the result, whose norms are compared with those of the models.
             models = [canonicalize(symmetry, model) for model in models]
-        plain = average(models, self.weight or None)
+        with warnings.catch_warnings():
+            # Said of the result already.
+            warnings.simplefilter("ignore", StatisticsWarning)
+            plain = average(models, self.weight or None)
         return table_of_norms(symmetry, models, plain, fused)
 
     def _require_models(self) -> None:

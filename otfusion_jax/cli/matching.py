@@ -4,17 +4,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import PyTree
+import jax
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
-from otfusion_jax.cli.alignments import table_of_distances
+from otfusion_jax.averaging.statistics import AllBut, all_but_statistics
+from otfusion_jax.cli.alignments import distance, finite, table_of_distances
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.models import fitted
 from otfusion_jax.cli.options import CommandWithSymmetry
 from otfusion_jax.cli.report import Table
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
@@ -39,6 +41,29 @@ class Pair:
     onto: Symmetry
     source: PyTree
     target: PyTree
+
+    @property
+    def leaf_weight(self) -> AllBut | None:
+        """How much each parameter counts: running statistics do not."""
+        return all_but_statistics(self.source)
+
+    def squared_distance(self) -> float | None:
+        """Takes the squared distance of the models as they are, of what counts.
+
+        A history of the alignment will not do: it may begin where a forward pass has ended.
+
+        Returns:
+            The distance, None if widths differ, or if it is not finite.
+        """
+        if self.symmetry != self.onto:
+            return None
+        counts = self.leaf_weight
+        sources, targets = map(jax.tree_util.tree_leaves, (self.source, self.target))
+        total = 0.0
+        for number, leaf in enumerate(self.symmetry.leaves):
+            if leaf.moves and (counts is None or counts(leaf.path)):
+                total += distance(sources[number], targets[number]) ** 2
+        return finite(total)
 
     def distances(self, before: str, after: str, moved: PyTree) -> Table:
         """Says how far the source is from the target, parameter by parameter.
@@ -154,5 +179,6 @@ class CommandThatAligns(CommandWithSymmetry):
             onto=pair.onto,
             method=self.chosen_method,
             solver=self.chosen_solver,
+            leaf_weight=pair.leaf_weight,
         )
         return alignment, transport(pair.symmetry, alignment, pair.source, onto=pair.onto)

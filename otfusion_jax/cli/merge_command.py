@@ -15,7 +15,9 @@ from otfusion_jax.cli.models import fitted, native, precision_of, results_by_nam
 from otfusion_jax.cli.options import CommandWithFunction, shapes_of
 from otfusion_jax.cli.report import Table
 from otfusion_jax.cli.results import CommandWithResult
-from otfusion_jax.files.npz_format import SUFFIX, read_npz
+from otfusion_jax.files.formats import read_checkpoint
+from otfusion_jax.files.npz_format import SUFFIX as NPZ
+from otfusion_jax.files.safetensors_format import SUFFIX as SAFETENSORS
 from otfusion_jax.fusion.merge import merge
 from otfusion_jax.fusion.merge_report import Report
 
@@ -24,18 +26,21 @@ from otfusion_jax.fusion.merge_report import Report
 class Merge(CommandWithResult, CommandWithFunction):
     """Try what there is to fuse models, and keep what answers most like they do on average.
 
-    Rotations and signs are tried where the network allows them.
+    It runs the network, so that it needs --apply, and --data or --input. Rotations and signs are
+    tried where the network allows them.
     """
 
     models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """The checkpoints of the models, two or more. The result is like the last."""
     outputs: Literal["logits", "values"]
     """What the function returns: logits of classes along the last axis, or other numbers."""
-    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    """Inputs without labels: an array for each input of the function, in its order, with samples
-    along the first axis. Without them noise is drawn, of the shape of --input."""
-    max_samples: int = 1250
-    """How many samples are taken at most, from the first on. A fifth of them is held out."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Inputs without labels, npz or safetensors: an array for each input of the function, with
+    samples along the first axis. They are taken in the order that an npz has, and from safetensors
+    in that of their names. Without them noise is drawn, of the shape of --input."""
+    max_samples: int = 2000
+    """How many samples are taken at most, from the first on. A half of them is fitted to, the other
+    decides."""
     candidate: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to match by, as "weights" or "features", once for each; all that apply by default."""
     polish: int = 0
@@ -103,14 +108,18 @@ class Merge(CommandWithResult, CommandWithFunction):
         """Reads the inputs of the function."""
         if self.data is None:
             return None
-        if self.data.suffix != SUFFIX:
+        if self.data.suffix not in (NPZ, SAFETENSORS):
             raise ValueError(
                 f"--data is {self.data}; give an npz with an array for each input, as"
-                ' numpy.savez("inputs.npz", x) writes it'
+                ' numpy.savez("inputs.npz", x) writes it, or safetensors'
             )
         console.step(f"reading {self.data}")
+        arrays = read_checkpoint(self.data).arrays
+        # safetensors keeps no order: its writers sort by dtype and name.
+        names = sorted(arrays) if self.data.suffix == SAFETENSORS else list(arrays)
         inputs = []
-        for name, array in read_npz(self.data).arrays.items():
+        for name in names:
+            array = arrays[name]
             if not array.ndim or not len(array):
                 raise ValueError(
                     f"{name} in {self.data} has shape {array.shape}; its first axis must be the"

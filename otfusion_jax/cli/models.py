@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.files.checkpoint import Checkpoint, CheckpointError, StoredArray
 from otfusion_jax.symmetry.symmetry import Symmetry
 

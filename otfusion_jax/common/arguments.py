@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+
+from otfusion_jax.common.typing import PyTree
 
 # What is shown of a wrong argument at most: it may be a whole model.
 _SHOWN_CHARACTERS = 80

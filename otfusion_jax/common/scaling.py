@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float, Inexact, Int, PyTree
+from jaxtyping import Float, Inexact, Int
 
 from otfusion_jax.common.host import Array, array_module
+from otfusion_jax.common.typing import PyTree
 
 Numbers = Inexact[Array, "..."]
 """An array of any shape and precision, real or complex."""

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 
 T = TypeVar("T")
 

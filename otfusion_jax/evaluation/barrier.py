@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.averaging.interpolate import checked_positions, interpolate
 from otfusion_jax.common.arguments import checked_count, kind_of, require_function
+from otfusion_jax.common.typing import PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.alignment.costs import as_real
 from otfusion_jax.averaging.average import average_of, columns_of
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.scaling import all_scaled, common_exponent, restored
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.evaluation.barrier import as_numbers
 from otfusion_jax.symmetry.checks import require_equal_integers
 from otfusion_jax.symmetry.groups import leaves_of

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.common.html import html_table
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.evaluation.distance import distances
 from otfusion_jax.evaluation.moments import Moments, joined, moments
 from otfusion_jax.symmetry.canonical import require_canonical

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, Int
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import find_plans
@@ -31,6 +31,7 @@ from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.scaling import common_exponent, restored
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import require_finite, require_symmetry, warn_without_groups
 from otfusion_jax.symmetry.groups import Plans

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
@@ -22,6 +22,7 @@ from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import learn_alignment
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.barycenter import barycenter
 from otfusion_jax.fusion.divergence import Objective
 from otfusion_jax.fusion.samples import Samples

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
@@ -20,6 +20,7 @@ from otfusion_jax.common.arguments import checked_count, require_function, requi
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
 from otfusion_jax.fusion.samples import Samples, read_samples
 from otfusion_jax.symmetry.checks import require_models

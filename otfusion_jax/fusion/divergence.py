@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import kind_of, require_function
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 
 Outputs = Literal["logits", "values"]
 """What a function returns: logits of classes along the last axis, or numbers to be met as such."""

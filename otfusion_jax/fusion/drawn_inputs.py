@@ -8,9 +8,9 @@ the mean of its weights: it says less of what units do, and nothing of what a re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.samples import Samples
 
 _MOST_CHANNELS = 4

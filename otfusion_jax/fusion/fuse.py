@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align, find_plans
@@ -41,6 +41,7 @@ from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.host import Array, as_numpy
 from otfusion_jax.common.known import all_known
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.canonical import canonical

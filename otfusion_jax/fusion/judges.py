@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from otfusion_jax.alignment.costs import squared_norm
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective
 from otfusion_jax.fusion.samples import Samples
 

@@ -48,7 +48,7 @@ class LeastSquares(AbstractRepair):
     ridge: float | tuple[float, ...] = 0.01
     steps: int | None = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.ridge, tuple):
             require_number(self, "ridge", least=0, finite=True)
         elif not self.ridge:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
@@ -20,6 +19,7 @@ from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.merge_arguments import (

@@ -1,15 +1,14 @@
 """What `merge` is given, checked: inputs that are read or drawn, repairs, what is not to count."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
-from otfusion_jax.averaging.statistics import running_statistics, warn_of_averaged_statistics
+from otfusion_jax.averaging.statistics import all_but_statistics, warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known
@@ -97,21 +96,6 @@ def checked_repairs(repairs: Any, known: Known) -> tuple[AbstractRepair, ...]:
     return tuple(repairs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _AllBut:
-    """Counts all parameters alike, but some not at all.
-
-    Attributes:
-        paths: The key paths of the latter.
-    """
-
-    paths: frozenset[str]
-
-    def __call__(self, path: str) -> float:
-        """Returns how much a parameter counts."""
-        return 0.0 if path in self.paths else 1.0
-
-
 def weighed_leaves(
     models: Sequence[PyTree],
     shares: Array,
@@ -135,21 +119,19 @@ def weighed_leaves(
     """
     if leaf_weight is not None:
         require_function(leaf_weight, "merge(..., leaf_weight=lambda path: 1.0)")
-    statistics = running_statistics(models[0])
+    without_statistics = all_but_statistics(models[0])
     if update is None:
         by_leaf = [shares] * len(jax.tree.leaves(models[0]))
         warn_of_averaged_statistics(models, False, by_leaf, stacklevel=4)
     else:
         require_function(update, "merge(..., update=update), with update(params, batch) to params")
-        if not statistics:
+        if without_statistics is None:
             raise ValueError(
                 "update is given, and no leaves of the models look like running statistics (see "
                 "running_statistics); leave it out, or estimate them by estimate_statistics(..., "
                 "leaves=...)"
             )
-    if leaf_weight is None and statistics:
-        return _AllBut(frozenset(statistics))
-    return leaf_weight
+    return without_statistics if leaf_weight is None else leaf_weight
 
 
 def require_counts(**counts: Any) -> None:

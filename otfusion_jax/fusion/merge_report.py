@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxtyping import PyTree
-
 from otfusion_jax.common.html import html_lines, html_table
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.pictures.canvas import LEVEL, axes_for, frame, legend_below
 from otfusion_jax.pictures.path import draw_curve
 from otfusion_jax.symmetry.symmetry import Symmetry

@@ -15,10 +15,10 @@ import time
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.interpolate import interpolate
 from otfusion_jax.common.progress import Bar
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.judges import Judge, Spread
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
 from otfusion_jax.fusion.merge_setting import AS_THEY_ARE, Setting, Step

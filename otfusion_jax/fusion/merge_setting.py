@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.stacking import in_canonical_form
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import Candidate, Task
 from otfusion_jax.fusion.divergence import Objective
 from otfusion_jax.fusion.judges import Judge, Spread

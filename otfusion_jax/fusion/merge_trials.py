@@ -7,11 +7,11 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average
 from otfusion_jax.averaging.estimation import estimate_statistics
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import Task
 from otfusion_jax.fusion.distill import trained
 from otfusion_jax.fusion.merge_setting import NOTHING, Known, Setting, Step

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.sharding import has_explicit_axes, laid_out_like
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.passes import Passes, passes_of
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_pass import Prepared, RepairRun

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import PyTree
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.fusion.repair_pass import Prepared, site_of
 from otfusion_jax.fusion.repair_plan import plan_repair

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import kind_of, require_batches
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 
 BATCH_SIZE = 200
 """How many samples are on the device at once."""

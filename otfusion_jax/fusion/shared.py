@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
@@ -23,6 +23,7 @@ from otfusion_jax.averaging.average import Weights, checked_average, mixtures
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_arrays, require_function
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import require_model, require_models, require_symmetry

@@ -28,6 +28,8 @@ _MOST_LEAVES = 100
 # legend and title.
 _ROW_HEIGHT, _COLUMN_WIDTH, _LETTER_WIDTH = 0.18, 0.25, 0.06
 _MARGIN = 1
+# The legend has three entries in a row, however few groups there are.
+_LEGEND_WIDTH = 4
 # Pictures of more than 2^16 pixels cannot be written; there are 100 to the inch, unless asked for.
 _LONGEST = 300
 _FONT_SIZE = 7
@@ -60,7 +62,7 @@ def draw(symmetry: Symmetry, ax: "Axes | None" = None) -> "Axes":
     # Names of leaves lie on the left, those of groups stand below.
     width = _MARGIN + _COLUMN_WIDTH * max(1, len(columns)) + _length_of(leaves)
     height = _MARGIN + _ROW_HEIGHT * len(leaves) + _length_of(names)
-    ax = axes_for(ax, min(_LONGEST, width), min(_LONGEST, height))
+    ax = axes_for(ax, min(_LONGEST, max(_LEGEND_WIDTH, width)), min(_LONGEST, height))
     patches = require_package("matplotlib.patches", "matplotlib", "plot", "a picture")
     row_of = {leaf: row for row, leaf in enumerate(leaves)}
     for column, roles in enumerate(columns.values()):

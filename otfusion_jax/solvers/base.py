@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array, array_module, as_jax
+from otfusion_jax.common.typing import HasDtype
 
 
 @jax.tree_util.register_dataclass
@@ -302,7 +303,7 @@ def is_distribution(masses: Float[Array, "*batch n"]) -> Bool[Array, ""]:
     return not_negative & sums_to_1
 
 
-def working_dtype(x: Array | jax.ShapeDtypeStruct) -> DTypeLike:
+def working_dtype(x: HasDtype) -> DTypeLike:
     """Says in what precision to solve for input of some precision.
 
     Args:

@@ -11,6 +11,8 @@ its rows and columns sum up to (and of how far loose marginals give way), that i
 up to a factor (Peyré and Cuturi, Computational Optimal Transport, 2019, section 9.1).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 from ott.geometry import geometry
@@ -108,4 +110,5 @@ def _identity(x: Array) -> Array:
 
 
 # Marginals are compared as they are: ott would take logarithms, and its system would lose symmetry.
-IMPLICIT = _DirectSolve(precondition_fun=_identity)
+# The class that it is made from has no type outside of ott, whose decorators have none.
+IMPLICIT: Any = _DirectSolve(precondition_fun=_identity)

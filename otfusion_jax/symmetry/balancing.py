@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.blocks import mixed, multiplied
 from otfusion_jax.symmetry.groups import Freedom, Group
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import as_jax, as_numpy, kept
 from otfusion_jax.common.lazy import any_lazy
 from otfusion_jax.common.sharding import laid_out_like
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import balanced, balances_of
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.scale_folds import folded, folds_of

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.location import UnitLocation
 from otfusion_jax.symmetry.stretch import Stretch
 

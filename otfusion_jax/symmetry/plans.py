@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.typing import HasDtype
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import permutable_only
 from otfusion_jax.symmetry.groups import Group, Plans
@@ -57,7 +58,7 @@ def plans_of(plans: Plans | HasPlans) -> Plans:
     return by_name
 
 
-def is_permutation(plan: Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
+def is_permutation(plan: HasDtype) -> bool:
     """Says whether a plan is an index vector rather than a matrix of masses.
 
     Args:

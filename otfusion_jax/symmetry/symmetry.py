@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.common.arguments import require_function, require_key, require_kind
 from otfusion_jax.common.host import loaded
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry import display, serialization
 from otfusion_jax.symmetry.groups import (
     FOLDED,

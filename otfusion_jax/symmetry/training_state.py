@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import SymmetryWarning, may_have_units, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import HasPlans, plans_of

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import PyTree
 
 from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, kept, loaded, program
 from otfusion_jax.common.lazy import LazyArray
@@ -27,6 +26,7 @@ from otfusion_jax.common.sharding import (
     layout_of,
     with_auto_axes,
 )
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.blocks import (
     Block,
     Blocks,

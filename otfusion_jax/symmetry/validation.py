@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 

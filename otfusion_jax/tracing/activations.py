@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as P
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from otfusion_jax.common.arguments import require_arrays, require_batches
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.symmetry import Symmetry

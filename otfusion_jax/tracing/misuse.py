@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 

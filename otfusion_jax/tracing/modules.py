@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import PyTree
-
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.typing import PyTree
 
 
 def functional(module: Any) -> tuple[Callable[..., Any], PyTree]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend import core
-from jaxtyping import PyTree
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.tracing.misuse import find_mistake
 
 MOST_LONGER = 8

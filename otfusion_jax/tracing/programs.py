@@ -10,9 +10,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxtyping import PyTree
-
 from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.typing import PyTree
 
 EntryPoint = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function `fn(params, *inputs)` and the tuple of its inputs."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import jax
 from jax.extend import core
-from jaxtyping import PyTree
 
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import warn_not_used
 from otfusion_jax.symmetry.groups import leaves_of
 from otfusion_jax.symmetry.symmetry import Symmetry

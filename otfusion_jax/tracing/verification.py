@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from otfusion_jax.common.arguments import require_arrays
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import randomly_scaled
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
