@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
 
 from otfusion_jax.common.finiteness import not_finite
 from otfusion_jax.common.host import Array, array_module, loaded, program
 from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Fold
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
 from otfusion_jax.symmetry.symmetry import Symmetry
