@@ -207,6 +207,34 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
     assert ("learned rotations", "rotations") in tried
 
 
+def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("otfusion_jax.fusion.merge_arguments._MOST", 40)
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 6)
+    looked_at = []
+
+    def learn(symmetry, loss, a, b, positions, **named):
+        looked_at.append((positions.shape[0], int(positions.max())))
+        return otf.learn_alignment(symmetry, loss, a, b, positions, **named)
+
+    monkeypatch.setattr(candidates, "learn_alignment", learn)
+    models = [residual_params(0), residual_params(1)]
+    merged = otf.merge(
+        residual,
+        models,
+        [data(200)],
+        outputs="logits",
+        repairs=(),
+        candidates=["learned rotations"],
+    )
+    assert [row.repair for row in merged.report.rows] == ["nothing", "nothing (160 inputs)"]
+    # The 40 that decide are looked at by neither.
+    assert [steps for steps, _ in looked_at[:2]] == [6, 6]
+    assert looked_at[0][1] < 40 <= looked_at[1][1] < 160
+    scores = [row.score for row in merged.report.rows]
+    assert merged.report.chosen.score == min(scores)
+
+
 # --- batch norm
 
 

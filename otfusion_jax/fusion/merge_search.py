@@ -6,7 +6,8 @@ Trials are narrowed down, so that what takes long is tried where it is promising
 2. The averages that score best, and differ, are repaired in all ways.
 3. The best trials of all are made again, with what they are fitted to and what they are chosen by
    exchanged. So every input has its say in the choice, and none in that of what was fitted to it.
-4. Where there are many more inputs, the best is fitted to these, too; and polished.
+4. Where there are many more inputs, the best is fitted to these, and what can be learned is learned
+   from them, too; and the best is polished.
 """
 
 import dataclasses
@@ -83,8 +84,8 @@ class Search:
         if setting.known.whole is not None:
             self.chosen = self._chosen_again(self.chosen, bar)
         recipe = self.recipes[self.chosen]
-        if setting.known.more is not None and recipe.fits:
-            recipe = self._better(recipe, recipe._replace(on=setting.known.more.count))
+        if setting.known.more is not None:
+            recipe = self._with_more(recipe, setting.known.more.count)
         if polish and looks:
             self._better(recipe, recipe._replace(count=polish))
 
@@ -112,6 +113,19 @@ class Search:
         row = Trial(step.start, step.units, recipe.then, score, seconds, problem, ridges=ridges)
         self.rows.append(row)
         self.recipes.append(recipe)
+
+    def _with_more(self, recipe: Recipe, count: int) -> Recipe:
+        """Tries to fit the best to more inputs, and to learn from them, and returns the best."""
+        if recipe.fits:
+            recipe = self._better(recipe, recipe._replace(on=count))
+        # What is learned from a few inputs knows them by heart: it may have lost by that alone.
+        learned = {}
+        for row, other in zip(self.rows, self.recipes, strict=True):
+            if other.step.candidate.learns and not row.problem:
+                learned[row.score] = other
+        if learned:
+            recipe = self._better(recipe, Recipe(learned[min(learned)].step, learned=count))
+        return recipe
 
     def _better(self, recipe: Recipe, other: Recipe) -> Recipe:
         """Tries what goes on from the best, and returns the better of the two."""

@@ -34,6 +34,8 @@ class Recipe(NamedTuple):
         anew: Whether running statistics are estimated anew.
         count: How many steps it is polished for.
         on: How many inputs are fitted to, where these are more than in other trials; else 0.
+        learned: How many inputs models are moved by, where these are more than in other trials;
+            else 0.
     """
 
     step: Step
@@ -41,6 +43,7 @@ class Recipe(NamedTuple):
     anew: bool = False
     count: int = 0
     on: int = 0
+    learned: int = 0
 
     @property
     def fits(self) -> bool:
@@ -58,7 +61,8 @@ class Recipe(NamedTuple):
         if self.count:
             words.append("distilled")
         then = ", ".join(words) or NOTHING
-        return f"{then} ({self.on:,} inputs)" if self.on else then
+        more = max(self.on, self.learned)
+        return f"{then} ({more:,} inputs)" if more else then
 
 
 def _name_of(method: AbstractRepair) -> str:
@@ -136,7 +140,11 @@ class Workshop:
         # Of what is held out no repair may see anything, until all is chosen.
         if samples is None:
             samples = setting.known.more if recipe.on else setting.known.fit
-        task, moved = self._move(recipe.step)
+        if recipe.learned:
+            by_more = self.with_inputs(setting.known._replace(fit=setting.known.more))
+            task, moved = by_more._move(recipe.step)
+        else:
+            task, moved = self._move(recipe.step)
         ridges: dict[str, Array] = {}
         if recipe.method is None:
             params = average(moved, setting.weights.tolist())
