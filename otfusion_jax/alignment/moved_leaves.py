@@ -51,6 +51,7 @@ class MovedLeaves:
         if moved is None:
             moved, last = self._source[number], {}
         steps = self._steps(number, last, along)
+        # From the source, rounding is that of one move, however many plans there have been.
         if steps is None:
             moved, steps = self._source[number], along
         if steps:
@@ -72,8 +73,10 @@ class MovedLeaves:
             neither in a batch nor nested in others.
         """
         structure = self._symmetry.leaf_structures[number]
+        # Where widths differ, plans tell the shape that a parameter gets, and all have to be there.
         if self._onto.leaf_structures[number].partition is not structure.partition:
             return None
+        # The plans of what is in a batch are in the order of the batch, which may have moved.
         for unit_axis in structure.unit_axes:
             if unit_axis.group.batch:
                 return None
@@ -110,6 +113,7 @@ def _step_between(before: Array, plan: Array) -> Array | None:
     """
     if not is_permutation(before):
         return None
+    # What is at each position now, asked for by its unit.
     positions = np.arange(len(before))
     place = np.argsort(np.asarray(before))
     new_units = np.asarray(plan)

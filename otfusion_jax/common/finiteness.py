@@ -53,7 +53,8 @@ def not_finite_counts(arrays: Sequence[Any]) -> list[int]:
 def _count(array: np.ndarray) -> int:
     """Counts the values of an array of NumPy that are not finite."""
     is_plain = array.dtype in (np.float32, np.float64) and array.flags.forc
-    # A sum of squares is finite only if all values are, and takes a fraction of the time.
+    # A sum of squares is finite only if all values are, and takes a fraction of the time. Where it
+    # is not, squares may be out of range, and values are counted one by one.
     if is_plain and np.isfinite(np.vdot(array, array)):
         return 0
     finite = np.isfinite(array)

@@ -92,6 +92,7 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
 
     def relax_edges(state: _Distances) -> _Distances:
         by_way_of = xp.min(_first_steps(state.v, state.taken_off, residual), axis=0)
+        # Paths that end here are no longer than before, also where few edges were looked at.
         shorter = xp.minimum(state.v, by_way_of)
         return _Distances(shorter, state.v - shorter, state.iteration + 1)
 
