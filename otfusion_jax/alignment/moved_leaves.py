@@ -53,8 +53,8 @@ class MovedLeaves:
         steps = self._steps(number, last, along)
         # From the source, rounding is that of one move, however many plans there have been.
         if steps is None:
-            moved, steps = self._source[number], along
-        if steps:
+            moved = move(self._symmetry, plans, number, self._source[number], self._onto)
+        elif steps:
             moved = move(self._symmetry, steps, number, moved, self._onto)
         self._last[number] = moved, along
         return moved
