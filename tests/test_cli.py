@@ -317,7 +317,7 @@ def test_names_with_a_separator_are_nested():
     run("fuse", a, b, *flags, "--out", "f.npz")
     fused = otf.fuse(traced(), [params(0), params(1)])
     for name in SIZES:
-        np.testing.assert_array_equal(load_file("f.safetensors")[name], fused[name])
+        np.testing.assert_array_equal(read_back("f.npz")[name], fused[name])
 
 
 # --- methods, solvers and widths
