@@ -225,13 +225,14 @@ def matmul(rows: Array, columns: Array) -> Array:
     if dtype.itemsize < 4:
         # Neither sums nor what the rows are multiplied by may be rounded to half precision: a
         # matrix that is orthogonal would be so no more.
-        rows, columns = rows.astype(xp.float32), columns.astype(xp.float32)
-    columns = columns.astype(rows.dtype)
+        rows = rows.astype(xp.float32)
+    # What has this dtype already is not copied.
+    columns = xp.asarray(columns, rows.dtype)
     if xp is np:
         products = np.matmul(rows, columns)
     else:
         products = jnp.matmul(rows, columns, precision=lax.Precision.HIGHEST)
-    return products.astype(dtype)
+    return xp.asarray(products, dtype)
 
 
 def inner_product(x: Array, y: Array) -> Array:
