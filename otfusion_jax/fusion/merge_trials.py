@@ -4,6 +4,7 @@ A `Recipe` says which steps; a `Workshop` takes them, on inputs of its own.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -121,6 +122,12 @@ class Workshop:
                 other._moved[step] = moved
         return other
 
+    @functools.cached_property
+    def _with_more(self) -> "Workshop":
+        """Where models are moved by more inputs; what was learned of these is kept."""
+        known = self.setting.known
+        return self.with_inputs(known._replace(fit=known.more))
+
     def make(self, recipe: Recipe, samples: Samples | None = None) -> Found:
         """Makes what a recipe says.
 
@@ -140,11 +147,8 @@ class Workshop:
         # Of what is held out no repair may see anything, until all is chosen.
         if samples is None:
             samples = setting.known.more if recipe.on else setting.known.fit
-        if recipe.learned:
-            by_more = self.with_inputs(setting.known._replace(fit=setting.known.more))
-            task, moved = by_more._move(recipe.step)
-        else:
-            task, moved = self._move(recipe.step)
+        workshop = self._with_more if recipe.learned else self
+        task, moved = workshop._move(recipe.step)
         ridges: dict[str, Array] = {}
         if recipe.method is None:
             params = average(moved, setting.weights.tolist())
