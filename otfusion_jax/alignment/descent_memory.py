@@ -84,8 +84,7 @@ class DescentMemory:
             last = self._distances.get(number)
             if last is None or _moved(last.plans, plans):
                 value = self._problem.leaf_distance(number, plans)
-                names = symmetry.numbered_leaves[number].names
-                depends_on = {name: plans[name] for name in names}
+                depends_on = symmetry.numbered_leaves[number].plans_by_name(plans)
                 self._distances[number] = _Distance(value, depends_on)
         return self._problem.summed([last.value for last in self._distances.values()])
 

@@ -41,15 +41,10 @@ class MovedLeaves:
         Returns:
             The moved parameter.
         """
-        along = {}
-        for name in self._symmetry.numbered_leaves[number].names:
-            if name in plans:
-                along[name] = plans[name]
-        moved, last = self._last.get(number, (None, {}))
-        if moved is not None and _are_same(last, along):
+        along = self._symmetry.numbered_leaves[number].plans_by_name(plans)
+        moved, last = self._last.get(number, (self._source[number], {}))
+        if number in self._last and _are_same(last, along):
             return moved
-        if moved is None:
-            moved, last = self._source[number], {}
         steps = self._steps(number, last, along)
         # From the source, rounding is that of one move, however many plans there have been.
         if steps is None:
@@ -72,12 +67,11 @@ class MovedLeaves:
             be moved from the start: where not all plans are permutations, of units that are
             neither in a batch nor nested in others.
         """
-        structure = self._symmetry.leaf_structures[number]
         # Where widths differ, plans tell the shape that a parameter gets, and all have to be there.
-        if self._onto.leaf_structures[number].partition is not structure.partition:
+        if not are_same_widths(self._symmetry, self._onto, number):
             return None
         # The plans of what is in a batch are in the order of the batch, which may have moved.
-        for unit_axis in structure.unit_axes:
+        for unit_axis in self._symmetry.leaf_structures[number].unit_axes:
             if unit_axis.group.batch:
                 return None
         steps = {}
@@ -93,6 +87,21 @@ class MovedLeaves:
             if not is_identity(step):
                 steps[name] = step
         return steps
+
+
+def are_same_widths(symmetry: Symmetry, onto: Symmetry, number: int) -> bool:
+    """Says whether a parameter falls into the same blocks in two networks.
+
+    Args:
+        symmetry: The symmetry of one network.
+        onto: That of the other, which has the same groups.
+        number: The position of the parameter in `Symmetry.parts`.
+
+    Returns:
+        Whether it does, so that plans move it by permutations or rotations alone.
+    """
+    partition = symmetry.numbered_leaves[number].structure.partition
+    return onto.leaf_structures[number].partition is partition
 
 
 def _are_same(last: Plans, plans: Plans) -> bool:

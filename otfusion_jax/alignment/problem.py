@@ -31,7 +31,7 @@ from otfusion_jax.alignment.leaf_programs import (
     units_compared,
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
-from otfusion_jax.alignment.moved_leaves import MovedLeaves
+from otfusion_jax.alignment.moved_leaves import MovedLeaves, are_same_widths
 from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
@@ -256,14 +256,12 @@ class AlignmentProblem:
 
     def _stays(self, number: int, plans: Plans) -> bool:
         """Whether plans that are known leave a parameter as it is."""
-        names = self.symmetry.numbered_leaves[number].names
-        depends_on = [plans[name] for name in names if name in plans]
-        return self._same_widths(number) and all(map(is_identity, depends_on))
+        depends_on = self.symmetry.numbered_leaves[number].plans_by_name(plans)
+        return self._same_widths(number) and all(map(is_identity, depends_on.values()))
 
     def _same_widths(self, number: int) -> bool:
         """Whether a parameter falls into the same blocks in both models."""
-        partition = self.symmetry.numbered_leaves[number].structure.partition
-        return self.onto.leaf_structures[number].partition is partition
+        return are_same_widths(self.symmetry, self.onto, number)
 
     def _compare_along_nothing(self, group: Group) -> Gram:
         """Returns inner products that are 0, as those of vectors without entries."""

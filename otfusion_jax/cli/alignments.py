@@ -101,8 +101,7 @@ def table_of_norms(
 
 
 def _norm(array: Any) -> float:
-    magnitudes = np.abs(np.asarray(array)).astype(np.float64)
-    return float(np.sqrt(np.sum(magnitudes**2)))
+    return float(np.linalg.norm(_wide(array)))
 
 
 def distance(array: Any, target: Any) -> float:
@@ -112,7 +111,7 @@ def distance(array: Any, target: Any) -> float:
         array: An array of floating-point or complex numbers.
         target: Another one of its shape.
     """
-    return float(np.linalg.norm(_wide(array) - _wide(target)))
+    return _norm(_wide(array) - _wide(target))
 
 
 def relative_distance(array: Any, target: Any) -> float | None:
@@ -122,7 +121,7 @@ def relative_distance(array: Any, target: Any) -> float | None:
         array: An array of floating-point or complex numbers.
         target: Another one of its shape.
     """
-    norm = np.linalg.norm(_wide(target))
+    norm = _norm(target)
     return finite(distance(array, target) / norm) if norm > 0 else None
 
 

@@ -116,6 +116,18 @@ class NumberedLeaf(NamedTuple):
                 numbered[str(number)] = plans[name]
         return numbered
 
+    def plans_by_name(self, plans: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the plans of the groups in the leaf, by their names.
+
+        Args:
+            plans: Group name to plan; groups that are left out stay.
+        """
+        named = {}
+        for name in self.names:
+            if name in plans:
+                named[name] = plans[name]
+        return named
+
 
 def numbered_leaf(shape: tuple[int, ...], structure: LeafStructure) -> NumberedLeaf:
     """Puts numbers in the place of the names of a leaf's groups.
