@@ -356,6 +356,33 @@ def test_where_nothing_is_averaged_there_is_no_warning():
     np.testing.assert_array_equal(kept["bn"]["var"], b["bn"]["var"])
 
 
+def test_units_are_not_matched_by_statistics_unless_told():
+    a = net(0)
+    symmetry = otf.trace_symmetry(normed, a, BATCHES[0])
+    plans = symmetry.random(jax.random.key(3))
+    b = otf.transport(symmetry, plans, a)
+    # Of another copy in training, far larger than all that was learned.
+    statistics = {"mean": 100 * normal(4, seed=5), "var": jnp.abs(100 * normal(4, seed=6))}
+    b = {**b, "bn": statistics}
+    (name,) = symmetry
+    for method in (otf.CoordinateDescent(), otf.ForwardPass()):
+        align = functools.partial(otf.align, symmetry, a, b, method=method)
+        found = align()
+        np.testing.assert_array_equal(found.plans[name], plans[name])
+        # The objective is of what counts, and that is found again.
+        assert found.objective == 0
+        np.testing.assert_array_equal(
+            align(leaf_weight=lambda path: path in ("w", "v")).history, found.history
+        )
+        counted = align(leaf_weight=lambda path: 1.0)
+        assert not np.array_equal(counted.plans[name], plans[name])
+    jitted = jax.jit(functools.partial(otf.align, symmetry))(a, b)
+    np.testing.assert_array_equal(jitted.plans[name], plans[name])
+    with pytest.warns(otf.StatisticsWarning):
+        barycenter = otf.barycenter(symmetry, [a, {**a, "bn": statistics}])
+    np.testing.assert_allclose(barycenter.params["w"], a["w"], rtol=1e-6)
+
+
 def test_fused_and_estimated_anew_a_copy_is_what_it_was():
     def update(p, x):
         h = x @ p["w"]
@@ -370,7 +397,7 @@ def test_fused_and_estimated_anew_a_copy_is_what_it_was():
     otf.fuse(symmetry, [copy, a])
     copy = {**copy, "bn": net(1)["bn"]}
     with pytest.warns(otf.StatisticsWarning):
-        fused = otf.fuse(symmetry, [copy, a], leaf_weight=lambda path: not path.startswith("bn"))
+        fused = otf.fuse(symmetry, [copy, a])
     found = otf.estimate_statistics(update, fused, BATCHES)
     np.testing.assert_allclose(normed(found, BATCHES[0]), normed(a, BATCHES[0]), atol=1e-4)
 

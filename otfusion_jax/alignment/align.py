@@ -78,9 +78,8 @@ def align(
             masses.
         leaf_weight: A function from the key path of a parameter to how much it counts: its share of
             every squared distance between units is multiplied by this, and 0 leaves it out. None
-            counts all alike. Batch norm's running statistics are best left out, as in
-            `lambda path: not path.startswith("batch_stats")`: their scale says nothing of what
-            units do.
+            counts all alike, but leaves out batch norm's running statistics (see
+            `running_statistics`): their scale says nothing of what units do.
 
     Returns:
         The alignment; pass it to `transport`.

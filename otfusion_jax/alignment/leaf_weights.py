@@ -1,9 +1,9 @@
 """Weights of parameters: how much each leaf counts when units are compared.
 
-The user gives a function of the key path. It is evaluated once, so that what is jitted has a tuple
-of numbers, which is hashable and static. A weight multiplies squared distances, so parameters are
-multiplied by its square root. Here they are multiplied by powers of two as well, which brings their
-squares into range.
+The user gives a function of the key path, or all count alike but running statistics. It is
+evaluated once, so that what is jitted has a tuple of numbers, which is hashable and static. A
+weight multiplies squared distances, so parameters are multiplied by its square root. Here they are
+multiplied by powers of two as well, which brings their squares into range.
 """
 
 import functools
@@ -12,8 +12,10 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from otfusion_jax.averaging.statistics import all_but_statistics
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array, array_module, loaded
 from otfusion_jax.common.lazy import LazyArray
@@ -29,15 +31,19 @@ def leaf_weights(
 
     Args:
         symmetry: The symmetry whose leaves are weighted.
-        leaf_weight: A function from the key path of a leaf to its weight, or None.
+        leaf_weight: A function from the key path of a leaf to its weight. None stands for 0 for
+            running statistics of batch normalisation, see `running_statistics`, and 1 for all else.
 
     Returns:
-        One weight per leaf; None if `leaf_weight` is None.
+        One weight per leaf; None if all of them are 1.
 
     Raises:
         ValueError: If weights are negative or not finite. Every one is listed by key path.
         TypeError: If weights are no numbers. Every one is listed by key path.
     """
+    if leaf_weight is None:
+        # Of the symmetry's own tree: statistics of Equinox are known by the nodes that they are in.
+        leaf_weight = all_but_statistics(symmetry.treedef.unflatten(_shapes(symmetry)))
     if leaf_weight is None:
         return None
     weights = []
@@ -64,6 +70,13 @@ def leaf_weights(
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
     return tuple(weights)
+
+
+def _shapes(symmetry: Symmetry) -> list[jax.ShapeDtypeStruct]:
+    shapes = []
+    for leaf in symmetry.leaves:
+        shapes.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return shapes
 
 
 def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ...]) -> list[Any]:

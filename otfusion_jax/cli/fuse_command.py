@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from otfusion_jax.averaging.average import average
-from otfusion_jax.averaging.statistics import StatisticsWarning, all_but_statistics
+from otfusion_jax.averaging.statistics import StatisticsWarning
 from otfusion_jax.cli.alignments import table_of_norms
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.matching import CommandThatAligns
@@ -62,7 +62,6 @@ class Fuse(CommandWithResult, CommandThatAligns):
                 reference=self.reference,
                 method=self.chosen_method,
                 solver=self.chosen_solver,
-                leaf_weight=all_but_statistics(models[self.reference]),
             )
             tables = {}
             # Models of several widths have no average as they are, to compare the result with.

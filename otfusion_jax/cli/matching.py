@@ -179,6 +179,5 @@ class CommandThatAligns(CommandWithSymmetry):
             onto=pair.onto,
             method=self.chosen_method,
             solver=self.chosen_solver,
-            leaf_weight=pair.leaf_weight,
         )
         return alignment, transport(pair.symmetry, alignment, pair.source, onto=pair.onto)
