@@ -126,7 +126,8 @@ class Many(Study):
                 fused = _fused(network, few, onto_last, programs, images)
                 if self.merge:
                     with run.timed(f"{_MERGED}, {count} models"):
-                        fused[_MERGED] = merge(network, few, batches=[images]).params
+                        merged = merge(network, few, batches=[images], max_samples=len(images))
+                    fused[_MERGED] = merged.params
                 for name, model in fused.items():
                     run.add(judge.accuracy(model), method=name, **labels)
         share = inconsistency(network.symmetry, plans, len(models))
