@@ -6,14 +6,15 @@ said instead, so that an array moves from device to device in pieces. It is all 
 to be of one device and of many: arrays that are not spread are passed on.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
@@ -121,6 +122,51 @@ def with_auto_axes(fn: Callable[..., T], like: Array, shape: Sequence[int] | Non
 
 
 # --- outside
+
+
+def on_auto_axes(tree: PyTree) -> PyTree:
+    """Lays arrays out as they are, by axes that their types do not speak of.
+
+    Args:
+        tree: A pytree of arrays.
+
+    Returns:
+        The tree. Known arrays on a mesh with explicit axes are on one of the same devices with
+        axes of type `Auto`, which copies nothing; all else is as it was.
+    """
+    return jax.tree.map(_on_auto_axes, tree)
+
+
+def _on_auto_axes(x: Any) -> Any:
+    layout = layout_of(x)
+    if layout is None or not has_explicit_axes(x):
+        return x
+    return jax.device_put(x, NamedSharding(_with_axes_auto(layout.mesh), layout.spec))
+
+
+@contextlib.contextmanager
+def auto_mesh_of(tree: PyTree) -> Iterator[None]:
+    """Lets functions be traced for arrays of `on_auto_axes`, wherever explicit axes are in force.
+
+    Args:
+        tree: The pytree as it was before. Where none of its arrays lies on a mesh with explicit
+            axes, or no such mesh is set (`jax.set_mesh`), nothing is done.
+
+    Yields:
+        Nothing.
+    """
+    in_force = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    for x in jax.tree.leaves(tree):
+        layout = layout_of(x)
+        if in_force and layout is not None and has_explicit_axes(x):
+            with jax.set_mesh(_with_axes_auto(layout.mesh)):
+                yield
+            return
+    yield
+
+
+def _with_axes_auto(mesh: Any) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def layout_of(array: Any) -> NamedSharding | None:

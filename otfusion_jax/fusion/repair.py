@@ -27,7 +27,12 @@ from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array
-from otfusion_jax.common.sharding import has_explicit_axes, laid_out_like
+from otfusion_jax.common.sharding import (
+    auto_mesh_of,
+    has_explicit_axes,
+    laid_out_like,
+    on_auto_axes,
+)
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.passes import Passes, passes_of
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
@@ -121,10 +126,10 @@ def repair(
 
     Raises:
         ValueError: If models do not fit the symmetry or are not finite, listing every offender by
-            key path, or lie on a mesh with explicit axes; if `fn` and inputs give another symmetry;
-            if there are no batches, or one is empty, or one pass has more of them than another; if
-            weights do not fit; if integers can't be averaged; if an original is of another
-            architecture.
+            key path, or are traced on a mesh with explicit axes; if `fn` and inputs give another
+            symmetry; if there are no batches, or one is empty, or one pass has more of them than
+            another; if weights do not fit; if integers can't be averaged; if an original is of
+            another architecture.
         TypeError: If arguments are in another order or of another type: shapes in place of arrays,
             a class or a name in place of a method, a single original in place of a list, a single
             array in place of batches, or both inputs and batches.
@@ -143,7 +148,7 @@ def repair(
     require_models(models)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
-        _require_auto_axes(model, f"model {number}")
+        _require_layouts_known(model, f"model {number}")
     one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
     settings = (method, checked_originals, keep_bytes)
@@ -174,6 +179,31 @@ def repaired(
     keep_bytes: int,
 ) -> Repaired:
     """Does what `repair` has checked; see there."""
+    # Where axes are explicit, a trace has no products without devices: there are other equations.
+    with auto_mesh_of(models):
+        models_on_auto_axes = on_auto_axes(list(models))
+        originals = [original and _on_auto_axes(original) for original in originals]
+        settings = (method, originals, keep_bytes)
+        found = _repaired(symmetry, fn, models_on_auto_axes, passes, weights, *settings)
+    return found._replace(params=laid_out_like(found.params, models[-1]))
+
+
+def _on_auto_axes(original: Original) -> Original:
+    params, plans = on_auto_axes((original.params, plans_of(original.plans)))
+    return dataclasses.replace(original, params=params, plans=plans)
+
+
+def _repaired(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    models: list[PyTree],
+    passes: Passes,
+    weights: Sequence[float] | None,
+    method: AbstractRepair,
+    originals: Sequence[Original | None],
+    keep_bytes: int,
+) -> Repaired:
+    """Does the same for models that lie on no mesh with explicit axes."""
     shares = mixture(weights, len(models))
     average_parts = _arrays(symmetry.split(average(models, weights)))
     parts_of_networks, plans = [], []
@@ -207,7 +237,7 @@ def repaired(
     for piece, ridge in run.ridges.items():
         indices = "".join([f"[{index}]" for index in piece.indices])
         ridges[symmetry.parts[piece.leaf].path + indices] = ridge
-    return Repaired(laid_out_like(symmetry.join(average_parts), models[-1]), ridges)
+    return Repaired(symmetry.join(average_parts), ridges)
 
 
 def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
@@ -215,7 +245,7 @@ def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
     known: list[Prepared] = []
 
     def prepared_batches(is_first: bool) -> Iterator[tuple[Prepared, list[Any]]]:
-        for batch in passes.batches():
+        for batch in map(on_auto_axes, passes.batches()):
             if is_first:
                 check_inputs(batch)
             arrays, structure = jax.tree_util.tree_flatten(batch)
@@ -235,20 +265,23 @@ def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
             )
 
 
-def _require_auto_axes(model: PyTree, name: str) -> None:
-    """Refuses types that speak of devices: products are looked for in a trace that has no such."""
-    if any(map(has_explicit_axes, jax.tree_util.tree_leaves(model))):
-        raise ValueError(
-            f"{name} is on a mesh whose axes are explicit, where models cannot be repaired; put all"
-            " models on a mesh of the same devices with axes of jax.sharding.AxisType.Auto, by"
-            " jax.device_put, which copies nothing"
-        )
+def _require_layouts_known(model: PyTree, name: str) -> None:
+    """Refuses types that speak of devices: products are looked for in a trace that has no such.
+
+    Of known arrays they can be taken away, see `on_auto_axes`.
+    """
+    for leaf in jax.tree_util.tree_leaves(model):
+        if isinstance(leaf, Tracer) and has_explicit_axes(leaf):
+            raise ValueError(
+                f"{name} is traced on a mesh whose axes are explicit, where models cannot be "
+                "repaired; call repair outside of jax.jit: it jits what it computes"
+            )
 
 
 def _require_finite_inputs(passes: Passes) -> None:
     """Refuses inputs that are known not to be finite, naming each of them."""
     wrong = []
-    for number, batch in enumerate(passes.batches()):
+    for number, batch in enumerate(map(on_auto_axes, passes.batches())):
         names, values = [], []
         for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
             is_number = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
