@@ -40,6 +40,8 @@ class Merge(Study):
     """Safetensors or npz with PyTorch's names and layouts, instead of training."""
     images: int = 1000
     """Training images, without labels, for methods that use data."""
+    drawn: bool = True
+    """Merge without data as well, by inputs that are drawn at random."""
     polish: int = 0
     """Steps of distillation to try at the end."""
     methods: Annotated[
@@ -98,10 +100,9 @@ class Merge(Study):
     def _measure_merged(self, run: Run, judge: Judge, pair: Pair, label: str) -> None:
         """Measures the one call, and leaves its reports in the folder of the run."""
         images = pair.images
-        settings = {
-            _UNDATED: {"inputs": images[:2]},
-            f"{len(images):,} images": {"batches": [images], "max_samples": len(images)},
-        }
+        with_images = {"batches": [images], "max_samples": len(images)}
+        settings = {_UNDATED: {"inputs": images[:2]}} if self.drawn else {}
+        settings[f"{len(images):,} images"] = with_images
         for name, given in settings.items():
             with run.timed(f"{_MERGED}, {name}"):
                 merged = merge(run.network, [pair.a, pair.b], polish=self.polish, **given)
