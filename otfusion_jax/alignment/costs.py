@@ -238,8 +238,10 @@ def as_real(x: Array) -> Array:
 
 def _squared_distance(grams: Gram) -> Array:
     """|x - y|² = |x|² + |y|² - 2 x·y, which rounding must not make negative."""
-    sq_norms = grams.source_sq_norms[..., :, None] + grams.target_sq_norms[..., None, :]
-    return array_module(sq_norms).maximum(sq_norms - 2 * grams.cross, 0)
+    # In place of a sum of norms: of a large group, every array that is held at once counts.
+    squared = grams.source_sq_norms[..., :, None] + grams.target_sq_norms[..., None, :]
+    squared -= 2 * grams.cross
+    return array_module(squared).maximum(squared, 0)
 
 
 def _distance(grams: Gram) -> Array:

@@ -166,7 +166,7 @@ def _scaled_by_numpy(x: Numbers, k: Exponent) -> Numbers:
         # NumPy does not know all narrow types.
         wide = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
         product = np.ldexp(wide, k)
-    return product.astype(x.dtype)
+    return product.astype(x.dtype, copy=False)
 
 
 def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:

@@ -53,13 +53,15 @@ def assign(
     reduced = cost - row_minima
     column_minima = xp.min(reduced, axis=0, keepdims=True)
     reduced -= column_minima
-    shifted = _precondition(reduced)
-    cheapest = _cheapest_columns(shifted)
+    largest = xp.max(reduced)
+    # By the same name: of a large group, every array that is held at once counts.
+    reduced = _precondition(reduced)
+    cheapest = _cheapest_columns(reduced)
     # Where every row is the cheapest at a column of its own, nothing is left to solve or to bound.
     return cond(
         _share_of_columns(cheapest) == 1,
         lambda: (_inverse(cheapest), xp.zeros((), cost.dtype)),
-        lambda: _shortest_augmenting_paths(shifted, reduced),
+        lambda: _shortest_augmenting_paths(reduced, largest),
     )
 
 
@@ -73,14 +75,22 @@ def _inverse(columns: Int[Array, " n"]) -> Int[Array, " n"]:
 
 
 def _shortest_augmenting_paths(
-    cost: Float[Array, "n n"], reduced: Float[Array, "n n"]
+    cost: Float[Array, "n n"], largest: Float[Array, ""]
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
-    """Finds the permutation of lowest cost, and its duality gap, of a cost and before its shift."""
+    """Finds the permutation of lowest cost, and its duality gap.
+
+    Args:
+        cost: The cost.
+        largest: The largest cost before its shift, which says how its entries are rounded.
+
+    Returns:
+        The permutation and the gap, as `assign`.
+    """
     if array_module(cost) is np:
-        _, columns = linear_sum_assignment(_with_tiebreak(cost, reduced))
+        _, columns = linear_sum_assignment(_with_tiebreak(cost, largest))
         plan = _inverse(columns)
     else:
-        geom = geometry.Geometry(cost_matrix=_with_tiebreak(cost, reduced))
+        geom = geometry.Geometry(cost_matrix=_with_tiebreak(cost, largest))
         _, matching = unreg.hungarian(geom)
         rows, columns = matching.paired_indices
         plan = jnp.zeros(len(cost), jnp.int32)
@@ -195,11 +205,11 @@ def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
     range, however small epsilon is (Peyré and Cuturi 2019, section 4.4).
     """
     xp = array_module(cost, g)
-    remaining = cost - g[None, :]
-    f = xp.min(remaining, axis=1)
-    remaining -= f[:, None]
-    remaining /= -epsilon
-    kernel = xp.exp(remaining)
+    kernel = cost - g[None, :]
+    f = xp.min(kernel, axis=1)
+    kernel -= f[:, None]
+    kernel /= -epsilon
+    kernel = xp.exp(kernel)
 
     def scale(_: int | Array, v: Array) -> Array:
         row_mass = kernel @ v
@@ -213,19 +223,19 @@ def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
     return g + epsilon * xp.log(v)
 
 
-def _with_tiebreak(cost: Float[Array, "n n"], reduced: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def _with_tiebreak(cost: Float[Array, "n n"], largest: Float[Array, ""]) -> Float[Array, "n n"]:
     """Adds values as small as rounding errors, 0 on the diagonal: of equal units, those stay.
 
-    SciPy's solver takes n steps for a constant cost. With ott's, equal units would all try the same
+    SciPy's solver takes n steps for a constant cost. It works in float64, and would copy what is
+    narrower. With ott's, equal units would all try the same
     columns in the same order, and take O(n^2): values that look random keep them apart, and such a
     cost gives the identity in n.
     """
-    xp = array_module(cost, reduced)
-    largest = xp.max(reduced)
+    xp = array_module(cost, largest)
     unit = xp.where(largest > 0, largest, 1)
     rounding = 4 * np.finfo(cost.dtype).eps * unit
     if xp is np:
-        apart = cost + rounding
+        apart = np.add(cost, rounding, dtype=np.float64)
         np.fill_diagonal(apart, np.diagonal(cost))
         return apart
     i = jnp.arange(len(cost), dtype=np.uint32)[:, None]

@@ -26,24 +26,22 @@ class _Distances(NamedTuple):
     iteration: int | Array
 
 
-def slack(
+def feasible_potentials(
     cost: Float[Array, "n m"],
     v: Float[Array, " m"],
-) -> Float[Array, "n m"]:
-    """Subtracts from a cost the feasible potentials that c-transforms make of any others.
+) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
+    """Makes feasible potentials of any others by c-transforms.
 
     Args:
         cost: The cost.
         v: The column potentials, feasible or not.
 
     Returns:
-        `cost - u - w` with `u` the c-transform of `v`, and `w` that of `u`: never below 0.
+        The c-transform `u` of `v`, and `w` of `u`, so that `(cost - u) - w` is never below 0.
     """
     xp = array_module(cost, v)
     u = xp.min(cost - v[None, :], axis=1)
-    remaining = cost - u[:, None]
-    remaining -= xp.min(remaining, axis=0, keepdims=True)
-    return remaining
+    return u, xp.min(cost - u[:, None], axis=0)
 
 
 def plan_gap(
@@ -61,7 +59,8 @@ def plan_gap(
     Returns:
         The gap, at least 0, in the units of the cost times those of the masses.
     """
-    lost = plan * slack(cost, v)
+    u, w = feasible_potentials(cost, v)
+    lost = plan * ((cost - u[:, None]) - w[None, :])
     return array_module(lost).sum(lost)
 
 
@@ -102,7 +101,8 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
         iteration=0,
     )
     shortest = while_loop(unfinished, relax_edges, start)
-    slack_of_matches = xp.diagonal(slack(cost, shortest.v))
+    u, w = feasible_potentials(cost, shortest.v)
+    slack_of_matches = (matched - u) - w
     return xp.mean(slack_of_matches)
 
 
