@@ -129,7 +129,7 @@ def align(
         solver=solver,
         grams=grams,
         marginals=(source_masses, target_masses),
-        weights=leaf_weights(symmetry, leaf_weight),
+        weights=leaf_weights(symmetry, leaf_weight, source),
     )
     # Finite models may still have costs that are out of range, which shows in the plans alone.
     require_finite_plans(alignment.plans)

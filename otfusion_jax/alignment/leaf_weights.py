@@ -12,7 +12,6 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from otfusion_jax.averaging.statistics import all_but_statistics
@@ -20,12 +19,13 @@ from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array, array_module, loaded
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.scaling import all_scaled
+from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
 def leaf_weights(
-    symmetry: Symmetry, leaf_weight: Callable[[str], float] | None
+    symmetry: Symmetry, leaf_weight: Callable[[str], float] | None, model: PyTree
 ) -> tuple[float, ...] | None:
     """Evaluates the weights of leaves, so that they can be static.
 
@@ -33,6 +33,7 @@ def leaf_weights(
         symmetry: The symmetry whose leaves are weighted.
         leaf_weight: A function from the key path of a leaf to its weight. None stands for 0 for
             running statistics of batch normalisation, see `running_statistics`, and 1 for all else.
+        model: The parameters of a model, or a stack of several, in which to look for these.
 
     Returns:
         One weight per leaf; None if all of them are 1.
@@ -42,8 +43,7 @@ def leaf_weights(
         TypeError: If weights are no numbers. Every one is listed by key path.
     """
     if leaf_weight is None:
-        # Of the symmetry's own tree: statistics of Equinox are known by the nodes that they are in.
-        leaf_weight = all_but_statistics(symmetry.treedef.unflatten(_shapes(symmetry)))
+        leaf_weight = all_but_statistics(model)
     if leaf_weight is None:
         return None
     weights = []
@@ -70,13 +70,6 @@ def leaf_weights(
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
     return tuple(weights)
-
-
-def _shapes(symmetry: Symmetry) -> list[jax.ShapeDtypeStruct]:
-    shapes = []
-    for leaf in symmetry.leaves:
-        shapes.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return shapes
 
 
 def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ...]) -> list[Any]:

@@ -181,7 +181,7 @@ def learn_alignment(
         assert total is not None
         optimizer = _adam(total)
     descent = LossDescent(symmetry, source, target, position, loss, solver, optimizer)
-    weights = leaf_weights(symmetry, leaf_weight)
+    weights = leaf_weights(symmetry, leaf_weight, source)
     if state is not None:
         require_state(descent, state, weights)
         now = state

@@ -132,7 +132,7 @@ def barycenter(
     stacked_leaves = jax.tree_util.tree_leaves(stacked)
     check_integers(symmetry.leaves, stacked_leaves, [shares] * len(stacked_leaves))
     warn_of_averaged_statistics(stacked, True, [shares] * len(stacked_leaves))
-    weight_of_leaf = leaf_weights(symmetry, leaf_weight)
+    weight_of_leaf = leaf_weights(symmetry, leaf_weight, stacked)
     result = _barycenter(symmetry, method, weight_of_leaf, max_rounds, stacked, shares, metric)
     require_finite(symmetry.leaves, result.params, "the barycenter")
     return result

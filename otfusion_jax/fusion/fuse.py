@@ -154,7 +154,7 @@ def fuse(
         solver=solver,
         # Evaluated here: numbers are hashable, so that a new lambda of the same weights does not
         # compile the program again.
-        weight_of_leaf=leaf_weights(symmetry, leaf_weight),
+        weight_of_leaf=leaf_weights(symmetry, leaf_weight, models if stacked else models[0]),
     )
     # The reference is not aligned, so that there is one model less to work on.
     batch_size = min(batch_size or at_once(count), count - 1)

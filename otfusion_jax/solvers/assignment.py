@@ -4,6 +4,8 @@ Arrays of JAX are solved by ott's solver, those of NumPy (see `common.host`) by 
 no program. What comes before is the same, and so is the certificate of what is found.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -235,7 +237,7 @@ def _with_tiebreak(cost: Float[Array, "n n"], largest: Float[Array, ""]) -> Floa
     unit = xp.where(largest > 0, largest, 1)
     rounding = 4 * np.finfo(cost.dtype).eps * unit
     if xp is np:
-        apart = np.add(cost, rounding, dtype=np.float64)
+        apart: Any = np.add(cost, rounding, dtype=np.float64)
         np.fill_diagonal(apart, np.diagonal(cost))
         return apart
     i = jnp.arange(len(cost), dtype=np.uint32)[:, None]
