@@ -16,7 +16,7 @@ import otfusion_jax as otf
 from experiments.data import Dataset
 from experiments.networks import Network
 from experiments.runs import Run, Study
-from experiments.synthetic import dead_leaves
+from otfusion_jax.fusion.dead_leaves import dead_leaves
 
 
 @dataclasses.dataclass(frozen=True)

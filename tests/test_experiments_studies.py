@@ -23,7 +23,6 @@ from experiments.models import ModelConfig, build_model
 from experiments.narrow import narrowed, reordered, selected, strongest
 from experiments.networks import counts, network, reestimated
 from experiments.report import where
-from experiments.synthetic import dead_leaves
 from experiments.train import augmented, initial
 
 
@@ -162,25 +161,6 @@ def test_methods_can_do_without_data(tmp_path: Path):
     records = run(tmp_path, "one_shot", *SMALL, "--synthetic", *words)
     fused = where(records, measure="least squares")
     assert names(fused, "method") == ["activation matching (correlation)"]
-
-
-def test_dead_leaves_are_normalised_and_smooth():
-    images = dead_leaves(0, 50, 32, 24, 3)
-    assert images.shape == (50, 32, 24, 3)
-    assert images.dtype == np.float32
-    np.testing.assert_allclose(images.mean((0, 1, 2)), 0, atol=1e-4)
-    np.testing.assert_allclose(images.std((0, 1, 2)), 1, atol=1e-4)
-    np.testing.assert_array_equal(images, dead_leaves(0, 50, 32, 24, 3))
-    assert abs(images - dead_leaves(1, 50, 32, 24, 3)).max() > 1
-
-    # Neighbours are alike, and so are colours; far pixels less.
-    def correlation(a, b):
-        return np.corrcoef(a.ravel(), b.ravel())[0, 1]
-
-    near = correlation(images[:, 1:], images[:, :-1])
-    far = correlation(images[:, 16:], images[:, :-16])
-    assert near > 0.8 > 0.5 > far
-    assert correlation(images[..., 0], images[..., 1]) > 0.5
 
 
 # Optax's AdamW promotes dtypes inside.

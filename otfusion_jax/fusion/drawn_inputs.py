@@ -1,8 +1,12 @@
 """Inputs drawn at random, for choices where there is no data.
 
-Two kinds, so that what was fitted to one is judged by the other: noise that is smooth, and the same
-cut at 0, which has the edges of strokes and of objects. Of white noise a network sees little but
-the mean of its weights: it says less of what units do, and nothing of what a repair is worth.
+What looks like images is drawn as images of dead leaves (see `dead_leaves`), which networks that
+were trained on photographs know more of than of any noise.
+
+All else is noise of two kinds, so that what was fitted to one is judged by the other: noise that is
+smooth, and the same cut at 0, which has the edges of strokes and of objects. Of white noise a
+network sees little but the mean of its weights: it says less of what units do, and nothing of what
+a repair is worth.
 """
 
 import jax
@@ -11,6 +15,7 @@ import numpy as np
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.fusion.dead_leaves import dead_leaves
 from otfusion_jax.fusion.samples import Samples
 
 _MOST_CHANNELS = 4
@@ -19,6 +24,10 @@ _SMOOTH_OVER = 4
 """How far apart the numbers are that smooth noise is drawn as, and interpolated between."""
 _MOST_ENTRIES = 100_000_000
 """How many numbers an input has over all samples at most."""
+_SMALLEST_IMAGE = 8
+"""How many pixels an image has at least along each of its sides."""
+_DRAWN_TOGETHER = 2_000_000
+"""About how many numbers of images are drawn at once, which takes some copies of them."""
 
 
 def can_be_drawn(inputs: PyTree) -> bool:
@@ -31,6 +40,19 @@ def can_be_drawn(inputs: PyTree) -> bool:
     return bool(leaves) and all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
 
 
+def look_like_images(inputs: PyTree) -> bool:
+    """Says whether all inputs look like images, so that such are drawn.
+
+    Args:
+        inputs: The inputs of a function, arrays or shapes `[n, ...]`.
+
+    Returns:
+        Whether all are of shape `[n, height, width, channels]` or `[n, channels, height, width]`,
+        with 1 to 4 channels, and 8 pixels or more along height and width.
+    """
+    return all(_image_size(x.shape) is not None for x in jax.tree.leaves(inputs))
+
+
 def drawn_samples(inputs: tuple[PyTree, ...], count: int, key: Array) -> tuple[Samples, Samples]:
     """Draws inputs of mean 0 and variance 1, of two kinds.
 
@@ -41,7 +63,8 @@ def drawn_samples(inputs: tuple[PyTree, ...], count: int, key: Array) -> tuple[S
         key: The source of randomness, a key of JAX.
 
     Returns:
-        Smooth noise cut at 0, which is 1 or -1 everywhere, and smooth noise.
+        Smooth noise cut at 0, which is 1 or -1 everywhere, and smooth noise; of an input that looks
+        like images two draws of dead leaves.
     """
     leaves, structure = jax.tree_util.tree_flatten(inputs)
     for leaf in leaves:
@@ -52,10 +75,14 @@ def drawn_samples(inputs: tuple[PyTree, ...], count: int, key: Array) -> tuple[S
         arrays = []
         for number, leaf in enumerate(leaves):
             own_key = jax.random.fold_in(jax.random.fold_in(key, kind), number)
-            noise = _smooth_noise(own_key, (count, *leaf.shape[1:]))
-            if kind == 0:
-                noise = np.where(noise > 0, np.float32(1), np.float32(-1))
-            arrays.append(noise.astype(leaf.dtype))
+            shape = (count, *leaf.shape[1:])
+            if _image_size(shape) is not None:
+                drawn = _images(own_key, shape)
+            else:
+                drawn = _smooth_noise(own_key, shape)
+                if kind == 0:
+                    drawn = np.where(drawn > 0, np.float32(1), np.float32(-1))
+            arrays.append(drawn.astype(leaf.dtype))
         kinds.append(Samples(structure.unflatten(arrays), count))
     return kinds[0], kinds[1]
 
@@ -68,3 +95,29 @@ def _smooth_noise(key: Array, shape: tuple[int, ...]) -> np.ndarray:
     noise = jax.random.normal(key, tuple(coarse))
     noise = np.asarray(jax.image.resize(noise, shape, "cubic"))
     return (noise - noise.mean()) / noise.std()
+
+
+def _image_size(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Returns height, width and channels of samples that look like images; else None."""
+    if len(shape) != 4:
+        return None
+    sides_and_channels = {"last": shape[1:], "first": (*shape[2:], shape[1])}
+    for height, width, channels in sides_and_channels.values():
+        if channels <= _MOST_CHANNELS and min(height, width) >= _SMALLEST_IMAGE:
+            return height, width, channels
+    return None
+
+
+def _images(key: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """Draws images of dead leaves, some at a time."""
+    size = _image_size(shape)
+    assert size is not None, "the caller has looked"
+    together = max(1, _DRAWN_TOGETHER // int(np.prod(size)))
+    seeds = np.asarray(jax.random.bits(key, (-(-shape[0] // together),), np.uint32))
+    drawn = []
+    for number, seed in enumerate(seeds):
+        count = min(together, shape[0] - number * together)
+        drawn.append(dead_leaves(int(seed), count, *size))
+    images = np.concatenate(drawn)
+    # Channels come first where they do so in the shape.
+    return images if images.shape == shape else np.moveaxis(images, -1, 1)

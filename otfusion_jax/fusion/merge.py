@@ -76,9 +76,11 @@ def merge(
     better for this half.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
-    fit to, and smooth noise to choose by. Where units can be rotated, noise serves to match
-    features alone; the weights decide, and nothing is repaired. So do they where inputs cannot be
-    drawn, as they are tokens.
+    fit to, and smooth noise to choose by; for both images of overlapping discs and squares where
+    inputs look like images (`[n, height, width, channels]` or `[n, channels, height, width]`, with
+    4 channels at most). Where units can be rotated, these inputs serve to match features alone; the
+    weights decide, and nothing is repaired. So do they where inputs cannot be drawn, as they are
+    tokens.
 
     Args:
         fn: The function of all models, `fn(params, *inputs)` of a batch of inputs, hashable.

@@ -15,6 +15,7 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import Candidate, Task
 from otfusion_jax.fusion.divergence import Objective
+from otfusion_jax.fusion.drawn_inputs import look_like_images
 from otfusion_jax.fusion.judges import Judge, Spread
 from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.fusion.samples import Samples
@@ -29,6 +30,10 @@ _TOKENS = (
 )
 _DRAWN_AT_RANDOM = (
     "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
+)
+_IMAGES_DRAWN = (
+    "The inputs were drawn at random, as images of overlapping discs and squares. What looks like "
+    "the data is better, if there is any: pass batches."
 )
 _ROTATED = (
     "The inputs to match features by were drawn at random. Units are rotated, and so the weights "
@@ -98,7 +103,9 @@ class Setting:
             return ()
         if self.known.fit is None:
             return (_TOKENS,)
-        return (_ROTATED,) if self.weights_decide else (_DRAWN_AT_RANDOM,)
+        if self.weights_decide:
+            return (_ROTATED,)
+        return (_IMAGES_DRAWN if look_like_images(self.known.example) else _DRAWN_AT_RANDOM,)
 
     @property
     def weights_decide(self) -> bool:
