@@ -158,15 +158,59 @@ def test_repaired_averages_lie_where_the_models_do(pair, symmetry, kind, method)
     require(by_original, expected=repair([moved, b], TOKEN_IDS))
 
 
-def test_models_traced_on_an_explicit_mesh_are_not_repaired(pair, symmetry):
+def perceptron(params: dict[str, Any], x: Any) -> Any:
+    return jax.nn.relu(x @ params["in"]) @ params["out"]
+
+
+def gathered(params: dict[str, Any], x: Any) -> Any:
+    """Gathers its weights, as functions do that were written for explicit axes."""
+    return perceptron(jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), params), x)
+
+
+@pytest.mark.parametrize("on_mesh", ["models", "inputs", "both"])
+def test_weights_that_are_gathered_are_repaired(on_mesh):
+    draw = np.random.default_rng(0).normal
+    models = [
+        {"in": np.float32(draw(size=(8, 16))), "out": np.float32(draw(size=(16, 8)))}
+        for _ in range(2)
+    ]
+    x = np.float32(draw(size=(64, 8)))
+    symmetry = otf.trace_symmetry(perceptron, models[0], x)
+    method = otf.LeastSquares(steps=None)
+    repair = functools.partial(otf.repair, symmetry, gathered, method=method)
+    expected = otf.repair(symmetry, perceptron, models, x, method=method)
+    assert abs(expected["out"] - otf.average(models)["out"]).max() > 0.01
+    explicit = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    layout = NamedSharding(explicit, P("d"))
+    given = models if on_mesh == "inputs" else jax.device_put(models, layout)
+    inputs = x if on_mesh == "models" else jax.device_put(x, layout)
+    # What has been prepared under one mesh does not serve under another.
+    require = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+    with jax.set_mesh(explicit):
+        repaired = repair(given, inputs)
+    for name, leaf in repaired.items():
+        require(leaf, expected[name])
+        if on_mesh != "inputs":
+            assert leaf.sharding == layout
+        else:
+            assert AxisType.Auto not in leaf.sharding.mesh.axis_types
+    one = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        require(repair(models, x)["out"], expected["out"])
+
+
+def test_models_on_an_explicit_mesh_are_not_repaired_in_a_trace(pair, symmetry):
     explicit = spread(pair[0], "fsdp and tensor", AxisType.Explicit)
 
-    @jax.jit
     def repaired(models):
         return otf.repair(symmetry, transformer, models, TOKEN_IDS)
 
-    with pytest.raises(ValueError, match=r"model 0 is traced on a mesh whose axes are explicit"):
-        repaired([explicit, explicit])
+    for call in (
+        lambda: jax.jit(repaired)([explicit, explicit]),
+        jax.jit(lambda: repaired([explicit, explicit])),
+    ):
+        with pytest.raises(ValueError, match=r"explicit, and repair is called inside of jax\.jit"):
+            call()
 
 
 # --- what devices send each other

@@ -17,8 +17,9 @@ def shape_of(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 def near_correlation(x: np.ndarray, axis: int) -> float:
     """Of neighbours along an axis."""
     size = x.shape[axis]
-    pairs = [np.take(x, range(k, size - 1 + k), axis).ravel() for k in range(2)]
-    return float(np.corrcoef(*pairs)[0, 1])
+    former = np.take(x, range(size - 1), axis)
+    latter = np.take(x, range(1, size), axis)
+    return float(np.corrcoef(former.ravel(), latter.ravel())[0, 1])
 
 
 def test_dead_leaves_are_normalised_and_smooth():
@@ -40,7 +41,7 @@ def test_dead_leaves_are_normalised_and_smooth():
     assert correlation(images[..., 0], images[..., 1]) > 0.5
 
 
-@pytest.mark.parametrize("sizes", [(16, 12, 3), (3, 16, 12), (9, 9, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 12, 3), (3, 16, 12), (9, 9, 4)], ids=str)
 def test_images_are_drawn_where_inputs_look_like_images(sizes, monkeypatch: pytest.MonkeyPatch):
     # Some at a time, the last of them fewer.
     monkeypatch.setattr(drawn_inputs, "_DRAWN_TOGETHER", 7 * int(np.prod(sizes)))
@@ -64,7 +65,7 @@ def test_images_are_drawn_where_inputs_look_like_images(sizes, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "sizes", [(30,), (20, 24), (16, 12, 5), (6, 16, 3), (4, 16, 16, 3)], ids=str
+    "sizes", [(30,), (20, 24), (16, 12, 1), (16, 12, 5), (6, 16, 3), (4, 16, 16, 3)], ids=str
 )
 def test_all_else_is_noise_and_the_same_cut_at_0(sizes):
     assert not look_like_images((shape_of(16, 16, 3), shape_of(*sizes)))

@@ -356,14 +356,16 @@ def test_where_nothing_is_averaged_there_is_no_warning():
     np.testing.assert_array_equal(kept["bn"]["var"], b["bn"]["var"])
 
 
+def large_statistics(seed: int) -> dict[str, Any]:
+    """Far larger than all that was learned."""
+    return {"mean": 100 * normal(4, seed=seed), "var": jnp.abs(100 * normal(4, seed=seed + 1))}
+
+
 def test_units_are_not_matched_by_statistics_unless_told():
     a = net(0)
     symmetry = otf.trace_symmetry(normed, a, BATCHES[0])
     plans = symmetry.random(jax.random.key(3))
-    b = otf.transport(symmetry, plans, a)
-    # Of another copy in training, far larger than all that was learned.
-    statistics = {"mean": 100 * normal(4, seed=5), "var": jnp.abs(100 * normal(4, seed=6))}
-    b = {**b, "bn": statistics}
+    b = {**otf.transport(symmetry, plans, a), "bn": large_statistics(5)}
     (name,) = symmetry
     for method in (otf.CoordinateDescent(), otf.ForwardPass()):
         align = functools.partial(otf.align, symmetry, a, b, method=method)
@@ -378,9 +380,62 @@ def test_units_are_not_matched_by_statistics_unless_told():
         assert not np.array_equal(counted.plans[name], plans[name])
     jitted = jax.jit(functools.partial(otf.align, symmetry))(a, b)
     np.testing.assert_array_equal(jitted.plans[name], plans[name])
+
+
+FUSIONS = {
+    "fuse": otf.fuse,
+    "fuse a stack": lambda symmetry, models, **named: otf.fuse(
+        symmetry, otf.stack(models), **named
+    ),
+    "fuse several symmetries": lambda symmetry, models, **named: otf.fuse(
+        [symmetry] * len(models), models, **named
+    ),
+    "barycenter": lambda *args, **named: otf.barycenter(*args, **named).params,
+    "fuse_shared": lambda *args, **named: otf.fuse_shared(*args, **named).params,
+}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS.values(), ids=list(FUSIONS))
+def test_fused_by_what_was_learned_a_copy_is_what_it_was(fusion):
+    a = net(0)
+    symmetry = otf.trace_symmetry(normed, a, BATCHES[0])
+    plans = symmetry.random(jax.random.key(3))
+    b = {**otf.transport(symmetry, plans, a), "bn": large_statistics(5)}
     with pytest.warns(otf.StatisticsWarning):
-        barycenter = otf.barycenter(symmetry, [a, {**a, "bn": statistics}])
-    np.testing.assert_allclose(barycenter.params["w"], a["w"], rtol=1e-6)
+        fused = fusion(symmetry, [a, b])
+    with pytest.warns(otf.StatisticsWarning):
+        counted = fusion(symmetry, [a, b], leaf_weight=lambda path: 1.0)
+    hidden = jax.nn.relu(BATCHES[0] @ a["w"]) @ a["v"]
+
+    def without_norm(params):
+        return jax.nn.relu(BATCHES[0] @ params["w"]) @ params["v"]
+
+    np.testing.assert_allclose(without_norm(fused), hidden, atol=1e-4)
+    assert abs(without_norm(counted) - hidden).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["matrices", "read by features"])
+def test_learned_weights_that_are_called_statistics_count(kind):
+    draw = functools.partial(normal, seed=1)
+    if kind == "matrices":
+
+        def fn(p, x):
+            return jax.nn.relu(x @ (p["a"]["mean"] + p["a"]["var"])) @ p["b"]
+
+        params = {"a": {"mean": draw(5, 8), "var": normal(5, 8, seed=2)}, "b": jnp.ones((8, 3))}
+    else:
+
+        def fn(p, x):
+            hidden = jax.nn.relu(x @ p["w"])
+            return hidden @ p["mean"] + jnp.sqrt(hidden**2 @ p["var"] ** 2)
+
+        params = {"w": jnp.ones((5, 8)), "mean": draw(8), "var": normal(8, seed=2)}
+    assert len(otf.running_statistics(params)) == 2
+    symmetry = otf.trace_symmetry(fn, params, BATCHES[0])
+    plans = symmetry.random(jax.random.key(3))
+    found = otf.align(symmetry, params, otf.transport(symmetry, plans, params))
+    (name,) = symmetry
+    np.testing.assert_array_equal(found.plans[name], plans[name])
 
 
 def test_fused_and_estimated_anew_a_copy_is_what_it_was():

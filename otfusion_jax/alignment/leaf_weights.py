@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from otfusion_jax.averaging.statistics import all_but_statistics
+from otfusion_jax.averaging.statistics import AllBut, running_statistics
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array, array_module, loaded
 from otfusion_jax.common.lazy import LazyArray
@@ -43,7 +43,7 @@ def leaf_weights(
         TypeError: If weights are no numbers. Every one is listed by key path.
     """
     if leaf_weight is None:
-        leaf_weight = all_but_statistics(model)
+        leaf_weight = counted_by_default(symmetry, model)
     if leaf_weight is None:
         return None
     weights = []
@@ -70,6 +70,39 @@ def leaf_weights(
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
     return tuple(weights)
+
+
+def counted_by_default(symmetry: Symmetry, model: PyTree) -> AllBut | None:
+    """Says how much parameters count where units are matched by what was learned.
+
+    Running variances can be far larger than weights, and would decide alone which units match.
+
+    Args:
+        symmetry: The symmetry of the model.
+        model: The parameters of a model, or a stack of several.
+
+    Returns:
+        The `leaf_weight` that counts running statistics 0 and all else 1; None if there are none.
+        What only looks so by its name counts (see `running_statistics`): what consumes units, or is
+        a matrix of several numbers for each of them.
+    """
+    statistics = set(running_statistics(model))
+    for number, leaf in enumerate(symmetry.leaf_of):
+        path = symmetry.leaves[leaf].path
+        if path in statistics and _is_learned(symmetry, number):
+            statistics.remove(path)
+    return AllBut(frozenset(statistics)) if statistics else None
+
+
+def _is_learned(symmetry: Symmetry, number: int) -> bool:
+    """Whether a part of a parameter can be no statistic: these are vectors, and produce units."""
+    shape = symmetry.parts[number].shape
+    for unit_axis in symmetry.leaf_structures[number].unit_axes:
+        group = unit_axis.group
+        is_vector = len(shape) == 1 or math.prod(shape) == math.prod(group.batch) * group.size
+        if unit_axis.member.role != "produces" or not is_vector:
+            return True
+    return False
 
 
 def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ...]) -> list[Any]:

@@ -23,9 +23,9 @@ class Alignment:
 
     Attributes:
         plans: Group name to plan, as `transport` takes them.
-        objective: The squared distance of the moved source to the target, summed over all
-            parameters, float `[]`. It is infinite if that is out of range, which does the plans no
-            harm.
+        objective: The squared distance of the moved source to the target, float `[]`, summed over
+            all parameters as they count (see `align`: running statistics do not). It is infinite if
+            that is out of range, which does the plans no harm.
         history: For coordinate descent the objective at the start and after every sweep, float
             `[max_sweeps + 1]`, which stays as it is after the last sweep. Otherwise the objective
             before and after, float `[2]`.

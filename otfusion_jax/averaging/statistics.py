@@ -123,21 +123,6 @@ class AllBut:
         return 0.0 if path in self.paths else 1.0
 
 
-def all_but_statistics(params: PyTree) -> AllBut | None:
-    """Says how much parameters count where units are matched by what was learned.
-
-    Running variances can be far larger than weights, and would decide alone which units match.
-
-    Args:
-        params: The parameters of a model, see `running_statistics`.
-
-    Returns:
-        The `leaf_weight` that counts running statistics 0 and all else 1; None if there are none.
-    """
-    statistics = running_statistics(params)
-    return AllBut(frozenset(statistics)) if statistics else None
-
-
 def _alike(mean: Leaf, variance: Leaf) -> bool:
     same = mean.shape == variance.shape and mean.dtype == variance.dtype
     return same and mean.moves

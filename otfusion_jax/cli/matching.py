@@ -9,8 +9,9 @@ import jax
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.forward_pass import ForwardPass
+from otfusion_jax.alignment.leaf_weights import counted_by_default
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
-from otfusion_jax.averaging.statistics import AllBut, all_but_statistics
+from otfusion_jax.averaging.statistics import AllBut
 from otfusion_jax.cli.alignments import distance, finite, table_of_distances
 from otfusion_jax.cli.console import Console
 from otfusion_jax.cli.models import fitted
@@ -45,7 +46,7 @@ class Pair:
     @property
     def leaf_weight(self) -> AllBut | None:
         """How much each parameter counts: running statistics do not."""
-        return all_but_statistics(self.source)
+        return counted_by_default(self.symmetry, self.source)
 
     def squared_distance(self) -> float | None:
         """Takes the squared distance of the models as they are, of what counts.

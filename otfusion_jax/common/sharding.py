@@ -9,7 +9,8 @@ to be of one device and of many: arrays that are not spread are passed on.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -144,25 +145,42 @@ def _on_auto_axes(x: Any) -> Any:
     return jax.device_put(x, NamedSharding(_with_axes_auto(layout.mesh), layout.spec))
 
 
-@contextlib.contextmanager
-def auto_mesh_of(tree: PyTree) -> Iterator[None]:
-    """Lets functions be traced for arrays of `on_auto_axes`, wherever explicit axes are in force.
+def auto_axes_in_force() -> AbstractContextManager[Any]:
+    """Lets functions be traced for arrays of `on_auto_axes`, also where explicit axes are in force.
+
+    Returns:
+        A context. In it, the mesh that is in force (`jax.set_mesh`) has axes of type `Auto`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return contextlib.nullcontext()
+    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
+    return jax.sharding.use_abstract_mesh(mesh.update(axis_types=axis_types))
+
+
+def on_axes_in_force(tree: PyTree) -> PyTree:
+    """Undoes `on_auto_axes` where explicit axes are in force.
 
     Args:
-        tree: The pytree as it was before. Where none of its arrays lies on a mesh with explicit
-            axes, or no such mesh is set (`jax.set_mesh`), nothing is done.
+        tree: A pytree of arrays.
 
-    Yields:
-        Nothing.
+    Returns:
+        The tree. Known arrays on a mesh like the one that is in force are on one with its types of
+        axes, which copies nothing; all else is as it was.
     """
-    in_force = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-    for x in jax.tree.leaves(tree):
-        layout = layout_of(x)
-        if in_force and layout is not None and has_explicit_axes(x):
-            with jax.set_mesh(_with_axes_auto(layout.mesh)):
-                yield
-            return
-    yield
+    return jax.tree.map(_on_axes_in_force, tree)
+
+
+def _on_axes_in_force(x: Any) -> Any:
+    layout = layout_of(x)
+    in_force = jax.sharding.get_abstract_mesh()
+    if layout is None or AxisType.Explicit not in in_force.axis_types:
+        return x
+    if dict(layout.mesh.shape) != dict(in_force.shape):
+        return x
+    devices: Any = layout.mesh.devices
+    mesh = Mesh(devices, in_force.axis_names, axis_types=in_force.axis_types)
+    return jax.device_put(x, NamedSharding(mesh, layout.spec))
 
 
 def _with_axes_auto(mesh: Any) -> Mesh:

@@ -61,9 +61,9 @@ class Barycenter:
         params: The weighted mean of the models there. Integers, booleans and keys are as in
             `average`.
         history: The weighted mean of the squared distances of the models to their mean, summed over
-            all parameters: at the start and after every round, float `[max_rounds + 1]`. After the
-            last round it stays as it is. It is infinite where it is out of range, float64 where
-            any of the models' leaves is, and float32 otherwise.
+            all parameters as they count (see `align`): at the start and after every round, float
+            `[max_rounds + 1]`. After the last round it stays as it is. It is infinite where it is
+            out of range, float64 where any of the models' leaves is, and float32 otherwise.
         converged: Whether no model could be moved any closer to the others, bool `[]`.
     """
 

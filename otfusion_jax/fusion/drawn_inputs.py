@@ -1,7 +1,8 @@
 """Inputs drawn at random, for choices where there is no data.
 
-What looks like images is drawn as images of dead leaves (see `dead_leaves`), which networks that
-were trained on photographs know more of than of any noise.
+What looks like images in colour is drawn as images of dead leaves (see `dead_leaves`): networks
+that were trained on photographs know more of these than of any noise. Of images of one channel,
+such as those of strokes, noise says more.
 
 All else is noise of two kinds, so that what was fitted to one is judged by the other: noise that is
 smooth, and the same cut at 0, which has the edges of strokes and of objects. Of white noise a
@@ -20,6 +21,8 @@ from otfusion_jax.fusion.samples import Samples
 
 _MOST_CHANNELS = 4
 """Axes of so many entries are taken for channels, along which nothing is smooth."""
+_COLOURS = (3, 4)
+"""How many channels images in colour have."""
 _SMOOTH_OVER = 4
 """How far apart the numbers are that smooth noise is drawn as, and interpolated between."""
 _MOST_ENTRIES = 100_000_000
@@ -48,7 +51,7 @@ def look_like_images(inputs: PyTree) -> bool:
 
     Returns:
         Whether all are of shape `[n, height, width, channels]` or `[n, channels, height, width]`,
-        with 1 to 4 channels, and 8 pixels or more along height and width.
+        with 3 or 4 channels, and 8 pixels or more along height and width.
     """
     return all(_image_size(x.shape) is not None for x in jax.tree.leaves(inputs))
 
@@ -64,7 +67,7 @@ def drawn_samples(inputs: tuple[PyTree, ...], count: int, key: Array) -> tuple[S
 
     Returns:
         Smooth noise cut at 0, which is 1 or -1 everywhere, and smooth noise; of an input that looks
-        like images two draws of dead leaves.
+        like images in colour two draws of dead leaves.
     """
     leaves, structure = jax.tree_util.tree_flatten(inputs)
     for leaf in leaves:
@@ -98,12 +101,12 @@ def _smooth_noise(key: Array, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _image_size(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Returns height, width and channels of samples that look like images; else None."""
+    """Returns height, width and channels of what looks like images in colour; else None."""
     if len(shape) != 4:
         return None
     sides_and_channels = {"last": shape[1:], "first": (*shape[2:], shape[1])}
     for height, width, channels in sides_and_channels.values():
-        if channels <= _MOST_CHANNELS and min(height, width) >= _SMALLEST_IMAGE:
+        if channels in _COLOURS and min(height, width) >= _SMALLEST_IMAGE:
             return height, width, channels
     return None
 

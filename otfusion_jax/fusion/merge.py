@@ -77,10 +77,10 @@ def merge(
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by; for both images of overlapping discs and squares where
-    inputs look like images (`[n, height, width, channels]` or `[n, channels, height, width]`, with
-    4 channels at most). Where units can be rotated, these inputs serve to match features alone; the
-    weights decide, and nothing is repaired. So do they where inputs cannot be drawn, as they are
-    tokens.
+    inputs look like images in colour (`[n, height, width, channels]` or `[n, channels, height,
+    width]`, with 3 or 4 channels). Which match is repaired is then decided by the weights: the one
+    that brings the models closest to each other. Where units can be rotated, or inputs cannot be
+    drawn, as they are tokens, the weights decide about all, and nothing is repaired.
 
     Args:
         fn: The function of all models, `fn(params, *inputs)` of a batch of inputs, hashable.
@@ -181,7 +181,7 @@ def merge(
         symmetry = trace_symmetry(fn, models[0], *known.example)
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")
     require_alike(models, symmetry)
-    leaf_weight = weighed_leaves(models, shares, leaf_weight, update)
+    leaf_weight = weighed_leaves(symmetry, models, shares, leaf_weight, update)
     fixed = (symmetry, known, objective, chosen_repairs, update, key)
     setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
     search = Search(setting)

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from otfusion_jax.averaging.statistics import all_but_statistics, warn_of_averaged_statistics
+from otfusion_jax.alignment.leaf_weights import counted_by_default
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
@@ -14,6 +15,7 @@ from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.samples import divided, read_samples
+from otfusion_jax.symmetry.symmetry import Symmetry
 
 _MOST = 1000
 """How many inputs are fitted to at most, and chosen by, until it is known what is best."""
@@ -97,6 +99,7 @@ def checked_repairs(repairs: Any, known: Known) -> tuple[AbstractRepair, ...]:
 
 
 def weighed_leaves(
+    symmetry: Symmetry,
     models: Sequence[PyTree],
     shares: Array,
     leaf_weight: Callable[[str], Any] | None,
@@ -105,6 +108,7 @@ def weighed_leaves(
     """Says how much parameters count: unless told, running statistics of batch norm do not.
 
     Args:
+        symmetry: The symmetry of the models.
         models: The parameters of the models.
         shares: How much each of them counts, float `[K]`.
         leaf_weight: How much each parameter counts; None if that was not said.
@@ -119,7 +123,7 @@ def weighed_leaves(
     """
     if leaf_weight is not None:
         require_function(leaf_weight, "merge(..., leaf_weight=lambda path: 1.0)")
-    without_statistics = all_but_statistics(models[0])
+    without_statistics = counted_by_default(symmetry, models[0])
     if update is None:
         by_leaf = [shares] * len(jax.tree.leaves(models[0]))
         warn_of_averaged_statistics(models, False, by_leaf, stacklevel=4)

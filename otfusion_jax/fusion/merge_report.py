@@ -146,10 +146,12 @@ class Report:
         if not self.held_out:
             heading += f", fitted to {self.fitted:,} inputs" if self.fitted else ""
             return f"{heading}; * has the least {self.measure}"
-        heading += (
-            f", fitted to {self.fitted:,} inputs; * has the least {self.measure} on "
-            f"{self.held_out:,} others"
-        )
+        heading += f", fitted to {self.fitted:,} inputs; * "
+        # Where weights have decided which match is repaired, another one may score less.
+        least = min([row.score for row in self.rows if not row.problem])
+        is_least = self._is_again or self.chosen.score == least
+        heading += "has the least" if is_least else "was chosen; scores are the"
+        heading += f" {self.measure} on {self.held_out:,} others"
         return f"{heading}, and again with the two exchanged" if self._is_again else heading
 
     @property

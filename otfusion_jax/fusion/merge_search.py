@@ -3,7 +3,8 @@
 Trials are narrowed down, so that what takes long is tried where it is promising:
 
 1. Models are moved by every candidate, and averaged.
-2. The averages that score best, and differ, are repaired in all ways.
+2. The averages that score best, and differ, are repaired in all ways. Where inputs were drawn, it
+   is the one whose models have come closest to each other.
 3. The best trials of all are made again, with what they are fitted to and what they are chosen by
    exchanged. So every input has its say in the choice, and none in that of what was fitted to it.
 4. Where there are many more inputs, the best is fitted to these, and what can be learned is learned
@@ -54,6 +55,8 @@ class Search:
         self.chosen: int | None = None
         self.best: Found | None = None
         self._workshop = Workshop(setting)
+        # How far models are from each other, where weights decide which match is repaired.
+        self._spreads: dict[Step, float] = {}
 
     def run(self, steps: list[Step], polish: int, bar: Bar) -> None:
         """Tries candidates and repairs, then more inputs, then to polish the best.
@@ -74,6 +77,8 @@ class Search:
             if anew:
                 self._try(Recipe(step, anew=True))
             promising = self._promising()
+        if setting.weights_match:
+            self._keep_to(promising)
         if looks and setting.repairs:
             for step in bar(promising, "repairing"):
                 for method in setting.repairs:
@@ -99,6 +104,9 @@ class Search:
             score = self.judge.score(found.params, found.moved)
             if not math.isfinite(score):
                 problem = f"the score is {score}"
+            elif self.setting.weights_match and recipe.step not in self._spreads:
+                spread = self.setting.spread.score(found.params, found.moved)
+                self._spreads[recipe.step] = spread
         except (ValueError, ArithmeticError, jax.errors.JaxRuntimeError) as error:
             problem = str(error)
         # Of equal ones the first is kept, which did the least.
@@ -133,8 +141,21 @@ class Search:
         self._try(other)
         return other if self.chosen == before else recipe
 
+    def _keep_to(self, steps: list[Step]) -> None:
+        """Chooses among the trials of some steps alone."""
+        scores = {}
+        for number, (row, recipe) in enumerate(zip(self.rows, self.recipes, strict=True)):
+            if not row.problem and recipe.step in steps:
+                scores[number] = row.score
+        if scores:
+            self.chosen, self.best = min(scores, key=lambda number: scores[number]), None
+
     def _promising(self) -> list[Step]:
         """Returns the steps whose averages score best, the best first."""
+        if self.setting.weights_match:
+            closest = sorted(self._spreads, key=lambda step: self._spreads[step])[:1]
+            self._workshop.keep(closest)
+            return closest
         best: dict[Step, float] = {}
         for row, recipe in zip(self.rows, self.recipes, strict=True):
             if not row.problem:

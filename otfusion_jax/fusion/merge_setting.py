@@ -29,11 +29,12 @@ _TOKENS = (
     "batches of inputs, or of tokens drawn from the range that they have."
 )
 _DRAWN_AT_RANDOM = (
-    "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
+    "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose "
+    "repairs by. Which match is repaired, the weights have decided."
 )
 _IMAGES_DRAWN = (
-    "The inputs were drawn at random, as images of overlapping discs and squares. What looks like "
-    "the data is better, if there is any: pass batches."
+    "The inputs were drawn at random, as images of overlapping discs and squares. Which match is "
+    "repaired, the weights have decided. Inputs that look like the data are better: pass batches."
 )
 _ROTATED = (
     "The inputs to match features by were drawn at random. Units are rotated, and so the weights "
@@ -116,10 +117,24 @@ class Setting:
         """
         return self.known.whole is None and (self.known.fit is None or self.free.rotates)
 
+    @property
+    def spread(self) -> Spread:
+        """What scores a match by the weights alone."""
+        return Spread(self.weights, self.leaf_weight)
+
+    @property
+    def weights_match(self) -> bool:
+        """Whether weights decide which match is repaired.
+
+        Of inputs that were drawn, one is as far from the data as the other: what was matched on
+        such looks best on others of them, and is not.
+        """
+        return self.known.whole is None
+
     def judge(self) -> Judge | Spread:
         """Returns what scores averages."""
         if self.weights_decide or self.objective is None or self.known.held_out is None:
-            return Spread(self.weights, self.leaf_weight)
+            return self.spread
         return Judge(self.objective, self.models, self.weights, self.known.held_out)
 
     def task(self, symmetry: Symmetry) -> Task:

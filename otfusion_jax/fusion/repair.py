@@ -27,11 +27,13 @@ from otfusion_jax.averaging.average import average, mixture
 from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.known import all_known
 from otfusion_jax.common.sharding import (
-    auto_mesh_of,
+    auto_axes_in_force,
     has_explicit_axes,
     laid_out_like,
     on_auto_axes,
+    on_axes_in_force,
 )
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.passes import Passes, passes_of
@@ -126,10 +128,10 @@ def repair(
 
     Raises:
         ValueError: If models do not fit the symmetry or are not finite, listing every offender by
-            key path, or are traced on a mesh with explicit axes; if `fn` and inputs give another
-            symmetry; if there are no batches, or one is empty, or one pass has more of them than
-            another; if weights do not fit; if integers can't be averaged; if an original is of
-            another architecture.
+            key path, or are on a mesh with explicit axes while something is traced; if `fn` and
+            inputs give another symmetry; if there are no batches, or one is empty, or one pass has
+            more of them than another; if weights do not fit; if integers can't be averaged; if an
+            original is of another architecture.
         TypeError: If arguments are in another order or of another type: shapes in place of arrays,
             a class or a name in place of a method, a single original in place of a list, a single
             array in place of batches, or both inputs and batches.
@@ -148,9 +150,9 @@ def repair(
     require_models(models)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")
-        _require_layouts_known(model, f"model {number}")
     one_pass = Passes([inputs], is_single=True) if batches is None else passes_of(batches)
     checked_originals = _checked_originals(originals, len(models))
+    _require_layouts_known(models, checked_originals)
     settings = (method, checked_originals, keep_bytes)
     return repaired(symmetry, fn, models, one_pass, weights, *settings).params
 
@@ -180,12 +182,13 @@ def repaired(
 ) -> Repaired:
     """Does what `repair` has checked; see there."""
     # Where axes are explicit, a trace has no products without devices: there are other equations.
-    with auto_mesh_of(models):
+    with auto_axes_in_force():
         models_on_auto_axes = on_auto_axes(list(models))
         originals = [original and _on_auto_axes(original) for original in originals]
         settings = (method, originals, keep_bytes)
         found = _repaired(symmetry, fn, models_on_auto_axes, passes, weights, *settings)
-    return found._replace(params=laid_out_like(found.params, models[-1]))
+    params = laid_out_like(on_axes_in_force(found.params), models[-1])
+    return found._replace(params=params)
 
 
 def _on_auto_axes(original: Original) -> Original:
@@ -265,17 +268,19 @@ def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:
             )
 
 
-def _require_layouts_known(model: PyTree, name: str) -> None:
+def _require_layouts_known(models: Sequence[PyTree], originals: Sequence[Original | None]) -> None:
     """Refuses types that speak of devices: products are looked for in a trace that has no such.
 
     Of known arrays they can be taken away, see `on_auto_axes`.
     """
-    for leaf in jax.tree_util.tree_leaves(model):
-        if isinstance(leaf, Tracer) and has_explicit_axes(leaf):
-            raise ValueError(
-                f"{name} is traced on a mesh whose axes are explicit, where models cannot be "
-                "repaired; call repair outside of jax.jit: it jits what it computes"
-            )
+    arrays = [*models, *[original.params for original in originals if original is not None]]
+    if all_known(arrays) or not any(map(has_explicit_axes, jax.tree_util.tree_leaves(arrays))):
+        return
+    raise ValueError(
+        "a model is on a mesh whose axes are explicit, and repair is called inside of jax.jit or "
+        "another transformation, where it cannot be moved to others; call repair outside: it jits "
+        "what it computes"
+    )
 
 
 def _require_finite_inputs(passes: Passes) -> None:

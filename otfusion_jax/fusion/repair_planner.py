@@ -18,7 +18,7 @@ from otfusion_jax.fusion.corrections import Condition, Correction, Occurrence, P
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
 from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
 from otfusion_jax.fusion.narrowest import has_product, has_while
-from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, Network, inner_jaxprs
+from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, LAYOUTS, Network, inner_jaxprs
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.tracing.activations import Path
 from otfusion_jax.tracing.jaxprs import body, closed, scan_operands, source
@@ -127,7 +127,10 @@ class Planner:
             results = self._entered(eqn, path, operands)
             if results is not None:
                 return results
-        if eqn.primitive in ARRANGEMENTS and len(operands) == 1:
+        # How a parameter is stored on its way is left to the compiler.
+        if eqn.primitive in LAYOUTS and all(isinstance(x, Parameter) for x in operands):
+            return operands
+        if eqn.primitive in (*ARRANGEMENTS, *LAYOUTS) and len(operands) == 1:
             return [self._arrangement(eqn, path, operands[0])]
         if eqn.primitive in PRODUCTS:
             result = self._corrected_product(eqn, path, operands)
@@ -196,10 +199,10 @@ class Planner:
         if isinstance(operand, Parameter):
             return operand._replace(steps=(*operand.steps, path))
         (slot,) = self._emit("equation", path, [operand])
-        # Views say where units are in the features as the product put them out. A cast alone leaves
-        # them there.
-        is_cast = eqn.primitive is P.convert_element_type_p
-        if is_cast and isinstance(operand, Slot) and operand.number in self.shifts:
+        # Views say where units are in the features as the product put them out. A cast leaves them
+        # there, and a layout.
+        stay = eqn.primitive in (P.convert_element_type_p, *LAYOUTS)
+        if stay and isinstance(operand, Slot) and operand.number in self.shifts:
             self.shifts[slot.number] = self.shifts[operand.number]
         return slot
 

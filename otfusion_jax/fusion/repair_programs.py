@@ -49,6 +49,7 @@ class Settings(NamedTuple):
     enable_x64: Any
     numpy_dtype_promotion: Any
     default_matmul_precision: Any
+    mesh: Any
 
     @staticmethod
     def now() -> "Settings":
@@ -58,6 +59,7 @@ class Settings(NamedTuple):
             config.jax_enable_x64,
             config.jax_numpy_dtype_promotion,
             config.jax_default_matmul_precision,
+            jax.sharding.get_abstract_mesh(),
         )
 
 

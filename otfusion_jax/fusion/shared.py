@@ -18,9 +18,10 @@ from ott.geometry import costs
 
 from otfusion_jax.alignment.align import align
 from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
+from otfusion_jax.alignment.leaf_weights import counted_by_default
 from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import Weights, checked_average, mixtures
-from otfusion_jax.averaging.statistics import all_but_statistics, warn_of_averaged_statistics
+from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_arrays, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
@@ -139,7 +140,7 @@ def fuse_shared(
             continue
         filled = _in_tree_of(symmetry, target, model, number)
         unshared.extend(filled.unshared)
-        counts = _counting_of(filled.has, leaf_weight or all_but_statistics(target))
+        counts = _counting_of(filled.has, leaf_weight or counted_by_default(symmetry, target))
         plans = align(
             symmetry,
             filled.params,
