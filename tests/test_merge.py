@@ -85,6 +85,45 @@ def test_permutations_are_found_without_data():
         close(net(model, x), net(a, x))
 
 
+def test_of_images_that_are_drawn_the_match_is_chosen_by_weights():
+    """Networks of which the features of drawn images say little: what is closest is repaired."""
+
+    def convolved(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params[0], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(x).mean((1, 2)) @ params[1]
+
+    a = [normal(3, 3, 3, 8, seed=0), normal(8, 4, seed=1)]
+    b = [normal(3, 3, 3, 8, seed=7), normal(8, 4, seed=8)]
+    shape = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
+    merged = otf.merge(convolved, [a, b], inputs=shape, outputs="values")
+    spreads = {}
+    for row in merged.report.rows:
+        if row.repair == "nothing":
+            only = otf.merge(
+                convolved,
+                [a, b],
+                inputs=shape,
+                outputs="values",
+                candidates=[row.start],
+                repairs=(),
+            )
+            first, last = only.models
+            spreads[row.start] = sum(
+                float(jnp.sum((x - y) ** 2)) for x, y in zip(first, last, strict=True)
+            )
+    least = min(spreads.values())
+    assert max(spreads.values()) > 1.1 * least
+    chosen = merged.report.chosen
+    assert spreads[chosen.start] == pytest.approx(least)
+    # Of that match, the repair that scores best; of others, no repair is tried.
+    of_chosen = [row.score for row in merged.report.rows if row.start == chosen.start]
+    assert chosen.score == min(of_chosen)
+    assert {row.start for row in merged.report.rows if row.repair != "nothing"} == {chosen.start}
+    assert "the weights have decided" in str(merged.report).replace("\n", " ")
+
+
 @pytest.mark.parametrize("count", [3, 8])
 def test_several_models_are_moved_to_one(count: int):
     a = draw(0)

@@ -78,9 +78,9 @@ def merge(
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by; for both images of overlapping discs and squares where
     inputs look like images in colour (`[n, height, width, channels]` or `[n, channels, height,
-    width]`, with 3 or 4 channels). Which match is repaired is then decided by the weights: the one
-    that brings the models closest to each other. Where units can be rotated, or inputs cannot be
-    drawn, as they are tokens, the weights decide about all, and nothing is repaired.
+    width]`, with 3 or 4 channels). Which match is repaired is decided by the weights for images:
+    the one that brings the models closest to each other. Where units can be rotated, or inputs
+    cannot be drawn, as they are tokens, the weights decide about all, and nothing is repaired.
 
     Args:
         fn: The function of all models, `fn(params, *inputs)` of a batch of inputs, hashable.

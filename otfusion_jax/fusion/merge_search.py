@@ -3,7 +3,7 @@
 Trials are narrowed down, so that what takes long is tried where it is promising:
 
 1. Models are moved by every candidate, and averaged.
-2. The averages that score best, and differ, are repaired in all ways. Where inputs were drawn, it
+2. The averages that score best, and differ, are repaired in all ways. Where images were drawn, it
    is the one whose models have come closest to each other.
 3. The best trials of all are made again, with what they are fitted to and what they are chosen by
    exchanged. So every input has its say in the choice, and none in that of what was fitted to it.

@@ -29,8 +29,7 @@ _TOKENS = (
     "batches of inputs, or of tokens drawn from the range that they have."
 )
 _DRAWN_AT_RANDOM = (
-    "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose "
-    "repairs by. Which match is repaired, the weights have decided."
+    "The inputs were drawn at random: smooth noise cut at 0 to fit to, smooth noise to choose by."
 )
 _IMAGES_DRAWN = (
     "The inputs were drawn at random, as images of overlapping discs and squares. Which match is "
@@ -126,10 +125,10 @@ class Setting:
     def weights_match(self) -> bool:
         """Whether weights decide which match is repaired.
 
-        Of inputs that were drawn, one is as far from the data as the other: what was matched on
-        such looks best on others of them, and is not.
+        What is matched on one kind of noise is scored on another. Of images only one kind is drawn:
+        what was matched on such looks best on others of them, and is not.
         """
-        return self.known.whole is None
+        return self.known.whole is None and look_like_images(self.known.example)
 
     def judge(self) -> Judge | Spread:
         """Returns what scores averages."""
