@@ -197,6 +197,10 @@ def test_weights_that_are_gathered_are_repaired(on_mesh):
     one = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
     with jax.set_mesh(one):
         require(repair(models, x)["out"], expected["out"])
+        on_one = jax.device_put(models, NamedSharding(one, P()))
+        repaired = repair(on_one, x)
+    require(repaired["out"], expected["out"])
+    assert repaired["out"].sharding == on_one[0]["out"].sharding
 
 
 def test_models_on_an_explicit_mesh_are_not_repaired_in_a_trace(pair, symmetry):

@@ -140,9 +140,10 @@ def on_auto_axes(tree: PyTree) -> PyTree:
 
 def _on_auto_axes(x: Any) -> Any:
     layout = layout_of(x)
-    if layout is None or not has_explicit_axes(x):
+    # Also of a single device: its axes are explicit to a trace as well.
+    if layout is None or AxisType.Explicit not in layout.mesh.axis_types:
         return x
-    return jax.device_put(x, NamedSharding(_with_axes_auto(layout.mesh), layout.spec))
+    return _with_axis_types(x, layout, (AxisType.Auto,) * len(layout.mesh.axis_names))
 
 
 def auto_axes_in_force() -> AbstractContextManager[Any]:
@@ -176,15 +177,16 @@ def _on_axes_in_force(x: Any) -> Any:
     in_force = jax.sharding.get_abstract_mesh()
     if layout is None or AxisType.Explicit not in in_force.axis_types:
         return x
-    if dict(layout.mesh.shape) != dict(in_force.shape):
+    if tuple(layout.mesh.shape.items()) != tuple(in_force.shape.items()):
         return x
+    return _with_axis_types(x, layout, in_force.axis_types)
+
+
+def _with_axis_types(x: Any, layout: NamedSharding, axis_types: tuple[AxisType, ...]) -> Any:
+    """Lays an array out as it is, on a mesh of the same devices with axes of other types."""
     devices: Any = layout.mesh.devices
-    mesh = Mesh(devices, in_force.axis_names, axis_types=in_force.axis_types)
+    mesh = Mesh(devices, layout.mesh.axis_names, axis_types=axis_types)
     return jax.device_put(x, NamedSharding(mesh, layout.spec))
-
-
-def _with_axes_auto(mesh: Any) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def layout_of(array: Any) -> NamedSharding | None:
