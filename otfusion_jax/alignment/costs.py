@@ -238,7 +238,7 @@ def as_real(x: Array) -> Array:
 
 def _squared_distance(grams: Gram) -> Array:
     """|x - y|² = |x|² + |y|² - 2 x·y, which rounding must not make negative."""
-    # In place of a sum of norms: of a large group, every array that is held at once counts.
+    # Subtracted in place: of a large group, every array that is held at once counts.
     squared = grams.source_sq_norms[..., :, None] + grams.target_sq_norms[..., None, :]
     squared -= 2 * grams.cross
     return array_module(squared).maximum(squared, 0)

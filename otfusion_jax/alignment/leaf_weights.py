@@ -36,7 +36,7 @@ def leaf_weights(
         model: The parameters of a model, or a stack of several, in which to look for these.
 
     Returns:
-        One weight per leaf; None if all of them are 1.
+        One weight per leaf; None if `leaf_weight` is None and there are no such statistics.
 
     Raises:
         ValueError: If weights are negative or not finite. Every one is listed by key path.

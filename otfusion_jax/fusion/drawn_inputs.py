@@ -79,8 +79,9 @@ def drawn_samples(inputs: tuple[PyTree, ...], count: int, key: Array) -> tuple[S
         for number, leaf in enumerate(leaves):
             own_key = jax.random.fold_in(jax.random.fold_in(key, kind), number)
             shape = (count, *leaf.shape[1:])
-            if _image_size(shape) is not None:
-                drawn = _images(own_key, shape)
+            size = _image_size(shape)
+            if size is not None:
+                drawn = _images(own_key, shape, size)
             else:
                 drawn = _smooth_noise(own_key, shape)
                 if kind == 0:
@@ -104,17 +105,15 @@ def _image_size(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """Returns height, width and channels of what looks like images in colour; else None."""
     if len(shape) != 4:
         return None
-    sides_and_channels = {"last": shape[1:], "first": (*shape[2:], shape[1])}
-    for height, width, channels in sides_and_channels.values():
+    # With channels last, or first.
+    for height, width, channels in (shape[1:], (*shape[2:], shape[1])):
         if channels in _COLOURS and min(height, width) >= _SMALLEST_IMAGE:
             return height, width, channels
     return None
 
 
-def _images(key: Array, shape: tuple[int, ...]) -> np.ndarray:
-    """Draws images of dead leaves, some at a time."""
-    size = _image_size(shape)
-    assert size is not None, "the caller has looked"
+def _images(key: Array, shape: tuple[int, ...], size: tuple[int, int, int]) -> np.ndarray:
+    """Draws images of dead leaves, of some height, width and channels, some at a time."""
     together = max(1, _DRAWN_TOGETHER // int(np.prod(size)))
     seeds = np.asarray(jax.random.bits(key, (-(-shape[0] // together),), np.uint32))
     drawn = []

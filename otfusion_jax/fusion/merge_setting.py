@@ -105,7 +105,7 @@ class Setting:
             return (_TOKENS,)
         if self.weights_decide:
             return (_ROTATED,)
-        return (_IMAGES_DRAWN if look_like_images(self.known.example) else _DRAWN_AT_RANDOM,)
+        return (_IMAGES_DRAWN if self.weights_match else _DRAWN_AT_RANDOM,)
 
     @property
     def weights_decide(self) -> bool:
@@ -123,12 +123,14 @@ class Setting:
 
     @property
     def weights_match(self) -> bool:
-        """Whether weights decide which match is repaired.
+        """Whether weights decide which match is repaired, and inputs by which repair.
 
         What is matched on one kind of noise is scored on another. Of images only one kind is drawn:
         what was matched on such looks best on others of them, and is not.
         """
-        return self.known.whole is None and look_like_images(self.known.example)
+        if self.known.whole is not None or self.weights_decide:
+            return False
+        return look_like_images(self.known.example)
 
     def judge(self) -> Judge | Spread:
         """Returns what scores averages."""

@@ -181,14 +181,37 @@ def repaired(
     keep_bytes: int,
 ) -> Repaired:
     """Does what `repair` has checked; see there."""
+    shares = mixture(weights, len(models))
     # Where axes are explicit, a trace has no products without devices: there are other equations.
     with auto_axes_in_force():
-        models_on_auto_axes = on_auto_axes(list(models))
+        networks = on_auto_axes(list(models))
         originals = [original and _on_auto_axes(original) for original in originals]
-        settings = (method, originals, keep_bytes)
-        found = _repaired(symmetry, fn, models_on_auto_axes, passes, weights, *settings)
-    params = laid_out_like(on_axes_in_force(found.params), models[-1])
-    return found._replace(params=params)
+        average_parts = _arrays(symmetry.split(average(networks, weights)))
+        parts_of_networks, plans = _side_by_side(symmetry, networks, originals, average_parts)
+        programs = Programs(
+            symmetry,
+            fn,
+            tuple([original and (original.symmetry, original.fn) for original in originals]),
+            tuple([bool(own_plans) for own_plans in plans]),
+            Aval.of_all(average_parts),
+            tuple([Aval.of_all(parts) for parts in parts_of_networks]),
+            method,
+            Settings.now(),
+        )
+        run = RepairRun([*parts_of_networks, average_parts], plans, shares, keep_bytes)
+        _run_passes(run, programs, passes)
+        try:
+            require_finite(symmetry.parts, average_parts, "repairing")
+        except FloatingPointError:
+            # Numbers on the way are to blame only if all were finite that came in.
+            _require_finite_inputs(passes)
+            raise
+    ridges = {}
+    for piece, ridge in run.ridges.items():
+        indices = "".join([f"[{index}]" for index in piece.indices])
+        ridges[symmetry.parts[piece.leaf].path + indices] = ridge
+    params = on_axes_in_force(symmetry.join(average_parts))
+    return Repaired(laid_out_like(params, models[-1]), ridges)
 
 
 def _on_auto_axes(original: Original) -> Original:
@@ -196,19 +219,13 @@ def _on_auto_axes(original: Original) -> Original:
     return dataclasses.replace(original, params=params, plans=plans)
 
 
-def _repaired(
+def _side_by_side(
     symmetry: Symmetry,
-    fn: Callable[..., Any],
-    models: list[PyTree],
-    passes: Passes,
-    weights: Sequence[float] | None,
-    method: AbstractRepair,
+    models: Sequence[PyTree],
     originals: Sequence[Original | None],
-    keep_bytes: int,
-) -> Repaired:
-    """Does the same for models that lie on no mesh with explicit axes."""
-    shares = mixture(weights, len(models))
-    average_parts = _arrays(symmetry.split(average(models, weights)))
+    average_parts: list[Array],
+) -> tuple[list[list[Array]], list[Plans]]:
+    """Returns the parameters of what runs beside the average, and the plans of each."""
     parts_of_networks, plans = [], []
     for model, original in zip(models, originals, strict=True):
         # The model computes what it did before the move, so its features are to be matched.
@@ -218,29 +235,7 @@ def _repaired(
         # One program runs in all: a model of another precision is run in that of the average.
         parts_of_networks.append(_cast_like(average_parts, _arrays(parts)))
         plans.append({} if original is None else plans_of(original.plans))
-    programs = Programs(
-        symmetry,
-        fn,
-        tuple([original and (original.symmetry, original.fn) for original in originals]),
-        tuple([bool(own_plans) for own_plans in plans]),
-        Aval.of_all(average_parts),
-        tuple([Aval.of_all(parts) for parts in parts_of_networks]),
-        method,
-        Settings.now(),
-    )
-    run = RepairRun([*parts_of_networks, average_parts], plans, shares, keep_bytes)
-    _run_passes(run, programs, passes)
-    try:
-        require_finite(symmetry.parts, average_parts, "repairing")
-    except FloatingPointError:
-        # Numbers on the way are to blame only if all were finite that came in.
-        _require_finite_inputs(passes)
-        raise
-    ridges = {}
-    for piece, ridge in run.ridges.items():
-        indices = "".join([f"[{index}]" for index in piece.indices])
-        ridges[symmetry.parts[piece.leaf].path + indices] = ridge
-    return Repaired(symmetry.join(average_parts), ridges)
+    return parts_of_networks, plans
 
 
 def _run_passes(run: RepairRun, programs: Programs, passes: Passes) -> None:

@@ -18,10 +18,11 @@ from otfusion_jax.fusion.corrections import Condition, Correction, Occurrence, P
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
 from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
 from otfusion_jax.fusion.narrowest import has_product, has_while
-from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, LAYOUTS, Network, inner_jaxprs
+from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, Network, inner_jaxprs
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.tracing.activations import Path
 from otfusion_jax.tracing.jaxprs import body, closed, scan_operands, source
+from otfusion_jax.tracing.primitives import RELOCATIONS
 
 
 @dataclasses.dataclass
@@ -128,9 +129,9 @@ class Planner:
             if results is not None:
                 return results
         # How a parameter is stored on its way is left to the compiler.
-        if eqn.primitive in LAYOUTS and all(isinstance(x, Parameter) for x in operands):
+        if eqn.primitive in RELOCATIONS and all(isinstance(x, Parameter) for x in operands):
             return operands
-        if eqn.primitive in (*ARRANGEMENTS, *LAYOUTS) and len(operands) == 1:
+        if eqn.primitive in (*ARRANGEMENTS, *RELOCATIONS) and len(operands) == 1:
             return [self._arrangement(eqn, path, operands[0])]
         if eqn.primitive in PRODUCTS:
             result = self._corrected_product(eqn, path, operands)
@@ -201,7 +202,7 @@ class Planner:
         (slot,) = self._emit("equation", path, [operand])
         # Views say where units are in the features as the product put them out. A cast leaves them
         # there, and a layout.
-        stay = eqn.primitive in (P.convert_element_type_p, *LAYOUTS)
+        stay = eqn.primitive in (P.convert_element_type_p, *RELOCATIONS)
         if stay and isinstance(operand, Slot) and operand.number in self.shifts:
             self.shifts[slot.number] = self.shifts[operand.number]
         return slot

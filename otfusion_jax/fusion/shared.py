@@ -134,13 +134,15 @@ def fuse_shared(
     require_model(symmetry, target, f"model {reference}, the reference")
     shares = mixtures(weights, count, symmetry.leaves)
     unshared: list[Unshared] = []
+    if leaf_weight is None:
+        leaf_weight = counted_by_default(symmetry, target)
     moved, order, has = [], [], []
     for number, model in enumerate(models):
         if number == reference:
             continue
         filled = _in_tree_of(symmetry, target, model, number)
         unshared.extend(filled.unshared)
-        counts = _counting_of(filled.has, leaf_weight or counted_by_default(symmetry, target))
+        counts = _counting_of(filled.has, leaf_weight)
         plans = align(
             symmetry,
             filled.params,

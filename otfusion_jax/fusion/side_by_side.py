@@ -22,7 +22,6 @@ from otfusion_jax.symmetry.location import UnitLocation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.activations import Path
 from otfusion_jax.tracing.jaxprs import body, closed
-from otfusion_jax.tracing.primitives import RELOCATIONS, named
 from otfusion_jax.tracing.trace import Trace
 from otfusion_jax.tracing.views import View
 
@@ -35,10 +34,6 @@ ARRANGEMENTS = (
     P.squeeze_p,
     P.transpose_p,
 )
-
-
-# What returns its operands as they are, stored in another way or place.
-LAYOUTS = (*named("device_put sharding_constraint"), *RELOCATIONS)
 
 
 class NetworkEquation(NamedTuple):

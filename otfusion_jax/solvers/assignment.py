@@ -229,9 +229,8 @@ def _with_tiebreak(cost: Float[Array, "n n"], largest: Float[Array, ""]) -> Floa
     """Adds values as small as rounding errors, 0 on the diagonal: of equal units, those stay.
 
     SciPy's solver takes n steps for a constant cost. It works in float64, and would copy what is
-    narrower. With ott's, equal units would all try the same
-    columns in the same order, and take O(n^2): values that look random keep them apart, and such a
-    cost gives the identity in n.
+    narrower. With ott's, equal units would all try the same columns in the same order, and take
+    O(n^2): values that look random keep them apart, and such a cost gives the identity in n.
     """
     xp = array_module(cost, largest)
     unit = xp.where(largest > 0, largest, 1)

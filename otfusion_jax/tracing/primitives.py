@@ -100,6 +100,7 @@ NEW_ELEMENTWISE = [
 BARRIER = traced("optimization_barrier", jax.lax.optimization_barrier, _X)
 CLONE = traced("random_clone", jax.random.clone, _KEY)
 RELOCATIONS = [
+    *named("device_put sharding_constraint"),
     *BARRIER,
     *CLONE,
     *internal("pjit", "layout_constraint relayout reshard"),

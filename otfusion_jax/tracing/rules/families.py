@@ -25,8 +25,7 @@ ELEMENTWISE = named(
 ELEMENTWISE += primitives.NEW_ELEMENTWISE
 
 # Each operand is returned as it is.
-ONE_BY_ONE = named("device_put sharding_constraint")
-ONE_BY_ONE += [*primitives.RELOCATIONS, *primitives.VARYING]
+ONE_BY_ONE = [*primitives.RELOCATIONS, *primitives.VARYING]
 
 # Axes are dropped; `argmax` and `argmin` return positions, the others do not care about order.
 REDUCTION = named(
