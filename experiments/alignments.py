@@ -167,7 +167,8 @@ def by_descent_from_features(pair: Pair) -> PyTree:
 def by_learned_rotations(pair: Pair) -> PyTree:
     """Turns A on from where `by_features` has it, until the average answers as the models do.
 
-    No labels are needed: what the average is to predict is the mean of what the two predict.
+    No labels are needed: what the average is to predict is the mean of what the two predict, on
+    mixtures of images, as a few images by themselves would soon be known by heart.
 
     Args:
         pair: The models, in canonical form, and the images to learn on.
@@ -185,8 +186,14 @@ def by_learned_rotations(pair: Pair) -> PyTree:
         leaf_weight=counts,
     )
 
-    def loss(params: PyTree, chosen: Int[Array, " batch"]) -> Array:
-        images = pair.images[chosen]
+    # There is nothing between tokens.
+    mixes = jnp.issubdtype(pair.images.dtype, jnp.floating)
+
+    def loss(params: PyTree, chosen: tuple[Int[Array, " batch"], Array]) -> Array:
+        positions, seed = chosen
+        images = pair.images[positions]
+        if mixes:
+            images = otf.mixup(images, jax.random.key(seed))
         answers = []
         for model in (pair.a, pair.b):
             answers.append(jax.nn.softmax(network.apply(model, images)))
@@ -194,10 +201,11 @@ def by_learned_rotations(pair: Pair) -> PyTree:
         return optax.softmax_cross_entropy(network.apply(params, images), answer).mean()
 
     shape = (pair.learning_steps, _LEARNING_BATCH_SIZE)
-    batches = jax.random.randint(jax.random.key(0), shape, 0, len(pair.images))
+    positions = jax.random.randint(jax.random.key(0), shape, 0, len(pair.images))
+    seeds = jax.random.bits(jax.random.key(1), shape[:1])
     # Permutations stay as features have found them.
     learned = otf.learn_alignment(
-        network.symmetry, loss, pair.a, pair.b, batches, start=start, solver=None
+        network.symmetry, loss, pair.a, pair.b, (positions, seeds), start=start, solver=None
     )
     return otf.transport(network.symmetry, learned, pair.a)
 

@@ -43,6 +43,7 @@ from otfusion_jax.fusion.fuse import fuse
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge import merge
 from otfusion_jax.fusion.merge_report import Line, Merged, Report, Trial
+from otfusion_jax.fusion.mixup import mixup
 from otfusion_jax.fusion.repair import Original, repair
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
 from otfusion_jax.fusion.repair_programs import RepairWarning
@@ -151,6 +152,7 @@ __all__ = [
     "learn_alignment",
     "linear_cka",
     "merge",
+    "mixup",
     "plane",
     "plot_path",
     "plot_plane",

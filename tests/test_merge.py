@@ -214,7 +214,7 @@ def test_signs_are_found():
 
 
 def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
     a = residual_params(0)
     rotating = otf.trace_symmetry(residual, a, SHAPE).with_rotations()
     assert rotating.rotates
@@ -248,13 +248,14 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
 
 def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("otfusion_jax.fusion.merge_arguments._MOST", 40)
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
     monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 6)
     looked_at = []
 
-    def learn(symmetry, loss, a, b, positions, **named):
+    def learn(symmetry, loss, a, b, chosen, **named):
+        positions, _ = chosen
         looked_at.append((positions.shape[0], int(positions.max())))
-        return otf.learn_alignment(symmetry, loss, a, b, positions, **named)
+        return otf.learn_alignment(symmetry, loss, a, b, chosen, **named)
 
     monkeypatch.setattr(candidates, "learn_alignment", learn)
     models = [residual_params(0), residual_params(1)]

@@ -25,13 +25,15 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.barycenter import barycenter
 from otfusion_jax.fusion.divergence import Objective
+from otfusion_jax.fusion.mixup import mixup
 from otfusion_jax.fusion.samples import Samples
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 
 _LEARNING_STEPS = 600
 _LEARNING_BATCH_SIZE = 64
-# Of many inputs, more is learned before they are known by heart.
+# Of many inputs, and of mixtures, more is learned before they are known by heart.
+_LEARNING_STEPS_ON_MIXTURES = 1200
 _LEARNING_PASSES = 15
 _MOST_LEARNING_STEPS = 2400
 
@@ -48,6 +50,7 @@ class Task:
         leaf_weight: How much each parameter counts, see `align`.
         samples: The inputs to fit to; None if there are none.
         objective: What a learned alignment descends on; None without inputs.
+        mixes: Whether it descends on mixtures of inputs.
         key: The source of randomness.
     """
 
@@ -58,6 +61,7 @@ class Task:
     leaf_weight: Callable[[str], Any] | None
     samples: Samples | None
     objective: Objective | None
+    mixes: bool
     key: Array
 
     @functools.cached_property
@@ -179,24 +183,27 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
     assert objective is not None
     inputs = samples.on_device()
 
-    def loss(params: PyTree, chosen: Array) -> Array:
-        batch = jax.tree.map(lambda array: array[chosen], inputs)
+    def loss(params: PyTree, chosen: tuple[Array, Array]) -> Array:
+        positions, seed = chosen
+        batch = jax.tree.map(lambda array: array[positions], inputs)
+        if task.mixes:
+            batch = mixup(batch, jax.random.key(seed))
         return objective(params, task.models, task.weights, batch)
 
     size = min(_LEARNING_BATCH_SIZE, samples.count)
     steps = min(_LEARNING_PASSES * samples.count // size, _MOST_LEARNING_STEPS)
-    shape = (max(_LEARNING_STEPS, steps), size)
+    steps = max(_LEARNING_STEPS_ON_MIXTURES if task.mixes else _LEARNING_STEPS, steps)
+    seeds = jax.random.bits(jax.random.fold_in(task.key, len(task.models)), (steps,))
     learned = []
     for number, model in enumerate(task.models[:-1]):
-        positions = jax.random.randint(
-            jax.random.fold_in(task.key, number), shape, 0, samples.count
-        )
+        own_key = jax.random.fold_in(task.key, number)
+        positions = jax.random.randint(own_key, (steps, size), 0, samples.count)
         found = learn_alignment(
             task.symmetry,
             loss,
             model,
             task.models[-1],
-            positions,
+            (positions, seeds),
             start=task.by_features[number],
             # Permutations stay as features have found them.
             solver=None,

@@ -22,6 +22,7 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
+from otfusion_jax.fusion.mixup import mixes_inputs, mixup
 from otfusion_jax.fusion.samples import Samples, read_samples
 from otfusion_jax.symmetry.checks import require_models
 
@@ -41,13 +42,15 @@ def distill(
     batch_size: int = 64,
     optimizer: optax.GradientTransformation | None = None,
     trains: Callable[[str], Any] | None = None,
+    mixes: bool | None = None,
     max_samples: int = 5000,
     key: Array | None = None,
 ) -> PyTree:
     """Trains a model without labels towards the mean of what others predict.
 
-    Meant for an average that has been repaired already, and some hundred steps: on inputs as few as
-    a repair takes, more of them would learn these by heart.
+    Meant for an average that has been repaired already, and some hundred steps. A thousand inputs,
+    as a repair takes, are soon known by heart: where it can be done, steps are made on mixtures of
+    two (`mixup`).
 
     Args:
         fn: The function of all models, `fn(params, *inputs)`, hashable.
@@ -67,6 +70,8 @@ def distill(
             cosine.
         trains: A function from the key path of a parameter to whether it is trained; None trains
             all that are floating-point. Running statistics of batch norm are best left out.
+        mixes: Whether steps are made on mixtures of inputs, which have to be floating-point. None
+            mixes where they are, and no loss is given: that of a mixture may mean nothing.
         max_samples: The number of samples that are kept at most.
         key: The source of randomness, a key of JAX; `jax.random.key(0)` if None.
 
@@ -76,7 +81,8 @@ def distill(
     Raises:
         ValueError: If teachers do not fit the parameters, weights do not fit, batches are empty or
             differ, or it is not said what the outputs are.
-        TypeError: If arguments are of another type.
+        TypeError: If arguments are of another type, or inputs that are to be mixed no
+            floating-point numbers.
         FloatingPointError: If parameters do not stay finite.
 
     References:
@@ -112,6 +118,7 @@ def distill(
     shares = mixture(weights, len(teachers))
     samples = read_samples(batches, checked_count(max_samples, "max_samples", "1 or more"))
     objective.check(params, samples.at(slice(2)).inputs)
+    mixes = mixes_inputs(mixes, objective, samples.inputs)
     return trained(
         objective,
         params,
@@ -122,6 +129,7 @@ def distill(
         batch_size=batch_size,
         optimizer=optimizer,
         trains=trains,
+        mixes=mixes,
         key=jax.random.key(0) if key is None else key,
     )
 
@@ -137,6 +145,7 @@ def trained(
     batch_size: int = 64,
     optimizer: optax.GradientTransformation | None = None,
     trains: Callable[[str], Any] | None = None,
+    mixes: bool,
     key: Array,
 ) -> PyTree:
     """Trains a model on what `distill` has checked; see there."""
@@ -153,18 +162,22 @@ def trained(
     state = _start(optimizer, [leaves[number] for number in numbers])
     # Positions are drawn at once and looked up on the host, where the samples are.
     shape = (steps, min(batch_size, samples.count))
-    for positions in np.asarray(jax.random.randint(key, shape, 0, samples.count)):
+    drawn = np.asarray(jax.random.randint(key, shape, 0, samples.count))
+    keys = jax.random.split(jax.random.fold_in(key, 1), steps)
+    for positions, step_key in zip(drawn, keys, strict=True):
         inputs = samples.at(positions).on_device()
         changed, state = _step(
             objective,
             optimizer,
             structure,
             tuple(numbers),
+            mixes,
             leaves,
             state,
             teachers,
             weights,
             inputs,
+            step_key,
         )
         for number, leaf in zip(numbers, changed, strict=True):
             leaves[number] = leaf
@@ -189,19 +202,25 @@ def _start(optimizer: optax.GradientTransformation, leaves: list[Array]) -> PyTr
         return optimizer.init(leaves)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "optimizer", "structure", "numbers"))
+@functools.partial(
+    jax.jit, static_argnames=("objective", "optimizer", "structure", "numbers", "mixes")
+)
 def _step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     structure: Any,
     numbers: tuple[int, ...],
+    mixes: bool,
     leaves: list[Array],
     state: PyTree,
     teachers: list[PyTree],
     weights: Float[Array, " k"],
     inputs: tuple[PyTree, ...],
+    key: Array,
 ) -> tuple[Any, PyTree]:
     """Makes one step of the leaves at some positions."""
+    if mixes:
+        inputs = mixup(inputs, key)
 
     def objective_at(chosen: list[Array]) -> Array:
         all_leaves = list(leaves)

@@ -11,7 +11,6 @@ a repair is worth.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from otfusion_jax.common.host import Array
@@ -31,16 +30,6 @@ _SMALLEST_IMAGE = 8
 """How many pixels an image has at least along each of its sides."""
 _DRAWN_TOGETHER = 2_000_000
 """About how many numbers of images are drawn at once, which takes some copies of them."""
-
-
-def can_be_drawn(inputs: PyTree) -> bool:
-    """Says whether inputs are numbers of a continuous kind: tokens or masks cannot be drawn.
-
-    Args:
-        inputs: The inputs of a function, arrays or shapes.
-    """
-    leaves = jax.tree.leaves(inputs)
-    return bool(leaves) and all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
 
 
 def look_like_images(inputs: PyTree) -> bool:

@@ -32,6 +32,7 @@ from otfusion_jax.fusion.merge_arguments import (
 from otfusion_jax.fusion.merge_report import Merged
 from otfusion_jax.fusion.merge_search import Search
 from otfusion_jax.fusion.merge_setting import Setting, planned
+from otfusion_jax.fusion.mixup import mixes_inputs
 from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -56,6 +57,7 @@ def merge(
     repairs: Sequence[AbstractRepair] | None = None,
     update: Callable[[PyTree, Any], PyTree] | None = None,
     polish: int = 0,
+    mixes: bool | None = None,
     path: int = 0,
     max_samples: int = 2000,
     key: Array | None = None,
@@ -118,6 +120,9 @@ def merge(
             inputs. With it, running statistics are estimated anew, after each repair as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
             300 take about as long as all else.
+        mixes: Whether rotations are learned, and what is polished is, on mixtures of inputs
+            (`mixup`), of which there are as many as one likes; inputs have to be floating-point.
+            None mixes where they are, and no loss is given. Choices are made by inputs as they are.
         path: At how many points of the lines between the models to take the score, before they were
             moved and after, for `report.plot()`; 0 for none.
         max_samples: The number of samples that are kept at most, 2 or more.
@@ -173,16 +178,17 @@ def merge(
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)
     chosen_repairs = checked_repairs(repairs, known)
-    objective = None
+    objective, is_mixed = None, False
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)
         objective.check(models[0], known.example)
+        is_mixed = mixes_inputs(mixes, objective, known.example)
     if symmetry is None:
         symmetry = trace_symmetry(fn, models[0], *known.example)
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")
     require_alike(models, symmetry)
     leaf_weight = weighed_leaves(symmetry, models, shares, leaf_weight, update)
-    fixed = (symmetry, known, objective, chosen_repairs, update, key)
+    fixed = (symmetry, known, objective, is_mixed, chosen_repairs, update, key)
     setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
     search = Search(setting)
     with warnings.catch_warnings():

@@ -10,11 +10,11 @@ from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.fusion.drawn_inputs import can_be_drawn, drawn_samples
+from otfusion_jax.fusion.drawn_inputs import drawn_samples
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
-from otfusion_jax.fusion.samples import divided, read_samples
+from otfusion_jax.fusion.samples import are_continuous, divided, read_samples
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 _MOST = 1000
@@ -39,7 +39,7 @@ def known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> Known:
             "jnp.float32), or an array, to say what the inputs look like"
         )
     example = _as_shapes(inputs if isinstance(inputs, tuple) else (inputs,))
-    if not can_be_drawn(example):
+    if not are_continuous(example):
         return Known(example, None, None)
     fit, held_out = drawn_samples(example, _DRAWN, jax.random.fold_in(key, 0))
     return Known(example, fit, held_out)

@@ -75,6 +75,7 @@ class Setting:
         symmetry: The symmetry of the models.
         known: The inputs that are looked at.
         objective: What is to be small; None without inputs.
+        mixes: Whether models are trained on mixtures of inputs.
         repairs: The repairs to try.
         update: A step in training mode, where running statistics are to be estimated anew.
         key: The source of randomness.
@@ -87,6 +88,7 @@ class Setting:
     symmetry: Symmetry
     known: Known
     objective: Objective | None
+    mixes: bool
     repairs: tuple[AbstractRepair, ...]
     update: Callable[[PyTree, Any], PyTree] | None
     key: Array
@@ -151,6 +153,7 @@ class Setting:
             self.leaf_weight,
             self.known.fit,
             self.objective,
+            self.mixes,
             jax.random.fold_in(self.key, 1),
         )
 

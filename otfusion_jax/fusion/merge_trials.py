@@ -203,5 +203,6 @@ class Workshop:
             samples,
             steps=count,
             trains=setting.leaf_weight,
+            mixes=setting.mixes,
             key=jax.random.fold_in(setting.key, 2),
         )

@@ -48,6 +48,19 @@ class Samples:
         return jax.tree.map(jnp.asarray, self.inputs)
 
 
+def are_continuous(inputs: PyTree) -> bool:
+    """Says whether inputs may be any numbers: tokens can be neither drawn nor mixed.
+
+    Args:
+        inputs: The inputs of a function, arrays or shapes.
+
+    Returns:
+        Whether there are any, and all are floating-point.
+    """
+    leaves = jax.tree.leaves(inputs)
+    return bool(leaves) and all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
+
+
 def read_samples(batches: Iterable[Any], most: int) -> Samples:
     """Reads samples from batches, and keeps them.
 
