@@ -1,9 +1,10 @@
 """Images of nothing, for methods that need inputs where there is no data.
 
-Dead leaves: discs and squares of random colours, one over the other, the large ones rare. They
-share with photographs what hardly depends on the subject: edges, occlusion, flat regions, and as
-much contrast at every scale (Lee, Mumford and Huang 2001; that networks can learn from them:
-Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021).
+Dead leaves: discs and squares of random colours and textures, one over the other, the large ones
+rare. They share with photographs what hardly depends on the subject: edges, occlusion, regions that
+are flat or rough, and as much contrast at every scale (Lee, Mumford and Huang 2001; that networks
+can learn from them, and from textured ones best: Baradad et al., Learning to See by Looking at
+Noise, NeurIPS 2021).
 """
 
 import numpy as np
@@ -14,6 +15,12 @@ _LEAVES = 45
 # The radii of the smallest and of the largest leaf, in heights of the image.
 _SMALLEST = 0.1
 _LARGEST = 0.9
+# How much brightness varies within a leaf at most, as a standard deviation.
+_ROUGHEST = 0.3
+# By which powers of the frequency amplitudes of a texture fall: from those of sand to those of
+# clouds. Photographs as a whole have about 1.
+_LEAST_FALL = 0.5
+_LARGEST_FALL = 2.0
 # The weights of three neighbours along each axis: a slight blur, as a lens would make.
 _BLUR = (0.15, 0.7, 0.15)
 
@@ -36,12 +43,16 @@ def dead_leaves(
     random = np.random.default_rng(seed)
     background = _colours(random, count, channels)
     images = np.broadcast_to(background, (count, height, width, channels))
+    textures = _textures(random, count, height, width)
     for _ in range(_LEAVES):
         inside, across, radius = _leaf(random, count, height, width)
         # A leaf is a little brighter on one side.
         slope = 0.25 * random.uniform(-1, 1, (count, 1, 1))
         shade = 1 + slope * across / radius
-        colour = _colours(random, count, channels) * shade[..., None]
+        # Textures are drawn once, and shuffled: leaves of an image have several.
+        roughness = _ROUGHEST * random.random((count, 1, 1))
+        texture = roughness * textures[random.permutation(count)]
+        colour = _colours(random, count, channels) * shade[..., None] + texture[..., None]
         images = np.where(inside[..., None], colour, images)
     images = _blurred(images)
     images = images + 0.02 * random.standard_normal(images.shape)
@@ -87,6 +98,17 @@ def _leaf(
     distance = np.where(is_square, in_square, in_disc)
     inside = distance < radius
     return inside, u, radius
+
+
+def _textures(random: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """Draws noise of mean 0 and variance 1, `[count, height, width]`, each of a smoothness."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    # The mean is left out.
+    frequency[0, 0] = np.inf
+    fall = random.uniform(_LEAST_FALL, _LARGEST_FALL, (count, 1, 1))
+    white = np.fft.rfft2(random.standard_normal((count, height, width)))
+    noise = np.fft.irfft2(white * frequency**-fall, (height, width))
+    return noise / noise.std((1, 2), keepdims=True)
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
