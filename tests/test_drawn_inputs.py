@@ -41,6 +41,17 @@ def test_dead_leaves_are_normalised_and_smooth():
     assert correlation(images[..., 0], images[..., 1]) > 0.5
 
 
+def test_leaves_have_textures(monkeypatch: pytest.MonkeyPatch):
+    def within_leaves():
+        images = dead_leaves(0, 2, 64, 64, 3)
+        # Most neighbours lie on one leaf.
+        return np.median(abs(np.diff(images, axis=1)))
+
+    rough = within_leaves()
+    monkeypatch.setattr("otfusion_jax.fusion.dead_leaves._ROUGHEST", 0.0)
+    assert rough > 1.2 * within_leaves()
+
+
 @pytest.mark.parametrize("sizes", [(16, 12, 3), (3, 16, 12), (9, 9, 4)], ids=str)
 def test_images_are_drawn_where_inputs_look_like_images(sizes, monkeypatch: pytest.MonkeyPatch):
     # Some at a time, the last of them fewer.

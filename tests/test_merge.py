@@ -16,7 +16,7 @@ from arrays import normal
 from flax import nnx
 
 import otfusion_jax as otf
-from otfusion_jax.fusion import candidates
+from otfusion_jax.fusion import candidates, distill
 
 SIZES = (6, 12, 10, 4)
 SHAPE = jax.ShapeDtypeStruct((2, SIZES[0]), jnp.float32)
@@ -273,6 +273,48 @@ def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.Monk
     assert looked_at[0][1] < 40 <= looked_at[1][1] < 160
     scores = [row.score for row in merged.report.rows]
     assert merged.report.chosen.score == min(scores)
+
+
+@pytest.mark.parametrize("mixes", [None, True, False])
+def test_what_is_trained_sees_mixtures(mixes: bool | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
+    mixed = []
+
+    def spied(module):
+        def mixup(batch, key):
+            mixed.append(module)
+            return otf.mixup(batch, key)
+
+        monkeypatch.setattr(module, "mixup", mixup)
+
+    spied(candidates)
+    spied(distill)
+    models = [residual_params(2), residual_params(3)]
+    otf.merge(
+        residual,
+        models,
+        [data()],
+        outputs="logits",
+        repairs=(),
+        candidates=["learned rotations"],
+        polish=2,
+        mixes=mixes,
+    )
+    assert set(mixed) == (set() if mixes is False else {candidates, distill})
+
+
+def test_mixes_is_checked_before_any_work():
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    table = normal(5, 3, seed=0)
+
+    def looked_up(params, x):
+        return params[x]
+
+    with pytest.raises(TypeError, match="mixes"):
+        otf.merge(looked_up, [table, table], inputs=tokens, outputs="values", mixes="yes")  # pyright: ignore
+    with pytest.raises(TypeError, match="mixes is True"):
+        otf.merge(looked_up, [table] * 2, [jnp.arange(4)], outputs="values", mixes=True)
 
 
 # --- batch norm

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from arrays import normal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import otfusion_jax as otf
 
@@ -21,7 +22,8 @@ def test_a_mixture_lies_between_two_samples():
     for number, row in enumerate(mixed):
         others = np.delete(row, number)
         assert np.count_nonzero(others) <= 1
-    # Each sample is the partner of one.
+    # Shares are drawn for each, and each is the partner of one.
+    assert len(np.unique(np.diag(mixed))) >= 3
     assert (np.count_nonzero(mixed - np.diag(np.diag(mixed)), axis=0) <= 1).all()
 
 
@@ -42,6 +44,24 @@ def test_dtypes_stay_and_jit_changes_nothing(dtype: str):
         mixed.astype(jnp.float32), again.astype(jnp.float32), rtol=float(jnp.finfo(dtype).eps)
     )
     assert not np.array_equal(mixed, otf.mixup(x, jax.random.key(4)))
+
+
+def test_arrays_of_numpy_are_mixed_by_a_traced_key():
+    x = np.asarray(normal(4, 3, seed=0), np.float64)
+    keys = jax.random.split(jax.random.key(0), 2)
+    together = jax.vmap(functools.partial(otf.mixup, x))(keys)
+    for mixed, key in zip(together, keys, strict=True):
+        np.testing.assert_allclose(mixed, otf.mixup(x, key), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_shardings_stay(kind: AxisType):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
+    x = normal(4, 3, seed=0)
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    mixed = jax.jit(otf.mixup)(spread, jax.random.key(0))
+    assert mixed.sharding.is_equivalent_to(spread.sharding, 2)
+    np.testing.assert_allclose(mixed, otf.mixup(x, jax.random.key(0)), rtol=1e-6)
 
 
 def test_what_cannot_be_mixed_is_named():
@@ -73,6 +93,23 @@ def test_distilling_on_mixtures_knows_more_than_the_inputs():
     np.testing.assert_array_equal(distill(), distill(mixes=True))
     # The inputs themselves say nothing of the arch.
     np.testing.assert_allclose(distill(mixes=False), [1, 0], atol=0.02)
+
+
+def test_each_step_has_mixtures_of_its_own():
+    seen = []
+
+    def loss(params, x):
+        jax.debug.callback(seen.append, x)
+        return jnp.sum(params)
+
+    start = jnp.zeros(2)
+    corners = jnp.tile(jnp.eye(2), (16, 1))
+    otf.distill(curve, start, [start], [corners], loss=loss, steps=2, mixes=True)
+    jax.effects_barrier()
+    first, second = [np.max(x, axis=1) for x in seen]
+    mixed = (first < 1) & (second < 1)
+    assert mixed.any()
+    assert (first != second)[mixed].all()
 
 
 def test_a_loss_or_tokens_are_not_mixed_unless_told():

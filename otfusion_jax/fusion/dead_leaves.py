@@ -21,6 +21,8 @@ _ROUGHEST = 0.3
 # clouds. Photographs as a whole have about 1.
 _LEAST_FALL = 0.5
 _LARGEST_FALL = 2.0
+# How many textures there are at least, where few images are drawn.
+_LEAST_TEXTURES = 16
 # The weights of three neighbours along each axis: a slight blur, as a lens would make.
 _BLUR = (0.15, 0.7, 0.15)
 
@@ -43,15 +45,15 @@ def dead_leaves(
     random = np.random.default_rng(seed)
     background = _colours(random, count, channels)
     images = np.broadcast_to(background, (count, height, width, channels))
-    textures = _textures(random, count, height, width)
+    # Drawn once, and shuffled for each leaf: leaves of an image have several.
+    textures = _textures(random, max(count, _LEAST_TEXTURES), height, width)
     for _ in range(_LEAVES):
         inside, across, radius = _leaf(random, count, height, width)
         # A leaf is a little brighter on one side.
         slope = 0.25 * random.uniform(-1, 1, (count, 1, 1))
         shade = 1 + slope * across / radius
-        # Textures are drawn once, and shuffled: leaves of an image have several.
         roughness = _ROUGHEST * random.random((count, 1, 1))
-        texture = roughness * textures[random.permutation(count)]
+        texture = roughness * textures[random.permutation(len(textures))[:count]]
         colour = _colours(random, count, channels) * shade[..., None] + texture[..., None]
         images = np.where(inside[..., None], colour, images)
     images = _blurred(images)

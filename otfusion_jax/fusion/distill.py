@@ -49,8 +49,8 @@ def distill(
     """Trains a model without labels towards the mean of what others predict.
 
     Meant for an average that has been repaired already, and some hundred steps. A thousand inputs,
-    as a repair takes, are soon known by heart: where it can be done, steps are made on mixtures of
-    two (`mixup`).
+    as a repair takes, are soon known by heart: so steps are made on mixtures of two of them, where
+    that can be done (see `mixes`).
 
     Args:
         fn: The function of all models, `fn(params, *inputs)`, hashable.
@@ -70,8 +70,9 @@ def distill(
             cosine.
         trains: A function from the key path of a parameter to whether it is trained; None trains
             all that are floating-point. Running statistics of batch norm are best left out.
-        mixes: Whether steps are made on mixtures of inputs, which have to be floating-point. None
-            mixes where they are, and no loss is given: that of a mixture may mean nothing.
+        mixes: Whether steps are made on mixtures of two inputs (`mixup`), which have to be
+            floating-point. None mixes where they are, and no loss is given. Pass False if floats
+            are masks or codes, between which there is nothing.
         max_samples: The number of samples that are kept at most.
         key: The source of randomness, a key of JAX; `jax.random.key(0)` if None.
 
@@ -81,8 +82,8 @@ def distill(
     Raises:
         ValueError: If teachers do not fit the parameters, weights do not fit, batches are empty or
             differ, or it is not said what the outputs are.
-        TypeError: If arguments are of another type, or inputs that are to be mixed no
-            floating-point numbers.
+        TypeError: If arguments are of another type, or `mixes` is True and not all inputs are
+            floating-point.
         FloatingPointError: If parameters do not stay finite.
 
     References:
@@ -113,6 +114,8 @@ def distill(
     if optimizer is not None:
         examples = "an optimizer of optax such as optax.adam(1e-4), or None"
         require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
+    if mixes is not None:
+        require_kind(mixes, bool, "mixes", "True, False or None")
     steps = checked_count(steps, "steps", "1 or more")
     batch_size = checked_count(batch_size, "batch_size", "1 or more")
     shares = mixture(weights, len(teachers))

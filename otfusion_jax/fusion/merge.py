@@ -15,7 +15,7 @@ import jax
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
-from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.arguments import checked_count, require_function, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
@@ -120,9 +120,9 @@ def merge(
             inputs. With it, running statistics are estimated anew, after each repair as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
             300 take about as long as all else.
-        mixes: Whether rotations are learned, and what is polished is, on mixtures of inputs
-            (`mixup`), of which there are as many as one likes; inputs have to be floating-point.
-            None mixes where they are, and no loss is given. Choices are made by inputs as they are.
+        mixes: Whether learned rotations and `polish` train on mixtures of two inputs (`mixup`),
+            which have to be floating-point. None mixes where they are, and no loss is given. Pass
+            False if floats are masks or codes. What is chosen by are inputs as they are.
         path: At how many points of the lines between the models to take the score, before they were
             moved and after, for `report.plot()`; 0 for none.
         max_samples: The number of samples that are kept at most, 2 or more.
@@ -178,6 +178,8 @@ def merge(
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)
     chosen_repairs = checked_repairs(repairs, known)
+    if mixes is not None:
+        require_kind(mixes, bool, "mixes", "True, False or None")
     objective, is_mixed = None, False
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)

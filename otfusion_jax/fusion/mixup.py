@@ -1,15 +1,13 @@
-"""Inputs between inputs: where there are few, models that answer alike there answer alike.
+"""Mixtures of inputs, for training without labels on few of them.
 
-Training without labels soon knows a few inputs by heart. What the models to be met answer is known
-everywhere, so that it may be asked for at as many other points as one likes.
+A few inputs are soon known by heart. But what the teachers answer is known for any input, and
+between two inputs there are as many others as one likes.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from otfusion_jax.common.arguments import kind_of, require_kind
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective
@@ -17,22 +15,24 @@ from otfusion_jax.fusion.samples import are_continuous
 
 
 def mixup(batch: PyTree, key: Array) -> PyTree:
-    """Mixes each sample of a batch with another one, at a share drawn at random.
+    """Mixes each sample of a batch with one of the others, at a share drawn at random.
 
     For training without labels on few inputs, as by `learn_alignment` towards what models answer on
-    average. It may be called inside of `jax.jit`.
+    average. It may be called inside of `jax.jit`. Give each step a key of its own, as a part of the
+    batch where the batches of a loss are stacked.
 
     Args:
         batch: A batch of inputs, floating-point arrays `[n, ...]` or a pytree of these. Integers,
-            such as tokens, cannot be mixed.
+            such as tokens, cannot be mixed; masks and codes that are stored as floats should not.
         key: The source of randomness, a key of JAX.
 
     Returns:
-        A batch of the same structure, shapes and dtypes. Sample i is `s x_i + (1 - s) x_j`, with j
-        by a random permutation of the batch and s uniform in `[0, 1)`, the same for all arrays.
+        A batch of the same structure and shapes, in the dtypes that JAX gives such arrays. Sample i
+        is `s x_i + (1 - s) x_j`, with j by a random permutation of the batch, which may leave some
+        in their places, and a share s uniform in `[0, 1)`, both the same for all arrays.
 
     Raises:
-        ValueError: If arrays have no first axis, or not of one size.
+        ValueError: If there are no arrays, or these have no first axis, or not of one size.
         TypeError: If they are not floating-point.
 
     References:
@@ -54,18 +54,22 @@ def mixup(batch: PyTree, key: Array) -> PyTree:
     partners = jax.random.permutation(keys[1], count)
 
     def mixed(array: Array) -> Array:
+        # NumPy's arrays take no traced indices.
+        array = jnp.asarray(array)
         beside = (count, *[1] * (array.ndim - 1))
         share = shares.astype(array.dtype).reshape(beside)
-        return share * array + (1 - share) * array[partners]
+        # Where axes of a mesh are explicit, it has to be said how what is looked up lies on it.
+        others = array.at[partners].get(out_sharding=jax.typeof(array).sharding)
+        return share * array + (1 - share) * others
 
     return jax.tree.map(mixed, batch)
 
 
-def mixes_inputs(asked: Any, objective: Objective, inputs: tuple[PyTree, ...]) -> bool:
+def mixes_inputs(asked: bool | None, objective: Objective, inputs: tuple[PyTree, ...]) -> bool:
     """Says whether training without labels is to mix inputs.
 
     Args:
-        asked: What the user has said; None if nothing.
+        asked: What the user has said, a bool; None if nothing.
         objective: What is descended on.
         inputs: The inputs, arrays or shapes.
 
@@ -74,11 +78,10 @@ def mixes_inputs(asked: Any, objective: Objective, inputs: tuple[PyTree, ...]) -
         a loss may have labels among its inputs.
 
     Raises:
-        TypeError: If inputs are to be mixed that cannot be, or it is not said by a bool.
+        TypeError: If inputs are to be mixed that cannot be.
     """
     if asked is None:
         return objective.loss is None and are_continuous(inputs)
-    require_kind(asked, bool, "mixes", "True, False or None")
     if asked and not are_continuous(inputs):
         raise TypeError(
             "mixes is True, and not all inputs are floating-point: there is nothing between "
