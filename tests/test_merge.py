@@ -292,7 +292,8 @@ def test_what_is_trained_sees_mixtures(mixes: bool | None, monkeypatch: pytest.M
     spied(distill)
     models = [residual_params(2), residual_params(3)]
     otf.merge(
-        residual,
+        # A function of its own, for which nothing has been traced yet.
+        lambda params, x: residual(params, x),
         models,
         [data()],
         outputs="logits",
