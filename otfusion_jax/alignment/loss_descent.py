@@ -211,15 +211,22 @@ def _turned(group: Group, plan: Array, numbers: Array) -> Array:
         Orthogonal matrices, `[*batch, n, n]`.
     """
     skew = _TURN_PER_STEP * (numbers - jnp.swapaxes(numbers, -1, -2))
-    identity = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
-    # The Cayley transform, which is orthogonal for every skew-symmetric matrix.
-    turn = jnp.linalg.solve(identity - skew, identity + skew)
+    # One by one: on a CPU of few cores, batched factorisations that XLA runs side by side can each
+    # wait for the other's threads, for ever.
+    one_by_one = skew.reshape(-1, *skew.shape[-2:])
+    turn = jax.lax.map(_cayley, one_by_one).reshape(skew.shape)
     if group.fixes_ones:
         extend = fixing_ones
         for _ in group.batch:
             extend = jax.vmap(extend)
         turn = extend(turn)
     return chained(plan, turn)
+
+
+def _cayley(skew: Array) -> Array:
+    """Makes a rotation of a skew-symmetric matrix, both `[n, n]`, by the Cayley transform."""
+    identity = jnp.eye(skew.shape[-1], dtype=skew.dtype)
+    return jnp.linalg.solve(identity - skew, identity + skew)
 
 
 def _no_turns(symmetry: Symmetry, source: PyTree) -> Learned:
