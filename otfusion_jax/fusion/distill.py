@@ -114,8 +114,6 @@ def distill(
     if optimizer is not None:
         examples = "an optimizer of optax such as optax.adam(1e-4), or None"
         require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
-    if mixes is not None:
-        require_kind(mixes, bool, "mixes", "True, False or None")
     steps = checked_count(steps, "steps", "1 or more")
     batch_size = checked_count(batch_size, "batch_size", "1 or more")
     shares = mixture(weights, len(teachers))

@@ -15,7 +15,7 @@ import jax
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
-from otfusion_jax.common.arguments import checked_count, require_function, require_kind
+from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
@@ -178,13 +178,11 @@ def merge(
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)
     chosen_repairs = checked_repairs(repairs, known)
-    if mixes is not None:
-        require_kind(mixes, bool, "mixes", "True, False or None")
-    objective, is_mixed = None, False
+    objective = None
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)
         objective.check(models[0], known.example)
-        is_mixed = mixes_inputs(mixes, objective, known.example)
+    is_mixed = mixes_inputs(mixes, objective, known.example)
     if symmetry is None:
         symmetry = trace_symmetry(fn, models[0], *known.example)
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")

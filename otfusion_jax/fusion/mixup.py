@@ -4,10 +4,12 @@ A few inputs are soon known by heart. But what the teachers answer is known for 
 between two inputs there are as many others as one likes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from otfusion_jax.common.arguments import kind_of
+from otfusion_jax.common.arguments import kind_of, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective
@@ -65,12 +67,12 @@ def mixup(batch: PyTree, key: Array) -> PyTree:
     return jax.tree.map(mixed, batch)
 
 
-def mixes_inputs(asked: bool | None, objective: Objective, inputs: tuple[PyTree, ...]) -> bool:
+def mixes_inputs(asked: Any, objective: Objective | None, inputs: tuple[PyTree, ...]) -> bool:
     """Says whether training without labels is to mix inputs.
 
     Args:
-        asked: What the user has said, a bool; None if nothing.
-        objective: What is descended on.
+        asked: What the user has said; None if nothing.
+        objective: What is descended on; None if nothing is trained.
         inputs: The inputs, arrays or shapes.
 
     Returns:
@@ -78,8 +80,12 @@ def mixes_inputs(asked: bool | None, objective: Objective, inputs: tuple[PyTree,
         a loss may have labels among its inputs.
 
     Raises:
-        TypeError: If inputs are to be mixed that cannot be.
+        TypeError: If it is not said by a bool, or inputs are to be mixed that cannot be.
     """
+    if asked is not None:
+        require_kind(asked, bool, "mixes", "True, False or None")
+    if objective is None:
+        return False
     if asked is None:
         return objective.loss is None and are_continuous(inputs)
     if asked and not are_continuous(inputs):
