@@ -19,6 +19,7 @@ from otfusion_jax.alignment.costs import Gram, ground_cost
 from otfusion_jax.alignment.problem import set_up_problem
 from otfusion_jax.alignment.solve_tree import picked
 from otfusion_jax.averaging.interpolate import interpolate
+from otfusion_jax.common.linear_systems import solve_square
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
@@ -211,22 +212,19 @@ def _turned(group: Group, plan: Array, numbers: Array) -> Array:
         Orthogonal matrices, `[*batch, n, n]`.
     """
     skew = _TURN_PER_STEP * (numbers - jnp.swapaxes(numbers, -1, -2))
-    # One by one: on a CPU of few cores, batched factorisations that XLA runs side by side can each
-    # wait for the other's threads, for ever.
-    one_by_one = skew.reshape(-1, *skew.shape[-2:])
-    turn = jax.lax.map(_cayley, one_by_one).reshape(skew.shape)
-    if group.fixes_ones:
-        extend = fixing_ones
-        for _ in group.batch:
-            extend = jax.vmap(extend)
-        turn = extend(turn)
-    return chained(plan, turn)
+
+    def turn(skew: Array) -> Array:
+        return fixing_ones(_cayley(skew)) if group.fixes_ones else _cayley(skew)
+
+    for _ in group.batch:
+        turn = jax.vmap(turn)
+    return chained(plan, turn(skew))
 
 
 def _cayley(skew: Array) -> Array:
     """Makes a rotation of a skew-symmetric matrix, both `[n, n]`, by the Cayley transform."""
     identity = jnp.eye(skew.shape[-1], dtype=skew.dtype)
-    return jnp.linalg.solve(identity - skew, identity + skew)
+    return solve_square(identity - skew, identity + skew)
 
 
 def _no_turns(symmetry: Symmetry, source: PyTree) -> Learned:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.common.linear_systems import solve_positive_definite
 from otfusion_jax.common.scaling import common_exponent, scaled
 from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 
@@ -156,13 +157,9 @@ class NormalEquations:
         gram = scaled(self.sums.gram, -self.exponent)
         penalty = scaled(ridge * self.mean_eigenvalue, -self.exponent)
         gram += penalty * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-        factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
-        triangular = functools.partial(
-            jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True
-        )
-        half = triangular(scaled(self.sums.right_side, -self.exponent))
+        right_side = scaled(self.sums.right_side, -self.exponent)
         # The matrix has each entry of the parameter once: its transpose brings them back.
-        return self._transpose(triangular(half, transpose_a=True))
+        return self._transpose(jax.vmap(solve_positive_definite)(gram, right_side))
 
     def solved_for_each(self, ridges: Float[Array, " n"]) -> Iterable[Array]:
         """Solves the equations for several ridges: see `solved`.

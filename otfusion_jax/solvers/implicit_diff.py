@@ -20,6 +20,8 @@ from ott.math.unbalanced_functions import diag_jacobian_of_marginal_fit
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import implicit_differentiation
 
+from otfusion_jax.common.linear_systems import solve_square
+
 
 class _DirectSolve(implicit_differentiation.ImplicitDiff):
     """ott's implicit differentiation, its linear system solved directly.
@@ -64,7 +66,7 @@ class _DirectSolve(implicit_differentiation.ImplicitDiff):
         schur = (1 + ridge) * identity - products
         right = source_gradient - plan @ (target_gradient / columns)
         # By LU: rounding may leave the matrix indefinite, where Cholesky gives NaN.
-        x = jnp.linalg.solve(schur, right / scale) / scale
+        x = solve_square(schur, right / scale) / scale
         y = (target_gradient - x @ plan) / columns
         return -geom.epsilon * jnp.concatenate([x, y])
 
