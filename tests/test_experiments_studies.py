@@ -83,7 +83,8 @@ def digits() -> Dataset:
 
 def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     method = "coordinate descent (fuse)"
-    records = run(tmp_path, "merge", *SMALL, "--images", "200", "--methods", method)
+    flags = ("--images", "200", "--polish", "20", "--methods", method)
+    records = run(tmp_path, "merge", *SMALL, *flags)
     assert names(records, "method") == [
         "model A",
         "model B",
@@ -95,10 +96,14 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
         "the best single method, images without labels",
         "merge, no data",
         "merge, 200 images",
+        "model A, polished",
+        "vanilla average, polished",
     ]
     single = value(records, method="coordinate descent")
     assert value(records, method="the best single method, weights alone") == single
     assert value(records, method="merge, 200 images") > single - 5
+    trained = value(records, method="model A, polished")
+    assert value(records, method="vanilla average, polished") < trained
     report = (tmp_path / "merge-0-1-200-images.txt").read_text()
     assert "fitted to 100 inputs" in report
 

@@ -8,6 +8,7 @@ import jax
 import pandas as pd
 import tyro
 
+import otfusion_jax as otf
 from experiments.evaluate import ACCURACY, Judge
 from experiments.joint import merge
 from experiments.methods import (
@@ -43,7 +44,7 @@ class Merge(Study):
     drawn: bool = True
     """Merge without data as well, by inputs that are drawn at random."""
     polish: int = 0
-    """Steps of distillation to try at the end."""
+    """Steps of distillation to try at the end, and to train controls for: from no merged model."""
     methods: Annotated[
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
         tyro.conf.arg(
@@ -81,6 +82,8 @@ class Merge(Study):
             for needs, accuracy in best.items():
                 run.add({ACCURACY: accuracy}, method=f"{_BEST}, {needs.value}", pair=label)
             self._measure_merged(run, judge, pair, label)
+            if self.polish:
+                self._measure_controls(run, judge, pair, label)
 
     def _measure_single(
         self, run: Run, judge: Judge, pair: Pair, method: Method, label: str, best: dict
@@ -114,6 +117,22 @@ class Merge(Study):
             )
             run.study.folder.mkdir(parents=True, exist_ok=True)
             (run.study.folder / file).write_text(f"{merged.report}\n")
+
+    def _measure_controls(self, run: Run, judge: Judge, pair: Pair, label: str) -> None:
+        """Measures what as many steps of distillation make of a parent and of the plain average."""
+        starts = {"model A": pair.a, "vanilla average": otf.average([pair.a, pair.b])}
+        for name, start in starts.items():
+            with run.timed(f"{name}, polished"):
+                polished = otf.distill(
+                    run.network.apply,
+                    start,
+                    [pair.a, pair.b],
+                    [pair.images],
+                    outputs="logits",
+                    steps=self.polish,
+                    max_samples=len(pair.images),
+                )
+            run.add(judge.accuracy(polished), method=f"{name}, polished", pair=label)
 
     def tables(self, records: pd.DataFrame) -> list[str]:
         """Shows the accuracy of each method on each pair."""
