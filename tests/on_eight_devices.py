@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import otfusion_jax as otf
 from otfusion_jax.alignment.leaf_programs import units_compared
 from otfusion_jax.averaging.average import mean_of_column
+from otfusion_jax.symmetry import transport as transporting
 from otfusion_jax.symmetry.transport import move
 
 WIDTH, HEADS, HEAD_UNITS, HIDDEN, TOKENS = 16, 8, 2, 32, 24
@@ -136,6 +137,66 @@ def test_canonical_forms_and_moved_models_lie_where_the_models_do(pair, symmetry
     on_one = otf.canonicalize(rotating, pair[0])
     require_equal(form, on_one, a)
     require_equal(moved, otf.transport(rotating, plans, on_one), a)
+
+
+def relu_mlp(params: dict[str, Any], x: Any) -> Any:
+    return jax.nn.relu(x @ params["in"]) @ params["out"]
+
+
+@pytest.fixture(scope="module")
+def mlps() -> tuple[dict[str, Any], dict[str, Any]]:
+    def mlp(seed: int) -> dict[str, Any]:
+        draw = np.random.default_rng(seed).normal
+        shapes = {"in": (8, 16), "out": (16, 8)}
+        return {name: np.float32(draw(size=shape)) for name, shape in shapes.items()}
+
+    return mlp(0), mlp(1)
+
+
+def on_mesh_by(params: dict[str, Any], specs: dict[str, P], kind: AxisType) -> dict[str, Any]:
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, specs[name]))
+        for name, value in params.items()
+    }
+
+
+ONE_WAY = {"in": P("fsdp"), "out": P("fsdp", "tensor")}
+OTHER_WAY = {"in": P(None, "tensor"), "out": P("tensor")}
+
+
+@KINDS
+def test_models_that_lie_in_different_ways_are_fused_onto_the_last(mlps, kind):
+    symmetry = otf.trace_symmetry(relu_mlp, mlps[0], np.ones((1, 8), np.float32))
+    a, b = on_mesh_by(mlps[0], ONE_WAY, kind), on_mesh_by(mlps[1], OTHER_WAY, kind)
+    expected = otf.fuse(symmetry, list(mlps))
+    require_equal(otf.fuse(symmetry, [a, b]), expected, b)
+    # One of the two may lie on no mesh.
+    require_equal(otf.fuse(symmetry, [mlps[0], b]), expected, b)
+    require_equal(otf.average([a, b]), otf.average(list(mlps)), b)
+    require_equal(otf.interpolate(a, b, 0.25), otf.interpolate(mlps[0], mlps[1], 0.25), b)
+    path = otf.interpolate(a, b, jnp.array([0.25, 0.5]))
+    np.testing.assert_allclose(path["in"][1], otf.average(list(mlps))["in"], atol=2e-6)
+
+
+@KINDS
+def test_balanced_scales_and_barycenters_lie_where_the_models_do(mlps, kind):
+    symmetry = otf.trace_symmetry(relu_mlp, mlps[0], np.ones((1, 8), np.float32)).with_scales()
+    a, b = (on_mesh_by(params, ONE_WAY, kind) for params in mlps)
+    expected = otf.canonicalize(symmetry, mlps[0])
+    require_equal(otf.canonicalize(symmetry, a), expected, a)
+    inside = jax.jit(lambda params: otf.canonicalize(symmetry, params))(a)
+    np.testing.assert_allclose(inside["in"], expected["in"], atol=2e-6)
+    require_equal(otf.fuse(symmetry, [a, b]), otf.fuse(symmetry, list(mlps)), b)
+    found = otf.barycenter(symmetry, [a, b]).params
+    require_equal(found, otf.barycenter(symmetry, list(mlps)).params, b)
+
+
+def test_plans_inside_of_a_program_are_whole_on_every_device(mlps):
+    symmetry = otf.trace_symmetry(relu_mlp, mlps[0], np.ones((1, 8), np.float32))
+    a, b = (on_mesh_by(params, ONE_WAY, AxisType.Auto) for params in mlps)
+    plans = jax.jit(lambda a, b: otf.align(symmetry, a, b).plans)(a, b)
+    assert all(plan.sharding.is_fully_replicated for plan in plans.values())
 
 
 @KINDS
@@ -281,6 +342,54 @@ def test_a_kernel_is_moved_without_being_gathered(kernel_and_symmetry):
     assert memory.temp_size_in_bytes <= 4 * part * 6
 
 
+def normalised(params: dict[str, Any], x: Any) -> Any:
+    """A residual block of heads and one of two layers, each behind a norm."""
+
+    def norm(x: Any) -> Any:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True))
+
+    x = x @ params["embed"]
+    query = jnp.einsum("td,dhk->thk", norm(x), params["query"])
+    weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", query, query))
+    x = x + jnp.einsum("hts,shk,hkd->td", weights, query, params["out"])
+    return norm(x + jnp.tanh(norm(x) @ params["gate"]) @ params["down"]) @ params["head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "spec", "rotates"),
+    [
+        ("query", "fsdp and tensor", P("fsdp", "tensor"), False),
+        ("out", "fsdp and tensor", P("tensor", None, "fsdp"), False),
+        ("gate", "fsdp", P("fsdp"), True),
+        ("down", "fsdp and tensor", P("tensor", "fsdp"), True),
+    ],
+)
+def test_kernels_of_heads_and_rotated_ones_are_moved_without_being_gathered(
+    name, layout, spec, rotates
+):
+    draw = np.random.default_rng(0).normal
+    shapes = {"embed": (8, BIG), "query": (BIG, 8, 32), "out": (8, 32, BIG)}
+    shapes |= {"gate": (BIG, 2 * BIG), "down": (2 * BIG, BIG), "head": (BIG, 8)}
+    params = {key: np.float32(draw(size=shape)) for key, shape in shapes.items()}
+    symmetry = otf.trace_symmetry(normalised, params, np.ones((3, 8), np.float32))
+    symmetry = symmetry.with_rotations() if rotates else symmetry
+    mesh = jax.make_mesh(MESHES[layout], ("fsdp", "tensor")[: len(MESHES[layout])])
+    kernel = jax.device_put(params[name], NamedSharding(mesh, spec))
+    number = [part.path for part in symmetry.parts].index(name)
+    numbered = symmetry.numbered_leaves[number]
+    plans = numbered.plans(symmetry.random(jax.random.key(0)))
+
+    def moved(plans: Any, kernel: Any) -> Any:
+        return transporting._moved(numbered.structure, None, plans, kernel, kernel_layout)
+
+    kernel_layout = kernel.sharding
+    program = compiled(moved, plans, kernel)
+    part = kernel.size // DEVICES
+    for kind, numbers in collectives(program):
+        assert numbers <= part, kind
+    assert memory_of(program).output_size_in_bytes == 4 * part
+
+
 def test_an_average_needs_no_collectives(kernel_and_symmetry):
     gate, _ = kernel_and_symmetry
     program = jax.jit(mean_of_column).lower((gate, gate), jnp.full(2, 0.5)).compile()
@@ -305,6 +414,7 @@ def test_costs_are_contracted_where_the_shards_are(kernel_and_symmetry):
             ratio=1.0,
             intra=False,
             dtype=jnp.float32,
+            layouts=(gate.sharding, gate.sharding),
         )
         program = jax.jit(compare).lower(gate, gate).compile()
         found = collectives(program)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from one_of_several import SHAPES, mlp
 
@@ -39,6 +40,18 @@ def stored(tmp_path) -> list[Any]:
     return checkpoints
 
 
+@pytest.fixture
+def stored_by_orbax(tmp_path) -> list[Any]:
+    """The same in checkpoints of Orbax."""
+    checkpoints = []
+    for seed in range(2):
+        path = tmp_path / f"{seed}.orbax"
+        with ocp.StandardCheckpointer() as orbax:
+            orbax.save(path, model(seed))
+        checkpoints.append(otf.read_checkpoint(path, lazily=True))
+    return checkpoints
+
+
 class Counted:
     """Counts how many arrays are looked at, and how many are there at once."""
 
@@ -58,8 +71,9 @@ class Counted:
 
 
 @pytest.mark.parametrize("method", [otf.ForwardPass(), otf.CoordinateDescent()])
-def test_lazy_models_are_aligned_and_fused_as_others_are(symmetry, stored, method):
-    models = [dict(checkpoint.arrays) for checkpoint in stored]
+@pytest.mark.parametrize("kind", ["stored", "stored_by_orbax"])
+def test_lazy_models_are_aligned_and_fused_as_others_are(symmetry, method, kind, request):
+    models = [dict(checkpoint.arrays) for checkpoint in request.getfixturevalue(kind)]
     in_memory = [model(0), model(1)]
     found = otf.align(symmetry, *models, method=method)
     expected = otf.align(symmetry, *in_memory, method=method)

@@ -24,6 +24,7 @@ from otfusion_jax.common.arguments import require_function
 from otfusion_jax.common.host import Array, as_jax, as_numpy
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.scaling import restored
+from otfusion_jax.common.sharding import replicated
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.solvers.exact import Exact
@@ -212,6 +213,7 @@ def _find_plans(
         alignment = Alignment({}, distance, distance[None], problem.xp.asarray(True), {})
     if problem.known and exponent == 0:
         return as_jax(alignment)
+    alignment = dataclasses.replace(alignment, plans=replicated(alignment.plans))
     # The problem's parameters are those of the models times 2**-exponent. Objectives are squares
     # of these; in which power gaps are depends on the ground cost.
     objective, history = restored((alignment.objective, alignment.history), exponent, 2)

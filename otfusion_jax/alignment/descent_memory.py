@@ -152,8 +152,10 @@ class DescentMemory:
         if nested or tree.siblings or grams[0].intra is not None:
             return None
         # A few units of a parameter that is spread may lie on any of the devices.
-        if any(is_spread(self._problem.source[member.leaf]) for member in group.members):
-            return None
+        for member in group.members:
+            source, target = self._problem.source[member.leaf], self._problem.target[member.leaf]
+            if is_spread(source) or is_spread(target):
+                return None
         moved = _moved(last_plans, plans)
         updates = []
         work = 0

@@ -11,10 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from otfusion_jax.alignment.costs import Gram, as_real, gram, squared_norm, unit_gram
 from otfusion_jax.common.host import Array, array_module, fori_loop, inner_product, program, taken
-from otfusion_jax.common.sharding import is_spread, replicated, with_auto_axes
+from otfusion_jax.common.sharding import (
+    is_spread,
+    replicated,
+    spread_along_one,
+    with_auto_axes,
+)
 from otfusion_jax.symmetry.blocks import BlockDim, Blocks, in_order, spread_beside
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
@@ -31,7 +37,9 @@ LEAST_COSINE = 1e-6
 
 
 @program(
-    static_argnames=("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype")
+    static_argnames=(
+        *("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype", "layouts"),
+    )
 )
 def units_compared(
     structure: LeafStructure,
@@ -45,6 +53,7 @@ def units_compared(
     ratio: float,
     intra: bool,
     dtype: Any,
+    layouts: tuple[NamedSharding | None, NamedSharding | None],
 ) -> Gram:
     """Compares the units of one member.
 
@@ -59,6 +68,7 @@ def units_compared(
         ratio: What the source's units are multiplied by.
         intra: Whether to take the inner products within each model as well.
         dtype: The dtype of the inner products.
+        layouts: How both parameters lie on a mesh, as `layout_of` has returned it.
 
     Returns:
         The inner products.
@@ -68,6 +78,7 @@ def units_compared(
     members = [structure.unit_axes[number].member for number in frozen]
 
     def compare(plans: Plans, source: Array, target: Array) -> Gram:
+        source, target = map(spread_along_one, (source, target), layouts)
         blocks = move_blocks(structure, plans, source, members)
         target_blocks = target_partition.split(target)
         total = None
@@ -81,7 +92,7 @@ def units_compared(
         # Where parameters are spread, each device has contracted its part, and these are added up.
         return replicated(grams)
 
-    return with_auto_axes(compare, source, None)(plans, source, target)
+    return with_auto_axes(compare, [source, target], None)(plans, source, target)
 
 
 def _compared_together(
@@ -247,7 +258,11 @@ def squared_distance(moved: Array, target: Array, *, dtype: Any) -> Array:
     Returns:
         The squared distance, float `[]`.
     """
-    return squared_norm(as_real(moved) - as_real(target)).astype(dtype)
+
+    def distance(moved: Array, target: Array) -> Array:
+        return squared_norm(as_real(moved) - as_real(target)).astype(dtype)
+
+    return with_auto_axes(distance, [moved, target], None)(moved, target)
 
 
 @program(static_argnames=("dtype",))
@@ -262,8 +277,12 @@ def log_cosine(moved: Array, target: Array, *, dtype: Any) -> Array:
     Returns:
         The logarithm, float `[]`, at least that of `LEAST_COSINE`.
     """
-    moved, target = as_real(moved), as_real(target)
-    xp = array_module(moved, target)
-    norms = xp.sqrt(squared_norm(moved)) * xp.sqrt(squared_norm(target))
-    cosine = inner_product(moved, target) / xp.where(norms > 0, norms, 1)
-    return xp.log(xp.maximum(cosine, LEAST_COSINE)).astype(dtype)
+
+    def similarity(moved: Array, target: Array) -> Array:
+        moved, target = as_real(moved), as_real(target)
+        xp = array_module(moved, target)
+        norms = xp.sqrt(squared_norm(moved)) * xp.sqrt(squared_norm(target))
+        cosine = inner_product(moved, target) / xp.where(norms > 0, norms, 1)
+        return xp.log(xp.maximum(cosine, LEAST_COSINE)).astype(dtype)
+
+    return with_auto_axes(similarity, [moved, target], None)(moved, target)

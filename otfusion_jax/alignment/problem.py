@@ -36,6 +36,7 @@ from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
+from otfusion_jax.common.sharding import layout_of
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
 from otfusion_jax.symmetry.groups import Group, Member, Plans
@@ -176,17 +177,19 @@ class AlignmentProblem:
                 frozen.append(number)
                 ratio *= self._ratio_of(other)
         numbered = self.symmetry.numbered_leaves[member.leaf]
+        source, target = self.source[member.leaf], self.target[member.leaf]
         return units_compared(
             numbered.structure,
             self.onto.leaf_structures[member.leaf].partition,
             numbered.plans(plans),
-            self._loaded(self.source[member.leaf]),
-            self._loaded(self.target[member.leaf]),
+            self._loaded(source),
+            self._loaded(target),
             axis=position_of(unit_axis, unit_axes),
             frozen=tuple(frozen),
             ratio=ratio,
             intra=self.solver.quadratic,
             dtype=self.dtype,
+            layouts=(layout_of(source), layout_of(target)),
         )
 
     def _ratio_of(self, unit_axis: UnitAxis) -> float:
@@ -215,17 +218,19 @@ class AlignmentProblem:
         """
         leaf = unit_axis.member.leaf
         unit_axes = self.symmetry.leaf_structures[leaf].unit_axes
+        moved, target = self.moved_leaf(leaf, plans), self.target[leaf]
         grams = units_compared(
             self.symmetry.numbered_leaves[leaf].structure,
             self.onto.leaf_structures[leaf].partition,
             {},
-            self.moved_leaf(leaf, plans),
-            self._loaded(self.target[leaf]),
+            moved,
+            self._loaded(target),
             axis=position_of(unit_axis, unit_axes),
             frozen=(),
             ratio=1.0,
             intra=False,
             dtype=self.dtype,
+            layouts=(layout_of(moved), layout_of(target)),
         )
         plan = plans[unit_axis.group.name]
         if is_identity(plan):

@@ -21,7 +21,7 @@ from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
 from otfusion_jax.common.lazy import LazyArray, any_lazy
-from otfusion_jax.common.sharding import laid_out_like
+from otfusion_jax.common.sharding import laid_out_like, with_auto_axes
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
@@ -150,17 +150,21 @@ def mean_of_column(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Ar
     Returns:
         The weighted mean; see `average_of` for what is no floating-point number.
     """
-    xp = array_module(*column)
-    if not jnp.issubdtype(column[0].dtype, jnp.inexact):
-        return _mean(xp.stack(column), weights)
-    # One after the other: a stack of large leaves would be a copy of them all.
-    dtype = jnp.result_type(*column)
-    wide = accumulation_dtype(dtype)
-    total = None
-    for value, weight in zip(column, weights.astype(wide), strict=True):
-        term = weight * xp.asarray(value, wide)
-        total = term if total is None else total + term
-    return xp.asarray(total, dtype)
+
+    def mean(column: tuple[Array, ...], weights: Float[Array, " k"]) -> Array:
+        xp = array_module(*column)
+        if not jnp.issubdtype(column[0].dtype, jnp.inexact):
+            return _mean(xp.stack(column), weights)
+        # One after the other: a stack of large leaves would be a copy of them all.
+        dtype = jnp.result_type(*column)
+        wide = accumulation_dtype(dtype)
+        total = None
+        for value, weight in zip(column, weights.astype(wide), strict=True):
+            term = weight * xp.asarray(value, wide)
+            total = term if total is None else total + term
+        return xp.asarray(total, dtype)
+
+    return with_auto_axes(mean, column, column[0].shape)(column, weights)
 
 
 def _mean(x: Array, weights: Float[Array, " k"]) -> Array:

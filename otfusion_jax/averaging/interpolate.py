@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from otfusion_jax.averaging.average import accumulation_dtype, columns_of
-from otfusion_jax.averaging.stacking import stack
+from otfusion_jax.averaging.stacking import require_alike
+from otfusion_jax.common.sharding import laid_out_like, on_auto_axes
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers
 from otfusion_jax.symmetry.groups import leaves_of
@@ -36,15 +37,18 @@ def interpolate(a: PyTree, b: PyTree, t: float | Float[Array, "*t"]) -> PyTree:
         TypeError: For shapes in place of arrays, and for positions that are no numbers.
     """
     positions = checked_positions(t)
-    stacked = stack([a, b])
+    require_alike([a, b])
     leaves = leaves_of(a)
     undecided = [False] * len(leaves)
     require_equal_integers(leaves, columns_of([a, b]), undecided, "")
 
-    def interpolated(pair: Array) -> Array:
-        return _interpolate_leaf(pair, positions)
+    def interpolated(x: Any, y: Any) -> Array:
+        # On axes that are explicit, JAX adds up what is laid out alike and nothing else.
+        x, y = on_auto_axes((jnp.asarray(x), jnp.asarray(y)))
+        return _interpolate_leaf(x, y, positions)
 
-    return jax.tree.map(interpolated, stacked)
+    between = jax.tree.map(interpolated, a, b)
+    return between if positions.ndim else laid_out_like(between, b)
 
 
 def checked_positions(t: Any) -> Float[Array, "*t"]:
@@ -76,19 +80,18 @@ def checked_positions(t: Any) -> Float[Array, "*t"]:
     return positions
 
 
-def _interpolate_leaf(pair: Array, t: Array) -> Array:
-    """Interpolates one leaf, given as `[2, ...]`, at positions of any shape."""
-    x, y = pair
+def _interpolate_leaf(x: Array, y: Array, t: Array) -> Array:
+    """Interpolates one leaf at positions of any shape."""
     # Integers, booleans and keys have no values in between.
-    if not jnp.issubdtype(pair.dtype, jnp.inexact):
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
         return jnp.broadcast_to(y, t.shape + y.shape)
-    wide = accumulation_dtype(pair.dtype)
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    wide = accumulation_dtype(dtype)
     # The axes of the positions come first, then those of the leaf.
     position_shape = t.shape + (1,) * x.ndim
     leaf_shape = (1,) * t.ndim + x.shape
-    t = t.reshape(position_shape)
-    t = t.astype(wide)
+    t = t.reshape(position_shape).astype(wide)
     x = x.astype(wide).reshape(leaf_shape)
     y = y.astype(wide).reshape(leaf_shape)
     between = (1 - t) * x + t * y
-    return between.astype(pair.dtype)
+    return between.astype(dtype)

@@ -66,6 +66,33 @@ def best_axis_to_spread(x: Array, axes: Sequence[int]) -> int | None:
     return chosen
 
 
+def spread_along_one(x: Array, layout: NamedSharding | None) -> Array:
+    """Spreads a traced array along one of the axes that it is spread along.
+
+    From there it can be spread along any other axis in pieces. Of an array that is spread along two
+    axes the compiler would gather all of it first.
+
+    Args:
+        x: The array, whose mesh has axes of type `Auto`, as inside of `with_auto_axes`.
+        layout: How it lies there, as far as that is known.
+
+    Returns:
+        The array, equal in value.
+    """
+    if layout is None or not is_spread(x):
+        return x
+    axes = [axis for axis, names in enumerate(layout.spec) if names]
+    if len(axes) < 2:
+        return x
+    for axis in axes:
+        names = [name for name, _ in _mesh_axes_for(x, x.shape[axis])]
+        along = layout.spec[axis]
+        # Of the first name of the mesh all pieces stay where they are, to be divided further.
+        if names and names[0] == (along if isinstance(along, str) else along[0]):
+            return spread_along(x, axis)
+    return x
+
+
 def spread_along(x: Array, axis: int | None) -> Array:
     """Spreads a traced array over the devices of its mesh along one axis, whole along all others.
 
@@ -103,23 +130,51 @@ def _replicated(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, everywhere)
 
 
-def with_auto_axes(fn: Callable[..., T], like: Array, shape: Sequence[int] | None) -> Callable:
+def with_auto_axes(
+    fn: Callable[..., T], arrays: Sequence[Array], shape: Sequence[int] | None
+) -> Callable[..., T]:
     """Leaves the layouts in a function to the compiler, where the axes of a mesh are explicit.
 
     Args:
         fn: A function of arrays, that returns arrays.
-        like: A traced array among them, which has the mesh.
-        shape: The shape of the result, which is laid out like that array; None if results are to
-            be in full on every device.
+        arrays: Traced arrays among them. Those on a mesh need not be laid out alike.
+        shape: The shape of the result, which is laid out like the last of them that is on a mesh;
+            None if results are to be in full on every device.
 
     Returns:
         A function of the same arguments.
     """
-    if not _axes_of_type(like, AxisType.Explicit):
+    spread = [x for x in arrays if _axes_of_type(x, AxisType.Explicit)]
+    if not spread:
         return fn
-    sharding = jax.typeof(like).sharding
+    sharding = jax.typeof(spread[-1]).sharding
     spec = PartitionSpec() if shape is None else _fitting_spec(sharding, shape)
-    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(sharding.mesh, spec))
+    laid_out: Any = jax.sharding.auto_axes(fn, out_sharding=NamedSharding(sharding.mesh, spec))
+    return laid_out
+
+
+def laid_out_as_before(
+    fn: Callable[[list[Array]], list[Array]],
+) -> Callable[[list[Array]], list[Array]]:
+    """Leaves the layouts in a function to the compiler, where the axes of a mesh are explicit.
+
+    Args:
+        fn: A function of traced arrays, that returns one of the same shape for each.
+
+    Returns:
+        The same function. Where axes are explicit, its results are laid out as the arrays are.
+    """
+
+    def in_place(arrays: list[Array]) -> list[Array]:
+        spread = [x for x in arrays if _axes_of_type(x, AxisType.Explicit)]
+        if not spread:
+            return fn(arrays)
+        mesh = jax.typeof(spread[0]).sharding.mesh
+        layouts = [NamedSharding(mesh, jax.typeof(x).sharding.spec) for x in arrays]
+        laid_out: Any = jax.sharding.auto_axes(fn, out_sharding=layouts)
+        return laid_out(arrays)
+
+    return in_place
 
 
 # --- outside

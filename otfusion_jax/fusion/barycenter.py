@@ -31,6 +31,7 @@ from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.scaling import common_exponent, restored
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.checks import require_finite, require_symmetry, warn_without_groups
@@ -135,7 +136,9 @@ def barycenter(
     weight_of_leaf = leaf_weights(symmetry, leaf_weight, stacked)
     result = _barycenter(symmetry, method, weight_of_leaf, max_rounds, stacked, shares, metric)
     require_finite(symmetry.leaves, result.params, "the barycenter")
-    return result
+    if jax.tree_util.tree_structure(models) == symmetry.treedef:
+        return result  # of a stack, no model has a layout of its own
+    return dataclasses.replace(result, params=laid_out_like(result.params, models[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("symmetry", "method", "weight_of_leaf", "max_rounds"))

@@ -56,6 +56,19 @@ def spread_beside(block: Block, dims: Sequence[BlockDim]) -> Block:
     return in_order(Block(block.dims, array), in_front)
 
 
+def spread_as(moved: Block, spread: Block) -> Block:
+    """Spreads a block along the dimension that `spread_beside` has spread it along.
+
+    Args:
+        moved: The block, after units along other dimensions have moved.
+        spread: What `spread_beside` has returned, which has that dimension first.
+
+    Returns:
+        The block. A product of it with a matrix would be laid out as the compiler likes.
+    """
+    return moved._replace(array=spread_along(moved.array, moved.dims.index(spread.dims[0])))
+
+
 def in_order(block: Block, dims: Sequence[BlockDim]) -> Block:
     """Brings the dimensions of a block into an order.
 

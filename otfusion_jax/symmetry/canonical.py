@@ -81,9 +81,8 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
             balanced and leaves are lazy.
     """
     _require_no_lazy_balances(symmetry, params, name)
-    if symmetry.rotates:
-        params = folded(symmetry, params, name)
-    return balanced(symmetry, params)
+    form = folded(symmetry, params, name) if symmetry.rotates else params
+    return laid_out_like(balanced(symmetry, form), params)
 
 
 def _require_no_lazy_balances(symmetry: Symmetry, params: PyTree, name: str) -> None:

@@ -24,6 +24,7 @@ from otfusion_jax.common.sharding import (
     constrained,
     laid_out_like,
     layout_of,
+    spread_along_one,
     with_auto_axes,
 )
 from otfusion_jax.common.typing import PyTree
@@ -34,6 +35,7 @@ from otfusion_jax.symmetry.blocks import (
     mixed,
     multiplied,
     permuted,
+    spread_as,
     spread_beside,
 )
 from otfusion_jax.symmetry.canonical import nan_unless_canonical, require_canonical
@@ -212,9 +214,10 @@ def _moved(
         assert target is not None, "require_plans has refused plans that do not tell the shape"
 
     def move_whole(plans: Plans, array: Array) -> Array:
-        return constrained(target.join(move_blocks(structure, plans, array)), layout)
+        blocks = move_blocks(structure, plans, spread_along_one(array, layout))
+        return constrained(target.join(blocks), layout)
 
-    return with_auto_axes(move_whole, array, target.shape)(plans, array)
+    return with_auto_axes(move_whole, [array], target.shape)(plans, array)
 
 
 def move_blocks(
@@ -243,6 +246,8 @@ def move_blocks(
             if unit_axis.is_in(block):
                 spread = spread_beside(block, (unit_axis.dim, *unit_axis.levels))
                 moved = _moved_along(unit_axis, spread, moving, plans)
+                if spread is not block:
+                    moved = spread_as(moved, spread)
                 blocks[key] = in_order(moved, block.dims)
     return blocks
 
