@@ -614,3 +614,39 @@ def test_without_freedoms_these_are_the_same_symmetry():
     symmetry = otf.trace_symmetry(hidden(lambda p, h: jax.nn.gelu(h)), params, X)
     assert symmetry.with_signs().with_scales() == symmetry
     assert otf.canonicalize(symmetry.with_scales(), params)["w"] is params["w"]
+
+
+def side_by_side(p, x):
+    """Units of two groups along one axis."""
+    left, right = jax.nn.relu(x @ p["left"]), jax.nn.relu(x @ p["right"])
+    return jnp.concatenate([left, right], axis=-1) @ p["out"]
+
+
+def test_units_side_by_side_are_balanced_each_on_their_own():
+    params = normals({"left": (3, 5), "right": (3, 6), "out": (11, 4)}, seed=1)
+    params["left"] = 100 * params["left"]
+    symmetry = otf.trace_symmetry(side_by_side, params, X).with_scales()
+    balanced = otf.canonicalize(symmetry, params)
+    assert change(side_by_side, params, balanced) < EXACT
+    # As with a parameter of its own for each of them.
+    for name, rows in {"left": slice(0, 5), "right": slice(5, 11)}.items():
+        norms = np.linalg.norm(balanced[name], axis=0)
+        assert_allclose(norms, np.linalg.norm(balanced["out"][rows], axis=1), rtol=1e-4)
+    for name, leaf in otf.canonicalize(symmetry, balanced).items():
+        assert_allclose(leaf, balanced[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_that_grows_block_by_block_stays_finite():
+    def fn(p, x):
+        h = x @ p["in"]
+        for number in range(2):
+            gate = p[f"gate{number}"].reshape(1, -1)
+            new = jax.nn.relu(jax.nn.relu(h * gate) @ p[f"new{number}"])
+            h = jnp.concatenate([h, new], axis=-1)
+        return h @ p["out"]
+
+    shapes = {"in": (3, 4), "gate0": (4,), "new0": (4, 5), "gate1": (9,), "new1": (9, 6)}
+    params = normals(shapes | {"out": (15, 2)}, seed=1)
+    symmetry = otf.trace_symmetry(fn, params, X).with_scales()
+    balanced = otf.canonicalize(symmetry, params)
+    assert change(fn, params, balanced) < 1e-4

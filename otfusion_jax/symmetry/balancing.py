@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from otfusion_jax.common.sharding import laid_out_as_before
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.blocks import mixed, multiplied
 from otfusion_jax.symmetry.groups import Freedom, Group
@@ -116,6 +117,10 @@ def balanced(symmetry: Symmetry, params: PyTree) -> PyTree:
 @functools.partial(jax.jit, static_argnames=("symmetry", "leaves"))
 def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
     """Balances the leaves that are touched, see `balanced`."""
+    return laid_out_as_before(functools.partial(_balance, symmetry, leaves))(arrays)
+
+
+def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
     pairs, units = _divided(balances_of(symmetry))
     by_leaf = dict(zip(leaves, arrays, strict=True))
 
@@ -406,10 +411,7 @@ def _log_square_norms(
     for leaf, axis in members:
         array, log = squares[leaf]
         for of_group, member, exponents in _exponents(balances, leaf, logs, 2):
-            # The largest factor is 1, so that none overflows; it comes back as a logarithm.
-            largest = jnp.max(exponents, initial=-jnp.inf)
-            factors = jnp.exp(exponents - largest)
-            array = _multiplied(symmetry, of_group, member, array, factors)
+            array, largest = _multiplied_in_range(symmetry, of_group, member, array, exponents)
             log = log + largest
         sums = _sums_over_units(symmetry.leaf_structures[leaf], group, axis, array)
         terms.append(jnp.log(sums) + log)
@@ -421,6 +423,39 @@ def _sums_over_units(structure: LeafStructure, group: Group, axis: int, array: A
     (unit_axis,) = _unit_axes(structure, group, axis)
     blocks = structure.partition.split(array)
     return jnp.sum(units_in(blocks, [*unit_axis.levels, unit_axis.dim]), axis=-1)
+
+
+def _multiplied_in_range(
+    symmetry: Symmetry, group: Group, member: tuple[int, int], array: Array, exponents: Array
+) -> tuple[Array, Array]:
+    """Multiplies the units of a group along one axis by powers of e, over the largest factor.
+
+    Args:
+        symmetry: The symmetry.
+        group: The group.
+        member: The leaf and the axis.
+        array: What is multiplied, of the leaf's shape.
+        exponents: The power for each unit, `[*batch, n]`.
+
+    Returns:
+        The product, with 1 for the largest factor, so that none overflows, and the logarithm of
+        what it is to be multiplied by. Entries along the axis that are no units of the group, but
+        units of another one beside these, have a factor of 1 as well.
+    """
+    leaf, axis = member
+    structure = symmetry.leaf_structures[leaf]
+    unit_axes = _unit_axes(structure, group, axis)
+    others = []
+    for key, block in structure.partition.split(array).items():
+        if not any(unit_axis.is_in(block) for unit_axis in unit_axes):
+            others.append(key)
+    largest = jnp.max(exponents, initial=0 if others else -jnp.inf)
+    factors = jnp.exp(exponents - largest)
+    blocks = structure.partition.split(_multiplied(symmetry, group, member, array, factors))
+    for key in others:
+        block = blocks[key]
+        blocks[key] = block._replace(array=block.array * jnp.exp(-largest).astype(array.dtype))
+    return structure.partition.join(blocks), largest
 
 
 def _multiplied(
