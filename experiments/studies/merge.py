@@ -44,7 +44,7 @@ class Merge(Study):
     drawn: bool = True
     """Merge without data as well, by inputs that are drawn at random."""
     polish: int = 0
-    """Steps of distillation to try at the end, and to train controls for: from no merged model."""
+    """Steps of distillation to try at the end, and as many from model A and the plain average."""
     methods: Annotated[
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
         tyro.conf.arg(

@@ -38,7 +38,14 @@ LEAST_COSINE = 1e-6
 
 @program(
     static_argnames=(
-        *("structure", "target_partition", "axis", "frozen", "ratio", "intra", "dtype", "layouts"),
+        "structure",
+        "target_partition",
+        "axis",
+        "frozen",
+        "ratio",
+        "intra",
+        "dtype",
+        "layouts",
     )
 )
 def units_compared(

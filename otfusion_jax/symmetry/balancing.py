@@ -445,17 +445,17 @@ def _multiplied_in_range(
     leaf, axis = member
     structure = symmetry.leaf_structures[leaf]
     unit_axes = _unit_axes(structure, group, axis)
+    blocks = structure.partition.split(array)
     others = []
-    for key, block in structure.partition.split(array).items():
+    for key, block in blocks.items():
         if not any(unit_axis.is_in(block) for unit_axis in unit_axes):
             others.append(key)
     largest = jnp.max(exponents, initial=0 if others else -jnp.inf)
-    factors = jnp.exp(exponents - largest)
-    blocks = structure.partition.split(_multiplied(symmetry, group, member, array, factors))
     for key in others:
         block = blocks[key]
         blocks[key] = block._replace(array=block.array * jnp.exp(-largest).astype(array.dtype))
-    return structure.partition.join(blocks), largest
+    array = structure.partition.join(blocks) if others else array
+    return _multiplied(symmetry, group, member, array, jnp.exp(exponents - largest)), largest
 
 
 def _multiplied(
