@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import otfusion_jax as otf
 from otfusion_jax.symmetry.balancing import randomly_scaled
 from otfusion_jax.symmetry.groups import Motion
+from otfusion_jax.symmetry.unread_means import with_random_means
 
 HEADS = 2
 WIDTH = 6
@@ -157,11 +158,12 @@ def test_planted_elements_come_back_20_times_of_20(name):
 
 
 def planted_of_full_group(name, seed):
-    """A network in canonical form, and one after rotations, signs, scales and matrices at once."""
+    """A network in canonical form, and one after all that keeps its function at once."""
     _, symmetry, params, _ = network(name)
     free = symmetry.with_signs().with_scales()
     plans = free.random(jax.random.key(seed))
     moved = otf.transport(free, plans, otf.canonicalize(symmetry, params))
+    moved = with_random_means(free, moved, jax.random.key(200 + seed))
     scaled = randomly_scaled(free, moved, jax.random.key(100 + seed))
     return free, otf.canonicalize(free, params), otf.canonicalize(free, scaled), plans
 

@@ -1,9 +1,10 @@
-"""Canonical form: parameters that multiply units one by one are made 1, and the function kept.
+"""Canonical form: of all parameters that compute the same, those that can be compared.
 
 A normalisation is followed by a scale for each unit, which a rotation of the units would mix. If
 all that reads these units are weights, the scale can be multiplied into them and be 1 from then on
-(a `Fold`, which the trace has proved). Both models are brought into this form before rotations of
-one are looked for (see `Symmetry.with_rotations`).
+(a `Fold`, which the trace has proved). What is added to all units alike before a mean is subtracted
+is lost there, and is made 0. Both models are brought into this form before rotations of one are
+looked for (see `Symmetry.with_rotations`).
 """
 
 import jax
@@ -17,8 +18,10 @@ from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import balanced, balances_of
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
+from otfusion_jax.symmetry.offsets import without_offsets
 from otfusion_jax.symmetry.scale_folds import folded, folds_of
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.unread_means import without_unread_means
 
 ROUNDING = 1e-4
 """How far from 1 a folded parameter may be: what an average of ones in half precision may give."""
@@ -27,11 +30,13 @@ ROUNDING = 1e-4
 def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     """Chooses among the parameters of a function those that can be compared with another model's.
 
-    The scales of normalisations become 1, by being multiplied into the weights that read them. With
-    scales (see `Symmetry.with_scales`), units that may be scaled are balanced as well: what
-    produces a unit of a ReLU gets the norm of what reads it, and what two matrices compute
-    together, as queries and keys do, is shared evenly between them. Of all parameters that scales
-    can lead to, these have the smallest norm.
+    The scales of normalisations become 1, multiplied into the weights that read them instead, and
+    their biases 0, where every one of these weights has a bias behind it to take them up. Means
+    over units become 0 that nothing reads, as a LayerNorm subtracts them from what weights produce,
+    and from what others consume. With scales (see `Symmetry.with_scales`), units that may be scaled
+    are balanced as well: what produces a unit of a ReLU gets the norm of what reads it, and what
+    two matrices compute together, as queries and keys do, is shared evenly between them. Of all
+    parameters that scales can lead to, these have the smallest norm.
 
     The function stays the same, up to rounding. Leaves stay in their places, so that the result can
     be used wherever the parameters were. `symmetry.freedoms` lists what is changed. A pytree
@@ -59,7 +64,7 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
     # Most parameters may be passed on as they are, and the result must not be the caller's memory.
     owned = jax.tree_util.tree_map(kept, params)
     known = as_numpy(owned)
-    changed = balanced(symmetry, folded(symmetry, known, "params"))
+    changed = balanced(symmetry, simplified(symmetry, known, "params"))
     if changed is known:
         return as_jax(owned)
     return laid_out_like(as_jax(changed), params)
@@ -74,15 +79,36 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
         name: What to call them in the message about scales that can't be made 1.
 
     Returns:
-        The parameters, with scales made 1 if groups rotate, and units balanced that are scaled.
+        The parameters, simplified if groups rotate, and units balanced that are scaled.
 
     Raises:
         ValueError: If a scale can't be made 1, as far as that is known; if units are to be
             balanced and leaves are lazy.
     """
     _require_no_lazy_balances(symmetry, params, name)
-    form = folded(symmetry, params, name) if symmetry.rotates else params
+    form = params
+    if symmetry.rotates:
+        form = simplified(symmetry, params, name)
     return laid_out_like(balanced(symmetry, form), params)
+
+
+def simplified(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
+    """Removes what the function does not need: canonical form but for scales that are balanced.
+
+    Args:
+        symmetry: The symmetry of the network.
+        params: The parameters.
+        name: What to call them in the message about scales that can't be made 1.
+
+    Returns:
+        The parameters, with biases that others take up 0, scales 1, and means 0 that nothing reads.
+
+    Raises:
+        ValueError: If a scale can't be made 1, as far as that is known.
+    """
+    # A bias that is gone is not divided by the scale of its unit, which may be 0.
+    form = folded(symmetry, without_offsets(symmetry, params), name)
+    return without_unread_means(symmetry, form)
 
 
 def _require_no_lazy_balances(symmetry: Symmetry, params: PyTree, name: str) -> None:

@@ -168,7 +168,9 @@ def shows_motions(symmetry: "Symmetry") -> bool:
 
 def _groups_in_rows(symmetry: "Symmetry") -> tuple[Row, list[Row]]:
     """Returns the names of the columns, and a row for each member of each group."""
-    columns = ("group", "units", "move") if shows_motions(symmetry) else ("group", "units")
+    columns: Row = ("group", "units")
+    if shows_motions(symmetry):
+        columns = (*columns, "move", "because of")
     rows: list[Row] = []
     for header, *members in fold([_block_of(symmetry, group) for group in symmetry.groups]):
         for member in fold_rows(members):
@@ -182,12 +184,20 @@ def _block_of(symmetry: "Symmetry", group: Group) -> list[Row]:
     """Returns the rows of a group: its name and size, and a row for each member."""
     header: Row = (group.name, units(group))
     if shows_motions(symmetry):
-        header = (*header, moves_in_words(group))
+        header = (*header, moves_in_words(group), _limit_in_words(symmetry, group))
     rows: list[Row] = [header]
     for member in group.members:
         axis = _axis_in_words(member, group.size)
         rows.append((member.role, member.path, axis))
     return rows
+
+
+def _limit_in_words(symmetry: "Symmetry", group: Group) -> str:
+    """Says what keeps units from moving more freely, without its source line (see `summary`)."""
+    for freedom in symmetry.freedoms:
+        if freedom.group == group.name and freedom.reason is not None:
+            return freedom.reason.partition(" at ")[0]
+    return ""
 
 
 def _axis_in_words(member: Member, size: int) -> str:
@@ -239,7 +249,6 @@ def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
     """
     counts: collections.Counter[Row] = collections.Counter()
     dimensions: collections.Counter[Row] = collections.Counter()
-    folds = 0
     is_more = False
     for freedom in symmetry.freedoms:
         if freedom.group not in symmetry:
@@ -253,7 +262,6 @@ def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
             n = group.size - 1 if freedom.fixes_ones else group.size
             dimensions[row] += count * n * (n - 1) // 2 if freedom.rotates else 0
             dimensions[row] += count * group.size * len(freedom.scales)
-        folds += len(freedom.folds)
         is_more = is_more or freedom.rotates or bool(freedom.scales or freedom.signs)
         counts[row] += 1
     # Of networks whose units are permuted alone there is nothing to say.
@@ -264,10 +272,26 @@ def _freedoms_in_rows(symmetry: "Symmetry") -> list[Row]:
         number = dimensions[moves, why]
         moves = f"{moves}, {number:,} dimensions" if number else moves
         rows.append((str(count), moves, why))
-    if folds and not symmetry.rotates:
-        scales = counted(folds, "scale", "scales")
-        rows.append(("", "", f"with_rotations() makes {scales} 1, see canonicalize"))
+    if changes := _canonical_form_in_words(symmetry):
+        rows.append(("", "", f"canonicalize makes {changes}"))
     return rows
+
+
+def _canonical_form_in_words(symmetry: "Symmetry") -> str:
+    """Says how many parameters are constant in canonical form; nothing if none is."""
+    scales = biases = means = 0
+    for freedom in symmetry.freedoms:
+        scales += len(freedom.folds)
+        biases += len(freedom.offsets)
+        means += len(freedom.unread_means)
+    words = []
+    if scales:
+        words.append(f"{counted(scales, 'scale', 'scales')} 1")
+    if biases:
+        words.append(f"{counted(biases, 'bias', 'biases')} 0")
+    if means:
+        words.append(f"{counted(means, 'mean', 'means')} over units 0")
+    return ", ".join(words)
 
 
 def _freedom_in_words(freedom: Freedom) -> str:

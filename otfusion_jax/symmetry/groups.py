@@ -186,6 +186,42 @@ class Fold:
 
 
 @dataclasses.dataclass(frozen=True)
+class OffsetReader:
+    """What takes up a bias that weights have read.
+
+    Attributes:
+        leaf: The position in `Symmetry.parts` of the bias that is added to what they have read.
+        kernel: The position of the weights.
+        axis: The axis of the weights that the units lie along.
+        axes: Axes of the bias, each with the axis of the weights that it is. Axes of size 1 are
+            left out.
+    """
+
+    leaf: int
+    kernel: int
+    axis: int
+    axes: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Offset:
+    """How a bias that weights alone read is made 0, and the function kept.
+
+    Attributes:
+        leaf: The position of the bias in `Symmetry.parts`. It has one number for each unit, or one
+            for each unit of each layer.
+        axis: The axis of it that the units lie along.
+        readers: The weights that read it, with the biases that take up what they read.
+        layered: Whether the first axis of all of these are the layers that a `scan` goes over.
+    """
+
+    leaf: int
+    axis: int
+    readers: tuple[OffsetReader, ...]
+    layered: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Scaling:
     """How parameters may be multiplied unit by unit, and the function kept.
 
@@ -216,6 +252,10 @@ class Freedom:
             the keys are multiplied by its inverse transpose: they rotate, and may all be scaled.
         stretch: Of units that rotate, by what they are multiplied where they become another number
             of units; None of others.
+        offsets: The biases that are taken up by others, behind the weights that read them.
+        unread_means: The positions of the parameters in `Symmetry.parts` whose mean over the units
+            nothing reads once scales are 1 and these biases 0, as a mean over units is subtracted
+            from what they produce, or from what they consume. Each with the axis of the units.
         reason: The primitive and the source line that stand in the way of rotations, or of those
             that do not fix the ones; None if nothing does. Two freedoms that differ in this alone
             are equal.
@@ -229,6 +269,8 @@ class Freedom:
     signs: tuple[Scaling, ...] = ()
     linear: bool = False
     stretch: Stretch | None = None
+    offsets: tuple[Offset, ...] = ()
+    unread_means: tuple[tuple[int, int], ...] = ()
     reason: str | None = dataclasses.field(default=None, compare=False)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
 
 FORMAT = "otfusion_jax.Symmetry"
-VERSION = 2
+VERSION = 3
 # Trees are walked by recursion, here and in JAX.
 _MOST_LEVELS = 200
 _TOP = "the tree of parameters"
@@ -163,8 +163,7 @@ def loads(text: str) -> dict[str, Any]:
             f" reads versions 1 to {VERSION}: trace it again, or use the library that saved it"
         )
     _require_names(record, {"format", "version", "tree", *_PARTS}, "the symmetry")
-    if version == 1:
-        record = _upgraded(record)
+    record = _upgraded(record, version)
     fields: dict[str, Any] = {}
     for name, kind in _PARTS.items():
         fields[name] = _from_json(record[name], tuple[kind, ...], name)
@@ -174,16 +173,21 @@ def loads(text: str) -> dict[str, Any]:
     return fields
 
 
-def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns what version 1 has as version 2 says it: it knows no `stretch`."""
+def _upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
+    """Returns what an older version has as this one says it."""
+    added: dict[str, dict[str, Any]] = {}
+    if version < 2:
+        added = {"groups": {"stretch": None}, "freedoms": {"stretch": None}}
+    if version < 3:
+        added["freedoms"] = {**added.get("freedoms", {}), "offsets": [], "unread_means": []}
     upgraded = dict(record)
-    for name in ("groups", "freedoms"):
+    for name, fields in added.items():
         if not isinstance(record[name], list):
             continue
         entries = []
         for entry in record[name]:
             # What is no object is named where it is read.
-            entries.append({**entry, "stretch": None} if isinstance(entry, dict) else entry)
+            entries.append({**entry, **fields} if isinstance(entry, dict) else entry)
         upgraded[name] = entries
     return upgraded
 

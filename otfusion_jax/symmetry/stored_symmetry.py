@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, LeafSplit, Member, Pin, Scaling
+from otfusion_jax.symmetry.groups import (
+    Fold,
+    Freedom,
+    Group,
+    Leaf,
+    LeafSplit,
+    Member,
+    Offset,
+    Pin,
+    Scaling,
+)
 from otfusion_jax.symmetry.location import StridedIndex
 from otfusion_jax.symmetry.stretch import Stretch
 
@@ -96,6 +106,11 @@ def require_consistent(
             _require_scaling(scaling, parts, entry.below(".scales", position))
         for position, scaling in enumerate(freedom.signs):
             _require_scaling(scaling, parts, entry.below(".signs", position))
+        for position, offset in enumerate(freedom.offsets):
+            _require_offset(offset, parts, entry.below(".offsets", position))
+        for leaf, axis in freedom.unread_means:
+            entry.require_part(leaf, parts, ".unread_means")
+            entry.require_axis(axis, parts[leaf].shape, ".unread_means")
         _require_stretch(freedom.stretch, entry)
 
 
@@ -213,6 +228,25 @@ def _require_fold(fold: Fold, parts: Sequence[Leaf], entry: _Entry) -> None:
         entry.require_part(leaf, parts, ".others")
         entry.require(power in (-1, 1), ".others", power, "-1 or 1")
     entry.require(fold.shift in (0, 1), ".shift", fold.shift, "0 or 1")
+
+
+def _require_offset(offset: Offset, parts: Sequence[Leaf], entry: _Entry) -> None:
+    entry.require_part(offset.leaf, parts)
+    shape = parts[offset.leaf].shape
+    entry.require_axis(offset.axis, shape)
+    for number, reader in enumerate(offset.readers):
+        place = entry.below(".readers", number)
+        place.require_part(reader.leaf, parts)
+        place.require_part(reader.kernel, parts, ".kernel")
+        of_bias, of_kernel = parts[reader.leaf].shape, parts[reader.kernel].shape
+        place.require_axis(reader.axis, of_kernel)
+        fits = shape[offset.axis] == of_kernel[reader.axis]
+        place.require(fits, ".axis", reader.axis, "an axis of as many units as the bias has")
+        for bias_axis, kernel_axis in reader.axes:
+            place.require_axis(bias_axis, of_bias, ".axes")
+            place.require_axis(kernel_axis, of_kernel, ".axes")
+            fits = of_bias[bias_axis] == of_kernel[kernel_axis]
+            place.require(fits, ".axes", (bias_axis, kernel_axis), "two axes of one size")
 
 
 def _require_stretch(stretch: Stretch | None, entry: _Entry) -> None:

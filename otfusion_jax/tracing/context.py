@@ -386,6 +386,9 @@ class RuleContext(EquationContext):
         # Each round ties one more axis at least. A body that takes axes apart anew in every round
         # would never come to an end: it is given up, and what it carries does not move.
         rounds_left = _SPARE_ROUNDS + sum(len(value.axes) for value in carry)
+        # What is carried is another value in each iteration, and what the loop starts from may be
+        # used in its body, too.
+        carry = [self.one_of(value, [value]) for value in carry]
         while True:
             counts = [len(found) for found in readings]
             results = body(carry)

@@ -19,10 +19,11 @@ from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 
-from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Scaling
+from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Offset, Scaling
 from otfusion_jax.symmetry.stretch import Stretch
 from otfusion_jax.tracing.algebras import PositiveScales, Rotations, Scales, Signs, Vector
 from otfusion_jax.tracing.axis import Axis, Kind, Sum, factors_of
+from otfusion_jax.tracing.dataflow import Dataflow
 from otfusion_jax.tracing.group_collection import CollectedGroups
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
@@ -40,8 +41,11 @@ from otfusion_jax.tracing.laws import (
     law_of,
     rounds_finely,
 )
+from otfusion_jax.tracing.offsets import Parameters, find_offset
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.rules.families import P
+from otfusion_jax.tracing.units import Units
+from otfusion_jax.tracing.unread_means import unread_means
 from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.widths import Widths
 
@@ -74,8 +78,16 @@ def find_freedoms(
             signs = program.scalings(variable, Signs())
             linear = _is_linear(group, freedom, scales)
             stretch = program.stretch(variable, group, freedom) if freedom.rotates else None
+            offsets = program.offsets(variable, group, parts)
+            unread = program.unread_means(variable, group, freedom.folds, offsets)
             freedom = dataclasses.replace(
-                freedom, scales=scales, signs=signs, linear=linear, stretch=stretch
+                freedom,
+                scales=scales,
+                signs=signs,
+                linear=linear,
+                stretch=stretch,
+                offsets=offsets,
+                unread_means=unread,
             )
             freedoms.append(freedom)
     return tuple(freedoms)
@@ -152,6 +164,18 @@ def _is_vector_of(leaf: Leaf, group: Group) -> bool:
     return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
 
 
+def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
+    """Whether all that has to do with an offset are real numbers of some precision."""
+    leaves = [offset.leaf]
+    for reader in offset.readers:
+        leaves += [reader.leaf, reader.kernel]
+    for leaf in leaves:
+        dtype = parts[leaf].dtype
+        if not jnp.issubdtype(dtype, jnp.floating) or not rounds_finely(dtype):
+            return False
+    return True
+
+
 def _holds_multiples(leaf: Leaf, scale: Leaf) -> bool:
     """Whether a parameter can be multiplied by a scale: one that is real not by complex numbers."""
     is_complex = [jnp.issubdtype(part.dtype, jnp.complexfloating) for part in (leaf, scale)]
@@ -167,7 +191,8 @@ class _Program:
         self._groups = frozenset(collected.names)
         self._transfers_of: dict[int, list[Transfer]] = {variable: [] for variable in self._groups}
         self._occurrences = functools.cache(self._groups_along)
-        self._widths = Widths(self._interpreter, self._occurrences)
+        self._dataflow = Dataflow(self._interpreter)
+        self._widths = Widths(self._interpreter, self._dataflow, self._occurrences)
         self.shifted = self._find_shifted()
         for transfer in self._interpreter.transfers:
             self._add(transfer)
@@ -310,6 +335,73 @@ class _Program:
                 value = TracedValue(tuple(axes), Kind.PARAMETER, number)
                 parameters.append((value, parameter))
         return self._widths.stretch(group, variable, parameters)
+
+    def offsets(self, variable: int, group: Group, parts: Sequence[Leaf]) -> tuple[Offset, ...]:
+        """Finds the biases that others can take up.
+
+        Args:
+            variable: The axis variable of the group.
+            group: The group.
+            parts: The parts of the parameters.
+        """
+        found = []
+        for member in group.having("produces"):
+            sizes = [size for size in parts[member.leaf].shape if size > 1]
+            is_vector = sizes == [group.size]
+            if not is_vector and not (len(sizes) == 2 and self.is_sliced(member.leaf)):
+                continue
+            offset = find_offset(
+                self._dataflow,
+                self._shapes,
+                self._interpreter.outputs,
+                self._units(variable, group),
+                (member.leaf, member.axis),
+            )
+            if offset is not None and _hold_offset(offset, parts):
+                found.append(offset)
+        return tuple(found)
+
+    @functools.cached_property
+    def _shapes(self) -> Parameters:
+        return Parameters(self._interpreter, self._dataflow, self._param_axes)
+
+    def _units(self, variable: int, group: Group) -> Units:
+        return Units(group.size, lambda value: self._dims_of(value.axes, variable))
+
+    def unread_means(
+        self,
+        variable: int,
+        group: Group,
+        folds: Sequence[Fold],
+        offsets: Sequence[Offset],
+    ) -> tuple[tuple[int, int], ...]:
+        """Finds the parameters whose mean over the units nothing reads.
+
+        Args:
+            variable: The axis variable of the group.
+            group: The group.
+            folds: The scales that are taken to be 1.
+            offsets: The biases that are taken to be 0.
+        """
+        names = {transfer.context.eqn.primitive for transfer in self._transfers_of[variable]}
+        # Nothing subtracts a mean of units that are never summed up.
+        if P.reduce_sum_p not in names:
+            return ()
+        parameters = []
+        level, zeros = set(), set()
+        folded = {fold.leaf for fold in folds}
+        without = {offset.leaf for offset in offsets}
+        for number, parameter in self._parameters(variable):
+            if parameter in folded:
+                level.add(number)
+            if parameter in without:
+                zeros.add(number)
+        for number, parameter in self._parameters(variable, as_sums=False):
+            if parameter not in folded | without:
+                value = TracedValue(tuple(self._param_axes[parameter]), Kind.PARAMETER, number)
+                parameters.append((value, parameter))
+        units = self._units(variable, group)
+        return unread_means(self._interpreter, self._dataflow, units, parameters, level, zeros)
 
     def is_sliced(self, parameter: int) -> bool:
         """Whether a loop takes slices of a parameter, one in each iteration."""

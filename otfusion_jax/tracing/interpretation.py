@@ -168,6 +168,7 @@ def _interpret_trace(
         args.append(interpreter.numbered(TracedValue(axes, Kind.FEATURE)))
     consts = list(map(interpreter.constant, trace.jaxpr.consts))
     outputs = interpreter.run(trace.jaxpr.jaxpr, consts, args, path)
+    interpreter.outputs += [output.number for output in outputs]
     for number, output in enumerate(outputs):
         name = "the output" if len(outputs) == 1 else f"output {number}"
         for dim, axis in enumerate(output.axes):

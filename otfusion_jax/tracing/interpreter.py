@@ -66,6 +66,7 @@ class Interpreter:
         ones: The numbers of the constants that are 1 throughout.
         numbers: For the numbers of constants of one entry what that is.
         parameters: For the number of a value that is a parameter, which one it is.
+        outputs: The numbers of the values that the program returns.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
             identity of its equation.
     """
@@ -89,6 +90,7 @@ class Interpreter:
         self.ones: set[int] = set()
         self.numbers: dict[int | None, float] = {}
         self.parameters: dict[int | None, int] = {}
+        self.outputs: list[int | None] = []
         self.sliced: list[tuple[int | None, int]] = []
         self._values_numbered = 0
 

@@ -10,12 +10,13 @@ from jaxtyping import Array
 from otfusion_jax.common.arguments import require_arrays
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import randomly_scaled
+from otfusion_jax.symmetry.canonical import simplified
 from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import is_permutation
-from otfusion_jax.symmetry.scale_folds import folded
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.symmetry.unread_means import with_random_means
 from otfusion_jax.tracing.activations import require_samples
 from otfusion_jax.tracing.misuse import find_mistake, require_params_first
 from otfusion_jax.tracing.programs import EntryPoint, Program, entry_points
@@ -34,8 +35,8 @@ def check_symmetry(
 
     Twice: by permutations that leave no unit in place, and by uniform ones. Groups that rotate (see
     `Symmetry.with_rotations`) are multiplied by random orthogonal matrices, after `canonicalize`,
-    those that are signed change their signs at random, and those that are scaled are multiplied by
-    scales between 1/2 and 2.
+    and means over units that nothing reads get random numbers. Groups that are signed change their
+    signs at random, and those that are scaled are multiplied by scales between 1/2 and 2.
 
     Args:
         symmetry: The symmetry to be certified.
@@ -69,10 +70,12 @@ def check_symmetry(
     # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
     _refuse_traced((params, inputs, functions, uniform))
     # Rotations are those of parameters in canonical form, which computes the same as well.
-    in_place = folded(symmetry, params, "params") if symmetry.rotates else params
+    in_place = simplified(symmetry, params, "params") if symmetry.rotates else params
     moved_models = []
     for plans in (_without_fixed_points(uniform), uniform):
         moved = transport(symmetry, plans, in_place)
+        if symmetry.rotates:
+            moved = with_random_means(symmetry, moved, key)
         moved_models.append(randomly_scaled(symmetry, moved, key))
     errors = []
     for entry_point in functions:

@@ -13,18 +13,15 @@ otherwise as a constant. Both networks are asked, and what one of them says by c
 would have to say by chance as well (see `symmetry.stretch.difference`).
 """
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.stretch import Stretch
+from otfusion_jax.tracing.dataflow import Dataflow
 from otfusion_jax.tracing.interpreter import Interpreter
-from otfusion_jax.tracing.laws import UNCHANGED
-from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.width_powers import CONSUMED, NOTHING, PRODUCED, Number
 from otfusion_jax.tracing.width_trail import Demand, Occurrences, Trail
@@ -32,53 +29,22 @@ from otfusion_jax.tracing.width_trail import Demand, Occurrences, Trail
 _CONSISTENT = 1e-6
 """By how much equations between powers, which are small fractions, may be missed by rounding."""
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.true_divide,
-    "neg": np.negative,
-    "pow": np.float_power,
-    "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-}
-"""What programs do to numbers that are known, such as the root of the number of dimensions."""
-
 
 class Widths:
     """The equations of a program, to be asked what other numbers of units would do.
 
     Args:
         interpreter: The finished pass over the program.
+        dataflow: The equations of the program.
         occurrences: What finds the units along an axis.
     """
 
-    def __init__(self, interpreter: Interpreter, occurrences: Occurrences) -> None:
+    def __init__(
+        self, interpreter: Interpreter, dataflow: Dataflow, occurrences: Occurrences
+    ) -> None:
         self._interpreter = interpreter
+        self._dataflow = dataflow
         self._occurrences = occurrences
-        self._numbers = dict(interpreter.numbers)
-        self._users: dict[int | None, list[int]] = {}
-        for position, transfer in enumerate(interpreter.transfers):
-            for value in transfer.operands:
-                self._users.setdefault(value.number, []).append(position)
-            self._note_number(transfer)
-
-    def _note_number(self, transfer: Transfer) -> None:
-        """Notes the result of an equation between numbers that are known."""
-        eqn = transfer.context.eqn
-        found = []
-        for value in transfer.operands:
-            found.append(self._numbers.get(value.number))
-        if transfer.form != "equation" or len(transfer.results) != 1 or None in found or not found:
-            return
-        number = transfer.results[0].number
-        function = _FUNCTIONS.get(eqn.primitive.name)
-        with np.errstate(all="ignore"):
-            # A cast or a broadcast is the same number, and a root of one is another that is known.
-            if eqn.primitive in UNCHANGED:
-                self._numbers[number] = found[0]
-            elif function is not None:
-                self._numbers[number] = float(function(*found))
 
     def stretch(
         self, group: Group, variable: int, parameters: Sequence[tuple[TracedValue, int]]
@@ -94,10 +60,12 @@ class Widths:
         Returns:
             The powers for both roles, the smallest that there are, or why there are none.
         """
-        trail = Trail(self._interpreter, self._numbers, self._occurrences, variable, group.size)
-        self._follow(trail, self._first_users(trail, group, parameters))
+        numbers = self._dataflow.numbers
+        trail = Trail(self._interpreter, numbers, self._occurrences, variable, group.size)
+        _note_parameters(trail, group, parameters)
+        self._dataflow.follow(list(trail.powers), trail.follow)
         for number, power in trail.powers.items():
-            if power.order == 0 and number not in self._users:
+            if power.order == 0 and number not in self._dataflow.users:
                 trail.demand(power, "an output")
         # One array has one factor, whichever way it is read.
         if _has_both_roles(group):
@@ -105,34 +73,18 @@ class Widths:
             trail.demands.append(Demand(1, -1, 0, source))
         return _solved(trail.demands, tuple(dict.fromkeys(trail.constants)))
 
-    def _first_users(
-        self, trail: Trail, group: Group, parameters: Sequence[tuple[TracedValue, int]]
-    ) -> list[int]:
-        """Notes the powers of parameters, and returns the equations that take them."""
-        roles = {(member.leaf, member.axis): member.role for member in group.members}
-        waiting: list[int] = []
-        for value, leaf in parameters:
-            power = NOTHING
-            for dim in dict.fromkeys(trail.dims_of(value)):
-                is_consumed = roles[(leaf, dim)] == "consumes"
-                power = power.plus(CONSUMED if is_consumed else PRODUCED)
-            trail.powers[value.number or 0] = power
-            waiting += self._users.get(value.number, [])
-        return waiting
 
-    def _follow(self, trail: Trail, waiting: list[int]) -> None:
-        """Goes through all equations that the units get to."""
-        heapq.heapify(waiting)
-        last = -1
-        while waiting:
-            # In dataflow order, and each equation once.
-            position = heapq.heappop(waiting)
-            if position == last:
-                continue
-            last = position
-            for number in trail.follow(self._interpreter.transfers[position]):
-                for user in self._users.get(number, []):
-                    heapq.heappush(waiting, user)
+def _note_parameters(
+    trail: Trail, group: Group, parameters: Sequence[tuple[TracedValue, int]]
+) -> None:
+    """Notes the powers of parameters."""
+    roles = {(member.leaf, member.axis): member.role for member in group.members}
+    for value, leaf in parameters:
+        power = NOTHING
+        for dim in dict.fromkeys(trail.dims_of(value)):
+            is_consumed = roles[(leaf, dim)] == "consumes"
+            power = power.plus(CONSUMED if is_consumed else PRODUCED)
+        trail.powers[value.number or 0] = power
 
 
 def _has_both_roles(group: Group) -> bool:
