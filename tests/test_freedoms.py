@@ -220,6 +220,12 @@ def twice(ctx, values):
 CLAIMS = {
     "linear": Claim(on_stream(lambda p, h: h)),
     "RMSNorm": Claim(on_stream(lambda p, h: rms(h))),
+    "RMSNorm by powers": Claim(
+        on_stream(lambda p, h: h * (jnp.mean(h**2.0, -1, keepdims=True) + 1e-6) ** -0.5)
+    ),
+    "RMSNorm of absolute values": Claim(
+        on_stream(lambda p, h: h / jnp.sqrt(jnp.mean(jnp.abs(h) ** 2, -1, keepdims=True) + 1e-6))
+    ),
     "L2 norm": Claim(on_stream(lambda p, h: h / jnp.linalg.norm(h, axis=-1, keepdims=True))),
     "LayerNorm": Claim(on_stream(lambda p, h: layer_norm(h)), fixes_ones=True),
     "a scale that starts from 0": Claim(
@@ -332,6 +338,9 @@ REFUSALS = {
         on_stream(lambda p, h: layer_norm(h) + jnp.tanh(p["bias"])),
         STREAM | {"bias": (D,)},
         ALONG | {"bias": (0,)},
+    ),
+    "a norm of the third power": Refusal(
+        on_stream(lambda p, h: h / (1 + jnp.mean(jnp.abs(h) ** 3.0, -1, keepdims=True)))
     ),
     "a scale that a nonlinearity reads": Refusal(
         on_stream(lambda p, h: rms(h) * jnp.exp(p["scale"])), SCALED

@@ -107,6 +107,9 @@ CLAIMS = {
         hidden(lambda p, h: jnp.sqrt(jax.nn.relu(h) + 0 * h)),
         ({("w", 1): 2, ("b", 0): 2, ("v", 0): -1},),
     ),
+    "ReLU to a power that is no whole number": Claim(
+        hidden(lambda p, h: jax.nn.relu(h) ** 1.5), ({("w", 1): 2, ("b", 0): 2, ("v", 0): -3},)
+    ),
     "squared ReLU": Claim(
         hidden(lambda p, h: jax.nn.relu(h) ** 2), ({("w", 1): 1, ("b", 0): 1, ("v", 0): -2},)
     ),

@@ -92,7 +92,8 @@ def _taken_up(
         The bias, of its own shape and dtype.
     """
     xp = array_module(array, kernel, bias)
-    wide = xp.result_type(array.dtype, xp.float32)
+    # Half precision would lose the digits of sums.
+    wide = xp.float32 if array.dtype.itemsize < 4 else array.dtype
     # Axes of the weights are called by their numbers, and axes of size 1 by numbers of their own.
     of_kernel = list(range(kernel.ndim))
     of_bias = [kernel.ndim + number for number in range(bias.ndim)]

@@ -77,7 +77,7 @@ def _centred(structure: LeafStructure, array: Array, number: int) -> Array:
         if unit_axis.is_in(block):
             xp = array_module(block.array)
             dim = block.dims.index(unit_axis.dim)
-            wide = xp.result_type(block.array.dtype, xp.float32)
+            wide = xp.float32 if array.dtype.itemsize < 4 else array.dtype
             units = block.array.astype(wide)
             mean = units.mean(axis=dim, keepdims=True)
             # What rounding alone leaves of a mean of 0, here and where the parameter was made.

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from otfusion_jax.tracing.laws import ZERO, Algebra, Form, PerAxis, Standing
+from otfusion_jax.tracing.laws import FORMS, ZERO, Algebra, Form, PerAxis, Standing
 
 
 class Vector(NamedTuple):
@@ -39,6 +39,16 @@ class Pair(NamedTuple):
     """
 
     parameters: frozenset[int]
+
+
+class Magnitude(NamedTuple):
+    """The absolute values of a vector, of which nothing but the squares may be used.
+
+    Attributes:
+        vector: The vector.
+    """
+
+    vector: Vector
 
 
 class Rotations(Algebra):
@@ -92,7 +102,16 @@ class Rotations(Algebra):
 
     def power(self, x: Standing, exponent: int) -> Standing:
         """See `Algebra.power`."""
-        return self.product(x, x) if exponent == 2 else self.other([x])
+        if exponent != 2:
+            return self.other([x])
+        root = x.vector if isinstance(x, Magnitude) else x
+        return self.product(root, root)
+
+    def function(self, x: Standing, form: Form) -> Standing:
+        """See `Algebra.function`."""
+        if isinstance(x, Vector) and form == FORMS["abs"]:
+            return Magnitude(x)
+        return self.other([x])
 
     def contracted(self, x: Standing, y: Standing) -> None:
         """See `Algebra.contracted`."""
@@ -109,6 +128,8 @@ class Rotations(Algebra):
         """See `Algebra.summed`. The sum is the inner product with the ones."""
         if isinstance(x, Vector):
             self._demand_ones()
+        if isinstance(x, Magnitude):
+            self.other([x])
 
     def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
         """See `Algebra.other`."""
@@ -116,13 +137,13 @@ class Rotations(Algebra):
         for standing in standings:
             if isinstance(standing, Pair):
                 self.in_the_way |= standing.parameters
-        if unknown or any(isinstance(x, Vector | Pair) for x in standings):
+        if unknown or any(isinstance(x, Vector | Pair | Magnitude) for x in standings):
             self.refused = self.refused or self.source
         return None
 
     def along_several(self, standings: Sequence[Standing]) -> Standing:
         """See `Algebra.along_several`. A matrix is multiplied from both sides, a pair is not."""
-        if any(isinstance(x, Pair) for x in standings):
+        if any(isinstance(x, Pair | Magnitude) for x in standings):
             return self.other(standings)
         return Vector() if any(isinstance(x, Vector) for x in standings) else None
 

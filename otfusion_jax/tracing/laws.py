@@ -18,6 +18,7 @@ is the whole of what is claimed. docs/rules.md says how to add to it.
 
 import abc
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -140,6 +141,7 @@ class UnitFlow:
         standings: For each operand how it stands to the units.
         operand_dims: For each operand the numbers of the axes that the units lie along.
         result_dims: The same for each result.
+        numbers: For each operand the number that it is throughout; None where that is not known.
         may_hold: For each operand whether units lie along an axis of it, or could, as they could
             along one on which it is constant and that is long enough.
     """
@@ -150,6 +152,7 @@ class UnitFlow:
     standings: tuple[Standing, ...]
     operand_dims: tuple[tuple[int, ...], ...]
     result_dims: tuple[tuple[int, ...], ...]
+    numbers: tuple[float | None, ...]
     may_hold: tuple[bool, ...]
 
     def quantises(self) -> bool:
@@ -376,6 +379,19 @@ def square(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
 def integer_pow(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Raised to a power."""
     return flow.for_results(algebra.power(flow.standings[0], flow.params["y"]))
+
+
+@law([P.pow_p])
+def raised(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Raised to a power that may be any number; what it is, is known, or it is another function."""
+    x, exponent = flow.standings
+    number = flow.numbers[1]
+    if _varies(exponent) or number is None or not math.isfinite(number):
+        return flow.for_results(algebra.other(flow.standings))
+    if number.is_integer():
+        return flow.for_results(algebra.power(x, int(number)))
+    # Of a negative number it is NaN, and so it is of its multiples.
+    return flow.for_results(algebra.function(x, Form(None, Fraction(number))))
 
 
 # --- functions of single values

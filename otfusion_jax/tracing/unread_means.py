@@ -115,8 +115,9 @@ class _Search:
             laws.select_n: lambda _, x: self._one_of(x[1:], x[:1]),
             laws.mul: self._product,
             laws.div: self._quotient,
-            laws.square: self._power,
-            laws.integer_pow: self._power,
+            laws.square: lambda _, x: self._power(x, 2),
+            laws.integer_pow: lambda transfer, x: self._power(x, transfer.context.eqn.params["y"]),
+            laws.raised: lambda _, x: self._power(x, self._numbers.get(x[1].value.number)),
             laws.reduce_sum: self._summed,
             laws.dot_general: self._contracted,
             laws.conv_general_dilated: self._convolved,
@@ -289,7 +290,7 @@ class _Search:
             return product_of_moments(x.standing, y.standing) or self._unknown(operands)
         if isinstance(x.standing, Shifted) and isinstance(y.standing, Shifted):
             if x.standing.source == y.standing.source:
-                return self._power(transfer, [x])
+                return self._power([x], 2)
         return self._unknown(operands)
 
     def _quotient(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
@@ -302,13 +303,12 @@ class _Search:
             return Shifted(x.standing.leaves) if changes(x.standing) else x.standing
         return self._unknown(operands)
 
-    def _power(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
+    def _power(self, operands: list[_Operand], exponent: float | None) -> Standing:
         """An operand is multiplied by itself, or raised to another power."""
-        (x,) = [operand.standing for operand in operands]
-        is_square = transfer.context.eqn.params.get("y", 2) == 2
-        if is_square and isinstance(x, Shifted) and x.source:
+        x = operands[0].standing
+        if exponent == 2 and isinstance(x, Shifted) and x.source:
             return Squared(x.leaves, x.source)
-        if is_square and isinstance(x, Moment):
+        if exponent == 2 and isinstance(x, Moment):
             return product_of_moments(x, x) or self._unknown(operands)
         return self._unknown(operands)
 

@@ -7,6 +7,7 @@ rotated does. `widths` asks where a trail begins, and what comes of the demands.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from jax.extend import core
@@ -126,7 +127,7 @@ class Trail:
             # Which of two is larger stays the same if both grow alike.
             self._alike(operands)
             return [None]
-        degree = _degree(eqn)
+        degree = self._degree(transfer)
         if degree is not None:
             return [None if powers[0] is None else powers[0].scaled(degree)]
         if law in _ALIKE:
@@ -232,6 +233,19 @@ class Trail:
                 power = power._replace(count=power.count * max(size, 1))
         return power
 
+    def _degree(self, transfer: Transfer) -> Number | None:
+        """Returns the degree of a function of one number; None of what is no such function."""
+        eqn = transfer.context.eqn
+        name = eqn.primitive.name
+        if name == "integer_pow":
+            return int(eqn.params["y"])
+        if name == "square":
+            return 2
+        if name == "pow":
+            number = self.numbers.get(transfer.operands[1].number)
+            return None if number is None or not math.isfinite(number) else Fraction(number)
+        return FORMS[name].degree if name in FORMS else None
+
     def _contracted(self, transfer: Transfer) -> Power | None:
         """Two values are contracted, over the units or over other axes."""
         (x, y), eqn = transfer.operands, transfer.context.eqn
@@ -268,16 +282,6 @@ def _contracted_dims(eqn: core.JaxprEqn) -> list[tuple[int, int]]:
     if eqn.primitive.name == "dot_general":
         return list(zip(*numbers[0], strict=True))
     return [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
-
-
-def _degree(eqn: core.JaxprEqn) -> Number | None:
-    """Returns the degree of a function of one number; None of what is no such function."""
-    name = eqn.primitive.name
-    if name == "integer_pow":
-        return int(eqn.params["y"])
-    if name == "square":
-        return 2
-    return FORMS[name].degree if name in FORMS else None
 
 
 def _all(operands: Sequence[TracedValue]) -> range:
