@@ -63,6 +63,8 @@ class Study(abc.ABC):
 
     command: ClassVar[str]
     """The name of the subcommand."""
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+    """Flags of several values that may be given without one."""
 
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the models."""
@@ -110,8 +112,8 @@ class Study(abc.ABC):
             ValueError: A flag makes no sense; the message says which, and what would.
         """
         for field in dataclasses.fields(self):
-            # A flag that takes several values also takes none, which no study has a use for.
-            if getattr(self, field.name) == ():
+            # A flag that takes several values also takes none, which hardly any has a use for.
+            if getattr(self, field.name) == () and field.name not in self.may_be_empty:
                 flag = field.name.replace("_", "-")
                 raise ValueError(f"--{flag} has no value; give at least one.")
         for name, count in (("train", self.train_images), ("test", self.test_images)):

@@ -108,6 +108,11 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     assert "fitted to 100 inputs" in report
 
 
+def test_the_one_call_is_measured_alone(tmp_path: Path):
+    records = run(tmp_path, "merge", *SMALL, "--images", "100", "--no-drawn", "--methods")
+    assert names(records, "method") == ["model A", "model B", "ensemble", "merge, 100 images"]
+
+
 def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["merge", "--seeds", "0", "1", "2"]) == 2
     assert "two for each pair" in capsys.readouterr().err

@@ -34,6 +34,7 @@ class Merge(Study):
     """Compare `otf.merge` with every single method on each pair of seeds."""
 
     command: ClassVar[str] = "merge"
+    may_be_empty: ClassVar[tuple[str, ...]] = ("methods",)
 
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the models, two for each pair."""
@@ -49,7 +50,10 @@ class Merge(Study):
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
         tyro.conf.arg(
             metavar="METHOD [METHOD ...]",
-            help=f"Single methods to compare with, with all corrections, of {listed(VARIANTS)}.",
+            help=(
+                "Single methods to compare with, with all corrections; without a METHOD none. "
+                f"Of {listed(VARIANTS)}."
+            ),
         ),
     ] = tuple(METHODS.values())
 
