@@ -491,3 +491,15 @@ def test_functions_that_speak_of_devices_have_symmetries(fn, count):
     assert [group.size for group in symmetry.groups] == [16, 24][-count:]
     moved = otf.transport(symmetry, symmetry.random(jax.random.key(0)), params)
     np.testing.assert_allclose(fn(moved, x), fn(params, x), atol=1e-5)
+
+
+def test_what_a_device_does_with_its_part_is_followed():
+    def share(stream: Any) -> Any:
+        return jax.lax.psum(jnp.sum(jnp.tanh(stream)), "fsdp")
+
+    total = jax.shard_map(share, mesh=ROW, in_specs=P("fsdp", None), out_specs=P())
+    params, x = {"in": np.ones((4, 6), np.float32)}, np.ones((8, 4), np.float32)
+    (freedom,) = otf.trace_symmetry(lambda p, x: total(x @ p["in"]), params, x).freedoms
+    # A tanh looks at each unit.
+    assert not freedom.rotates
+    assert not freedom.unread_means

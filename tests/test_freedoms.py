@@ -339,6 +339,12 @@ REFUSALS = {
         STREAM | {"bias": (D,)},
         ALONG | {"bias": (0,)},
     ),
+    "sums of absolute values, squared": Refusal(
+        on_stream(lambda p, h: h / (1 + jnp.sum(jnp.sum(jnp.abs(h), 0) ** 2)))
+    ),
+    "running sums of absolute values, squared": Refusal(
+        on_stream(lambda p, h: h * jnp.sum(jnp.cumsum(jnp.abs(h), 0) ** 2, -1, keepdims=True))
+    ),
     "a norm of the third power": Refusal(
         on_stream(lambda p, h: h / (1 + jnp.mean(jnp.abs(h) ** 3.0, -1, keepdims=True)))
     ),

@@ -28,6 +28,8 @@ SHAPES = {
     "v": (UNITS, READ),
     "e": (1, READ),
     "out": (READ, 2),
+    "square": (UNITS, UNITS),
+    "number": (),
 }
 
 
@@ -144,6 +146,99 @@ def test_layers_of_a_loop_have_biases_of_their_own():
     assert_allclose(fn(canonical, x), fn(params, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: x, lambda x: x.astype(jnp.bfloat16).astype(x.dtype), jnp.flip]
+)
+def test_layers_that_are_changed_before_the_loop(change):
+    def fn(p, x):
+        def block(stream, layer):
+            b, w, d, back = layer
+            read = (normalised(stream) + b[None]) @ w + d[None]
+            return stream + jnp.tanh(read) @ back, None
+
+        layers = change(p["b"]), p["w"].swapaxes(0, 1), change(p["d"]), p["back"]
+        return jax.lax.scan(block, x @ p["in"], layers)[0] @ p["v"]
+
+    shapes = {
+        "in": (3, UNITS),
+        "b": (6, UNITS),
+        "w": (UNITS, 6, READ),
+        "d": (6, READ),
+        "back": (6, READ, UNITS),
+        "v": (UNITS, 2),
+    }
+    # The layers of the weights are no first axis.
+    assert offsets_of(fn, shapes) == {}
+    params, x = normals(shapes, seed=1), normals({"x": (TOKENS, 3)}, seed=2)["x"]
+    canonical = otf.canonicalize(otf.trace_symmetry(fn, params, x), params)
+    assert_allclose(fn(canonical, x), fn(params, x), rtol=0.02, atol=0.02)
+
+
+def test_a_single_output_has_a_number_for_a_bias():
+    def fn(p, x):
+        return (normalised(x @ p["in"]) + p["b"]) @ p["w"] + p["number"]
+
+    shapes = {"in": (3, UNITS), "b": (1, UNITS), "w": (UNITS,), "number": ()}
+    assert offsets_of(fn, shapes) == {"b": {"number": "w"}}
+    params, x = normals(shapes, seed=1), normals({"x": (TOKENS, 3)}, seed=2)["x"]
+    canonical = otf.canonicalize(otf.trace_symmetry(fn, params, x), params)
+    assert_allclose(fn(canonical, x), fn(params, x), rtol=1e-4, atol=1e-4)
+
+
+def loops_in_loops(p, x):
+    """Adds the bias of one layer, and reads with the weights of all."""
+    y = normalised(x @ p["in"])
+    layers = p["b"], p["w"], p["d"]
+
+    def outer(total, layer):
+        def inner(total, other):
+            return total + jnp.tanh((y + layer[0][None]) @ other[1] + other[2][None]), None
+
+        return total + jax.lax.scan(inner, jnp.zeros((TOKENS, READ)), layers)[0], None
+
+    return jax.lax.scan(outer, jnp.zeros((TOKENS, READ)), layers)[0] @ p["out"]
+
+
+def the_same_loop_twice(p, x):
+    """Adds the biases of layers, and reads with weights that lie the other way round."""
+
+    @jax.jit
+    def loop(streams, b, w, d):
+        def step(carry, layer):
+            stream, b, w, d = layer
+            return carry, (stream + b[None], stream @ w + d[None])
+
+        return jax.lax.scan(step, 0.0, (streams, b, w, d))[1]
+
+    y = jnp.stack([normalised(x @ p["in"])] * 6)
+    added, _ = loop(y, p["b"], p["w0"], p["d0"])
+    _, read = loop(added[::-1], p["b0"], p["w"], p["d"])
+    return jnp.tanh(read).sum(0) @ p["out"]
+
+
+@pytest.mark.parametrize("fn", [loops_in_loops, the_same_loop_twice])
+def test_layers_of_two_loops_are_told_apart(fn):
+    shapes = {"in": (3, UNITS), "out": (READ, 2)}
+    for end in ("", "0"):
+        shapes |= {f"b{end}": (6, UNITS), f"w{end}": (6, UNITS, READ), f"d{end}": (6, READ)}
+    assert "b" not in offsets_of(fn, shapes)
+    params, x = normals(shapes, seed=1), normals({"x": (TOKENS, 3)}, seed=2)["x"]
+    canonical = otf.canonicalize(otf.trace_symmetry(fn, params, x), params)
+    assert_allclose(fn(canonical, x), fn(params, x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_coarser_takes_nothing_up():
+    params = normals(SHAPES)
+    params["d"] = params["d"].astype(jnp.bfloat16)
+
+    def fn(p, x):
+        read = (normalised(x @ p["in"]) + p["b"]) @ p["w"] + p["d"].astype(x.dtype)
+        return jnp.tanh(read) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, jnp.zeros((TOKENS, 3), jnp.float32))
+    assert not any(freedom.offsets for freedom in symmetry.freedoms)
+
+
 def test_a_chain_hands_its_biases_on_to_the_last():
     def fn(p, x):
         return ((x @ p["in"] + p["b"]) @ p["w"] + p["d"]) @ p["out"] + p["e"]
@@ -209,6 +304,17 @@ STAY = {
     "out of bounds": lambda p, y: jnp.tanh(
         (y + p["b"]).at[jnp.array([0, 9])].get(mode="fill", fill_value=0) @ p["w"] + p["d"]
     ),
+    "itself": lambda p, y: jnp.tanh((y + p["b"]) @ p["square"] + p["b"]),
+    "weights in few steps": lambda p, y: jnp.tanh(
+        (y + p["b"]) @ p["w"].astype(jnp.int8).astype(y.dtype) + p["d"]
+    ),
+    "what takes it up in few steps": lambda p, y: jnp.tanh(
+        (y + p["b"]) @ p["w"] + p["d"].astype(jnp.int8).astype(y.dtype)
+    ),
+    "itself in few steps": lambda p, y: jnp.tanh(
+        (y + p["b"].astype(jnp.int8).astype(y.dtype)) @ p["w"] + p["d"]
+    ),
+    "a number behind it": lambda p, y: jnp.tanh((y + p["b"]) @ p["w"] + p["number"]),
     "its own weights": lambda p, y: jnp.tanh((y + p["b"]) @ p["b"].T + jnp.sum(p["d"])),
     "in a branch": lambda p, y: jnp.tanh(
         jax.lax.cond(y[0, 0] > 0, lambda: y + p["b"], lambda: y) @ p["w"] + p["d"]

@@ -110,6 +110,10 @@ CLAIMS = {
     "ReLU to a power that is no whole number": Claim(
         hidden(lambda p, h: jax.nn.relu(h) ** 1.5), ({("w", 1): 2, ("b", 0): 2, ("v", 0): -3},)
     ),
+    "a root that float32 knows in part": Claim(
+        hidden(lambda p, h: jax.nn.relu(h) ** (1 / 3)),
+        ({("w", 1): 3, ("b", 0): 3, ("v", 0): -1},),
+    ),
     "squared ReLU": Claim(
         hidden(lambda p, h: jax.nn.relu(h) ** 2), ({("w", 1): 1, ("b", 0): 1, ("v", 0): -2},)
     ),

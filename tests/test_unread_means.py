@@ -228,6 +228,67 @@ def test_the_mean_of_what_a_loop_starts_from_is_another_one():
     assert found == {("last", 0)}
 
 
+def slices_of_two_loops(p, x):
+    stream = x @ p["in"]
+
+    def outer(carry, one):
+        def inner(total, other):
+            return total + jnp.tanh((one - other.mean(keepdims=True)) @ p["out"]), None
+
+        return carry, jax.lax.scan(inner, jnp.zeros(5), stream)[0]
+
+    return jax.lax.scan(outer, 0.0, stream)[1] @ p["last"]
+
+
+def collected_by_another_loop(p, x):
+    stream = x @ p["in"]
+    copies = jax.lax.scan(lambda carry, _: (carry, stream), 0.0, None, length=TOKENS)[1]
+
+    def outer(carry, both):
+        one, rows = both
+
+        def inner(total, other):
+            return total + jnp.tanh((one - other.mean(keepdims=True)) @ p["out"]), None
+
+        return carry, jax.lax.scan(inner, jnp.zeros(5), rows)[0]
+
+    return jax.lax.scan(outer, 0.0, (stream, copies))[1] @ p["last"]
+
+
+@pytest.mark.parametrize("fn", [slices_of_two_loops, collected_by_another_loop])
+def test_slices_of_two_loops_are_told_apart(fn):
+    assert unread(fn, {name: SHAPES[name] for name in ("in", "out", "last")}) == set()
+
+
+def test_a_number_of_whole_numbers_is_divided_as_these_are():
+    def fn(p, x):
+        stream = x @ p["in"]
+        # 7.5, and not 8.
+        count = jax.lax.div(jnp.int32(15), jnp.int32(2)).astype(x.dtype) + 0.5
+        return jnp.tanh((stream - stream.sum(-1, keepdims=True) / count) @ p["out"])
+
+    assert unread(fn, {name: SHAPES[name] for name in ("in", "out")}) == set()
+
+
+def test_a_single_token_has_a_number_for_its_mean():
+    def fn(p, x):
+        stream = x @ p["in"]
+        return (stream - stream.mean()) / jnp.sqrt(stream.var() + 1e-6) @ p["out"]
+
+    shapes = {name: SHAPES[name] for name in ("in", "out")}
+    assert unread(fn, shapes, jnp.zeros(4, jnp.float32)) == {("in", 1), ("out", 0)}
+
+
+def test_large_means_leave_no_rounding_behind():
+    params = normals(SHAPES, seed=1)
+    params["back"] = params["back"] + 1e4
+    symmetry = otf.trace_symmetry(network(by_flax), params, jnp.zeros((TOKENS, 4), jnp.float32))
+    once = otf.canonicalize(symmetry, params)
+    twice = otf.canonicalize(symmetry, once)
+    assert_allclose(jnp.mean(once["back"], 1), 0, atol=1e-6)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), once, twice)))
+
+
 def test_as_many_tokens_as_units_do_not_take_each_others_place():
     def fn(p, x):
         stream = x @ p["in"]

@@ -84,7 +84,11 @@ def _centred(structure: LeafStructure, array: Array, number: int) -> Array:
             rounding = float(jnp.finfo(array.dtype).eps) + 4 * float(jnp.finfo(wide).eps)
             size = abs(units).mean(axis=dim, keepdims=True)
             mean = xp.where(abs(mean) <= rounding * size, 0, mean)
-            blocks[key] = block._replace(array=(units - mean).astype(array.dtype))
+            units = units - mean
+            # Of a large mean the rounding is left.
+            rest = units.mean(axis=dim, keepdims=True)
+            units = units - xp.where(mean == 0, 0, rest)
+            blocks[key] = block._replace(array=units.astype(array.dtype))
     return structure.partition.join(blocks)
 
 

@@ -8,6 +8,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from otfusion_jax.tracing.interpreter import Interpreter
@@ -57,12 +58,19 @@ class Dataflow:
             return
         number = transfer.results[0].number
         function = _FUNCTIONS.get(eqn.primitive.name)
+        types: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+        # Integers are divided in another way, and run over.
+        are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in types)
+        value = None
         with np.errstate(all="ignore"):
             # A cast or a broadcast is the same number, and a root of one is another that is known.
             if eqn.primitive in UNCHANGED:
-                self.numbers[number] = found[0]
-            elif function is not None:
-                self.numbers[number] = float(function(*found))
+                value = found[0]
+            elif function is not None and are_floats:
+                value = function(*found)
+            if value is not None:
+                # As it is rounded.
+                self.numbers[number] = float(np.asarray(value).astype(types[-1].dtype))
 
     def follow(self, starts: Iterable[int | None], step: Callable[[Transfer], list[int]]) -> None:
         """Goes through all equations that values get to, in their order, each of them once.

@@ -170,6 +170,14 @@ class EquationContext:
         """
         self.interpreter.sliced.append((value.number, id(self.eqn)))
 
+    def note_collected(self, value: TracedValue) -> None:
+        """Records that a loop collects a value, which goes by one number inside and outside.
+
+        Args:
+            value: The value, as it is in one iteration.
+        """
+        self.interpreter.collected.add(value.number)
+
     def note_consumed(self, position: int, value: TracedValue, dims: Sequence[int]) -> None:
         """Records where features can be read as activations. `contract` does it by itself.
 

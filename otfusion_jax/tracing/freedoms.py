@@ -21,7 +21,14 @@ import jax.numpy as jnp
 
 from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Leaf, Offset, Scaling
 from otfusion_jax.symmetry.stretch import Stretch
-from otfusion_jax.tracing.algebras import PositiveScales, Rotations, Scales, Signs, Vector
+from otfusion_jax.tracing.algebras import (
+    Magnitude,
+    PositiveScales,
+    Rotations,
+    Scales,
+    Signs,
+    Vector,
+)
 from otfusion_jax.tracing.axis import Axis, Kind, Sum, factors_of
 from otfusion_jax.tracing.dataflow import Dataflow
 from otfusion_jax.tracing.group_collection import CollectedGroups
@@ -29,6 +36,7 @@ from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.laws import (
     AXIS_BY_AXIS,
     COMPARISONS,
+    POWERS,
     SINGLE,
     UNCHANGED,
     ZERO,
@@ -165,13 +173,15 @@ def _is_vector_of(leaf: Leaf, group: Group) -> bool:
 
 
 def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
-    """Whether all that has to do with an offset are real numbers of some precision."""
-    leaves = [offset.leaf]
+    """Whether all that has to do with an offset are real, and what takes it up no coarser."""
+    dtype = parts[offset.leaf].dtype
     for reader in offset.readers:
-        leaves += [reader.leaf, reader.kernel]
-    for leaf in leaves:
-        dtype = parts[leaf].dtype
-        if not jnp.issubdtype(dtype, jnp.floating) or not rounds_finely(dtype):
+        for leaf in (offset.leaf, reader.leaf, reader.kernel):
+            other = parts[leaf].dtype
+            if not jnp.issubdtype(other, jnp.floating) or not rounds_finely(other):
+                return False
+        taking = parts[reader.leaf].dtype
+        if taking != dtype and jnp.finfo(taking).bits <= jnp.finfo(dtype).bits:
             return False
     return True
 
@@ -348,7 +358,7 @@ class _Program:
         for member in group.having("produces"):
             sizes = [size for size in parts[member.leaf].shape if size > 1]
             is_vector = sizes == [group.size]
-            if not is_vector and not (len(sizes) == 2 and self.is_sliced(member.leaf)):
+            if not is_vector and not (len(sizes) == 2 and member.leaf in self._shapes.layered):
                 continue
             offset = find_offset(
                 self._dataflow,
@@ -500,6 +510,9 @@ class _Program:
             made = any(flow.result_dims)
             return flow.for_results(algebra.other(flow.standings, unknown=made))
         if law not in AXIS_BY_AXIS and any(isinstance(x, PerAxis) for x in flow.standings):
+            return flow.for_results(algebra.other(flow.standings))
+        if law not in POWERS and any(isinstance(x, Magnitude) for x in flow.standings):
+            # Sums of absolute values are no absolute values of sums.
             return flow.for_results(algebra.other(flow.standings))
         results = law(flow, algebra)
         counts = [len(dims) for dims in (*flow.operand_dims, *flow.result_dims)]

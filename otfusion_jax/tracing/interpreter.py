@@ -8,6 +8,7 @@ merges less. Whatever a rule cannot express is pinned, and a primitive without a
 (or pins all that it touches, on demand).
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -69,6 +70,7 @@ class Interpreter:
         outputs: The numbers of the values that the program returns.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
             identity of its equation.
+        collected: The numbers of values that loops collect.
     """
 
     def __init__(self, on_unsupported: OnUnsupported) -> None:
@@ -92,6 +94,7 @@ class Interpreter:
         self.parameters: dict[int | None, int] = {}
         self.outputs: list[int | None] = []
         self.sliced: list[tuple[int | None, int]] = []
+        self.collected: set[int | None] = set()
         self._values_numbered = 0
 
     # --- the pass
@@ -275,6 +278,13 @@ class Interpreter:
         return axes
 
     # --- what is asked when the pass is over
+
+    def ambiguous(self) -> set[int | None]:
+        """Returns the numbers of values that are several in one place: slices by several loops."""
+        counts = collections.Counter([number for number, _ in self.sliced])
+        found = self.collected & counts.keys()
+        found.update([number for number, count in counts.items() if count > 1])
+        return found
 
     def variables(self, axes: Iterable[Axis]) -> set[int]:
         """Returns the finest axis variables of axes, those of single positions included."""

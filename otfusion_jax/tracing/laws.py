@@ -381,17 +381,38 @@ def integer_pow(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     return flow.for_results(algebra.power(flow.standings[0], flow.params["y"]))
 
 
+_LARGEST_DENOMINATOR = 12
+_SAME_FRACTION = 1e-6
+
+
+def exponent_of(number: float) -> Fraction | None:
+    """Returns the fraction that a floating-point exponent stands for; None if it is none.
+
+    Args:
+        number: The exponent, which for a third is a float32 next to it.
+    """
+    if not math.isfinite(number):
+        return None
+    fraction = Fraction(number).limit_denominator(_LARGEST_DENOMINATOR)
+    return fraction if math.isclose(fraction, number, rel_tol=_SAME_FRACTION) else None
+
+
 @law([P.pow_p])
 def raised(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Raised to a power that may be any number; what it is, is known, or it is another function."""
     x, exponent = flow.standings
     number = flow.numbers[1]
-    if _varies(exponent) or number is None or not math.isfinite(number):
+    fraction = None if number is None else exponent_of(number)
+    if _varies(exponent) or fraction is None:
         return flow.for_results(algebra.other(flow.standings))
-    if number.is_integer():
-        return flow.for_results(algebra.power(x, int(number)))
+    if fraction.denominator == 1:
+        return flow.for_results(algebra.power(x, int(fraction)))
     # Of a negative number it is NaN, and so it is of its multiples.
-    return flow.for_results(algebra.function(x, Form(None, Fraction(number))))
+    return flow.for_results(algebra.function(x, Form(None, fraction)))
+
+
+POWERS: tuple[Law, ...] = (square, integer_pow, raised)
+"""Laws of powers."""
 
 
 # --- functions of single values

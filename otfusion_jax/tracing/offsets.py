@@ -55,8 +55,14 @@ class Read(NamedTuple):
     dims: Dims
 
 
-_ADDED = "added"
-"""A value that has the bias added to it, at every index of the other axes."""
+class Added(NamedTuple):
+    """A value that has the bias added to it, at every index of the other axes.
+
+    Attributes:
+        rank: How many axes it has. What a loop collects of it has one more.
+    """
+
+    rank: int
 
 
 class Parameters:
@@ -83,23 +89,24 @@ class Parameters:
         self.uses: dict[int, set[int]] = {}
         self.layered: dict[int, set[int]] = {}
         self._outputs = frozenset(interpreter.outputs)
+        self._ambiguous = interpreter.ambiguous()
         for number, leaf in interpreter.parameters.items():
             if number is not None:
                 dims = tuple(range(len(param_axes[leaf])))
                 self.shaped[number] = Rearranged(leaf, dims)
                 self._note_output(number, leaf)
+        dataflow.follow(list(self.shaped), self._step)
         for number, loop in interpreter.sliced:
             if number in self.shaped:
                 self.layered.setdefault(self.shaped[number].leaf, set()).add(loop)
-        dataflow.follow(list(self.shaped), self._step)
 
     def of(self, value: TracedValue) -> Rearranged | None:
         """Returns which parameter a value is, and in which shape; None if that is not known."""
         shaped = self.shaped.get(value.number or 0)
-        if shaped is None:
+        if shaped is None or value.number in self._ambiguous:
             return None
         dims = shaped.dims
-        if len(dims) == len(value.axes) + 1:
+        if len(dims) == len(value.axes) + 1 and dims[0] == 0:
             # A slice that a loop takes goes by the number of the whole.
             dims = dims[1:]
         if len(dims) != len(value.axes):
@@ -120,6 +127,8 @@ class Parameters:
             parameter = self.of(value)
             moved = None
             is_moved = transfer.form == "equation" and eqn.primitive in UNCHANGED
+            # Of what rounds, sums are not rounded sums.
+            is_moved = is_moved and _round_finely(transfer)
             if parameter is not None and is_moved:
                 moved = _rearranged(parameter.dims, transfer)
             (number, *_) = [result.number for result in transfer.results] or [None]
@@ -225,17 +234,18 @@ class _Search:
             # It is the bias itself, in another shape or where it is added to something.
             return self._begun(transfer)
         standing = self._passed_on(transfer, standings)
-        types: list[Any] = [var.aval for var in transfer.context.eqn.outvars]
-        if not all(rounds_finely(result.dtype) for result in types):
+        if not _round_finely(transfer):
             self.stays = True
         if standing is None or self.stays:
             return []
         found = []
         for value in transfer.results:
             # Of a part of the units the weights would read a part of the bias.
-            if standing == _ADDED and self._units.dim(value) is None:
-                self.stays = True
-                return []
+            if isinstance(standing, Added):
+                if self._units.dim(value) is None:
+                    self.stays = True
+                    return []
+                standing = Added(len(value.axes))
             if isinstance(standing, Read):
                 standing = standing._replace(dims=_varying(standing.dims, value))
             self.standings[value.number] = standing
@@ -245,7 +255,10 @@ class _Search:
     def _standing(self, value: TracedValue) -> object:
         """Returns what the bias has done to an operand; of another rank a loop has collected it."""
         standing = self.standings.get(value.number)
-        if isinstance(standing, Read) and len(standing.dims) != len(value.axes):
+        rank = len(value.axes)
+        if isinstance(standing, Read) and len(standing.dims) != rank:
+            self.stays = True
+        if isinstance(standing, Added) and standing.rank != rank:
             self.stays = True
         return standing
 
@@ -267,7 +280,7 @@ class _Search:
             self.stays = True
             return []
         self._uses[self._leaf].add(id(transfer))
-        self.standings[result.number] = _ADDED
+        self.standings[result.number] = Added(len(result.axes))
         return [result.number or 0]
 
     def _passed_on(self, transfer: Transfer, standings: Sequence[object]) -> object:
@@ -288,7 +301,7 @@ class _Search:
                 dims = _rearranged(first.dims, transfer)
                 if dims is not None:
                     return first._replace(dims=dims)
-            if not others and first == _ADDED:
+            if not others and isinstance(first, Added):
                 if eqn.primitive in UNCHANGED or name in _SELECTING:
                     return first
                 # A number that takes the place of a value has no bias added to it.
@@ -316,13 +329,20 @@ class _Search:
     def _taken_up(self, transfer: Transfer, read: Read, bias: Rearranged) -> object:
         """Notes that a bias is added to what weights have read, if both have the same axes."""
         axes = {}
-        for kernel_axis, bias_axis in zip(read.dims, bias.dims, strict=True):
+        # A number by itself meets arrays of any rank.
+        rank = max(len(read.dims), len(bias.dims))
+        of_kernel, of_bias = (dims or (None,) * rank for dims in (read.dims, bias.dims))
+        for kernel_axis, bias_axis in zip(of_kernel, of_bias, strict=True):
             # What varies along tokens, say, is no number for each unit of the layer.
             if (kernel_axis is None) != (bias_axis is None):
                 self.stays = True
                 return None
             if kernel_axis is not None and bias_axis is not None:
                 axes[bias_axis] = kernel_axis
+        if bias.leaf == self._leaf:
+            # It would take up itself.
+            self.stays = True
+            return None
         reader = OffsetReader(bias.leaf, read.kernel, read.axis, tuple(sorted(axes.items())))
         if self._readers.setdefault(bias.leaf, reader) != reader:
             self.stays = True
@@ -337,7 +357,7 @@ class _Search:
         kernel = self._parameters.of(transfer.operands[1 - side])
         dim = self._units.dim(transfer.operands[side])
         # Contracted along further axes it would be added up, and along batch axes be multiplied.
-        is_alone = standings[side] == _ADDED and standings[1 - side] is None
+        is_alone = isinstance(standings[side], Added) and standings[1 - side] is None
         if not is_alone or kernel is None or batch[0] or len(pairs) != 1 or pairs[0][side] != dim:
             self.stays = True
             return None
@@ -350,3 +370,9 @@ class _Search:
             return None
         dims = of_others + of_kernel if side == 0 else of_kernel + of_others
         return Read(kernel.leaf, axis, tuple(dims))
+
+
+def _round_finely(transfer: Transfer) -> bool:
+    """Whether no result of an equation rounds so much that sums are other numbers."""
+    types: list[Any] = [var.aval for var in transfer.context.eqn.outvars]
+    return all(rounds_finely(result.dtype) for result in types)

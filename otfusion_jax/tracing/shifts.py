@@ -139,6 +139,8 @@ def cancelled(x: Term, y: Term, size: int, shape: Shape, dim: int | None) -> Sta
 
 def _is_aligned(dims: Dims, shape: Shape, unit_dim: int | None) -> bool:
     """Whether a moment meets its source at each index of the other axes."""
+    # A number by itself meets arrays of any rank.
+    dims = dims or (None,) * len(shape)
     for number, size in enumerate(shape):
         wanted = None if number == unit_dim else number
         if dims[number] != wanted and not (dims[number] is None and size == 1):

@@ -103,6 +103,7 @@ class _Search:
         # Whether something was taken for centred that is not, so that nothing is known.
         self._is_over = False
         self._interpreter = interpreter
+        self._ambiguous = interpreter.ambiguous()
         self._numbers = dataflow.numbers
         self._units = units
         self._rules: dict[Law | None, Callable[[Transfer, list[_Operand]], Standing]] = {
@@ -190,6 +191,9 @@ class _Search:
         """Returns how an operand stands, of which a loop may have taken slices, or collected it."""
         standing = self.standings.get(value.number or 0)
         rank = len(value.axes)
+        if value.number in self._ambiguous:
+            # It may be the slice that another loop has taken.
+            return self._read_by_all(standing)
         if isinstance(standing, Moment) and len(standing.dims) != rank:
             return self._read_by_all(standing)
         if isinstance(standing, Squared) and standing.source[1] != rank:

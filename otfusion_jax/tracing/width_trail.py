@@ -7,7 +7,6 @@ rotated does. `widths` asks where a trail begins, and what comes of the demands.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 from jax.extend import core
@@ -243,7 +242,7 @@ class Trail:
             return 2
         if name == "pow":
             number = self.numbers.get(transfer.operands[1].number)
-            return None if number is None or not math.isfinite(number) else Fraction(number)
+            return None if number is None else laws.exponent_of(number)
         return FORMS[name].degree if name in FORMS else None
 
     def _contracted(self, transfer: Transfer) -> Power | None:

@@ -51,7 +51,10 @@ def _shared_out(
         if size != new_size:
             ctx.pin(x.axes[dim], reason)
             axes[dim] = ctx.fresh_pinned(new_size, reason)
-    return x if axes == list(x.axes) else TracedValue(tuple(axes), x.kind)
+    if axes == list(x.axes):
+        return x
+    # Another value, which says what has become of the one that it is a part of, or has parts of.
+    return ctx.one_of(TracedValue(tuple(axes), x.kind), [x])
 
 
 @register_rule(P.cond_p)
@@ -92,6 +95,7 @@ def scan(ctx: RuleContext, values: Values) -> Values:
     carry, results = ctx.repeat(body, init)
     collected = []
     for y in results[len(carry) :]:
+        ctx.note_collected(y)
         # `_replace` keeps the number: what is collected is what the body returns, slice by slice.
         collected.append(y._replace(axes=(iterations, *y.axes)))
     return carry + collected
