@@ -60,7 +60,16 @@ from otfusion_jax.solvers.low_rank import LowRank
 from otfusion_jax.solvers.sinkhorn import Sinkhorn
 from otfusion_jax.symmetry.canonical import canonicalize
 from otfusion_jax.symmetry.checks import SymmetryWarning
-from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Member, Pin
+from otfusion_jax.symmetry.groups import (
+    Fold,
+    Freedom,
+    Group,
+    Member,
+    Offset,
+    OffsetReader,
+    Pin,
+    Scaling,
+)
 from otfusion_jax.symmetry.plans import compose, invert
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.training_state import transport_state
@@ -105,6 +114,8 @@ __all__ = [
     "LowRankPair",
     "Member",
     "Merged",
+    "Offset",
+    "OffsetReader",
     "Original",
     "Pin",
     "Plane",
@@ -112,6 +123,7 @@ __all__ = [
     "RepairWarning",
     "RestoreStatistics",
     "RuleContext",
+    "Scaling",
     "SharedFusion",
     "Similarity",
     "Sinkhorn",

@@ -218,7 +218,7 @@ def the_same_loop_twice(p, x):
 
 @pytest.mark.parametrize("fn", [loops_in_loops, the_same_loop_twice])
 def test_layers_of_two_loops_are_told_apart(fn):
-    shapes = {"in": (3, UNITS), "out": (READ, 2)}
+    shapes: dict[str, tuple[int, ...]] = {"in": (3, UNITS), "out": (READ, 2)}
     for end in ("", "0"):
         shapes |= {f"b{end}": (6, UNITS), f"w{end}": (6, UNITS, READ), f"d{end}": (6, READ)}
     assert "b" not in offsets_of(fn, shapes)
