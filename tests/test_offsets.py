@@ -72,8 +72,8 @@ def weights_first(p, x):
 
 def in_jit_and_vmap(p, x):
     def token(row):
-        y = normalised(row @ p["in"]) + p["b"][0]
-        return jnp.tanh(jax.jit(jnp.dot)(y, p["w"]) + p["d"][0]) @ p["out"]
+        y = normalised(row @ p["in"]) + p["b"].squeeze(0)
+        return jnp.tanh(jax.jit(jnp.dot)(y, p["w"]) + p["d"].squeeze(0)) @ p["out"]
 
     return jax.vmap(token)(x)
 
