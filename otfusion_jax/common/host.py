@@ -193,6 +193,36 @@ def loaded(array: Any) -> Any:
     return _viewed(read) if at_hand(()) else jax.device_put(read)
 
 
+def as_lazy_as(array: Any, compute: Callable[[], Any]) -> Any:
+    """Computes an array of the shape and dtype of another, or puts it off if that one is lazy.
+
+    Args:
+        array: An array of any kind.
+        compute: What computes the other array, out of arrays that were found finite.
+
+    Returns:
+        What it returns; a lazy array in the place of one.
+    """
+    if isinstance(array, LazyArray):
+        return LazyArray(array.shape, array.dtype, compute, checked=True)
+    return compute()
+
+
+def filled_like(array: Any, value: float) -> Any:
+    """Makes an array that is one number throughout.
+
+    Args:
+        array: An array of any kind, whose shape, dtype and kind the new one has.
+        value: The number.
+
+    Returns:
+        The array; a lazy one in the place of one.
+    """
+    if isinstance(array, LazyArray):
+        return as_lazy_as(array, functools.partial(np.full, array.shape, value, array.dtype))
+    return array_module(array).full_like(array, value)
+
+
 def kept(array: Any) -> Any:
     """Makes an array one's own, before it is passed on as it is: `as_jax` shares its memory.
 

@@ -86,9 +86,7 @@ def canonical(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
             balanced and leaves are lazy.
     """
     _require_no_lazy_balances(symmetry, params, name)
-    form = params
-    if symmetry.rotates:
-        form = simplified(symmetry, params, name)
+    form = simplified(symmetry, params, name) if symmetry.rotates else params
     return laid_out_like(balanced(symmetry, form), params)
 
 

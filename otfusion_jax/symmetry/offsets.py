@@ -10,8 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from otfusion_jax.common.host import Array, array_module, loaded, program
-from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.host import (
+    Array,
+    array_module,
+    as_lazy_as,
+    filled_like,
+    loaded,
+    program,
+)
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Offset, OffsetReader
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -36,11 +42,8 @@ def without_offsets(symmetry: Symmetry, params: PyTree) -> PyTree:
         for reader in offset.readers:
             array, kernel = arrays[reader.leaf], arrays[reader.kernel]
             add = functools.partial(_with_offset, offset, reader, array, kernel, bias)
-            if isinstance(array, LazyArray):
-                arrays[reader.leaf] = LazyArray(array.shape, array.dtype, add, checked=True)
-            else:
-                arrays[reader.leaf] = add()
-        arrays[offset.leaf] = _zeros_like(bias)
+            arrays[reader.leaf] = as_lazy_as(array, add)
+        arrays[offset.leaf] = filled_like(bias, 0)
     return symmetry.join(arrays)
 
 
@@ -58,14 +61,6 @@ def _in_order(symmetry: Symmetry) -> list[Offset]:
         ordered += ready
         waiting = [offset for offset in waiting if offset not in ready]
     return ordered
-
-
-def _zeros_like(bias: Any) -> Any:
-    """Returns a bias of 0."""
-    if isinstance(bias, LazyArray):
-        fill = functools.partial(jnp.zeros, bias.shape, bias.dtype)
-        return LazyArray(bias.shape, bias.dtype, fill, checked=True)
-    return array_module(bias).zeros_like(bias)
 
 
 def _with_offset(offset: Offset, reader: OffsetReader, array: Any, kernel: Any, bias: Any) -> Array:

@@ -12,8 +12,14 @@ import numpy as np
 from jax.core import Tracer
 
 from otfusion_jax.common.finiteness import not_finite
-from otfusion_jax.common.host import Array, array_module, loaded, program
-from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.host import (
+    Array,
+    array_module,
+    as_lazy_as,
+    filled_like,
+    loaded,
+    program,
+)
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Fold
 from otfusion_jax.symmetry.leaf_structure import LeafStructure
@@ -47,21 +53,9 @@ def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
                 _without_scale, symmetry, group, fold, leaf, degree, array, scale, name
             )
             # A part of a leaf has been read with it, and is not lazy even where its scale is.
-            if isinstance(array, LazyArray):
-                arrays[leaf] = LazyArray(array.shape, array.dtype, divide, checked=True)
-            else:
-                arrays[leaf] = divide()
-        arrays[fold.leaf] = _ones_like(scale, fold)
+            arrays[leaf] = as_lazy_as(array, divide)
+        arrays[fold.leaf] = filled_like(scale, 1 - fold.shift)
     return symmetry.join(arrays)
-
-
-def _ones_like(scale: Any, fold: Fold) -> Any:
-    """Returns the parameter of a scale that is 1."""
-    value = 1 - fold.shift
-    if isinstance(scale, LazyArray):
-        fill = functools.partial(np.full, scale.shape, value, scale.dtype)
-        return LazyArray(scale.shape, scale.dtype, fill, checked=True)
-    return array_module(scale).full_like(scale, value)
 
 
 def _without_scale(

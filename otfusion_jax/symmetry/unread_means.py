@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otfusion_jax.common.host import Array, array_module, loaded, program
-from otfusion_jax.common.lazy import LazyArray
+from otfusion_jax.common.host import Array, array_module, as_lazy_as, loaded, program
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -33,12 +32,8 @@ def without_unread_means(symmetry: Symmetry, params: PyTree) -> PyTree:
         return params
     arrays = symmetry.split(params)
     for leaf, structure, number in places:
-        array = arrays[leaf]
-        subtract = functools.partial(_subtracted_from, structure, number, array)
-        if isinstance(array, LazyArray):
-            arrays[leaf] = LazyArray(array.shape, array.dtype, subtract, checked=True)
-        else:
-            arrays[leaf] = subtract()
+        subtract = functools.partial(_subtracted_from, structure, number, arrays[leaf])
+        arrays[leaf] = as_lazy_as(arrays[leaf], subtract)
     return symmetry.join(arrays)
 
 

@@ -128,8 +128,6 @@ class Rotations(Algebra):
         """See `Algebra.summed`. The sum is the inner product with the ones."""
         if isinstance(x, Vector):
             self._demand_ones()
-        if isinstance(x, Magnitude):
-            self.other([x])
 
     def other(self, standings: Sequence[Standing], unknown: bool = False) -> Standing:
         """See `Algebra.other`."""

@@ -4,6 +4,7 @@ What is asked about the units of one group concerns few of the equations. `Dataf
 equations take which values, and which values are one number throughout.
 """
 
+import collections
 import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otfusion_jax.tracing.interpreter import Interpreter
-from otfusion_jax.tracing.laws import UNCHANGED
+from otfusion_jax.tracing.laws import UNCHANGED, rounds_finely
 from otfusion_jax.tracing.records import Transfer
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -34,6 +35,7 @@ class Dataflow:
     Attributes:
         numbers: By the numbers of values those that are one number throughout.
         users: By the numbers of values the positions of the transfers that take them.
+        ambiguous: The numbers of values that are several in one place: slices by several loops.
 
     Args:
         interpreter: The finished pass over the program.
@@ -42,6 +44,9 @@ class Dataflow:
     def __init__(self, interpreter: Interpreter) -> None:
         self.numbers = dict(interpreter.numbers)
         self.users: dict[int | None, list[int]] = {}
+        counts = collections.Counter([number for number, _ in interpreter.sliced])
+        self.ambiguous = interpreter.collected & counts.keys()
+        self.ambiguous.update([number for number, count in counts.items() if count > 1])
         self._transfers = interpreter.transfers
         for position, transfer in enumerate(interpreter.transfers):
             for value in transfer.operands:
@@ -92,3 +97,13 @@ class Dataflow:
             for number in step(self._transfers[position]):
                 for user in self.users.get(number, []):
                     heapq.heappush(waiting, user)
+
+
+def round_finely(transfer: Transfer) -> bool:
+    """Whether no result of an equation is rounded so much that sums become other numbers.
+
+    Args:
+        transfer: The equation.
+    """
+    types: list[Any] = [var.aval for var in transfer.context.eqn.outvars]
+    return all(rounds_finely(result.dtype) for result in types)

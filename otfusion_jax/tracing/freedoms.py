@@ -337,14 +337,7 @@ class _Program:
             freedom: How it rotates.
         """
         folded = {fold.leaf for fold in freedom.folds}
-        parameters = []
-        # Where 1 is added to a parameter, the sum says what that demands.
-        for number, parameter in self._parameters(variable, as_sums=False):
-            if parameter not in folded:
-                axes = self._param_axes[parameter]
-                value = TracedValue(tuple(axes), Kind.PARAMETER, number)
-                parameters.append((value, parameter))
-        return self._widths.stretch(group, variable, parameters)
+        return self._widths.stretch(group, variable, self._values(variable, folded))
 
     def offsets(self, variable: int, group: Group, parts: Sequence[Leaf]) -> tuple[Offset, ...]:
         """Finds the biases that others can take up.
@@ -356,9 +349,10 @@ class _Program:
         """
         found = []
         for member in group.having("produces"):
-            sizes = [size for size in parts[member.leaf].shape if size > 1]
-            is_vector = sizes == [group.size]
-            if not is_vector and not (len(sizes) == 2 and member.leaf in self._shapes.layered):
+            leaf = parts[member.leaf]
+            is_of_layers = sum(size > 1 for size in leaf.shape) == 2
+            is_of_layers = is_of_layers and member.leaf in self._shapes.layered
+            if not _is_vector_of(leaf, group) and not is_of_layers:
                 continue
             offset = find_offset(
                 self._dataflow,
@@ -397,7 +391,6 @@ class _Program:
         # Nothing subtracts a mean of units that are never summed up.
         if P.reduce_sum_p not in names:
             return ()
-        parameters = []
         level, zeros = set(), set()
         folded = {fold.leaf for fold in folds}
         without = {offset.leaf for offset in offsets}
@@ -406,10 +399,7 @@ class _Program:
                 level.add(number)
             if parameter in without:
                 zeros.add(number)
-        for number, parameter in self._parameters(variable, as_sums=False):
-            if parameter not in folded | without:
-                value = TracedValue(tuple(self._param_axes[parameter]), Kind.PARAMETER, number)
-                parameters.append((value, parameter))
+        parameters = self._values(variable, folded | without)
         units = self._units(variable, group)
         return unread_means(self._interpreter, self._dataflow, units, parameters, level, zeros)
 
@@ -449,6 +439,16 @@ class _Program:
             if of_loop == loop and number in self._interpreter.parameters:
                 slices.add(self._interpreter.parameters[number])
         return set(degrees) <= slices
+
+    def _values(self, variable: int, without: Collection[int]) -> list[tuple[TracedValue, int]]:
+        """Returns the parameters with these units but for some, as values, and which they are."""
+        found = []
+        # Where 1 is added to a parameter, the sum says what that demands.
+        for number, parameter in self._parameters(variable, as_sums=False):
+            if parameter not in without:
+                axes = tuple(self._param_axes[parameter])
+                found.append((TracedValue(axes, Kind.PARAMETER, number), parameter))
+        return found
 
     def _parameters(self, variable: int, *, as_sums: bool = True) -> list[tuple[int, int]]:
         """Returns the numbers of the values that are parameters with these units, and which.

@@ -8,7 +8,6 @@ merges less. Whatever a rule cannot express is pinned, and a primitive without a
 (or pins all that it touches, on demand).
 """
 
-import collections
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -278,13 +277,6 @@ class Interpreter:
         return axes
 
     # --- what is asked when the pass is over
-
-    def ambiguous(self) -> set[int | None]:
-        """Returns the numbers of values that are several in one place: slices by several loops."""
-        counts = collections.Counter([number for number, _ in self.sliced])
-        found = self.collected & counts.keys()
-        found.update([number for number, count in counts.items() if count > 1])
-        return found
 
     def variables(self, axes: Iterable[Axis]) -> set[int]:
         """Returns the finest axis variables of axes, those of single positions included."""

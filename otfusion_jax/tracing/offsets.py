@@ -9,23 +9,23 @@ the few that are listed here. Anything else keeps it as it is.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax import lax
 
 from otfusion_jax.symmetry.groups import Offset, OffsetReader
 from otfusion_jax.tracing import laws
 from otfusion_jax.tracing.axis import Axis
-from otfusion_jax.tracing.dataflow import Dataflow
+from otfusion_jax.tracing.dataflow import Dataflow, round_finely
 from otfusion_jax.tracing.interpreter import Interpreter
-from otfusion_jax.tracing.laws import UNCHANGED, law_of, rounds_finely
+from otfusion_jax.tracing.laws import UNCHANGED, law_of
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.shifts import Dims, rearranged
 from otfusion_jax.tracing.units import Units
-from otfusion_jax.tracing.values import TracedValue, shape_of, sizes_of
+from otfusion_jax.tracing.values import TracedValue, sizes_of
 
-_SELECTING = ("slice", "dynamic_slice", "split", "rev", "squeeze", "unstack")
+_SELECTING = ("slice", "dynamic_slice", "split", "rev", "unstack")
 """What takes some of an operand's numbers, or puts them in another order along an axis."""
 
 
@@ -89,7 +89,7 @@ class Parameters:
         self.uses: dict[int, set[int]] = {}
         self.layered: dict[int, set[int]] = {}
         self._outputs = frozenset(interpreter.outputs)
-        self._ambiguous = interpreter.ambiguous()
+        self._ambiguous = dataflow.ambiguous
         for number, leaf in interpreter.parameters.items():
             if number is not None:
                 dims = tuple(range(len(param_axes[leaf])))
@@ -128,9 +128,9 @@ class Parameters:
             moved = None
             is_moved = transfer.form == "equation" and eqn.primitive in UNCHANGED
             # Of what rounds, sums are not rounded sums.
-            is_moved = is_moved and _round_finely(transfer)
+            is_moved = is_moved and round_finely(transfer)
             if parameter is not None and is_moved:
-                moved = _rearranged(parameter.dims, transfer)
+                moved = rearranged(parameter.dims, eqn)
             (number, *_) = [result.number for result in transfer.results] or [None]
             leaf = self.shaped[value.number].leaf
             if moved is None or number is None:
@@ -146,13 +146,6 @@ def _varying(dims: Dims, value: TracedValue) -> Dims:
     """Leaves out the axes of a value that are of size 1, whatever they are."""
     sizes = sizes_of(value)
     return tuple([dim if size > 1 else None for dim, size in zip(dims, sizes, strict=True)])
-
-
-def _rearranged(dims: Dims, transfer: Transfer) -> Dims | None:
-    """Follows axes through an equation whose result has the same numbers."""
-    eqn = transfer.context.eqn
-    shapes = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    return rearranged(dims, eqn.primitive.name, eqn.params, *shapes)
 
 
 def find_offset(
@@ -234,7 +227,7 @@ class _Search:
             # It is the bias itself, in another shape or where it is added to something.
             return self._begun(transfer)
         standing = self._passed_on(transfer, standings)
-        if not _round_finely(transfer):
+        if not round_finely(transfer):
             self.stays = True
         if standing is None or self.stays:
             return []
@@ -298,7 +291,7 @@ class _Search:
             if law is laws.dot_general:
                 return self._read(transfer, standings)
             if not others and isinstance(first, Read) and eqn.primitive in UNCHANGED:
-                dims = _rearranged(first.dims, transfer)
+                dims = rearranged(first.dims, eqn)
                 if dims is not None:
                     return first._replace(dims=dims)
             if not others and isinstance(first, Added):
@@ -370,9 +363,3 @@ class _Search:
             return None
         dims = of_others + of_kernel if side == 0 else of_kernel + of_others
         return Read(kernel.leaf, axis, tuple(dims))
-
-
-def _round_finely(transfer: Transfer) -> bool:
-    """Whether no result of an equation rounds so much that sums are other numbers."""
-    types: list[Any] = [var.aval for var in transfer.context.eqn.outvars]
-    return all(rounds_finely(result.dtype) for result in types)

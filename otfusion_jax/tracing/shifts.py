@@ -7,9 +7,11 @@ are *moments* of it: they change, but what is made of several of them may not.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from otfusion_jax.tracing.values import Shape
+from jax.extend import core
+
+from otfusion_jax.tracing.values import Shape, shape_of
 from otfusion_jax.tracing.width_powers import SAME_NUMBER
 
 Source = tuple[int, int]
@@ -155,22 +157,19 @@ def product_of_moments(x: Moment, y: Moment) -> Moment | None:
     return None
 
 
-def rearranged(
-    dims: Dims, name: str, params: dict[str, Any], old: Shape, new: Shape
-) -> Dims | None:
+def rearranged(dims: Dims, eqn: core.JaxprEqn) -> Dims | None:
     """Follows axes through what has the same numbers as its operand.
 
     Args:
         dims: For each axis of the operand the axis of something else that it is; None where it does
             not vary.
-        name: The name of the primitive, one of `laws.UNCHANGED`.
-        params: Its parameters.
-        old: The shape before.
-        new: The shape after.
+        eqn: The equation, of a primitive of `laws.UNCHANGED`.
 
     Returns:
         The same for the result. None if axes are taken apart or merged.
     """
+    name, params = eqn.primitive.name, eqn.params
+    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     if name == "broadcast_in_dim":
         moved: list[int | None] = [None] * len(new)
         for dim, size, place in zip(dims, old, params["broadcast_dimensions"], strict=True):

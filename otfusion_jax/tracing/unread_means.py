@@ -11,12 +11,12 @@ that it comes from are read; for all that are left it is proved that it changes 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from otfusion_jax.tracing import laws
-from otfusion_jax.tracing.dataflow import Dataflow
+from otfusion_jax.tracing.dataflow import Dataflow, round_finely
 from otfusion_jax.tracing.interpreter import Interpreter
-from otfusion_jax.tracing.laws import UNCHANGED, Law, law_of, rounds_finely
+from otfusion_jax.tracing.laws import UNCHANGED, Law, law_of
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.shifts import (
     CENTRED,
@@ -103,7 +103,7 @@ class _Search:
         # Whether something was taken for centred that is not, so that nothing is known.
         self._is_over = False
         self._interpreter = interpreter
-        self._ambiguous = interpreter.ambiguous()
+        self._ambiguous = dataflow.ambiguous
         self._numbers = dataflow.numbers
         self._units = units
         self._rules: dict[Law | None, Callable[[Transfer, list[_Operand]], Standing]] = {
@@ -182,7 +182,7 @@ class _Search:
         if transfer.form == "equation" and law is laws.one_by_one:
             return [operand.standing for operand in operands]
         standing = self._unknown(operands) if rule is None else rule(transfer, operands)
-        if changes(standing) and not _round_finely(transfer):
+        if changes(standing) and not round_finely(transfer):
             self.read(standing)
             standing = None
         return [standing] * len(transfer.results)
@@ -191,20 +191,18 @@ class _Search:
         """Returns how an operand stands, of which a loop may have taken slices, or collected it."""
         standing = self.standings.get(value.number or 0)
         rank = len(value.axes)
-        if value.number in self._ambiguous:
-            # It may be the slice that another loop has taken.
-            return self._read_by_all(standing)
-        if isinstance(standing, Moment) and len(standing.dims) != rank:
-            return self._read_by_all(standing)
-        if isinstance(standing, Squared) and standing.source[1] != rank:
-            return self._read_by_all(standing)
+        # It may be the slice that another loop has taken.
+        is_unknown = value.number in self._ambiguous
+        if isinstance(standing, Moment):
+            is_unknown = is_unknown or len(standing.dims) != rank
+        if isinstance(standing, Squared):
+            is_unknown = is_unknown or standing.source[1] != rank
+        if is_unknown:
+            self.read(standing)
+            return None
         if isinstance(standing, Shifted) and standing.source and standing.source[1] != rank:
             return standing._replace(source=(value.number or 0, rank))
         return standing
-
-    def _read_by_all(self, *standings: Standing) -> None:
-        """Shifts may change something, and of what comes of them nothing is known."""
-        self.read(*standings)
 
     def _unknown(self, operands: Sequence[_Operand]) -> None:
         """Anything may be done to operands."""
@@ -250,8 +248,7 @@ class _Search:
         if isinstance(x, Moment) and name == "neg":
             return x._replace(factor=-x.factor)
         if isinstance(x, Moment) and eqn.primitive in UNCHANGED:
-            shapes = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-            dims = rearranged(x.dims, name, eqn.params, *shapes)
+            dims = rearranged(x.dims, eqn)
             return self._unknown(operands) if dims is None else x._replace(dims=dims)
         if isinstance(x, Squared | Moment):
             return x if name in _SAME_VALUE else self._unknown(operands)
@@ -384,9 +381,3 @@ class _Search:
 
     def _scaled(self, moment: Moment, number: float) -> Standing:
         return moment._replace(factor=moment.factor * number)
-
-
-def _round_finely(transfer: Transfer) -> bool:
-    """Whether results round so little that a shift stays one."""
-    types: list[Any] = [var.aval for var in transfer.context.eqn.outvars]
-    return all(rounds_finely(result.dtype) for result in types)
