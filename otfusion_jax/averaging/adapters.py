@@ -10,17 +10,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import (
-    Weights,
-    accumulation_dtype,
-    checked_average,
-    columns_of,
-    mixtures,
-)
+from otfusion_jax.averaging.average import Weights, checked_average, columns_of, mixtures
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import checked_count
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import Leaf, leaves_of

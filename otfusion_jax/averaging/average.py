@@ -19,7 +19,15 @@ from jaxtyping import Float
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, loaded, program
+from otfusion_jax.common.host import (
+    Array,
+    accumulation_dtype,
+    array_module,
+    as_jax,
+    as_numpy,
+    loaded,
+    program,
+)
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.sharding import laid_out_like, with_auto_axes
 from otfusion_jax.common.typing import PyTree
@@ -182,18 +190,6 @@ def _mean(x: Array, weights: Float[Array, " k"]) -> Array:
     # it is made of, and it takes longer to compile.
     shares = weights.reshape(-1, *[1] * (x.ndim - 1))
     return jnp.sum(shares * x_wide, axis=0).astype(x.dtype)
-
-
-def accumulation_dtype(dtype: np.dtype) -> np.dtype:
-    """Says in what precision to compute a mean of values, to be rounded once at the end.
-
-    Args:
-        dtype: The floating-point or complex dtype of the values.
-
-    Returns:
-        At least float32, so that half-precision models lose nothing to the weights.
-    """
-    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
 # Weights

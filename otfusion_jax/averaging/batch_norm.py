@@ -18,9 +18,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import running_statistics, separator_of
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import leaves_of

@@ -11,7 +11,6 @@ from jaxtyping import Float
 
 from otfusion_jax.averaging.average import (
     Weights,
-    accumulation_dtype,
     checked_average,
     columns_of,
     mean_of_column,
@@ -19,7 +18,7 @@ from otfusion_jax.averaging.average import (
 )
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_models
 from otfusion_jax.symmetry.groups import Leaf, leaves_of

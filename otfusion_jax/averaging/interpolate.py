@@ -9,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from otfusion_jax.averaging.average import accumulation_dtype, columns_of
+from otfusion_jax.averaging.average import columns_of
 from otfusion_jax.averaging.stacking import require_alike
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.sharding import laid_out_like, on_auto_axes
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers

@@ -8,17 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import (
-    Weights,
-    accumulation_dtype,
-    checked_average,
-    mean_of_column,
-    mixtures,
-)
+from otfusion_jax.averaging.average import Weights, checked_average, mean_of_column, mixtures
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 

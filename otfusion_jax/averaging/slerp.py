@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from otfusion_jax.averaging.average import accumulation_dtype, columns_of
+from otfusion_jax.averaging.average import columns_of
 from otfusion_jax.averaging.interpolate import checked_positions
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_equal_integers, require_finite
 from otfusion_jax.symmetry.groups import leaves_of

@@ -16,11 +16,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import accumulation_dtype, check_integers, columns_of
+from otfusion_jax.averaging.average import check_integers, columns_of
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_key
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite, require_models

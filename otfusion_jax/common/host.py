@@ -265,6 +265,18 @@ def matmul(rows: Array, columns: Array) -> Array:
     return xp.asarray(products, dtype)
 
 
+def accumulation_dtype(dtype: np.dtype) -> np.dtype:
+    """Says in what precision to add up values, to be rounded once at the end.
+
+    Args:
+        dtype: The floating-point or complex dtype of the values.
+
+    Returns:
+        At least float32, so that half-precision models lose nothing to the weights.
+    """
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+
+
 def inner_product(x: Array, y: Array) -> Array:
     """Takes the inner product of two real arrays of one shape.
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.averaging.stacking import stack
 from otfusion_jax.common.arguments import kind_of, require_arrays, require_function
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 
 

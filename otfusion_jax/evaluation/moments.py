@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from otfusion_jax.alignment.costs import Gram, gram
-from otfusion_jax.averaging.average import accumulation_dtype
+from otfusion_jax.common.host import accumulation_dtype
 
 # A unit that deviates from its mean by no more than so many units in the last place is constant.
 _ROUNDING = 8

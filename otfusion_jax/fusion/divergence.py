@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import accumulation_dtype
 from otfusion_jax.common.arguments import kind_of, require_function
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 
 Outputs = Literal["logits", "values"]

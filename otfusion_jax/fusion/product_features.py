@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from otfusion_jax.averaging.average import accumulation_dtype
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.fusion.repair_methods import Moments, UnitStatistics
 from otfusion_jax.fusion.side_by_side import GroupView, Network
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role

@@ -15,8 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import accumulation_dtype
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.scaling import deviation
 from otfusion_jax.fusion.linear_form import LinearForm
 from otfusion_jax.symmetry.groups import Group, Member, Role

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.sharding import laid_out_as_before
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.blocks import mixed, multiplied
@@ -318,7 +319,7 @@ def _with_balanced_units(
     changed = {}
     for leaf, array in by_leaf.items():
         # In half precision a factor may be out of range where the product is not.
-        wide = jnp.float32 if jnp.finfo(array.dtype).bits < 32 else array.dtype
+        wide = accumulation_dtype(array.dtype)
         scaled = array.astype(wide)
         for group, member, exponents in _exponents(balances, leaf, logs, 1):
             scaled = _multiplied(symmetry, group, member, scaled, jnp.exp(exponents))

@@ -12,6 +12,7 @@ from jax import lax
 
 from otfusion_jax.common.host import (
     Array,
+    accumulation_dtype,
     array_module,
     as_lazy_as,
     filled_like,
@@ -88,7 +89,7 @@ def _taken_up(
     """
     xp = array_module(array, kernel, bias)
     # Half precision would lose the digits of sums.
-    wide = xp.float32 if array.dtype.itemsize < 4 else array.dtype
+    wide = accumulation_dtype(array.dtype)
     # Axes of the weights are called by their numbers, and axes of size 1 by numbers of their own.
     of_kernel = list(range(kernel.ndim))
     of_bias = [kernel.ndim + number for number in range(bias.ndim)]

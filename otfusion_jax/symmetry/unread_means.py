@@ -11,7 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otfusion_jax.common.host import Array, array_module, as_lazy_as, loaded, program
+from otfusion_jax.common.host import (
+    Array,
+    accumulation_dtype,
+    array_module,
+    as_lazy_as,
+    loaded,
+    program,
+)
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -72,7 +79,7 @@ def _centred(structure: LeafStructure, array: Array, number: int) -> Array:
         if unit_axis.is_in(block):
             xp = array_module(block.array)
             dim = block.dims.index(unit_axis.dim)
-            wide = xp.float32 if array.dtype.itemsize < 4 else array.dtype
+            wide = accumulation_dtype(array.dtype)
             units = block.array.astype(wide)
             mean = units.mean(axis=dim, keepdims=True)
             # What rounding alone leaves of a mean of 0, here and where the parameter was made.
