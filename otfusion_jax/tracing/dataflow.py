@@ -42,10 +42,10 @@ class Dataflow:
     """
 
     def __init__(self, interpreter: Interpreter) -> None:
-        self.numbers = dict(interpreter.numbers)
+        self.numbers: dict[int | None, float] = dict(interpreter.numbers)
         self.users: dict[int | None, list[int]] = {}
         counts = collections.Counter([number for number, _ in interpreter.sliced])
-        self.ambiguous = interpreter.collected & counts.keys()
+        self.ambiguous: set[int | None] = interpreter.collected & counts.keys()
         self.ambiguous.update([number for number, count in counts.items() if count > 1])
         self._transfers = interpreter.transfers
         for position, transfer in enumerate(interpreter.transfers):
