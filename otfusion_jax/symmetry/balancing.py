@@ -34,8 +34,8 @@ SMALLEST_CHANGE = 1e-6
 ROUNDS = 300
 """How often to balance scales and matrices in turn at most, where these meet in one parameter."""
 
-SMALLEST_SHARE = 1e-6
-"""By how much the units of a pair may differ in size, so that matrices of them can be inverted."""
+SMALLEST_SHARE = 1e-4
+"""Of the largest singular value of a side of a pair: with a smaller one, it is not balanced."""
 
 
 Members = tuple[tuple[int, int], ...]
@@ -123,33 +123,128 @@ def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) 
 
 def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
     pairs, units = _divided(balances_of(symmetry))
-    by_leaf = dict(zip(leaves, arrays, strict=True))
+    original = dict(zip(leaves, arrays, strict=True))
+    # In half precision a factor may be out of range where the product is not.
+    wide = {leaf: array.astype(accumulation_dtype(array.dtype)) for leaf, array in original.items()}
 
-    def once(by_leaf: dict[int, Array]) -> dict[int, Array]:
-        by_leaf = _with_balanced_units(symmetry, units, by_leaf)
-        for pair in pairs:
-            by_leaf = _shared_evenly(symmetry, pair, by_leaf)
-        return by_leaf
+    # Each round begins with the parameters themselves, so that these are rounded once, however
+    # many rounds there are: what is rounded in each changes the scales a little, not the function.
+    def again(carry: tuple[_Scales, Array, Array]) -> tuple[_Scales, Array, Array]:
+        before, _, number = carry
+        after, change = _round(symmetry, pairs, units, before, wide)
+        return after, change, number + 1
 
+    def is_unfinished(carry: tuple[_Scales, Array, Array]) -> Array:
+        _, change, number = carry
+        return (change > SMALLEST_CHANGE) & (number < ROUNDS)
+
+    scales = _no_scales(pairs, units, wide)
     # Where none of these meets another, each has one solution that does not depend on the others.
     in_pairs = [leaf for pair in pairs for leaf, _ in (*pair.up, *pair.down)]
     in_units = {leaf for item in units for leaf, _ in (*item.up, *item.down)}
     if len(set(in_pairs)) == len(in_pairs) and not in_units.intersection(in_pairs):
-        by_leaf = once(by_leaf)
-        return [by_leaf[leaf] for leaf in leaves]
+        scales, _ = _round(symmetry, pairs, units, scales, wide)
+    else:
+        start = scales, jnp.array(jnp.inf), jnp.array(0)
+        scales, _, _ = jax.lax.while_loop(is_unfinished, again, start)
+    changed = _scaled(symmetry, pairs, units, scales, wide)
+    return [changed[leaf].astype(original[leaf].dtype) for leaf in leaves]
 
-    def again(carry: tuple[dict[int, Array], Array, Array]) -> tuple[Any, Array, Array]:
-        before, _, number = carry
-        after = once(before)
-        return after, _largest_change(before, after), number + 1
 
-    def is_unfinished(carry: tuple[dict[int, Array], Array, Array]) -> Array:
-        _, change, number = carry
-        return (change > SMALLEST_CHANGE) & (number < ROUNDS)
+class _Scales(NamedTuple):
+    """By what the units of all balances are multiplied.
 
-    start = by_leaf, jnp.array(jnp.inf), jnp.array(0)
-    by_leaf, _, _ = jax.lax.while_loop(is_unfinished, again, start)
-    return [by_leaf[leaf] for leaf in leaves]
+    Attributes:
+        logs: Logarithms of scales, for each whose units are scaled one by one, `[*batch, n]`.
+        matrices: For each that is scaled by a matrix that, `[*batch, n, n]`.
+        inverses: Their inverses, as far as rounding lets them be.
+    """
+
+    logs: list[Array]
+    matrices: list[Array]
+    inverses: list[Array]
+
+
+def _no_scales(pairs: list[Balance], units: list[Balance], arrays: dict[int, Array]) -> _Scales:
+    """Returns the scales that change nothing."""
+    logs = []
+    for balance in units:
+        shape = (*balance.group.batch, balance.group.size)
+        logs.append(jnp.zeros(shape, _real_dtype(balance, arrays)))
+    matrices = []
+    for pair in pairs:
+        shape = (*pair.group.batch, pair.group.size, pair.group.size)
+        matrices.append(_identities(shape, _real_dtype(pair, arrays)))
+    return _Scales(logs, matrices, matrices)
+
+
+def _real_dtype(balance: Balance, arrays: dict[int, Array]) -> Any:
+    """Returns the dtype in which the scales of a group are found."""
+    dtype = jnp.result_type(*[arrays[leaf] for leaf, _ in (*balance.up, *balance.down)])
+    return jnp.finfo(dtype).dtype
+
+
+def _round(
+    symmetry: Symmetry,
+    pairs: list[Balance],
+    units: list[Balance],
+    scales: _Scales,
+    original: dict[int, Array],
+) -> tuple[_Scales, Array]:
+    """Balances all units, and then each pair, given the others where they now are.
+
+    Args:
+        symmetry: The symmetry.
+        pairs: What is scaled by matrices.
+        units: Those whose units are scaled one by one.
+        scales: The scales so far.
+        original: The parameters without them, by their leaves.
+
+    Returns:
+        The scales of the next round, and the largest change: of a logarithm, or of an entry of a
+        matrix that is 1 or 0 if nothing has changed.
+    """
+    logs, matrices, inverses = (list(found) for found in scales)
+    by_leaf = _scaled(symmetry, pairs, units, scales, original)
+    largest = jnp.zeros(())
+    steps = _logs_of_units(symmetry, units, by_leaf, logs)
+    for position, step in enumerate(steps):
+        logs[position] = logs[position] + step
+        largest = _larger(largest, step)
+    by_leaf = _with_scaled_units(symmetry, units, by_leaf, steps)
+    for position, pair in enumerate(pairs):
+        matrix, inverse = _even_matrices(symmetry, pair, by_leaf)
+        by_leaf = _mixed_pair(symmetry, pair, by_leaf, matrix, inverse)
+        largest = _larger(largest, matrix - _identities(matrix.shape, matrix.dtype))
+        matrices[position] = _product(matrices[position], matrix)
+        inverses[position] = _product(inverse, inverses[position])
+    return _Scales(logs, matrices, inverses), largest
+
+
+def _identities(shape: tuple[int, ...], dtype: Any) -> Array:
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+
+def _larger(largest: Array, changes: Array) -> Array:
+    return jnp.maximum(largest, jnp.max(jnp.abs(changes), initial=0).astype(jnp.float32))
+
+
+def _scaled(
+    symmetry: Symmetry,
+    pairs: list[Balance],
+    units: list[Balance],
+    scales: _Scales,
+    by_leaf: dict[int, Array],
+) -> dict[int, Array]:
+    """Multiplies parameters by all scales."""
+    by_leaf = _with_scaled_units(symmetry, units, by_leaf, scales.logs)
+    for pair, matrix, inverse in zip(pairs, scales.matrices, scales.inverses, strict=True):
+        # A product of many inverses is the inverse of the product but for their rounding. Newton's
+        # step squares what is missing.
+        twice = 2 * _identities(matrix.shape, matrix.dtype)
+        refined = _product(inverse, twice - _product(matrix, inverse))
+        by_leaf = _mixed_pair(symmetry, pair, by_leaf, matrix, refined)
+    return by_leaf
 
 
 def _divided(balances: list[Balance]) -> tuple[list[Balance], list[Balance]]:
@@ -158,47 +253,40 @@ def _divided(balances: list[Balance]) -> tuple[list[Balance], list[Balance]]:
     return by_matrices, [balance for balance in balances if not balance.group.rotates]
 
 
-def _largest_change(before: dict[int, Array], after: dict[int, Array]) -> Array:
-    """Returns the largest change of any number, over the largest number of its parameter."""
-    largest = jnp.zeros(())
-    for leaf, old in before.items():
-        size = jnp.max(jnp.abs(old), initial=0)
-        change = jnp.max(jnp.abs(after[leaf] - old), initial=0) / jnp.where(size > 0, size, 1)
-        largest = jnp.maximum(largest, change.astype(jnp.float32))
-    return largest
-
-
-def _shared_evenly(
+def _even_matrices(
     symmetry: Symmetry, pair: Balance, by_leaf: dict[int, Array]
-) -> dict[int, Array]:
-    """Multiplies two sides of a product by matrices, so that both have the same Gram matrix.
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch n n"]]:
+    """Returns a matrix and its inverse by which two sides of a product get one Gram matrix.
 
-    Of A W and A^-T V, with the Gram matrices M of W and N of V, `X = A^T A` has to satisfy
-    `X M X = N`: it is the geometric mean of the inverse of M, and N. The symmetric root of it turns
-    with the units if these are rotated.
+    Of W and V, with `R_W^T R_W` and `R_V^T R_V` for their Gram matrices and the singular values
+    `R_W R_V^T = P S Q^T`, the matrix `A = S^-1/2 Q^T R_V` and its inverse `R_W^T P S^-1/2` give A W
+    and A^-T V the one Gram matrix S. So they do in any rotation: of these, the one that makes A
+    symmetric turns with the units if these are rotated. No Gram matrix is formed, which would
+    square how much the singular values differ in size, and lose the small ones to rounding.
     """
     risen, fallen = (
-        _gram_of_units(symmetry, pair.group, members, by_leaf) for members in (pair.up, pair.down)
+        _root_of_units(symmetry, pair.group, members, by_leaf) for members in (pair.up, pair.down)
     )
-    values, vectors = jnp.linalg.eigh(risen)
-    fallen_values = jnp.linalg.eigvalsh(fallen)
     # A side that does not reach all dimensions has no inverse, and stays as it is.
-    is_regular = (values[..., 0] > SMALLEST_SHARE * values[..., -1]) & (
-        fallen_values[..., 0] > SMALLEST_SHARE * fallen_values[..., -1]
-    )
-    # X = M^-1/2 (M^1/2 N M^1/2)^1/2 M^-1/2. Where M is not regular, anything finite will do.
-    root = _function_of(jnp.where(is_regular[..., None], jnp.sqrt(values), 1), vectors)
-    inverse_root = _function_of(jnp.where(is_regular[..., None], values**-0.5, 1), vectors)
-    middle_values, middle_vectors = jnp.linalg.eigh(_product(root, fallen, root))
-    middle = _function_of(jnp.sqrt(jnp.maximum(middle_values, 0)), middle_vectors)
-    mean_values, mean_vectors = jnp.linalg.eigh(_product(inverse_root, middle, inverse_root))
-    mean_values = jnp.where(is_regular[..., None], mean_values, 1)
+    is_regular = _is_regular(risen) & _is_regular(fallen)
+    left, values, right = jnp.linalg.svd(_product(risen, _transposed(fallen)))
+    roots = jnp.sqrt(jnp.where(is_regular[..., None], values, 1))
+    matrix = _product(right, fallen) / roots[..., None]
+    inverse = _product(_transposed(risen), left) / roots[..., None, :]
+    # In the rotation that makes it symmetric.
+    first, _, last = jnp.linalg.svd(matrix)
+    rotation = _product(_transposed(last), _transposed(first))
+    matrix, inverse = _product(rotation, matrix), _product(inverse, _transposed(rotation))
     # Exactly the identity where there is nothing to be done.
-    identity = jnp.eye(values.shape[-1], dtype=values.dtype)
+    identity = _identities(matrix.shape, matrix.dtype)
     is_regular = is_regular[..., None, None]
-    matrix = jnp.where(is_regular, _function_of(mean_values**0.5, mean_vectors), identity)
-    inverse = jnp.where(is_regular, _function_of(mean_values**-0.5, mean_vectors), identity)
-    return _mixed_pair(symmetry, pair, by_leaf, matrix, inverse)
+    return jnp.where(is_regular, matrix, identity), jnp.where(is_regular, inverse, identity)
+
+
+def _is_regular(root: Float[Array, "*batch n n"]) -> Array:
+    """Whether a matrix has an inverse that rounding leaves something of."""
+    values = jnp.linalg.svd(root, compute_uv=False)
+    return values[..., -1] > SMALLEST_SHARE * values[..., 0]
 
 
 def _mixed_pair(
@@ -226,34 +314,28 @@ def _mixed_pair(
     return by_leaf
 
 
-def _gram_of_units(
+def _root_of_units(
     symmetry: Symmetry,
     group: Group,
     members: Members,
     by_leaf: dict[int, Array],
 ) -> Float[Array, "*batch n n"]:
-    """Sums up the inner products among units over some members."""
-    total = None
+    """Returns R, for which `R^T R` has the inner products among units over some members."""
+    found = []
     for leaf, axis in members:
         structure = symmetry.leaf_structures[leaf]
         blocks = structure.partition.split(by_leaf[leaf])
         (unit_axis,) = _unit_axes(structure, group, axis)
         units = units_in(blocks, [*unit_axis.levels, unit_axis.dim])
-        if jnp.iscomplexobj(units):
-            # Real matrices mix real and imaginary parts alike.
-            units = jnp.concatenate([units.real, units.imag], axis=-1)
-        # Half precision would lose the small eigenvalues.
-        wide = units.dtype if units.dtype == jnp.float64 else jnp.float32
-        units = units.astype(wide)
-        term = _product(units, jnp.swapaxes(units, -1, -2))
-        total = term if total is None else total + term
-    assert total is not None, "each side of a pair has members"
-    return total
+        # Real matrices mix real and imaginary parts alike.
+        found += [units.real, units.imag] if jnp.iscomplexobj(units) else [units]
+    # Of fewer numbers than units, R would not be square.
+    found.append(jnp.zeros_like(found[0], shape=(*group.batch, group.size, group.size)))
+    return jnp.linalg.qr(_transposed(jnp.concatenate(found, axis=-1)), mode="r")
 
 
-def _function_of(values: Array, vectors: Array) -> Array:
-    """Makes a symmetric matrix of its eigenvalues and eigenvectors."""
-    return _product(vectors * values[..., None, :], jnp.swapaxes(vectors, -1, -2))
+def _transposed(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
 
 
 def _product(*matrices: Array) -> Array:
@@ -283,12 +365,19 @@ class _Squares(NamedTuple):
     log: Array
 
 
-def _with_balanced_units(
-    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array]
-) -> dict[int, Array]:
-    """Scales units of all groups until nothing changes."""
+def _logs_of_units(
+    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array], zeros: list[Array]
+) -> list[Array]:
+    """Returns the logarithms of the scales of all units for which nothing changes any more.
+
+    Args:
+        symmetry: The symmetry.
+        balances: Those whose units are scaled one by one.
+        by_leaf: The parameters, by their leaves.
+        zeros: For each balance an array of the shape and dtype of its logarithms.
+    """
     if not balances:
-        return by_leaf
+        return []
     # Norms are all that counts, and a scale multiplies squares by its square. So the parameters
     # themselves are multiplied once, in the end, and rounded once.
     squares = {}
@@ -311,19 +400,21 @@ def _with_balanced_units(
         _, largest, number = carry
         return (largest > SMALLEST_CHANGE) & (number < MOST_SWEEPS)
 
-    start = []
-    for balance in balances:
-        dtype = jnp.result_type(*[squares[leaf].array for leaf, _ in balance.up])
-        start.append(jnp.zeros((*balance.group.batch, balance.group.size), dtype))
-    logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, (start, jnp.array(jnp.inf), jnp.array(0)))
+    start = [jnp.zeros_like(found) for found in zeros], jnp.array(jnp.inf), jnp.array(0)
+    logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, start)
+    return logs
+
+
+def _with_scaled_units(
+    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array], logs: list[Array]
+) -> dict[int, Array]:
+    """Multiplies the units of all groups by their scales."""
     changed = {}
     for leaf, array in by_leaf.items():
-        # In half precision a factor may be out of range where the product is not.
-        wide = accumulation_dtype(array.dtype)
-        scaled = array.astype(wide)
+        changed[leaf] = array
         for group, member, exponents in _exponents(balances, leaf, logs, 1):
-            scaled = _multiplied(symmetry, group, member, scaled, jnp.exp(exponents))
-        changed[leaf] = scaled.astype(array.dtype)
+            factors = jnp.exp(exponents)
+            changed[leaf] = _multiplied(symmetry, group, member, changed[leaf], factors)
     return changed
 
 
