@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from arrays import normal, unstack
+from arrays import normal, normals, unstack
 from numpy.testing import assert_allclose, assert_array_equal
 from ott.geometry import costs
 from pairs import COUNT, FORWARD, as_list, one_pair, pairs, symmetry_of
@@ -112,6 +112,39 @@ def test_what_is_not_in_place_yet_does_not_disturb_the_forward_pass(fn, inner):
         return jnp.array_equal(found.plans["embed"], jnp.argsort(plans["embed"]))
 
     assert recovered(jax.random.split(jax.random.key(1), 100)).sum() == 100
+
+
+def grouped(params, x):
+    """Units of two groups along one axis, and a parameter that none of them moves."""
+    both = jnp.concatenate([jnp.tanh(x @ params["left"]), jnp.tanh(x @ params["right"])], axis=-1)
+    return both @ params["read"] + params["bias"][None]
+
+
+OBJECTIVES = {
+    "residual": (residual, {"embed": (2, 8), "up": (8, 9), "down": (9, 8), "out": (8, 3)}),
+    "recurrent": (recurrent, {"embed": (2, 8), "loop": (8, 8), "out": (8, 3)}),
+    "grouped": (
+        grouped,
+        {"left": (2, 8), "right": (2, 5), "read": (13, 4), "bias": (4,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("noise", [1e-4, 0.05, 3], ids=["near", "closer", "far"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_distances_before_and_after_are_those_of_the_models(name, noise):
+    """Whether they are known by the way or measured in the end."""
+    fn, shapes = OBJECTIVES[name]
+    target, other = normals(shapes, seed=1), normals(shapes, seed=2)
+    symmetry = otf.trace_symmetry(fn, target, jnp.ones((3, 2)))
+    near = jax.tree.map(lambda x, y: x + noise * y, target, other)
+    source = otf.transport(symmetry, symmetry.random(jax.random.key(0)), near)
+    found = otf.align(symmetry, source, target, method=FORWARD)
+    moved = otf.transport(symmetry, found, source)
+    for model, measured in ((source, found.history[0]), (moved, found.objective)):
+        squares = [np.sum((np.float64(model[key]) - target[key]) ** 2) for key in shapes]
+        assert_allclose(measured, sum(squares), rtol=1e-5)
+    assert found.objective == found.history[1]
 
 
 # --- soft plans

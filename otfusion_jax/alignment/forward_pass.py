@@ -7,7 +7,7 @@ in place. `ForwardSweep` is that pass, for the loop in `visit`; coordinate desce
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from ott.geometry import costs
@@ -15,6 +15,7 @@ from ott.geometry import costs
 from otfusion_jax.alignment.costs import DEGREES, Gram
 from otfusion_jax.alignment.descent_state import DescentState, initial_state
 from otfusion_jax.alignment.group_tree import GroupTree
+from otfusion_jax.alignment.measured_leaves import MeasuredLeaves
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.progress import Progress
@@ -66,19 +67,26 @@ class ForwardPass(AbstractMethod):
             ValueError: If there is a folder for progress inside of `jax.jit`, or it has the plans
                 of other models.
         """
-        sweep = ForwardSweep(problem, problem.metric, grams, self.unit_norm, self.members)
+        # What goes on from where it was, another time, has to have the same digits; and units of
+        # norm 1 tell no distances.
+        measured = None
+        if self.progress is None and not self.unit_norm:
+            measured = MeasuredLeaves(problem)
+        sweep = ForwardSweep(
+            problem, problem.metric, grams, self.unit_norm, self.members, measured=measured
+        )
         start = initial_state(problem)
-        before = problem.distance(start.plans)
         state = start
         if self.progress is not None:
             if not problem.known:
                 raise ValueError("progress can be kept outside of jax.jit alone; leave it None")
-            progress = Progress(self.progress, before)
+            progress = Progress(self.progress, problem.distance(start.plans))
             state, solved = progress.resumed(start)
             state = state if problem.xp is np else as_jax(state)
             sweep = dataclasses.replace(sweep, progress=progress, solved=solved)
         state = visit_group_trees(problem, state, [sweep])
-        after = problem.distance(state.plans)
+        before = problem.distance(start.plans, measured and measured.before())
+        after = problem.distance(state.plans, measured and measured.after())
         history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
@@ -103,6 +111,7 @@ class ForwardSweep(AbstractSweep):
         members: Which weights make up a unit, see `ForwardPass`.
         progress: Where plans are kept; None keeps none.
         solved: The positions of the group trees that were solved before.
+        measured: Where distances are noted that are known by the way. None notes none.
     """
 
     problem: AlignmentProblem
@@ -112,6 +121,7 @@ class ForwardSweep(AbstractSweep):
     members: Members = "producing"
     progress: Progress | None = None
     solved: Collection[int] = ()
+    measured: MeasuredLeaves | None = None
 
     def is_settled(self, tree: GroupTree, state: DescentState) -> bool:
         """See `AbstractSweep.is_settled`."""
@@ -138,7 +148,10 @@ class ForwardSweep(AbstractSweep):
                 if self.members == "all":
                     members.append(group.members)
                 else:
-                    members.append(_members_in_place(self.problem, tree, group))
+                    in_place = _members_in_place(self.problem, tree, group)
+                    members.append(in_place.members)
+                    if self.measured is not None and not in_place.waiting:
+                        self.measured.note_compared(tree, in_place.members)
             compared = self.problem.compare(tree, state.plans, members)
         if self.unit_norm:
             compared = [_normalised(grams) for grams in compared]
@@ -155,6 +168,8 @@ class ForwardSweep(AbstractSweep):
         new_plans = [solution.plan for solution in solutions]
         plans = self.problem.plans_after(tree, state.plans, new_plans)
         after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
+        if self.measured is not None:
+            self.measured.note_solved(tree, grams[0], new_plans[0])
         if self.progress is not None:
             self.progress.save(self._position_of(tree), plans, after)
         return after
@@ -165,7 +180,19 @@ def _normalised(grams: Gram) -> Gram:
     return grams.normalised()
 
 
-def _members_in_place(problem: AlignmentProblem, tree: GroupTree, group: Group) -> Sequence[Member]:
+class _InPlace(NamedTuple):
+    """By what a group is matched.
+
+    Attributes:
+        members: The members.
+        waiting: Whether their parameters have units of groups that are not in place yet.
+    """
+
+    members: Sequence[Member]
+    waiting: bool
+
+
+def _members_in_place(problem: AlignmentProblem, tree: GroupTree, group: Group) -> _InPlace:
     """Returns the members that produce a group out of earlier groups or of what is pinned.
 
     What a later group is added from (the blocks of a residual stream) is still in the source's
@@ -187,7 +214,7 @@ def _members_in_place(problem: AlignmentProblem, tree: GroupTree, group: Group) 
     for member in candidates:
         if member.leaf not in waiting:
             in_place.append(member)
-    return in_place or candidates
+    return _InPlace(in_place or candidates, waiting=not in_place)
 
 
 def leaves_used_twice(group: Group) -> set[int]:

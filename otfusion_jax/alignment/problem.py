@@ -10,7 +10,8 @@ need not be compiled (see `common.host`).
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -314,19 +315,25 @@ class AlignmentProblem:
             )
         return carried
 
-    def distance(self, plans: Plans) -> Float[Array, ""]:
+    def distance(
+        self, plans: Plans, measured: Mapping[tuple[int, ...], float] | None = None
+    ) -> Float[Array, ""]:
         """Takes the squared distance of the moved source to the target.
 
         Args:
             plans: The plans of all groups.
+            measured: The distances under these plans that are known, by the positions of the
+                parameters in `symmetry.parts` that they belong to. None knows of none.
 
         Returns:
             The sum over all parameters that move, in the problem's dtype.
         """
-        distances = []
+        measured = measured or {}
+        distances = [self.xp.asarray(distance, self.dtype) for distance in measured.values()]
+        known = set(itertools.chain.from_iterable(measured))
         for number, part in enumerate(self.symmetry.parts):
             # Integers, such as step counts, are no parameters that a plan could bring closer.
-            if part.moves:
+            if part.moves and number not in known:
                 distances.append(self.leaf_distance(number, plans))
         return self.summed(distances)
 
@@ -497,6 +504,8 @@ def set_up_problem(
 
 def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     """Returns the exponent of `common_exponent`, or 0 where squares and their sums are in range."""
+    if _are_comfortable(arrays):
+        return np.int32(0)
     magnitudes = largest_magnitudes(arrays)
     _, exponent = np.frexp(max(magnitudes, default=0.0))
     # Sums of squares of a billion numbers below 2**16 are below 2**62. To scale is to copy both
@@ -504,3 +513,21 @@ def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     if abs(exponent) <= COMFORTABLE_EXPONENT:
         exponent = 0
     return np.int32(exponent)
+
+
+def _are_comfortable(arrays: Sequence[Any]) -> bool:
+    """Whether sums of squares tell that the largest magnitude is in a comfortable range.
+
+    They are less to take than the magnitudes. The largest is not below any root mean square, and
+    not above the root of the sum of all squares.
+    """
+    sq_norms, mean_squares = [0.0], [0.0]
+    for array in arrays:
+        if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.forc:
+            return False
+        if array.size:
+            sq_norm = float(np.vdot(array, array))
+            sq_norms.append(sq_norm)
+            mean_squares.append(sq_norm / array.size)
+    largest = 4.0**COMFORTABLE_EXPONENT
+    return max(mean_squares) > 1 / largest and sum(sq_norms) < largest

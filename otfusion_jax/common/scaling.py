@@ -39,7 +39,9 @@ def exponent(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Exp
         nothing but zeros.
     """
     if array_module(x) is np:
-        _, k = np.frexp(np.max(abs(x), axis=axis, initial=0))
+        # Without a copy of the magnitudes.
+        largest = np.maximum(np.max(x, axis=axis, initial=0), -np.min(x, axis=axis, initial=0))
+        _, k = np.frexp(largest)
         return k
     x = lax.stop_gradient(x)
     if x.dtype != jnp.float64:
@@ -161,10 +163,14 @@ def _scaled_by_numpy(x: Numbers, k: Exponent) -> Numbers:
     """Multiplies an array of NumPy by a power of two, which NumPy can do for subnormal numbers."""
     product: Any
     if np.iscomplexobj(x):
-        product = np.ldexp(x.real, k) + 1j * np.ldexp(x.imag, k)
+        product = _scaled_by_numpy(x.real, k) + 1j * _scaled_by_numpy(x.imag, k)
+        return product
+    # NumPy does not know all narrow types.
+    wide = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
+    if np.all(abs(k) < -np.finfo(wide.dtype).minexp):
+        # A product with a power of two is rounded in the same way, and takes a tenth of the time.
+        product = wide * np.ldexp(wide.dtype.type(1), k)
     else:
-        # NumPy does not know all narrow types.
-        wide = np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32)
         product = np.ldexp(wide, k)
     return product.astype(x.dtype, copy=False)
 

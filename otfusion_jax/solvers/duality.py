@@ -83,7 +83,7 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     matched = xp.diagonal(cost)
     residual = cost - matched[:, None]
     # Paths that get shorter by less are rounded, and might go round in circles to the last step.
-    largest = xp.max(abs(cost))
+    largest = xp.maximum(xp.max(cost), -xp.min(cost))
     rounding = 8 * np.finfo(cost.dtype).eps * largest
 
     def unfinished(state: _Distances) -> Array:

@@ -82,7 +82,7 @@ class Exact(AbstractSolver):
             if permutation:
                 return empty_solution(cost, xp.zeros(0, np.int32))
             return empty_solution(cost)
-        largest = xp.max(abs(cost))
+        largest = xp.maximum(xp.max(cost), -xp.min(cost))
         finite = xp.isfinite(largest)
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
         k = exponent(cost)
@@ -108,10 +108,9 @@ class Exact(AbstractSolver):
             unusable = np.nan
 
         # Of all costs, the largest is rounded by most.
-        largest = xp.max(abs(safe))
-        rounding = 8 * np.finfo(cost.dtype).eps * largest
-        spread = xp.max(safe) - xp.min(safe)
-        tolerance = self.tolerance * spread + rounding
+        least, most = xp.min(safe), xp.max(safe)
+        rounding = 8 * np.finfo(cost.dtype).eps * xp.maximum(most, -least)
+        tolerance = self.tolerance * (most - least) + rounding
         within_tolerance = gap <= tolerance
         gap = restored(gap, k)
         return Solution(
