@@ -3,7 +3,9 @@
 First permutations, between as many units on both sides; then plans of any sizes and marginals.
 """
 
+import operator
 import sys
+from typing import Any
 
 import chex
 import jax
@@ -23,8 +25,10 @@ from problems import (
 
 import otfusion_jax as otf
 from otfusion_jax.solvers import assignment, duality, network_simplex
+from otfusion_jax.solvers.base import TransportProblem
 from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.padding import solve_assignment
+from otfusion_jax.solvers.stack import solve_stack
 
 # Permutations
 
@@ -414,3 +418,37 @@ def test_a_problem_without_a_solution_has_none_filled_up(bad: float):
     assert not found.converged
     assert (np.asarray(found.plan) >= 5).all()
     assert np.isnan(found.value)
+
+
+# --- known costs, many at once
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_small_costs_are_solved_together_as_one_by_one(n, structure):
+    cost: Any = np.asarray(as_cost(STRUCTURES[structure](n)))
+    rng = np.random.default_rng(n)
+    # Of other sizes, in another order, and one that cannot be solved.
+    stack: Any = np.stack([cost, 1e4 * cost, cost[rng.permutation(n)], np.full_like(cost, np.nan)])
+    together = solve_stack(Exact(), TransportProblem(stack))
+    assert not together.converged[3]
+    assert (together.plan[3] == n).all()
+    assert np.isnan(together.value[3])
+    for number in range(3):
+        alone = Exact().compute(TransportProblem(stack[number]))
+        chex.assert_trees_all_equal(jax.tree.map(operator.itemgetter(number), together), alone)
+        best = best_match(stack[number])
+        rounding = 1e-6 * float(np.max(np.abs(stack[number])))
+        assert cost_of_match(stack[number], alone.plan) == pytest.approx(best, abs=rounding)
+        assert alone.value == pytest.approx(best, abs=rounding)
+        assert alone.converged
+        assert 0 <= alone.gap <= rounding
+
+
+def test_more_small_costs_than_are_solved_at_once():
+    costs: Any = np.random.default_rng(0).random((300, 64, 64)).astype(np.float32)
+    solutions = solve_stack(Exact(), TransportProblem(costs.reshape(20, 15, 64, 64)))
+    assert solutions.plan.shape == (20, 15, 64)
+    expected = np.reshape([best_match(cost) for cost in costs], (20, 15))
+    np.testing.assert_allclose(solutions.value, expected, rtol=1e-5)
+    assert solutions.converged.all()

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from otfusion_jax.common.host import Array, array_module, cond, fori_loop
 from otfusion_jax.solvers.duality import identity_gap
+from otfusion_jax.solvers.small_assignments import FEW_UNITS, assign_small
 
 # Annealing of the preconditioner of `Exact`: regularisation in units of the mean reduced cost.
 _ANNEAL_FROM = 0.2
@@ -28,8 +29,6 @@ _FEW_ANNEAL_LEVELS = 3
 _FEW_SCALINGS_PER_LEVEL = 8
 # The share of the columns that are the cheapest of some row, from which on a cost is left as it is.
 _EASY_SHARE = 0.97
-# Up to how many units SciPy's solver has found the paths before they could be shortened.
-_FEW_UNITS = 128
 # Of a column, in units of a row's: below it, scalings would overflow.
 _LEAST_MASS = 1e-30
 
@@ -49,8 +48,12 @@ def assign(
         The permutation, int32 `[n]`: position `j` receives row `plan[j]`; and its duality gap, at
         least 0, in units of the mean cost of a match.
     """
-    # Subtracting one after the other loses no digits to a large common offset.
     xp = array_module(cost)
+    if xp is np and len(cost) <= FEW_UNITS:
+        known: Any = cost
+        plans, gaps = assign_small(known[None])
+        return plans[0], gaps[0]
+    # Subtracting one after the other loses no digits to a large common offset.
     row_minima = xp.min(cost, axis=1, keepdims=True)
     reduced = cost - row_minima
     column_minima = xp.min(reduced, axis=0, keepdims=True)
@@ -148,8 +151,6 @@ def _precondition(cost: Float[Array, "n n"]) -> Float[Array, "n n"]:
     Returns:
         The shifted cost, with the same properties, except that some columns may have no 0.
     """
-    if array_module(cost) is np and len(cost) <= _FEW_UNITS:
-        return cost
     share = _share_of_columns(_cheapest_columns(cost))
     return cond(share > _EASY_SHARE, lambda: cost, lambda: _annealed(cost))
 

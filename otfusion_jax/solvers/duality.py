@@ -27,21 +27,21 @@ class _Distances(NamedTuple):
 
 
 def feasible_potentials(
-    cost: Float[Array, "n m"],
-    v: Float[Array, " m"],
-) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
+    cost: Float[Array, "*batch n m"],
+    v: Float[Array, "*batch m"],
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch m"]]:
     """Makes feasible potentials of any others by c-transforms.
 
     Args:
-        cost: The cost.
+        cost: The cost, or a stack of them.
         v: The column potentials, feasible or not.
 
     Returns:
         The c-transform `u` of `v`, and `w` of `u`, so that `(cost - u) - w` is never below 0.
     """
     xp = array_module(cost, v)
-    u = xp.min(cost - v[None, :], axis=1)
-    return u, xp.min(cost - u[:, None], axis=0)
+    u = xp.min(cost - v[..., None, :], axis=-1)
+    return u, xp.min(cost - u[..., :, None], axis=-2)
 
 
 def plan_gap(

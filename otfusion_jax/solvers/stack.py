@@ -9,6 +9,8 @@ import numpy as np
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.solvers.base import AbstractSolver, Solution, TransportProblem
+from otfusion_jax.solvers.exact import Exact, takes_few
+from otfusion_jax.solvers.small_assignments import solve_small
 
 
 def solve_stack(solver: AbstractSolver, problems: TransportProblem) -> Solution:
@@ -38,7 +40,9 @@ def solve_stack(solver: AbstractSolver, problems: TransportProblem) -> Solution:
 
     # One axis in place of several: `jax.lax.map` goes along one.
     flat = jax.tree.map(flattened, problems)
-    if at_hand:
+    if isinstance(solver, Exact) and takes_few(flat):
+        solutions = solve_small(flat.cost, solver.tolerance)
+    elif at_hand:
         found = []
         for number in range(count):
             found.append(solve(jax.tree.map(operator.itemgetter(number), flat)))
