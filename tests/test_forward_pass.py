@@ -147,6 +147,37 @@ def test_distances_before_and_after_are_those_of_the_models(name, noise):
     assert found.objective == found.history[1]
 
 
+def test_distances_are_those_of_the_models_behind_a_soft_plan():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    shapes = {"a": (3, 8), "b": (8, 9), "c": (9, 4)}
+    source, target = normals(shapes, seed=1), normals(shapes, seed=2)
+    symmetry = otf.trace_symmetry(fn, target, jnp.ones((2, 3)))
+    masses = []
+    for seed in (3, 4):
+        drawn = np.random.default_rng(seed).uniform(0.2, 1.2, 8).astype(np.float32)
+        masses.append({"a": jnp.asarray(drawn / drawn.sum())})
+    found = otf.align(symmetry, source, target, method=FORWARD, marginals=(masses[0], masses[1]))
+    squares = [np.sum((np.float64(source[key]) - target[key]) ** 2) for key in shapes]
+    assert_allclose(found.history[0], sum(squares), rtol=1e-6)
+
+
+def test_what_stays_is_at_one_distance():
+    """Units of long vectors, whose inner products are rounded by more."""
+    target = normals({"a": (20000, 8), "c": (8, 4)}, seed=1)
+    source = dict(target, a=target["a"] + 0.5 * normal(20000, 8, seed=2))
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["c"]
+
+    symmetry = otf.trace_symmetry(fn, target, jnp.ones((1, 20000)))
+    found = otf.align(symmetry, source, target, method=FORWARD)
+    assert found.history[0] == found.history[1]
+    expected = np.sum((np.float64(source["a"]) - target["a"]) ** 2)
+    assert_allclose(found.objective, expected, rtol=3e-5)
+
+
 # --- soft plans
 
 

@@ -588,6 +588,22 @@ def test_matrices_of_a_chain_settle_to_rounding(ratio: float):
         assert_allclose(leaf, once[name], rtol=0, atol=2e-5 * float(jnp.abs(leaf).max()))
 
 
+@pytest.mark.parametrize("dtypes", [("f4", "f4", "f8"), ("f8", "f4", "f4"), ("f4", "f8", "f4")])
+def test_parameters_of_several_precisions_are_balanced_together(dtypes):
+    with jax.enable_x64(True):
+        shapes = {"a": (3, 5), "b": (5, 6), "c": (6, 4)}
+        params = normals(shapes, seed=1)
+        for name, dtype in zip(shapes, dtypes, strict=True):
+            params[name] = params[name].astype(dtype)
+
+        def fn(p, x):
+            return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+
+        balanced = otf.canonicalize(otf.trace_symmetry(fn, params, X).with_scales(), params)
+        assert [leaf.dtype for leaf in balanced.values()] == list(dtypes)
+        assert change(fn, params, balanced) < 3e-6
+
+
 def test_dead_units_stay_as_they_are():
     params = normals(DEEP, seed=1)
     params["w"] = params["w"].at[:, 0].set(0)
@@ -625,6 +641,19 @@ def test_two_matrices_share_their_product_evenly():
     other = randomly_scaled(free, params, jax.random.key(1))
     found = otf.align(free, otf.canonicalize(free, other), even)
     assert float(found.objective) < 1e-6 * float(np.sum(down**2))
+
+
+@pytest.mark.parametrize("sizes", [(1e-20, 1e-20), (1e18, 1e18), (1e-18, 1e18), (1e15, 1e-20)])
+def test_matrices_of_any_size_share_their_product_evenly(sizes):
+    params = normals({"down": (9, 4), "up": (4, 7)}, seed=1)
+    free = otf.trace_symmetry(bottleneck, params, normal(5, 9)).with_rotations().with_scales()
+    plain = otf.canonicalize(free, params)
+    scaled = {name: params[name] * size for name, size in zip(params, sizes, strict=True)}
+    even = otf.canonicalize(free, scaled)
+    for name, leaf in plain.items():
+        # Both sides have the same share of the size of the product.
+        size = np.sqrt(sizes[0]) * np.sqrt(sizes[1])
+        assert_allclose(np.float64(even[name]) / size, leaf, rtol=0, atol=3e-6)
 
 
 def test_matrices_without_an_inverse_stay_as_they_are():

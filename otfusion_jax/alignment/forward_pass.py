@@ -85,8 +85,8 @@ class ForwardPass(AbstractMethod):
             state = state if problem.xp is np else as_jax(state)
             sweep = dataclasses.replace(sweep, progress=progress, solved=solved)
         state = visit_group_trees(problem, state, [sweep])
-        before = problem.distance(start.plans, measured and measured.before())
-        after = problem.distance(state.plans, measured and measured.after())
+        before = problem.distance(start.plans, measured.before() if measured else None)
+        after = problem.distance(state.plans, measured.after() if measured else None)
         history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
@@ -151,7 +151,7 @@ class ForwardSweep(AbstractSweep):
                     in_place = _members_in_place(self.problem, tree, group)
                     members.append(in_place.members)
                     if self.measured is not None and not in_place.waiting:
-                        self.measured.note_compared(tree, in_place.members)
+                        self.measured.note_compared(tree, in_place.members, state.plans)
             compared = self.problem.compare(tree, state.plans, members)
         if self.unit_norm:
             compared = [_normalised(grams) for grams in compared]

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from otfusion_jax.alignment.costs import Gram, as_real
+from otfusion_jax.alignment.costs import Gram, as_real, squared_norm
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.moved_leaves import are_same_widths
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.common.host import Array, inner_product
-from otfusion_jax.symmetry.groups import Member
-from otfusion_jax.symmetry.plans import is_permutation
+from otfusion_jax.symmetry.groups import Member, Plans
+from otfusion_jax.symmetry.plans import is_identity, is_permutation
 
-LEAST_SHARE = 0.01
-"""Of the squared norms of parameters: a smaller distance is not told by their inner products."""
+LEAST_SHARE = 0.1
+"""Of the squared norms of parameters: a smaller distance is not told by their inner products, which
+are rounded by up to some millionths of the norms."""
 
 Leaves = tuple[int, ...]
 """Positions in `Symmetry.parts`."""
@@ -36,25 +37,29 @@ class MeasuredLeaves:
     def __init__(self, problem: AlignmentProblem) -> None:
         self._problem = problem
         self._compared: dict[str, Leaves] = {}
-        self._sq_norms: dict[Leaves, float] = {}
+        self._before: dict[Leaves, float] = {}
         self._after: dict[Leaves, float] = {}
 
-    def note_compared(self, tree: GroupTree, members: Sequence[Member]) -> None:
+    def note_compared(self, tree: GroupTree, members: Sequence[Member], plans: Plans) -> None:
         """Notes by what the units of a group tree are compared, if that can be measured.
 
         Args:
             tree: The group tree.
             members: The members of its root, whose parameters no later group moves.
+            plans: The plans of all groups so far.
         """
         problem, group = self._problem, tree.groups[0]
         if problem.xp is not np or problem.lazy or len(tree.groups) > 1 or tree.siblings:
             return
-        if group.batch or group.signed or group.orthogonal:
+        if group.batch or group.orthogonal:
             return
         for member in members:
-            partition = problem.symmetry.numbered_leaves[member.leaf].structure.partition
-            is_one_block = all(len(axis_blocks) == 1 for axis_blocks in partition.axes)
+            leaf = problem.symmetry.numbered_leaves[member.leaf]
+            is_one_block = all(len(blocks) == 1 for blocks in leaf.structure.partition.axes)
             if not is_one_block or not are_same_widths(problem.symmetry, problem.onto, member.leaf):
+                return
+            # Only permutations leave every norm as it is, to the last digit.
+            if not all(is_permutation(plan) for plan in leaf.plans_by_name(plans).values()):
                 return
         leaves = tuple([member.leaf for member in members])
         if len(set(leaves)) == len(leaves):
@@ -71,23 +76,23 @@ class MeasuredLeaves:
         leaves = self._compared.get(tree.groups[0].name)
         if leaves is None or not is_permutation(plan) or not (plan < len(plan)).all():
             return
-        sq_norms = 0.0
-        for of_units in (grams.source_sq_norms, grams.target_sq_norms):
-            sq_norms += float(np.sum(of_units, dtype=np.float64))
+        # What has stayed is at one distance before and after, not at two that are rounded.
+        if is_identity(plan):
+            return
+        sq_norms, product = 0.0, 0.0
+        # Sums over units, each of a long sum, would be rounded by more.
+        for leaf in leaves:
+            source = as_real(self._problem.source[leaf])
+            target = as_real(self._problem.target[leaf])
+            sq_norms += float(squared_norm(source)) + float(squared_norm(target))
+            product += float(inner_product(source, target))
+        _note(self._before, leaves, sq_norms, product)
         matched = grams.cross[plan, np.arange(len(plan))]
-        self._sq_norms[leaves] = sq_norms
         _note(self._after, leaves, sq_norms, float(np.sum(matched, dtype=np.float64)))
 
     def before(self) -> dict[Leaves, float]:
         """Returns the squared distances of the parameters as they were given."""
-        distances: dict[Leaves, float] = {}
-        for leaves, sq_norms in self._sq_norms.items():
-            product = 0.0
-            for leaf in leaves:
-                source, target = self._problem.source[leaf], self._problem.target[leaf]
-                product += float(inner_product(as_real(source), as_real(target)))
-            _note(distances, leaves, sq_norms, product)
-        return distances
+        return self._before
 
     def after(self) -> dict[Leaves, float]:
         """Returns the squared distances of the moved parameters."""

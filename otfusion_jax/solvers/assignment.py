@@ -49,6 +49,7 @@ def assign(
         least 0, in units of the mean cost of a match.
     """
     xp = array_module(cost)
+    # Copies of few units: all others that are small go by `solve_small`.
     if xp is np and len(cost) <= FEW_UNITS:
         known: Any = cost
         plans, gaps = assign_small(known[None])

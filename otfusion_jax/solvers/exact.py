@@ -134,14 +134,13 @@ def takes_few(problem: TransportProblem) -> bool:
     Returns:
         Whether it is a small assignment of a known cost.
     """
-    n, m = problem.cost.shape[-2:]
-    is_assignment = n == m and problem.a is None and problem.b is None
-    return is_assignment and 0 < n <= FEW_UNITS and array_module(problem.cost) is np
+    is_known = array_module(problem.cost) is np and problem.cost.size > 0
+    return is_known and problem.cost.shape[-1] <= FEW_UNITS and _is_assignment(problem)
 
 
 def _is_assignment(problem: TransportProblem) -> bool:
     """Whether a permutation is the best plan of a problem, whatever it costs."""
-    n, m = problem.cost.shape
+    n, m = problem.cost.shape[-2:]
     return n == m and problem.a is None and problem.b is None
 
 

@@ -20,6 +20,7 @@ FEW_UNITS = 128
 """Up to how many units SciPy's solver needs no help: larger costs are shifted before."""
 
 _ENTRIES_AT_ONCE = 2**20
+"""How many costs are gone over together: what is computed of them takes some megabytes."""
 
 
 def solve_small(costs: Float[np.ndarray, "k n n"], tolerance: float) -> Solution:

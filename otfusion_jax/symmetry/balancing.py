@@ -31,6 +31,9 @@ MOST_SWEEPS = 1000
 SMALLEST_CHANGE = 1e-6
 """Of the logarithm of a scale: less is rounding, and balancing has come to its end."""
 
+LARGEST_ROUNDING = 1e-4
+"""Of an entry of a matrix: what changes by more has not come to its end."""
+
 ROUNDS = 300
 """How often to balance scales and matrices in turn at most, where these meet in one parameter."""
 
@@ -129,14 +132,16 @@ def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -
 
     # Each round begins with the parameters themselves, so that these are rounded once, however
     # many rounds there are: what is rounded in each changes the scales a little, not the function.
-    def again(carry: tuple[_Scales, Array, Array]) -> tuple[_Scales, Array, Array]:
-        before, _, number = carry
+    def again(carry: tuple[_Scales, Array, Array, Array]) -> tuple[_Scales, Array, Array, Array]:
+        before, last_change, _, number = carry
         after, change = _round(symmetry, pairs, units, before, wide)
-        return after, change, number + 1
+        return after, change, last_change, number + 1
 
-    def is_unfinished(carry: tuple[_Scales, Array, Array]) -> Array:
-        _, change, number = carry
-        return (change > SMALLEST_CHANGE) & (number < ROUNDS)
+    def is_unfinished(carry: tuple[_Scales, Array, Array, Array]) -> Array:
+        _, change, last_change, number = carry
+        # Of large matrices, rounding is more than the smallest change: then it falls no more.
+        still_falls = (change < last_change) | (change > LARGEST_ROUNDING)
+        return (change > SMALLEST_CHANGE) & still_falls & (number < ROUNDS)
 
     scales = _no_scales(pairs, units, wide)
     # Where none of these meets another, each has one solution that does not depend on the others.
@@ -145,8 +150,8 @@ def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -
     if len(set(in_pairs)) == len(in_pairs) and not in_units.intersection(in_pairs):
         scales, _ = _round(symmetry, pairs, units, scales, wide)
     else:
-        start = scales, jnp.array(jnp.inf), jnp.array(0)
-        scales, _, _ = jax.lax.while_loop(is_unfinished, again, start)
+        start = scales, jnp.array(jnp.inf), jnp.array(jnp.inf), jnp.array(0)
+        scales, *_ = jax.lax.while_loop(is_unfinished, again, start)
     changed = _scaled(symmetry, pairs, units, scales, wide)
     return [changed[leaf].astype(original[leaf].dtype) for leaf in leaves]
 
@@ -156,8 +161,8 @@ class _Scales(NamedTuple):
 
     Attributes:
         logs: Logarithms of scales, for each whose units are scaled one by one, `[*batch, n]`.
-        matrices: For each that is scaled by a matrix that, `[*batch, n, n]`.
-        inverses: Their inverses, as far as rounding lets them be.
+        matrices: The matrix of each that is scaled by one, `[*batch, n, n]`.
+        inverses: The inverses of these, as far as rounding lets them be.
     """
 
     logs: list[Array]
@@ -167,21 +172,16 @@ class _Scales(NamedTuple):
 
 def _no_scales(pairs: list[Balance], units: list[Balance], arrays: dict[int, Array]) -> _Scales:
     """Returns the scales that change nothing."""
+    # One dtype for all: those of one group depend on those of the others.
+    dtype = jnp.finfo(jnp.result_type(*arrays.values())).dtype
     logs = []
     for balance in units:
-        shape = (*balance.group.batch, balance.group.size)
-        logs.append(jnp.zeros(shape, _real_dtype(balance, arrays)))
+        logs.append(jnp.zeros((*balance.group.batch, balance.group.size), dtype))
     matrices = []
     for pair in pairs:
         shape = (*pair.group.batch, pair.group.size, pair.group.size)
-        matrices.append(_identities(shape, _real_dtype(pair, arrays)))
+        matrices.append(_identities(shape, dtype))
     return _Scales(logs, matrices, matrices)
-
-
-def _real_dtype(balance: Balance, arrays: dict[int, Array]) -> Any:
-    """Returns the dtype in which the scales of a group are found."""
-    dtype = jnp.result_type(*[arrays[leaf] for leaf, _ in (*balance.up, *balance.down)])
-    return jnp.finfo(dtype).dtype
 
 
 def _round(
@@ -264,15 +264,16 @@ def _even_matrices(
     symmetric turns with the units if these are rotated. No Gram matrix is formed, which would
     square how much the singular values differ in size, and lose the small ones to rounding.
     """
-    risen, fallen = (
+    (risen, risen_size), (fallen, fallen_size) = (
         _root_of_units(symmetry, pair.group, members, by_leaf) for members in (pair.up, pair.down)
     )
     # A side that does not reach all dimensions has no inverse, and stays as it is.
     is_regular = _is_regular(risen) & _is_regular(fallen)
     left, values, right = jnp.linalg.svd(_product(risen, _transposed(fallen)))
     roots = jnp.sqrt(jnp.where(is_regular[..., None], values, 1))
-    matrix = _product(right, fallen) / roots[..., None]
-    inverse = _product(_transposed(risen), left) / roots[..., None, :]
+    ratio = (jnp.sqrt(fallen_size) / jnp.sqrt(risen_size))[..., None, None]
+    matrix = ratio * _product(right, fallen) / roots[..., None]
+    inverse = _product(_transposed(risen), left) / roots[..., None, :] / ratio
     # In the rotation that makes it symmetric.
     first, _, last = jnp.linalg.svd(matrix)
     rotation = _product(_transposed(last), _transposed(first))
@@ -284,7 +285,7 @@ def _even_matrices(
 
 
 def _is_regular(root: Float[Array, "*batch n n"]) -> Array:
-    """Whether a matrix has an inverse that rounding leaves something of."""
+    """Whether a matrix, of numbers up to 1, has an inverse that rounding leaves something of."""
     values = jnp.linalg.svd(root, compute_uv=False)
     return values[..., -1] > SMALLEST_SHARE * values[..., 0]
 
@@ -319,8 +320,12 @@ def _root_of_units(
     group: Group,
     members: Members,
     by_leaf: dict[int, Array],
-) -> Float[Array, "*batch n n"]:
-    """Returns R, for which `R^T R` has the inner products among units over some members."""
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch"]]:
+    """Returns R, for which `R^T R` has the inner products among units over some members.
+
+    Returns:
+        R over a number, so that no product is out of range, and this number.
+    """
     found = []
     for leaf, axis in members:
         structure = symmetry.leaf_structures[leaf]
@@ -331,7 +336,10 @@ def _root_of_units(
         found += [units.real, units.imag] if jnp.iscomplexobj(units) else [units]
     # Of fewer numbers than units, R would not be square.
     found.append(jnp.zeros_like(found[0], shape=(*group.batch, group.size, group.size)))
-    return jnp.linalg.qr(_transposed(jnp.concatenate(found, axis=-1)), mode="r")
+    units = jnp.concatenate(found, axis=-1)
+    size = jnp.max(jnp.abs(units), axis=(-2, -1))
+    size = jnp.where(size > 0, size, 1)
+    return jnp.linalg.qr(_transposed(units / size[..., None, None]), mode="r"), size
 
 
 def _transposed(matrix: Array) -> Array:
@@ -366,7 +374,7 @@ class _Squares(NamedTuple):
 
 
 def _logs_of_units(
-    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array], zeros: list[Array]
+    symmetry: Symmetry, balances: list[Balance], by_leaf: dict[int, Array], like: list[Array]
 ) -> list[Array]:
     """Returns the logarithms of the scales of all units for which nothing changes any more.
 
@@ -374,7 +382,7 @@ def _logs_of_units(
         symmetry: The symmetry.
         balances: Those whose units are scaled one by one.
         by_leaf: The parameters, by their leaves.
-        zeros: For each balance an array of the shape and dtype of its logarithms.
+        like: For each balance an array of the shape and dtype of its logarithms.
     """
     if not balances:
         return []
@@ -391,7 +399,8 @@ def _logs_of_units(
         # One after the other, each given the others where they now are, as in coordinate descent.
         for position, balance in enumerate(balances):
             old = logs[position]
-            logs[position] = old + _step(symmetry, balances, balance, squares, logs)
+            step = _step(symmetry, balances, balance, squares, logs)
+            logs[position] = old + step.astype(old.dtype)
             change = jnp.max(jnp.abs(logs[position] - old), initial=0)
             largest = jnp.maximum(largest, change.astype(jnp.float32))
         return logs, largest, number + 1
@@ -400,7 +409,7 @@ def _logs_of_units(
         _, largest, number = carry
         return (largest > SMALLEST_CHANGE) & (number < MOST_SWEEPS)
 
-    start = [jnp.zeros_like(found) for found in zeros], jnp.array(jnp.inf), jnp.array(0)
+    start = [jnp.zeros_like(found) for found in like], jnp.array(jnp.inf), jnp.array(0)
     logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, start)
     return logs
 
