@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from otfusion_jax.common.host import accumulation_dtype
@@ -127,8 +128,14 @@ def _balanced(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) 
 def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -> list[Array]:
     pairs, units = _divided(balances_of(symmetry))
     original = dict(zip(leaves, arrays, strict=True))
-    # In half precision a factor may be out of range where the product is not.
-    wide = {leaf: array.astype(accumulation_dtype(array.dtype)) for leaf, array in original.items()}
+    # In half precision a factor may be out of range where the product is not; and all in one
+    # precision, as the scales of one group depend on those of the others.
+    precisions = [jnp.finfo(accumulation_dtype(array.dtype)).dtype for array in arrays]
+    dtype = max(precisions, key=lambda precision: precision.itemsize)
+    wide = {}
+    for leaf, array in original.items():
+        is_complex = jnp.iscomplexobj(array)
+        wide[leaf] = array.astype(np.result_type(dtype, np.complex64) if is_complex else dtype)
 
     # Each round begins with the parameters themselves, so that these are rounded once, however
     # many rounds there are: what is rounded in each changes the scales a little, not the function.
@@ -143,14 +150,19 @@ def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -
         still_falls = (change < last_change) | (change > LARGEST_ROUNDING)
         return (change > SMALLEST_CHANGE) & still_falls & (number < ROUNDS)
 
-    scales = _no_scales(pairs, units, wide)
+    scales = _no_scales(pairs, units, dtype)
     # Where none of these meets another, each has one solution that does not depend on the others.
     in_pairs = [leaf for pair in pairs for leaf, _ in (*pair.up, *pair.down)]
     in_units = {leaf for item in units for leaf, _ in (*item.up, *item.down)}
     if len(set(in_pairs)) == len(in_pairs) and not in_units.intersection(in_pairs):
         scales, _ = _round(symmetry, pairs, units, scales, wide)
     else:
-        start = scales, jnp.array(jnp.inf), jnp.array(jnp.inf), jnp.array(0)
+        start = (
+            scales,
+            jnp.array(jnp.inf, jnp.float32),
+            jnp.array(jnp.inf, jnp.float32),
+            jnp.array(0),
+        )
         scales, *_ = jax.lax.while_loop(is_unfinished, again, start)
     changed = _scaled(symmetry, pairs, units, scales, wide)
     return [changed[leaf].astype(original[leaf].dtype) for leaf in leaves]
@@ -170,10 +182,8 @@ class _Scales(NamedTuple):
     inverses: list[Array]
 
 
-def _no_scales(pairs: list[Balance], units: list[Balance], arrays: dict[int, Array]) -> _Scales:
-    """Returns the scales that change nothing."""
-    # One dtype for all: those of one group depend on those of the others.
-    dtype = jnp.finfo(jnp.result_type(*arrays.values())).dtype
+def _no_scales(pairs: list[Balance], units: list[Balance], dtype: Any) -> _Scales:
+    """Returns the scales that change nothing, of some dtype."""
     logs = []
     for balance in units:
         logs.append(jnp.zeros((*balance.group.batch, balance.group.size), dtype))
@@ -206,7 +216,7 @@ def _round(
     """
     logs, matrices, inverses = (list(found) for found in scales)
     by_leaf = _scaled(symmetry, pairs, units, scales, original)
-    largest = jnp.zeros(())
+    largest = jnp.zeros((), jnp.float32)
     steps = _logs_of_units(symmetry, units, by_leaf, logs)
     for position, step in enumerate(steps):
         logs[position] = logs[position] + step
@@ -395,21 +405,19 @@ def _logs_of_units(
     def sweep(carry: tuple[list[Array], Array, Array]) -> tuple[list[Array], Array, Array]:
         logs, _, number = carry
         logs = list(logs)
-        largest = jnp.zeros(())
+        largest = jnp.zeros((), jnp.float32)
         # One after the other, each given the others where they now are, as in coordinate descent.
         for position, balance in enumerate(balances):
             old = logs[position]
-            step = _step(symmetry, balances, balance, squares, logs)
-            logs[position] = old + step.astype(old.dtype)
-            change = jnp.max(jnp.abs(logs[position] - old), initial=0)
-            largest = jnp.maximum(largest, change.astype(jnp.float32))
+            logs[position] = old + _step(symmetry, balances, balance, squares, logs)
+            largest = _larger(largest, logs[position] - old)
         return logs, largest, number + 1
 
     def is_unfinished(carry: tuple[list[Array], Array, Array]) -> Array:
         _, largest, number = carry
         return (largest > SMALLEST_CHANGE) & (number < MOST_SWEEPS)
 
-    start = [jnp.zeros_like(found) for found in like], jnp.array(jnp.inf), jnp.array(0)
+    start = [jnp.zeros_like(found) for found in like], jnp.array(jnp.inf, jnp.float32), jnp.array(0)
     logs, _, _ = jax.lax.while_loop(is_unfinished, sweep, start)
     return logs
 
