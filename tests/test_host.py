@@ -178,3 +178,12 @@ def test_a_solver_of_ones_own_gets_arrays_of_jax():
     assert solved
     assert all(solved)
     assert_array_equal(found.plans["w"], np.arange(4))
+
+
+def test_inner_products_of_millions_are_rounded_as_short_ones():
+    x: Any = np.random.default_rng(0).uniform(0.5, 1.5, (3, 1_000_001)).astype(np.float32)
+    exact = np.vdot(x.astype(np.float64), x.astype(np.float64))
+    found = typed_host.inner_product(x, x)
+    assert found.dtype == np.float32
+    assert_allclose(found, exact, rtol=3e-7)
+    assert_allclose(typed_host.inner_product(x.T, x.T), exact, rtol=3e-7)

@@ -239,6 +239,10 @@ def kept(array: Any) -> Any:
 # --- what the two modules do not share
 
 
+_LONGEST_SUM = 2**15
+"""How many products NumPy sums up in the precision of what is multiplied."""
+
+
 def matmul(rows: Array, columns: Array) -> Array:
     """Multiplies matrices, or stacks of them, in full precision.
 
@@ -288,8 +292,18 @@ def inner_product(x: Array, y: Array) -> Array:
         The sum of the products of their entries, `[]`.
     """
     xp = array_module(x, y)
-    # NumPy does without an array of the products.
-    return xp.vdot(x, y) if xp is np else xp.sum(x * y)
+    if xp is not np:
+        return xp.sum(x * y)
+    # NumPy does without an array of the products. A sum of millions of them is rounded by the more
+    # the longer it is, so that it is taken in parts.
+    if x.size <= _LONGEST_SUM:
+        return xp.vdot(x, y)
+    x, y = x.ravel(), y.ravel()
+    total = 0.0
+    for start in range(0, x.size, _LONGEST_SUM):
+        part = slice(start, start + _LONGEST_SUM)
+        total += float(xp.vdot(x[part], y[part]))
+    return xp.asarray(total, xp.result_type(x, y))[()]
 
 
 def taken(array: Array, index: Array, axis: int, fill: Any = None) -> Array:
