@@ -27,6 +27,20 @@ Exponent = Int[Array, "..."]
 # --- exponents
 
 
+def largest_magnitude(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Array:
+    """Takes the largest magnitude without a copy of all magnitudes.
+
+    Args:
+        x: Real numbers.
+        axis: The axes along which it is taken. None means all of them.
+
+    Returns:
+        The largest, NaN or infinite if any number is, `[]` or with the other axes; 0 of nothing.
+    """
+    xp = array_module(x)
+    return xp.maximum(xp.max(x, axis=axis, initial=0), -xp.min(x, axis=axis, initial=0))
+
+
 def exponent(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Exponent:
     """Returns the exponent of the power of two that is just above all magnitudes.
 
@@ -39,8 +53,7 @@ def exponent(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Exp
         nothing but zeros.
     """
     if array_module(x) is np:
-        # Without a copy of the magnitudes.
-        largest = np.maximum(np.max(x, axis=axis, initial=0), -np.min(x, axis=axis, initial=0))
+        largest: Any = largest_magnitude(x, axis)
         _, k = np.frexp(largest)
         return k
     x = lax.stop_gradient(x)

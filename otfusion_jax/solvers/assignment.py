@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from otfusion_jax.common.host import Array, array_module, cond, fori_loop
 from otfusion_jax.solvers.duality import identity_gap
-from otfusion_jax.solvers.small_assignments import FEW_UNITS, assign_small
+from otfusion_jax.solvers.small_assignments import FEW_UNITS, assign_small, with_tiebreaks
 
 # Annealing of the preconditioner of `Exact`: regularisation in units of the mean reduced cost.
 _ANNEAL_FROM = 0.2
@@ -230,17 +230,17 @@ def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
 def _with_tiebreak(cost: Float[Array, "n n"], largest: Float[Array, ""]) -> Float[Array, "n n"]:
     """Adds values as small as rounding errors, 0 on the diagonal: of equal units, those stay.
 
-    SciPy's solver takes n steps for a constant cost. It works in float64, and would copy what is
-    narrower. With ott's, equal units would all try the same columns in the same order, and take
-    O(n^2): values that look random keep them apart, and such a cost gives the identity in n.
+    SciPy's solver takes n steps for a constant cost. With ott's, equal units would all try the same
+    columns in the same order, and take O(n^2): values that look random keep them apart, and such a
+    cost gives the identity in n.
     """
     xp = array_module(cost, largest)
-    unit = xp.where(largest > 0, largest, 1)
-    rounding = 4 * np.finfo(cost.dtype).eps * unit
     if xp is np:
-        apart: Any = np.add(cost, rounding, dtype=np.float64)
-        np.fill_diagonal(apart, np.diagonal(cost))
-        return apart
+        known: Any = cost
+        apart: Any = with_tiebreaks(known[None], np.asarray(largest)[None])
+        return apart[0]
+    unit = jnp.where(largest > 0, largest, 1)
+    rounding = 4 * np.finfo(cost.dtype).eps * unit
     i = jnp.arange(len(cost), dtype=np.uint32)[:, None]
     j = jnp.arange(len(cost), dtype=np.uint32)[None, :]
     # A multiplicative hash of the indices.

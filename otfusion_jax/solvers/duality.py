@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from otfusion_jax.common.host import Array, array_module, while_loop
+from otfusion_jax.common.scaling import largest_magnitude
 
 
 class _Distances(NamedTuple):
@@ -83,8 +84,7 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     matched = xp.diagonal(cost)
     residual = cost - matched[:, None]
     # Paths that get shorter by less are rounded, and might go round in circles to the last step.
-    largest = xp.maximum(xp.max(cost), -xp.min(cost))
-    rounding = 8 * np.finfo(cost.dtype).eps * largest
+    rounding = 8 * np.finfo(cost.dtype).eps * largest_magnitude(cost)
 
     def unfinished(state: _Distances) -> Array:
         return (xp.max(state.taken_off) > rounding) & (state.iteration < n)

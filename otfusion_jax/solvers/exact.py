@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from otfusion_jax.common.arguments import require_number
 from otfusion_jax.common.host import Array, array_module, cond, program, without_gradient
-from otfusion_jax.common.scaling import exponent, restored, scaled
+from otfusion_jax.common.scaling import exponent, largest_magnitude, restored, scaled
 from otfusion_jax.solvers.assignment import assign, assign_copies
 from otfusion_jax.solvers.base import (
     AbstractSolver,
@@ -86,8 +86,7 @@ class Exact(AbstractSolver):
             return empty_solution(cost)
         if takes_few(problem):
             return jax.tree.map(operator.itemgetter(0), solve_small(cost[None], self.tolerance))
-        largest = xp.maximum(xp.max(cost), -xp.min(cost))
-        finite = xp.isfinite(largest)
+        finite = xp.isfinite(largest_magnitude(cost))
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
         k = exponent(cost)
         constant = without_gradient(cost)
@@ -112,9 +111,9 @@ class Exact(AbstractSolver):
             unusable = np.nan
 
         # Of all costs, the largest is rounded by most.
-        least, most = xp.min(safe), xp.max(safe)
-        rounding = 8 * np.finfo(cost.dtype).eps * xp.maximum(most, -least)
-        tolerance = self.tolerance * (most - least) + rounding
+        rounding = 8 * np.finfo(cost.dtype).eps * largest_magnitude(safe)
+        spread = xp.max(safe) - xp.min(safe)
+        tolerance = self.tolerance * spread + rounding
         within_tolerance = gap <= tolerance
         gap = restored(gap, k)
         return Solution(

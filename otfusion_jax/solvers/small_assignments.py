@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from otfusion_jax.common.scaling import exponent, restored, scaled
+from otfusion_jax.common.scaling import exponent, largest_magnitude, restored, scaled
 from otfusion_jax.solvers.base import Solution, working_dtype
 from otfusion_jax.solvers.duality import feasible_potentials
 
@@ -46,8 +46,8 @@ def solve_small(costs: Float[np.ndarray, "k n n"], tolerance: float) -> Solution
 def _solve(costs: Float[np.ndarray, "k n n"], tolerance: float) -> Solution:
     """Solves as many as fit into a few megabytes."""
     n = costs.shape[-1]
-    finite = np.isfinite(_largest_magnitudes(costs))
     given: Any = costs
+    finite: Any = np.isfinite(largest_magnitude(given, axis=(1, 2)))
     k = exponent(given, axis=(1, 2))
     safe: Any = scaled(given, -k[:, None, None])
     if not finite.all():
@@ -68,14 +68,11 @@ def _solve(costs: Float[np.ndarray, "k n n"], tolerance: float) -> Solution:
     return Solution(*solution)
 
 
-def _largest_magnitudes(costs: Float[np.ndarray, "k n n"]) -> Float[np.ndarray, " k"]:
-    """Takes the largest magnitude of each problem, NaN or infinite if any cost is."""
-    return np.maximum(np.max(costs, axis=(1, 2)), -np.min(costs, axis=(1, 2)))
-
-
 def _rounding(costs: Float[np.ndarray, "k n n"]) -> Float[np.ndarray, " k"]:
     """Says for each problem how much sums of its costs are rounded."""
-    return 8 * np.finfo(costs.dtype).eps * _largest_magnitudes(costs)
+    given: Any = costs
+    largest: Any = largest_magnitude(given, axis=(1, 2))
+    return 8 * np.finfo(costs.dtype).eps * largest
 
 
 def assign_small(
@@ -101,7 +98,8 @@ def assign_small(
     hard = np.flatnonzero(~is_solved)
     if hard.size:
         left = reduced[hard]
-        for number, cost in zip(hard, _with_tiebreaks(left), strict=True):
+        largest = np.max(left, axis=(1, 2))
+        for number, cost in zip(hard, with_tiebreaks(left, largest), strict=True):
             _, columns = linear_sum_assignment(cost)
             plans[number] = np.argsort(columns)
         # With its rows in the order of the plan, the cost of the plan is the diagonal.
@@ -109,12 +107,18 @@ def assign_small(
     return plans, gaps
 
 
-def _with_tiebreaks(costs: Float[np.ndarray, "k n n"]) -> Float[np.ndarray, "k n n"]:
+def with_tiebreaks(
+    costs: Float[np.ndarray, "k n n"], largest: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, "k n n"]:
     """Adds to all but the diagonal what is as small as rounding errors: equal units stay.
 
-    In float64, in which SciPy's solver works: it would copy what is narrower.
+    Args:
+        costs: The costs, arrays of NumPy.
+        largest: The largest of each before any shift, which says how its entries are rounded.
+
+    Returns:
+        The costs in float64, in which SciPy's solver works: it would copy what is narrower.
     """
-    largest = np.max(costs, axis=(1, 2))
     rounding = 4 * np.finfo(costs.dtype).eps * np.where(largest > 0, largest, 1)
     apart = np.add(costs, rounding[:, None, None], dtype=np.float64)
     units = np.arange(costs.shape[-1])

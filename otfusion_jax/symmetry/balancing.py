@@ -141,7 +141,8 @@ def _balance(symmetry: Symmetry, leaves: tuple[int, ...], arrays: list[Array]) -
     # many rounds there are: what is rounded in each changes the scales a little, not the function.
     def again(carry: tuple[_Scales, Array, Array, Array]) -> tuple[_Scales, Array, Array, Array]:
         before, last_change, _, number = carry
-        after, change = _round(symmetry, pairs, units, before, wide)
+        by_leaf = _scaled(symmetry, pairs, units, before, wide)
+        after, change = _round(symmetry, pairs, units, before, by_leaf)
         return after, change, last_change, number + 1
 
     def is_unfinished(carry: tuple[_Scales, Array, Array, Array]) -> Array:
@@ -199,7 +200,7 @@ def _round(
     pairs: list[Balance],
     units: list[Balance],
     scales: _Scales,
-    original: dict[int, Array],
+    by_leaf: dict[int, Array],
 ) -> tuple[_Scales, Array]:
     """Balances all units, and then each pair, given the others where they now are.
 
@@ -208,14 +209,13 @@ def _round(
         pairs: What is scaled by matrices.
         units: Those whose units are scaled one by one.
         scales: The scales so far.
-        original: The parameters without them, by their leaves.
+        by_leaf: The parameters with these scales, by their leaves.
 
     Returns:
         The scales of the next round, and the largest change: of a logarithm, or of an entry of a
         matrix that is 1 or 0 if nothing has changed.
     """
     logs, matrices, inverses = (list(found) for found in scales)
-    by_leaf = _scaled(symmetry, pairs, units, scales, original)
     largest = jnp.zeros((), jnp.float32)
     steps = _logs_of_units(symmetry, units, by_leaf, logs)
     for position, step in enumerate(steps):
