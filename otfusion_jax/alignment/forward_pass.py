@@ -67,11 +67,7 @@ class ForwardPass(AbstractMethod):
             ValueError: If there is a folder for progress inside of `jax.jit`, or it has the plans
                 of other models.
         """
-        # What goes on from where it was, another time, has to have the same digits; and units of
-        # norm 1 tell no distances.
-        measured = None
-        if self.progress is None and not self.unit_norm:
-            measured = MeasuredLeaves(problem)
+        measured = MeasuredLeaves(problem)
         sweep = ForwardSweep(
             problem, problem.metric, grams, self.unit_norm, self.members, measured=measured
         )
@@ -81,12 +77,12 @@ class ForwardPass(AbstractMethod):
             if not problem.known:
                 raise ValueError("progress can be kept outside of jax.jit alone; leave it None")
             progress = Progress(self.progress, problem.distance(start.plans))
-            state, solved = progress.resumed(start)
+            state, solved = progress.resumed(start, measured)
             state = state if problem.xp is np else as_jax(state)
             sweep = dataclasses.replace(sweep, progress=progress, solved=solved)
         state = visit_group_trees(problem, state, [sweep])
-        before = problem.distance(start.plans, measured.before() if measured else None)
-        after = problem.distance(state.plans, measured.after() if measured else None)
+        before = problem.distance(start.plans, measured.before)
+        after = problem.distance(state.plans, measured.after)
         history = problem.xp.stack([before, after])
         return Alignment(state.plans, after, history, state.all_converged(), state.gaps)
 
@@ -150,7 +146,9 @@ class ForwardSweep(AbstractSweep):
                 else:
                     in_place = _members_in_place(self.problem, tree, group)
                     members.append(in_place.members)
-                    if self.measured is not None and not in_place.waiting:
+                    # Units of norm 1 tell no distances.
+                    measurable = not in_place.waiting and not self.unit_norm
+                    if self.measured is not None and measurable:
                         self.measured.note_compared(tree, in_place.members, state.plans)
             compared = self.problem.compare(tree, state.plans, members)
         if self.unit_norm:
@@ -170,8 +168,8 @@ class ForwardSweep(AbstractSweep):
         after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
         if self.measured is not None:
             self.measured.note_solved(tree, grams[0], new_plans[0])
-        if self.progress is not None:
-            self.progress.save(self._position_of(tree), plans, after)
+            if self.progress is not None:
+                self.progress.save(self._position_of(tree), plans, after, self.measured)
         return after
 
 

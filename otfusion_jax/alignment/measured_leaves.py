@@ -29,6 +29,10 @@ Leaves = tuple[int, ...]
 class MeasuredLeaves:
     """The squared distances of parameters that have been seen while their units were matched.
 
+    Attributes:
+        before: The squared distances of the parameters as they were given.
+        after: Those of the moved parameters.
+
     Args:
         problem: The alignment problem. Where NumPy does not compute, nothing is measured: there it
             takes little to go over the parameters.
@@ -37,8 +41,8 @@ class MeasuredLeaves:
     def __init__(self, problem: AlignmentProblem) -> None:
         self._problem = problem
         self._compared: dict[str, Leaves] = {}
-        self._before: dict[Leaves, float] = {}
-        self._after: dict[Leaves, float] = {}
+        self.before: dict[Leaves, float] = {}
+        self.after: dict[Leaves, float] = {}
 
     def note_compared(self, tree: GroupTree, members: Sequence[Member], plans: Plans) -> None:
         """Notes by what the units of a group tree are compared, if that can be measured.
@@ -86,17 +90,9 @@ class MeasuredLeaves:
             target = as_real(self._problem.target[leaf])
             sq_norms += float(squared_norm(source)) + float(squared_norm(target))
             product += float(inner_product(source, target))
-        _note(self._before, leaves, sq_norms, product)
+        _note(self.before, leaves, sq_norms, product)
         matched = grams.cross[plan, np.arange(len(plan))]
-        _note(self._after, leaves, sq_norms, float(np.sum(matched, dtype=np.float64)))
-
-    def before(self) -> dict[Leaves, float]:
-        """Returns the squared distances of the parameters as they were given."""
-        return self._before
-
-    def after(self) -> dict[Leaves, float]:
-        """Returns the squared distances of the moved parameters."""
-        return self._after
+        _note(self.after, leaves, sq_norms, float(np.sum(matched, dtype=np.float64)))
 
 
 def _note(distances: dict[Leaves, float], leaves: Leaves, sq_norms: float, product: float) -> None:

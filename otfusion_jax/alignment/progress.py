@@ -12,12 +12,13 @@ from typing import Any, cast
 import numpy as np
 
 from otfusion_jax.alignment.descent_state import DescentState
+from otfusion_jax.alignment.measured_leaves import MeasuredLeaves
 from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Plans
 
 _NAME = re.compile(r"tree-(\d+)\.npz")
 _MODELS = "models.npz"
-_KINDS = ("plans", "gaps", "converged")
+_KINDS = ("plans", "gaps", "converged", "before", "after")
 
 
 class Progress:
@@ -46,11 +47,14 @@ class Progress:
                     "another folder, or delete this one"
                 )
 
-    def resumed(self, state: DescentState) -> tuple[DescentState, set[int]]:
+    def resumed(
+        self, state: DescentState, measured: MeasuredLeaves
+    ) -> tuple[DescentState, set[int]]:
         """Takes what was found before into a state.
 
         Args:
             state: The state to start from.
+            measured: Where to note the distances that were measured before.
 
         Returns:
             The state, with arrays of NumPy where something was found, and the positions of the
@@ -73,17 +77,26 @@ class Progress:
             state.converged | found["converged"],
             state.improved,
         )
+        for kind, distances in (("before", measured.before), ("after", measured.after)):
+            for leaves, distance in found[kind].items():
+                distances[tuple(map(int, leaves.split("-")))] = float(distance)
         return resumed, solved
 
-    def save(self, number: int, plans: Plans, state: DescentState) -> None:
+    def save(
+        self, number: int, plans: Plans, state: DescentState, measured: MeasuredLeaves
+    ) -> None:
         """Writes down what solving a group tree has changed.
 
         Args:
             number: The position of the tree.
             plans: The plans that have changed.
             state: The state after.
+            measured: The distances that are known by the way. All of them are written.
         """
         record = {}
+        for kind, distances in (("before", measured.before), ("after", measured.after)):
+            for leaves, distance in distances.items():
+                record[f"{kind}:{'-'.join(map(str, leaves))}"] = np.asarray(distance)
         for name, plan in plans.items():
             record[f"plans:{name}"] = np.asarray(plan)
             record[f"gaps:{name}"] = np.asarray(state.gaps[name])
