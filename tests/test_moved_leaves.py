@@ -1,5 +1,7 @@
 """Parameters that move on from where they are end where they would have come from the start."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +85,31 @@ def test_after_a_plan_that_is_none_a_parameter_moves_from_the_start(symmetry, pa
         np.testing.assert_array_equal(
             leaf, otf.transport(symmetry, sequence[0], params)[name], strict=True
         )
+
+
+def test_wide_models_are_aligned_in_little_memory(monkeypatch):
+    # As if these parameters were too large for the moved model to be kept.
+    monkeypatch.setattr(moved_leaves, "LARGEST_KEPT", 2**18)
+    width = 400
+    generator = np.random.default_rng(0)
+    shapes = [(16, width), (width, width), (width, width), (width, 4)]
+
+    def wide(params, x):
+        for kernel in params[:-1]:
+            x = jax.nn.relu(x @ kernel)
+        return x @ params[-1]
+
+    def draw():
+        return [jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes]
+
+    # Models that have nothing in common take assignments that have to be prepared.
+    source, target = draw(), draw()
+    wide_symmetry = otf.trace_symmetry(wide, source, jnp.zeros((1, 16)))
+    otf.align(wide_symmetry, source, target)
+    tracemalloc.start()
+    otf.align(wide_symmetry, source, target)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    a_model = sum(kernel.nbytes for kernel in source)
+    a_cost = 4 * width**2
+    assert peak < 3 * a_model + 2 * a_cost

@@ -115,6 +115,8 @@ class DescentMemory:
         compared = self._compared.pop(id(tree), None)
         if compared is not None and compared.grams is not None:
             grams = self._updated(tree, compared.grams, compared.plans, plans, members)
+        # Of a large group, every array that is held while others are made counts.
+        compared = None
         if grams is None:
             grams = self._problem.compare(tree, plans, members)
         depends_on = {name: plans[name] for name in self._neighbours(tree)}

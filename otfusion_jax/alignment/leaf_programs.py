@@ -6,6 +6,7 @@ the kernels of a hundred blocks need one. What they return is in the dtype that 
 for.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def added(total: Gram, term: Gram) -> Gram:
     Returns:
         The inner products over all of them.
     """
-    return total + term
+    return jax.tree.map(operator.iadd, total, term)
 
 
 @program(static_argnames=("odd",))

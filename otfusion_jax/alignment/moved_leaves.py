@@ -2,6 +2,8 @@
 
 To move a parameter is most of what it takes to compare it. Once moved, it serves all groups in it,
 and the objective; and where one group has got another plan since, only that one is moved again.
+Of a large parameter, to compare takes far longer than to move, which is done anew each time: what
+is kept of all of them would be another model.
 """
 
 import operator
@@ -14,6 +16,9 @@ from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import is_identity, is_permutation
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import move
+
+LARGEST_KEPT = 2**24
+"""The largest parameter, in bytes, that is kept once it has been moved."""
 
 
 class MovedLeaves:
@@ -51,7 +56,8 @@ class MovedLeaves:
             moved = move(self._symmetry, plans, number, self._source[number], self._onto)
         elif steps:
             moved = move(self._symmetry, steps, number, moved, self._onto)
-        self._last[number] = moved, along
+        if moved.nbytes <= LARGEST_KEPT:
+            self._last[number] = moved, along
         return moved
 
     def _steps(self, number: int, last: Plans, plans: Plans) -> Plans | None:

@@ -128,6 +128,8 @@ def _visit_known(
         if exact is not None:
             cost = _cost(problem.dtype, sweep.metric, grams[0])
             solutions = [solve_assignment(exact, cost)]
+            # Before the next group is compared: of large groups, every array that is held counts.
+            del cost
         else:
             masses = _masses(problem, tree)
             solutions = _solved(

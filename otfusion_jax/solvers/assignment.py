@@ -213,7 +213,7 @@ def _scaled_potentials(cost: Array, g: Array, epsilon: Array) -> Array:
     f = xp.min(kernel, axis=1)
     kernel -= f[:, None]
     kernel /= -epsilon
-    kernel = xp.exp(kernel)
+    kernel = np.exp(kernel, out=kernel) if isinstance(kernel, np.ndarray) else xp.exp(kernel)
 
     def scale(_: int | Array, v: Array) -> Array:
         row_mass = kernel @ v

@@ -82,7 +82,6 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     n = len(cost)
     xp = array_module(cost)
     matched = xp.diagonal(cost)
-    residual = cost - matched[:, None]
     # Paths that get shorter by less are rounded, and might go round in circles to the last step.
     rounding = 8 * np.finfo(cost.dtype).eps * largest_magnitude(cost)
 
@@ -90,7 +89,8 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
         return (xp.max(state.taken_off) > rounding) & (state.iteration < n)
 
     def relax_edges(state: _Distances) -> _Distances:
-        by_way_of = xp.min(_first_steps(state.v, state.taken_off, residual), axis=0)
+        # Less what is matched first: an array of all residual costs would be as large as the cost.
+        by_way_of = xp.min(_first_steps(state.v - matched, state.taken_off, cost), axis=0)
         # Paths that end here are no longer than before, also where few edges were looked at.
         shorter = xp.minimum(state.v, by_way_of)
         return _Distances(shorter, state.v - shorter, state.iteration + 1)
@@ -106,13 +106,15 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     return xp.mean(slack_of_matches)
 
 
-def _first_steps(v: Array, taken_off: Array, residual: Array) -> Array:
+def _first_steps(v: Array, taken_off: Array, cost: Array) -> Array:
     """Adds edges to distances: `[k, n]`, in row k by way of a place k.
 
     Where shapes may depend on values, only places that the last step has brought nearer are gone
     by: the others have been before. Those are a few of all, from the second step on.
     """
-    if array_module(v, taken_off, residual) is np:
+    if array_module(v, taken_off, cost) is np:
         nearer = np.flatnonzero(taken_off > 0)
-        return v[nearer, None] + residual[nearer]
-    return v[:, None] + residual
+        steps = cost[nearer]
+        steps += v[nearer, None]
+        return steps
+    return v[:, None] + cost

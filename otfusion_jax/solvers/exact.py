@@ -23,6 +23,10 @@ from otfusion_jax.solvers.base import (
 from otfusion_jax.solvers.network_simplex import network_simplex
 from otfusion_jax.solvers.small_assignments import FEW_UNITS, solve_small
 
+_COMFORTABLE_EXPONENT = 64
+"""Known costs of an assignment are solved as they are if the largest is between the powers of two
+of this and of less this."""
+
 
 @dataclass(frozen=True)
 class Exact(AbstractSolver):
@@ -90,7 +94,11 @@ class Exact(AbstractSolver):
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
         k = exponent(cost)
         constant = without_gradient(cost)
-        in_range = scaled(constant, -k)
+        if permutation and xp is np and abs(k) <= _COMFORTABLE_EXPONENT:
+            # The same digits, without another array of the size of the cost.
+            k, in_range = 0 * k, constant
+        else:
+            in_range = scaled(constant, -k)
         # ott's solver may never return from NaN, so it gets a problem that takes it one step a row.
         safe = cond(finite, lambda: in_range, lambda: 1 - xp.eye(n, m, dtype=cost.dtype))
 

@@ -1,8 +1,8 @@
 """Assignments of known costs, of many sizes, by few programs or none.
 
-A solver is by far the largest program there is, and XLA compiles another one for each size. So a
-small problem is solved by NumPy, if its cost is an array of NumPy (see `common.host`). If not, it
-is filled up to the next of a few sizes, with units that are matched with each other in any best
+A solver is by far the largest program there is, and XLA compiles another one for each size. A cost
+that is an array of NumPy (see `common.host`) is solved by NumPy, which needs none. A small one of
+JAX is filled up to the next of a few sizes, with units that are matched with each other in any best
 match, and what belongs to them is cut off from the solution.
 """
 
@@ -13,16 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from otfusion_jax.common.host import Array, array_module, as_numpy
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.solvers.base import Solution, TransportProblem
 from otfusion_jax.solvers.exact import Exact
 
 SIZES = (8, 32, 128, 512)
 """The sizes that assignments are filled up to. Beyond the last, to solve a larger problem would
 take longer than to compile a program."""
-
-LARGEST_AT_HAND = 1024
-"""Up to how many units NumPy is as fast as a compiled program."""
 
 
 def solve_assignment(solver: Exact, cost: Float[Array, "n n"]) -> Solution:
@@ -36,11 +33,9 @@ def solve_assignment(solver: Exact, cost: Float[Array, "n n"]) -> Solution:
         What `solver.solve(cost)` returns, if the best match is unique. The gap is of the same
         match, and may be larger by rounding.
     """
-    size = len(cost)
     if array_module(cost) is np:
-        if size <= LARGEST_AT_HAND:
-            return solver.compute(TransportProblem(cost))
-        return as_numpy(_solved(solver, cost))
+        return solver.compute(TransportProblem(cost))
+    size = len(cost)
     for larger_size in SIZES:
         if 0 < size < larger_size:
             padded = _solved(solver, _padded(cost, larger_size))
