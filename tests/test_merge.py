@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -273,6 +274,51 @@ def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.Monk
     assert looked_at[0][1] < 40 <= looked_at[1][1] < 160
     scores = [row.score for row in merged.report.rows]
     assert merged.report.chosen.score == min(scores)
+
+
+def test_each_of_several_models_is_turned_for_the_average_of_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 4)
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 4)
+    averages, ends = [], []
+
+    def learn(symmetry, loss, a, b, chosen, **named):
+        averages.append(otf.interpolate(a, b, named["t"]))
+        found = otf.learn_alignment(symmetry, loss, a, b, chosen, **named)
+        moved = otf.transport(symmetry, found, a)
+        ends.append(otf.interpolate(moved, b, named["t"]))
+        return found
+
+    monkeypatch.setattr(candidates, "learn_alignment", learn)
+    models = [residual_params(0), residual_params(1), residual_params(2)]
+    merged = otf.merge(
+        residual,
+        models,
+        [data(40)],
+        outputs="logits",
+        repairs=(),
+        candidates=["learned rotations"],
+        weights=[0.2, 0.3, 0.5],
+    )
+    # Two models in two rounds, by half of the inputs and then by all. Each goes on from the average
+    # that the one before has ended with.
+    assert len(averages) == 8
+    averages, ends = averages[4:], ends[4:]
+    for end, average in zip(ends[:-1], averages[1:], strict=True):
+        chex.assert_trees_all_close(end, average, rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(ends[-1], merged.params, rtol=0, atol=1e-5)
+
+
+def test_models_that_count_nothing_turn_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 2)
+    models = [residual_params(0), residual_params(1)]
+    few = ["learned rotations"]
+    x = data(40)
+    merged = otf.merge(
+        residual, models, [x], outputs="logits", repairs=(), candidates=few, weights=[1.0, 0.0]
+    )
+    np.testing.assert_allclose(
+        residual(merged.params, x), residual(models[0], x), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("mixes", [None, True, False])

@@ -21,6 +21,7 @@ from otfusion_jax.alignment.feature_gram import feature_gram
 from otfusion_jax.alignment.forward_pass import ForwardPass
 from otfusion_jax.alignment.learned import learn_alignment
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.averaging.average import average
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.barycenter import barycenter
@@ -36,6 +37,8 @@ _LEARNING_BATCH_SIZE = 64
 _LEARNING_STEPS_ON_MIXTURES = 1200
 _LEARNING_PASSES = 15
 _MOST_LEARNING_STEPS = 2400
+# How often each of three models or more is turned.
+_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +180,11 @@ def _by_features_then_weights(task: Task) -> list[PyTree]:
 
 
 def _by_learned_rotations(task: Task) -> list[PyTree]:
-    """Turns units on from where features have them, until the average answers as the models do."""
+    """Turns units on from where features have them, until the average answers as the models do.
+
+    What is to answer is the average of all models. So each in its turn moves on while the others
+    stay: of three or more that were moved onto the last pair by pairwise, the average is far worse.
+    """
     samples, objective = task.samples, task.objective
     assert samples is not None
     assert objective is not None
@@ -193,24 +200,40 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
     size = min(_LEARNING_BATCH_SIZE, samples.count)
     steps = min(_LEARNING_PASSES * samples.count // size, _MOST_LEARNING_STEPS)
     steps = max(_LEARNING_STEPS_ON_MIXTURES if task.mixes else _LEARNING_STEPS, steps)
-    seeds = jax.random.bits(jax.random.fold_in(task.key, len(task.models)), (steps,))
-    learned = []
-    for number, model in enumerate(task.models[:-1]):
-        own_key = jax.random.fold_in(task.key, number)
-        positions = jax.random.randint(own_key, (steps, size), 0, samples.count)
-        found = learn_alignment(
-            task.symmetry,
-            loss,
-            model,
-            task.models[-1],
-            (positions, seeds),
-            start=task.by_features[number],
-            # Permutations stay as features have found them.
-            solver=None,
-            leaf_weight=task.leaf_weight,
-        )
-        learned.append(found)
-    return task.moved(learned)
+    moved = task.moved(task.by_features)
+    rounds = 1 if len(moved) == 2 else _ROUNDS
+    steps //= rounds
+    count = 0
+    for _ in range(rounds):
+        for number, model in enumerate(moved[:-1]):
+            share = float(task.weights[number])
+            if share == 1:
+                # Nothing is left for the others, so that the average is this model.
+                continue
+            own_key, seed_key = jax.random.split(jax.random.fold_in(task.key, count))
+            count += 1
+            positions = jax.random.randint(own_key, (steps, size), 0, samples.count)
+            found = learn_alignment(
+                task.symmetry,
+                loss,
+                model,
+                _average_of_others(task, moved, number),
+                (positions, jax.random.bits(seed_key, (steps,))),
+                start=task.symmetry.identity(),
+                t=1 - share,
+                # Permutations stay as features have found them.
+                solver=None,
+                leaf_weight=task.leaf_weight,
+            )
+            moved[number] = transport(task.symmetry, found, model)
+    return moved
+
+
+def _average_of_others(task: Task, models: Sequence[PyTree], number: int) -> PyTree:
+    """Averages all models but one, by their weights."""
+    shares = np.delete(np.asarray(task.weights, np.float64), number)
+    others = [*models[:number], *models[number + 1 :]]
+    return average(others, (shares / shares.sum()).tolist())
 
 
 def _at_the_barycenter(task: Task) -> list[PyTree]:

@@ -108,7 +108,8 @@ def merge(
         candidates: What to match by: some of `"as they are"`; `"weights"`, as `fuse`;
             `"preactivations"`, Algorithm 1 of the paper with activations; `"features"`, which are
             correlations after the nonlinearity, and features themselves of units that rotate;
-            `"features, then weights"`, coordinate descent from there; `"learned rotations"`, which
+            `"features, then weights"`, coordinate descent from there; `"learned rotations"`, by
+            which each model is turned until the average of all answers as they do on average, which
             takes longest and needs batches; and `"barycenter"`, of three models or more. None tries
             all that apply. Where units can be rotated, models are matched with rotations, and by
             weights and preactivations without them as well; where units can change their signs,
