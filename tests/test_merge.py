@@ -215,7 +215,7 @@ def test_signs_are_found():
 
 
 def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 3)
     a = residual_params(0)
     rotating = otf.trace_symmetry(residual, a, SHAPE).with_rotations()
     assert rotating.rotates
@@ -249,7 +249,6 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
 
 def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("otfusion_jax.fusion.merge_arguments._MOST", 40)
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
     monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 6)
     looked_at = []
 
@@ -277,7 +276,6 @@ def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.Monk
 
 
 def test_each_of_several_models_is_turned_for_the_average_of_all(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 4)
     monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 4)
     averages, ends = [], []
 
@@ -309,7 +307,7 @@ def test_each_of_several_models_is_turned_for_the_average_of_all(monkeypatch: py
 
 
 def test_models_that_count_nothing_turn_nothing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 2)
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 2)
     models = [residual_params(0), residual_params(1)]
     few = ["learned rotations"]
     x = data(40)
@@ -324,7 +322,7 @@ def test_models_that_count_nothing_turn_nothing(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("mixes", [None, True, False])
 def test_what_is_trained_sees_mixtures(mixes: bool | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(candidates, "_LEARNING_STEPS", 3)
-    monkeypatch.setattr(candidates, "_LEARNING_STEPS_ON_MIXTURES", 3)
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 3)
     mixed = []
 
     def spied(module):

@@ -34,11 +34,11 @@ from otfusion_jax.symmetry.transport import transport
 _LEARNING_STEPS = 600
 _LEARNING_BATCH_SIZE = 64
 # Of many inputs, and of mixtures, more is learned before they are known by heart.
-_LEARNING_STEPS_ON_MIXTURES = 1200
 _LEARNING_PASSES = 15
 _MOST_LEARNING_STEPS = 2400
-# How often each of three models or more is turned.
+# How often each of three models or more is turned, and by how many steps at least.
 _ROUNDS = 2
+_FEWEST_LEARNING_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,11 +198,9 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
         return objective(params, task.models, task.weights, batch)
 
     size = min(_LEARNING_BATCH_SIZE, samples.count)
-    steps = min(_LEARNING_PASSES * samples.count // size, _MOST_LEARNING_STEPS)
-    steps = max(_LEARNING_STEPS_ON_MIXTURES if task.mixes else _LEARNING_STEPS, steps)
     moved = task.moved(task.by_features)
     rounds = 1 if len(moved) == 2 else _ROUNDS
-    steps //= rounds
+    steps = _learning_steps(task, size, turns=rounds * (len(moved) - 1))
     count = 0
     for _ in range(rounds):
         for number, model in enumerate(moved[:-1]):
@@ -227,6 +225,16 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
             )
             moved[number] = transport(task.symmetry, found, model)
     return moved
+
+
+def _learning_steps(task: Task, size: int, turns: int) -> int:
+    """Says how many steps each turn takes, as many in all however many models there are."""
+    assert task.samples is not None
+    steps = _MOST_LEARNING_STEPS
+    if not task.mixes:
+        passes = _LEARNING_PASSES * task.samples.count // size
+        steps = min(max(passes, _LEARNING_STEPS), steps)
+    return max(steps // turns, min(steps, _FEWEST_LEARNING_STEPS))
 
 
 def _average_of_others(task: Task, models: Sequence[PyTree], number: int) -> PyTree:

@@ -74,8 +74,7 @@ def merge(
     One half of the inputs is fitted to, the other decides; for the best three trials once more with
     the two exchanged. In the end, what was chosen is matched and fitted once more, by all inputs.
     Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
-    decides, and rotations are learned from these, longer than from a few; each is taken if it is
-    better for this half.
+    decides, and rotations are learned from these; each is taken if it is better for this half.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by; for both images of overlapping discs and squares where
