@@ -214,6 +214,18 @@ def test_groups_of_one_size_are_permuted_independently():
     assert not np.array_equal(plans["a"], plans["b"])
 
 
+def test_plans_are_in_the_order_of_the_groups():
+    def fn(p, x):
+        return jnp.tanh(jax.nn.relu(x @ p["z"]) @ p["b"]) @ p["a"]
+
+    # The names are in another order than those of a sorted dict.
+    params = {"z": jnp.ones((4, 6)), "b": jnp.ones((6, 5)), "a": jnp.ones((5, 3))}
+    signed = otf.trace_symmetry(fn, params, jnp.ones(4)).with_signs()
+    assert list(signed) == list(signed.identity()) == list(signed.random(jax.random.key(0)))
+    shapes = {name: plan.shape for name, plan in signed.random(jax.random.key(0)).items()}
+    assert shapes == {"z": (6,), "b": (5, 5)}
+
+
 def test_identity_moves_nothing():
     symmetry, params = traced("resnet")
     moved = otf.transport(symmetry, symmetry.identity(), params)

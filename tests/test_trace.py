@@ -476,6 +476,18 @@ def test_random_keys_among_the_leaves_pass_untouched():
     assert len(new) == 1
 
 
+def test_complex_values_are_masked_by_a_number():
+    def masked(p, x):
+        kept = jnp.where(x[:, :1] > 0, x.astype(jnp.complex64) @ p["in"], 0.0)
+        return jnp.real(kept @ p["out"])
+
+    params = jax.tree.map(lambda x: jax.lax.complex(x, x[::-1]), hidden_layer(jnp.tanh)[1])
+    x = jax.random.normal(jax.random.key(0), (3, params["in"].shape[0]))
+    symmetry = otf.trace_symmetry(masked, params, x)
+    assert [group.size for group in symmetry.groups] == [params["in"].shape[1]]
+    assert otf.check_symmetry(symmetry, masked, params, x) < 1e-5
+
+
 def test_complex_leaves_move():
     params = jax.tree.map(lambda x: jax.lax.complex(x, x[::-1]), hidden_layer(jnp.tanh)[1])
 

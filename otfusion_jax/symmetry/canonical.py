@@ -48,8 +48,8 @@ def canonicalize(symmetry: Symmetry, params: PyTree) -> PyTree:
 
     Returns:
         New parameters of the same structure. What is 1 already is passed on with what belongs to
-        it, so that a second call changes nothing. Of leaves that are lazy (see `LazyArray`), the
-        new ones are lazy, too.
+        it, so that a second call changes nothing, and of what is balanced no more than some
+        millionths. Of leaves that are lazy (see `LazyArray`), the new ones are lazy, too.
 
     Raises:
         ValueError: If the parameters do not fit the symmetry, or a scale is known to be 0, or next

@@ -433,8 +433,9 @@ class Symmetry(Mapping[str, Group]):
             shape = (*group.batch, group.size)
             order = np.arange(group.size, dtype=np.int32)
             # For each shape `jnp.broadcast_to` and `jnp.asarray` would compile a program.
-            plans[group.name] = np.broadcast_to(order, shape)
-        return jax.device_put(plans)
+            plan = np.broadcast_to(order, shape)
+            plans[group.name] = jax.device_put(plan)
+        return plans
 
     def random(self, key: Array) -> Plans:
         """Draws a uniform permutation of every group, or a matrix of those that have one.
@@ -450,17 +451,18 @@ class Symmetry(Mapping[str, Group]):
             TypeError: If a number is given in place of a key, or a batch of keys.
         """
         require_key(key)
+        identity = self.identity()
         plans = {}
-        for number, (name, identity) in enumerate(self.identity().items()):
+        for number, group in enumerate(self.groups):
+            name = group.name
             # Groups of one size would be permuted alike by one key.
             group_key = jax.random.fold_in(key, number)
-            group = self.groups[number]
             if group.rotates:
                 plans[name] = random_rotation(
                     group_key, group.size, group.batch, fixes_ones=group.fixes_ones
                 )
                 continue
-            plan = jax.random.permutation(group_key, identity, axis=-1, independent=True)
+            plan = jax.random.permutation(group_key, identity[name], axis=-1, independent=True)
             if group.signed:
                 # By the key of the permutation the two would depend on each other.
                 signs_key = jax.random.fold_in(group_key, 0)

@@ -73,7 +73,7 @@ class Dataflow:
                 value = found[0]
             elif function is not None and are_floats:
                 value = function(*found)
-            if value is not None:
+            if value is not None and not jnp.issubdtype(types[-1].dtype, jnp.complexfloating):
                 # As it is rounded.
                 self.numbers[number] = float(np.asarray(value).astype(types[-1].dtype))
 
