@@ -169,7 +169,8 @@ class ForwardSweep(AbstractSweep):
         if self.measured is not None:
             self.measured.note_solved(tree, grams[0], new_plans[0])
             if self.progress is not None:
-                self.progress.save(self._position_of(tree), plans, after, self.measured)
+                leaves = self.measured.leaves_of(tree)
+                self.progress.save(self._position_of(tree), plans, after, self.measured, leaves)
         return after
 
 

@@ -69,6 +69,14 @@ class MeasuredLeaves:
         if len(set(leaves)) == len(leaves):
             self._compared[group.name] = leaves
 
+    def leaves_of(self, tree: GroupTree) -> Leaves:
+        """Returns the parameters that tell a group tree's distances, none if it can't be measured.
+
+        Args:
+            tree: The group tree, once it has been compared.
+        """
+        return self._compared.get(tree.groups[0].name, ())
+
     def note_solved(self, tree: GroupTree, grams: Gram, plan: Array) -> None:
         """Measures the parameters that a group tree was compared by.
 
@@ -77,8 +85,8 @@ class MeasuredLeaves:
             grams: The inner products of the units of its root.
             plan: The plan of its root.
         """
-        leaves = self._compared.get(tree.groups[0].name)
-        if leaves is None or not is_permutation(plan) or not (plan < len(plan)).all():
+        leaves = self.leaves_of(tree)
+        if not leaves or not is_permutation(plan) or not (plan < len(plan)).all():
             return
         # What has stayed is at one distance before and after, not at two that are rounded.
         if is_identity(plan):

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from otfusion_jax.alignment.descent_state import DescentState
-from otfusion_jax.alignment.measured_leaves import MeasuredLeaves
+from otfusion_jax.alignment.measured_leaves import Leaves, MeasuredLeaves
 from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Plans
 
@@ -77,13 +77,18 @@ class Progress:
             state.converged | found["converged"],
             state.improved,
         )
-        for kind, distances in (("before", measured.before), ("after", measured.after)):
+        for kind, distances in _distances(measured).items():
             for leaves, distance in found[kind].items():
                 distances[tuple(map(int, leaves.split("-")))] = float(distance)
         return resumed, solved
 
     def save(
-        self, number: int, plans: Plans, state: DescentState, measured: MeasuredLeaves
+        self,
+        number: int,
+        plans: Plans,
+        state: DescentState,
+        measured: MeasuredLeaves,
+        leaves: Leaves,
     ) -> None:
         """Writes down what solving a group tree has changed.
 
@@ -91,17 +96,23 @@ class Progress:
             number: The position of the tree.
             plans: The plans that have changed.
             state: The state after.
-            measured: The distances that are known by the way. All of them are written.
+            measured: The distances that are known by the way.
+            leaves: The parameters whose distances the tree has told, if it has.
         """
         record = {}
-        for kind, distances in (("before", measured.before), ("after", measured.after)):
-            for leaves, distance in distances.items():
-                record[f"{kind}:{'-'.join(map(str, leaves))}"] = np.asarray(distance)
+        for kind, distances in _distances(measured).items():
+            if leaves in distances:
+                record[f"{kind}:{'-'.join(map(str, leaves))}"] = np.asarray(distances[leaves])
         for name, plan in plans.items():
             record[f"plans:{name}"] = np.asarray(plan)
             record[f"gaps:{name}"] = np.asarray(state.gaps[name])
             record[f"converged:{name}"] = np.asarray(state.converged[name])
         _write(self._folder / f"tree-{number:06}.npz", record)
+
+
+def _distances(measured: MeasuredLeaves) -> dict[str, dict[Leaves, float]]:
+    """Returns the distances that were measured by the kind that they are written as."""
+    return {"before": measured.before, "after": measured.after}
 
 
 def _write(path: Path, record: dict[str, np.ndarray]) -> None:

@@ -199,31 +199,30 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
 
     size = min(_LEARNING_BATCH_SIZE, samples.count)
     moved = task.moved(task.by_features)
-    rounds = 1 if len(moved) == 2 else _ROUNDS
-    steps = _learning_steps(task, size, turns=rounds * (len(moved) - 1))
-    count = 0
-    for _ in range(rounds):
-        for number, model in enumerate(moved[:-1]):
-            share = float(task.weights[number])
-            if share == 1:
-                # Nothing is left for the others, so that the average is this model.
-                continue
-            own_key, seed_key = jax.random.split(jax.random.fold_in(task.key, count))
-            count += 1
-            positions = jax.random.randint(own_key, (steps, size), 0, samples.count)
-            found = learn_alignment(
-                task.symmetry,
-                loss,
-                model,
-                _average_of_others(task, moved, number),
-                (positions, jax.random.bits(seed_key, (steps,))),
-                start=task.symmetry.identity(),
-                t=1 - share,
-                # Permutations stay as features have found them.
-                solver=None,
-                leaf_weight=task.leaf_weight,
-            )
-            moved[number] = transport(task.symmetry, found, model)
+    others = len(moved) - 1
+    turns = others if others == 1 else _ROUNDS * others
+    steps = _learning_steps(task, size, turns)
+    for turn in range(turns):
+        number = turn % others
+        share = float(task.weights[number])
+        if share == 1:
+            # Nothing is left for the others, so that the average is this model.
+            continue
+        own_key, seed_key = jax.random.split(jax.random.fold_in(task.key, turn))
+        positions = jax.random.randint(own_key, (steps, size), 0, samples.count)
+        found = learn_alignment(
+            task.symmetry,
+            loss,
+            moved[number],
+            _average_of_others(task, moved, number),
+            (positions, jax.random.bits(seed_key, (steps,))),
+            start=task.symmetry.identity(),
+            t=1 - share,
+            # Permutations stay as features have found them.
+            solver=None,
+            leaf_weight=task.leaf_weight,
+        )
+        moved[number] = transport(task.symmetry, found, moved[number])
     return moved
 
 
