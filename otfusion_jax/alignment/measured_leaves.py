@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from otfusion_jax.alignment.costs import Gram, as_real, squared_norm
+from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.moved_leaves import are_same_widths
 from otfusion_jax.alignment.problem import AlignmentProblem
@@ -34,8 +34,8 @@ class MeasuredLeaves:
         after: Those of the moved parameters.
 
     Args:
-        problem: The alignment problem. Where NumPy does not compute, nothing is measured: there it
-            takes little to go over the parameters.
+        problem: The alignment problem. Where NumPy has not taken the squared norms, nothing is
+            measured: elsewhere it takes little to go over the parameters.
     """
 
     def __init__(self, problem: AlignmentProblem) -> None:
@@ -53,7 +53,8 @@ class MeasuredLeaves:
             plans: The plans of all groups so far.
         """
         problem, group = self._problem, tree.groups[0]
-        if problem.xp is not np or problem.lazy or len(tree.groups) > 1 or tree.siblings:
+        source_sq_norms, _ = problem.sq_norms
+        if not source_sq_norms or problem.lazy or len(tree.groups) > 1 or tree.siblings:
             return
         if group.batch or group.orthogonal:
             return
@@ -92,12 +93,11 @@ class MeasuredLeaves:
         if is_identity(plan):
             return
         sq_norms, product = 0.0, 0.0
+        source_sq_norms, target_sq_norms = self._problem.sq_norms
         # Sums over units, each of a long sum, would be rounded by more.
         for leaf in leaves:
-            source = as_real(self._problem.source[leaf])
-            target = as_real(self._problem.target[leaf])
-            sq_norms += float(squared_norm(source)) + float(squared_norm(target))
-            product += float(inner_product(source, target))
+            sq_norms += source_sq_norms[leaf] + target_sq_norms[leaf]
+            product += float(inner_product(self._problem.source[leaf], self._problem.target[leaf]))
         _note(self.before, leaves, sq_norms, product)
         matched = grams.cross[plan, np.arange(len(plan))]
         _note(self.after, leaves, sq_norms, float(np.sum(matched, dtype=np.float64)))

@@ -33,7 +33,7 @@ from otfusion_jax.alignment.leaf_programs import (
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
 from otfusion_jax.alignment.moved_leaves import MovedLeaves, are_same_widths
-from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
+from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, inner_product, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
@@ -78,6 +78,8 @@ class AlignmentProblem:
         moved: Of known values, the source's parameters as they were last moved; otherwise None.
         xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
             them, otherwise `jax.numpy`.
+        sq_norms: The squared norms of the source's moving parameters and of the target's, by their
+            positions, if they were taken to see that squares are in range; otherwise empty.
     """
 
     symmetry: Symmetry
@@ -94,6 +96,7 @@ class AlignmentProblem:
     lazy: bool
     moved: MovedLeaves | None
     xp: Any
+    sq_norms: tuple[dict[int, float], dict[int, float]]
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -456,17 +459,18 @@ def set_up_problem(
     if weights is not None:
         sources = weighted(symmetry, sources, weights)
         targets = weighted(symmetry, targets, weights)
-    moving = []
-    for arrays in (sources, targets):
-        for array, part in zip(arrays, symmetry.parts, strict=True):
-            if part.moves:
-                moving.append(array)
+    positions = [number for number, part in enumerate(symmetry.parts) if part.moves]
+    moving = [sources[number] for number in positions] + [targets[number] for number in positions]
     lazy = any_lazy(moving)
     known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
     exponent: Any = np.int32(0)
+    sq_norms: list[float] = []
     if solver.scale_free:
-        exponent = _exponent_of_known(moving) if known else common_exponent(moving)
+        # Sums of squares are less to take than the largest magnitude, and mostly tell enough.
+        sq_norms = _comfortable_sq_norms(moving) if known else []
+        if not sq_norms:
+            exponent = _exponent_of_known(moving) if known else common_exponent(moving)
         if lazy and exponent:
             raise ValueError(
                 f"the largest weight is about 2**{exponent}, and squares would be out of range; "
@@ -498,14 +502,13 @@ def set_up_problem(
         lazy=lazy,
         moved=MovedLeaves(symmetry, onto, sources) if known else None,
         xp=np if by_numpy else jnp,
+        sq_norms=_of_both(positions, sq_norms),
     )
     return problem, exponent
 
 
 def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     """Returns the exponent of `common_exponent`, or 0 where squares and their sums are in range."""
-    if _are_comfortable(arrays):
-        return np.int32(0)
     magnitudes = largest_magnitudes(arrays)
     _, exponent = np.frexp(max(magnitudes, default=0.0))
     # Sums of squares of a billion numbers below 2**16 are below 2**62. To scale is to copy both
@@ -515,19 +518,38 @@ def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     return np.int32(exponent)
 
 
-def _are_comfortable(arrays: Sequence[Any]) -> bool:
-    """Whether sums of squares tell that the largest magnitude is in a comfortable range.
+def _of_both(
+    positions: Sequence[int], sq_norms: Sequence[float]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Returns the squared norms of both models by position, those of the source come first."""
+    of_source, of_target = {}, {}
+    if sq_norms:
+        of_source = dict(zip(positions, sq_norms[: len(positions)], strict=True))
+        of_target = dict(zip(positions, sq_norms[len(positions) :], strict=True))
+    return of_source, of_target
 
-    They are less to take than the magnitudes. The largest is not below any root mean square, and
-    not above the root of the sum of all squares.
+
+def _comfortable_sq_norms(arrays: Sequence[Any]) -> list[float]:
+    """Takes the squared norms of arrays that tell the largest magnitude to be in range.
+
+    It is not below any root mean square, and not above the root of the sum of all squares.
+
+    Args:
+        arrays: The moving parameters of both models.
+
+    Returns:
+        The squared norm of each; nothing if it is not in range, or if the arrays are none of NumPy
+        and of single precision.
     """
-    sq_norms, mean_squares = [0.0], [0.0]
+    sq_norms = []
+    largest_mean_square = 0.0
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.forc:
-            return False
-        if array.size:
-            sq_norm = float(np.vdot(array, array))
-            sq_norms.append(sq_norm)
-            mean_squares.append(sq_norm / array.size)
+            return []
+        values: Any = array
+        sq_norm = float(inner_product(values, values))
+        sq_norms.append(sq_norm)
+        largest_mean_square = max(largest_mean_square, sq_norm / max(array.size, 1))
     largest = 4.0**COMFORTABLE_EXPONENT
-    return max(mean_squares) > 1 / largest and sum(sq_norms) < largest
+    is_comfortable = largest_mean_square > 1 / largest and sum(sq_norms) < largest
+    return sq_norms if is_comfortable else []

@@ -90,9 +90,10 @@ class Exact(AbstractSolver):
             return empty_solution(cost)
         if takes_few(problem):
             return jax.tree.map(operator.itemgetter(0), solve_small(cost[None], self.tolerance))
-        finite = xp.isfinite(largest_magnitude(cost))
+        largest = largest_magnitude(cost)
+        finite = xp.isfinite(largest)
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
-        k = exponent(cost)
+        k = exponent(largest if xp is np else cost)
         constant = without_gradient(cost)
         if permutation and xp is np and abs(k) <= _COMFORTABLE_EXPONENT:
             # The same digits, without another array of the size of the cost.
@@ -119,9 +120,9 @@ class Exact(AbstractSolver):
             unusable = np.nan
 
         # Of all costs, the largest is rounded by most.
-        rounding = 8 * np.finfo(cost.dtype).eps * largest_magnitude(safe)
-        spread = xp.max(safe) - xp.min(safe)
-        tolerance = self.tolerance * spread + rounding
+        highest, lowest = xp.max(safe), xp.min(safe)
+        rounding = 8 * np.finfo(cost.dtype).eps * xp.maximum(highest, -lowest)
+        tolerance = self.tolerance * (highest - lowest) + rounding
         within_tolerance = gap <= tolerance
         gap = restored(gap, k)
         return Solution(
