@@ -88,6 +88,14 @@ def test_adapters_of_peft_and_of_nnx_are_found():
     right = otf.average_adapters(MODELS)
     whole = np.asarray(found["lora_B"]["w"]) @ np.asarray(found["lora_A"]["w"])
     np.testing.assert_allclose(whole, product(right), atol=1e-5)
+    # In a file the names are whole.
+    flat = []
+    for model in peft:
+        factors = model["layer"]
+        flat.append({f"q.{name}.weight": factors[name]["w"] for name in factors})
+    of_file = otf.average_adapters(flat)
+    for name, factor in found.items():
+        np.testing.assert_array_equal(of_file[f"q.{name}.weight"], factor["w"])
 
 
 @pytest.mark.usefixtures("default_promotion")

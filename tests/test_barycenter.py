@@ -1,5 +1,6 @@
 """Checks fusing many models: planted permutations, consistency, and that order does not matter."""
 
+import functools
 import inspect
 import itertools
 import re
@@ -174,6 +175,17 @@ def test_it_can_be_stepped_through_without_jit():
     expected = otf.barycenter(mlp(), models, weights)
     with jax.disable_jit():
         close(otf.barycenter(mlp(), models, weights), expected)
+
+
+@pytest.mark.parametrize("only", range(3))
+def test_all_weight_on_one_model_is_that_model(only: int):
+    symmetry, nets = mlp(), [ref.random_net(seed, "mlp") for seed in range(3)]
+    weights = [float(number == only) for number in range(3)]
+    find = functools.partial(otf.barycenter, symmetry, weights=weights)
+    for found in (find(nets), jax.jit(find)(nets)):
+        moved = otf.transport(symmetry, at(only, found.plans), nets[only])
+        close(found.params, moved, 1e-6)
+        assert found.history[-1] < 1e-5
 
 
 def test_what_makes_no_barycenter_is_refused():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from mistakes import A, B, S, X, expected, fn
 
 import otfusion_jax as otf
@@ -118,6 +119,25 @@ def test_keys_of_either_kind_will_do_and_batches_will_not():
 
 
 # Symmetries that are not what was meant
+
+
+def test_logits_that_are_ruled_out_may_stay_so():
+    def masked(params, x):
+        logits = jax.nn.relu(x @ params["in"]) @ params["out"]
+        return jnp.where(jnp.arange(3) == 1, -jnp.inf, logits)
+
+    params = {"in": normal(4, 6), "out": normal(6, 3, seed=1)}
+    x = normal(5, 4, seed=2)
+    symmetry = otf.trace_symmetry(masked, params, x)
+    assert otf.check_symmetry(symmetry, masked, params, x) < 1e-5
+    # Where a unit decides what is ruled out, the change has no bound.
+    wrong = otf.trace_symmetry(lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"], params, x)
+
+    def by_unit(params, x):
+        hidden = jax.nn.relu(x @ params["in"])
+        return jnp.where(hidden[:, :1] > 0.5, -jnp.inf, hidden @ params["out"])
+
+    assert otf.check_symmetry(wrong, by_unit, params, x) == np.inf
 
 
 def test_parameters_that_the_function_does_not_use_are_told():

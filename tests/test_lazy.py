@@ -1,5 +1,6 @@
 """Checks models whose leaves are read whenever they are looked at, and alignments that go on."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from one_of_several import SHAPES, mlp
+from ott.geometry import costs
 
 import otfusion_jax as otf
 from otfusion_jax.alignment.progress import Progress
@@ -171,11 +173,27 @@ def test_an_alignment_that_was_killed_goes_on(symmetry, tmp_path, killed_after_t
     assert found.objective == expected.objective
 
 
-def test_the_plans_of_other_models_are_refused(symmetry, tmp_path: Path):
+def test_the_plans_of_another_call_are_refused(symmetry, tmp_path: Path):
     method = otf.ForwardPass(progress=tmp_path / "plans")
-    otf.align(symmetry, model(0), model(1), method=method)
-    with pytest.raises(ValueError, match=r"plans has the plans of models that are"):
-        otf.align(symmetry, model(0), model(2), method=method)
+    pair = model(0), model(1)
+    found = otf.align(symmetry, *pair, method=method)
+    again = otf.align(symmetry, *pair, method=method)
+    for name, plan in found.plans.items():
+        np.testing.assert_array_equal(again.plans[name], plan)
+    # The same two models in another order are as far apart.
+    for others in [(model(0), model(2)), (model(1), model(0))]:
+        with pytest.raises(ValueError, match="plans has the plans of a call with other models;"):
+            otf.align(symmetry, *others, method=method)
+    fewer = symmetry.only(lambda name: name != symmetry.groups[0].name)
+    with pytest.raises(ValueError, match="with other symmetries;"):
+        otf.align(fewer, *pair, method=method)
+    one_sided = dataclasses.replace(method, unit_norm=True)
+    for changed in ({"solver": otf.Sinkhorn()}, {"metric": costs.Cosine()}, {"method": one_sided}):
+        with pytest.raises(ValueError, match=r"with other settings \(method, metric or solver\);"):
+            otf.align(symmetry, *pair, **{"method": method, **changed})
+    masses = {group.name: jnp.ones(group.size) / group.size for group in symmetry.groups}
+    with pytest.raises(ValueError, match="with other grams or marginals;"):
+        otf.align(symmetry, *pair, method=method, marginals=(masses, masses))
     with pytest.raises(ValueError, match="outside of jax.jit alone"):
         jax.jit(lambda a, b: otf.align(symmetry, a, b, method=method))(model(0), model(1))
     with pytest.raises(TypeError, match=r"progress is 'plans'; give the pathlib\.Path"):

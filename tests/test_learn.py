@@ -328,6 +328,8 @@ def test_what_cannot_be_learned_from_is_refused():
     soft = {"0/kernel": jnp.eye(8) / 8}
     with pytest.raises(ValueError, match="soft"):
         otf.learn_alignment(symmetry, loss, a, b, batches, start=soft)
+    with pytest.raises(ValueError, match=r"returned an array of shape \(1,\); return a scalar"):
+        otf.learn_alignment(symmetry, lambda *of: loss(*of)[None], a, b, batches)
 
 
 def test_rotations_inside_of_heads_are_those_of_each_head():

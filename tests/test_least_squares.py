@@ -102,6 +102,31 @@ def test_the_ridge_that_is_best_for_samples_held_out_is_taken(samples: int, step
     close(found.params["second"], expected.params["second"], atol=2e-3)
 
 
+def test_complex_parameters_are_fitted_layer_by_layer():
+    def net(params, x):
+        return (x @ params["first"]) ** 2 @ params["second"]
+
+    shapes = {"x": (300, 6), "a": (6, 5), "b": (6, 5), "c": (5, 3), "d": (5, 3)}
+    real, imaginary = normals(shapes, 0), normals(shapes, 1)
+    drawn = {name: jax.lax.complex(real[name], imaginary[name]) for name in shapes}
+    x = drawn["x"]
+    models = [{"first": drawn[a], "second": drawn[b]} for a, b in ("ac", "bd")]
+    symmetry = otf.trace_symmetry(net, models[0], x)
+    method = otf.LeastSquares(ridge=1e-7, steps=100)
+    found = otf.repair(symmetry, net, models, x, method=method)
+
+    preactivations = (x @ drawn["a"] + x @ drawn["b"]) / 2
+    first = np.linalg.lstsq(np.asarray(x), np.asarray(preactivations), rcond=None)[0]
+    close(found["first"], first, atol=1e-4)
+    features = (np.asarray(x) @ first) ** 2
+    answers = (net(models[0], x) + net(models[1], x)) / 2
+    second = np.linalg.lstsq(features, np.asarray(answers), rcond=None)[0]
+    close(found["second"], second, atol=1e-3)
+    # Several ridges are solved for together.
+    chosen = otf.repair(symmetry, net, models, x, method=otf.LeastSquares(ridge=(1e-7, 1e-6)))
+    close(chosen["first"], first, atol=1e-3)
+
+
 def test_more_samples_want_less_of_a_ridge():
     chosen = [float(fitted(*setting(count), RIDGES).ridges["second"]) for count in (40, 1000)]
     assert chosen[0] > chosen[1]

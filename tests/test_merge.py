@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from arrays import normal
 from flax import nnx
@@ -852,6 +853,42 @@ def test_distilling_comes_closer_to_the_mean_of_all():
     target = 0.25 * net(teachers[0], fresh) + 0.75 * net(teachers[1], fresh)
     error = [float(jnp.mean((net(params, fresh) - target) ** 2)) for params in (start, student)]
     assert error[1] < error[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_steps_are_summed_up_in_full_precision(dtype: Any):
+    """Each is a tenth of what half precision can tell."""
+    teachers = [jnp.asarray(1.0, dtype), jnp.asarray(1.1, dtype)]
+    line, x = (lambda params, x: params * x), jnp.ones((8, 1), dtype)
+    steps = {"steps": 200, "optimizer": optax.adam(3e-4), "outputs": "values"}
+    student = otf.distill(line, teachers[0], teachers, [x], **steps)
+    assert student.dtype == dtype
+    assert float(student) == pytest.approx(1.05, abs=0.02)
+
+
+def test_classes_that_are_ruled_out_are_no_difference():
+    """As logits of -inf rule them out: what has no probability has no divergence."""
+
+    def masked(params, x):
+        return jnp.where(jnp.arange(SIZES[-1]) == 1, -jnp.inf, net(params, x))
+
+    models, x = near(0), data()
+    merged = otf.merge(masked, models, [x], outputs="logits", repairs=[])
+    assert np.isfinite(merged.report.chosen.score)
+    student = otf.distill(masked, models[0], models, [x], outputs="logits", steps=2)
+    for leaf in jax.tree.leaves(student):
+        assert np.isfinite(leaf).all()
+
+
+def test_what_is_no_key_is_named():
+    models, x = near(0), data()
+    key = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(TypeError, match="pass a single key"):
+        otf.merge(net, models, [x], outputs="values", key=key)
+    with pytest.raises(TypeError, match="pass a single key"):
+        otf.distill(net, models[0], models, [x], outputs="values", key=key)
+    with pytest.raises(TypeError, match="pass a single key"):
+        otf.mixup(x, key)
 
 
 def test_what_is_not_trained_stays():

@@ -376,6 +376,20 @@ def test_regmean_minimises_the_distance_of_outputs_and_averages_the_rest():
     np.testing.assert_allclose(np.moveaxis(turned, 0, -1).reshape(36, 4), found, atol=1e-5)
 
 
+def test_numbers_of_python_are_averaged_beside_kernels():
+    models = [{"scale": scale, "w": normal(5, 2, seed=0)} for scale in (1.5, 2.5)]
+    found = otf.regmean(models, [{"w": jnp.eye(5)}] * 2)
+    assert found["scale"] == 2.0
+    np.testing.assert_allclose(found["w"], models[0]["w"], rtol=1e-5)
+
+
+def test_weights_sum_to_one_up_to_rounding():
+    models = [normal(4, seed=seed) for seed in range(3)]
+    otf.average(models, np.full(3, 1 / 3, np.float32).tolist())
+    with pytest.raises(ValueError, match=r"the weights sum to 0\.999.*; divide them by their sum"):
+        otf.average(models, [0.333, 0.333, 0.333])
+
+
 def test_inner_products_that_do_not_fit_are_named():
     good = {"head": jnp.eye(5)}
     with pytest.raises(ValueError, match=r"head: shape \(4, 4\) in model 1, expected \(5, 5\)"):

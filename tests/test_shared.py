@@ -105,5 +105,7 @@ def test_what_can_not_be_shared_is_named(symmetry: otf.Symmetry):
         otf.fuse_shared(symmetry, [{"other": normal(3)}, REFERENCE])
     with pytest.raises(ValueError, match="reference is 2, and there are 2 models"):
         otf.fuse_shared(symmetry, [REFERENCE, REFERENCE], reference=2)
+    with pytest.raises(TypeError, match="reference is True, of type bool; give a model's position"):
+        otf.fuse_shared(symmetry, [REFERENCE] * 2, reference=True)
     with pytest.raises(ValueError, match="model 0: .*not arrays"):
         otf.fuse_shared(symmetry, [{**REFERENCE, "head": "none"}, REFERENCE])

@@ -235,6 +235,20 @@ def test_the_table_has_a_row_for_each_group(symmetry):
     assert whole == ["all", f"{found.distance_before:.3f}", "→", f"{found.distance_after:.3f}"]
 
 
+def test_numbers_of_python_are_parameters():
+    def scaled_net(params, x):
+        return params["scale"] * net(params, x)
+
+    a, b = ({**normals(SHAPES, seed=seed), "scale": 1.0 + seed} for seed in range(2))
+    x = normal(20, 5)
+    scaled_symmetry = otf.trace_symmetry(scaled_net, a, x)
+    found = otf.similarity(scaled_symmetry, scaled_net, a, b, [x])
+    arrays_a, arrays_b = (jax.tree.map(jnp.asarray, params) for params in (a, b))
+    expected = otf.similarity(scaled_symmetry, scaled_net, arrays_a, arrays_b, [x])
+    assert found.distance_before == expected.distance_before
+    assert found.distance_after == expected.distance_after
+
+
 def test_what_does_not_fit_is_refused(symmetry):
     a, b, x = normals(SHAPES, seed=0), normals(SHAPES, seed=1), normal(4, 5)
     with pytest.raises(ValueError, match="no batches of inputs were given"):

@@ -115,6 +115,22 @@ def test_batches_count_as_the_caller_says():
         find(leaves=lambda path: path, size=lambda batch: 0.0)
 
 
+def test_arrays_of_a_batch_that_differ_in_size_are_named():
+    def update(params, batch):
+        return {"ema": 0.5 * params["ema"] + 0.5 * batch[1].mean()}
+
+    # Old-style keys are arrays of two numbers, new ones have no axis.
+    values = [jnp.zeros(9), jnp.ones(1)]
+    find = functools.partial(otf.estimate_statistics, update, {"ema": jnp.zeros(())})
+    old = [(jax.random.PRNGKey(0), value) for value in values]
+    with pytest.raises(ValueError, match=r"their shapes are \[\(2,\), \(9,\)"):
+        find(old, leaves=lambda path: path)
+    by_size = find(old, leaves=lambda path: path, size=lambda batch: len(batch[1]))
+    new = [(jax.random.key(0), value) for value in values]
+    for found in (by_size, find(new, leaves=lambda path: path)):
+        np.testing.assert_allclose(found["ema"], 0.1, rtol=1e-6)
+
+
 # Frameworks: the recipes of the guide
 
 

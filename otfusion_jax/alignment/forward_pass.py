@@ -18,7 +18,7 @@ from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.measured_leaves import MeasuredLeaves
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.alignment.progress import Progress
+from otfusion_jax.alignment.progress import Progress, digests
 from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
 from otfusion_jax.common.host import as_jax, program
@@ -65,7 +65,7 @@ class ForwardPass(AbstractMethod):
 
         Raises:
             ValueError: If there is a folder for progress inside of `jax.jit`, or it has the plans
-                of other models.
+                of another call: of other models, in another order, or with other arguments.
         """
         measured = MeasuredLeaves(problem)
         sweep = ForwardSweep(
@@ -76,7 +76,9 @@ class ForwardPass(AbstractMethod):
         if self.progress is not None:
             if not problem.known:
                 raise ValueError("progress can be kept outside of jax.jit alone; leave it None")
-            progress = Progress(self.progress, problem.distance(start.plans))
+            settings = repr(dataclasses.replace(self, progress=None))
+            call = digests(problem, settings, grams, problem.distance(start.plans))
+            progress = Progress(self.progress, call)
             state, solved = progress.resumed(start, measured)
             state = state if problem.xp is np else as_jax(state)
             sweep = dataclasses.replace(sweep, progress=progress, solved=solved)

@@ -111,7 +111,7 @@ def learn_alignment(
         start: Permutations of all groups or of some, or the result of `align`. None means
             `align(symmetry, source, target)`.
         state: Where an earlier call has left off, to go on from there in place of a start. The
-            other arguments have to be the same again.
+            other arguments have to be the same again; of the models that is not checked.
         steps: How many steps learning takes in all, with those before `state`. No more batches are
             asked for, and the steps of the default optimizer fall to 0 over so many. None means as
             many as there are batches, which an iterator and a state do not tell.
@@ -134,7 +134,8 @@ def learn_alignment(
             differ between the models; if the models are not in canonical form, where the symmetry
             has rotations; if the batches have no leading axis of one size; if `t` is not finite; if
             the solver is None and nothing rotates; if a state comes with a start, or is one of
-            other arguments; if `steps` is not given and there is nothing to tell it by.
+            another symmetry, solver or optimizer; if the loss is no scalar; if `steps` is not given
+            and there is nothing to tell it by.
         TypeError: If `align` raises it; if the optimizer is none of optax, or `t` or `steps` is no
             number.
         ImportError: If `progress` is asked for and tqdm is not installed.

@@ -117,7 +117,13 @@ class LossDescent:
             The loss, `[]`.
         """
         moved = transport(self.symmetry, self.soft_plans(start, learned), self.source)
-        return self.loss(interpolate(moved, self.target, self.t), batch)
+        value = self.loss(interpolate(moved, self.target, self.t), batch)
+        if jnp.shape(value):
+            raise ValueError(
+                f"loss(params, batch) returned an array of shape {jnp.shape(value)}; return a "
+                "scalar, the mean over a batch"
+            )
+        return value
 
     def step(self, state: LearningState, batch: PyTree) -> tuple[LearningState, Array]:
         """Makes one step on one batch.

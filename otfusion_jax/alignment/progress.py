@@ -1,23 +1,27 @@
 """Plans on disk as they are found, so that a run that was killed goes on from there.
 
 A folder has one file for each group tree that has been solved, written under another name and
-renamed, and one that says for which models. It is for a method that visits each tree once.
+renamed, and one that says for which call. It is for a method that visits each tree once.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import numpy as np
 
+from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.measured_leaves import Leaves, MeasuredLeaves
+from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Plans
 
 _NAME = re.compile(r"tree-(\d+)\.npz")
-_MODELS = "models.npz"
+_CALL = "call.npz"
 _KINDS = ("plans", "gaps", "converged", "before", "after")
 
 
@@ -26,26 +30,25 @@ class Progress:
 
     Args:
         folder: The folder. It is made if it is not there.
-        distance: The squared distance of the models before they are aligned, float `[]`, by which
-            they are told from others.
+        call: Digests of what the plans depend on, by what it is; see `digests`.
 
     Raises:
-        ValueError: If the folder has the plans of other models.
+        ValueError: If the folder has the plans of another call. What differs is listed.
     """
 
-    def __init__(self, folder: Path, distance: Array):
+    def __init__(self, folder: Path, call: dict[str, str]):
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        models = folder / _MODELS
-        if not models.exists():
-            _write(models, {"distance": np.asarray(distance)})
-        with np.load(models) as stored:
-            if stored["distance"] != np.asarray(distance):
-                raise ValueError(
-                    f"{folder} has the plans of models that are {float(stored['distance']):.8g} "
-                    f"apart, in squared distance, and these are {float(distance):.8g} apart; give "
-                    "another folder, or delete this one"
-                )
+        earlier = folder / _CALL
+        if not earlier.exists():
+            _write(earlier, {name: np.asarray(digest) for name, digest in call.items()})
+        with np.load(earlier) as stored:
+            others = [name for name, digest in call.items() if stored[name] != digest]
+        if others:
+            raise ValueError(
+                f"{folder} has the plans of a call with other {' and '.join(others)}; give another "
+                "folder, or delete this one"
+            )
 
     def resumed(
         self, state: DescentState, measured: MeasuredLeaves
@@ -108,6 +111,54 @@ class Progress:
             record[f"gaps:{name}"] = np.asarray(state.gaps[name])
             record[f"converged:{name}"] = np.asarray(state.converged[name])
         _write(self._folder / f"tree-{number:06}.npz", record)
+
+
+def digests(
+    problem: AlignmentProblem, settings: str, grams: dict[str, Gram] | None, distance: Array
+) -> dict[str, str]:
+    """Returns short texts that differ where the plans of two calls may differ.
+
+    Args:
+        problem: The alignment problem, of known values.
+        settings: What else decides about plans, as a text.
+        grams: The inner products that groups are matched by, or None.
+        distance: The squared distance of the models before they are aligned.
+
+    Returns:
+        A digest each of the models, of their symmetries, of the settings, and of the inner products
+        and masses that were given.
+    """
+    symmetries = [problem.symmetry, problem.onto]
+    structure = [(symmetry.parts, symmetry.groups) for symmetry in symmetries]
+    settings = f"{settings} {type(problem.metric).__qualname__} {problem.solver}"
+    return {
+        "models": _digest([distance, *_first_that_differ(problem)]),
+        "symmetries": _digest([repr(structure)]),
+        "settings (method, metric or solver)": _digest([settings]),
+        "grams or marginals": _digest(jax.tree_util.tree_leaves((grams, problem.marginals))),
+    }
+
+
+def _first_that_differ(problem: AlignmentProblem) -> list[np.ndarray]:
+    """Returns the smallest parameter in which the models differ, of both: it tells which is which.
+
+    To go over all of them would be to read models that are lazy once more.
+    """
+    parts = problem.symmetry.parts
+    for number in sorted(range(len(parts)), key=lambda number: np.prod(parts[number].shape)):
+        pair = [np.asarray(params[number]) for params in (problem.source, problem.target)]
+        if pair[0].tobytes() != pair[1].tobytes():
+            return pair
+    return []
+
+
+def _digest(values: list[Any]) -> str:
+    """Digests texts and arrays."""
+    found = hashlib.sha256()
+    for value in values:
+        is_text = isinstance(value, str)
+        found.update(value.encode() if is_text else np.asarray(value).tobytes())
+    return found.hexdigest()
 
 
 def _distances(measured: MeasuredLeaves) -> dict[str, dict[Leaves, float]]:

@@ -1,6 +1,7 @@
 """Low-rank adapters averaged by what they do: as products, which are factored again."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,13 +200,14 @@ def _found_pairs(known: dict[str, Any]) -> list[LowRankPair]:
     """Finds the adapters whose factors have names that libraries give."""
     found = []
     for path in known:
-        parts = path.split("/")
+        # Of files, names are not cut into keys: `layers.0.lora_A.weight`.
+        parts = re.split(r"([/.])", path)
         for at, part in enumerate(parts):
             # PEFT's are called after what the kernel takes up first, and multiplied from the left.
             partner = {"lora_a": "lora_b", "lora_A": "lora_B"}.get(part)
             if partner is None:
                 continue
-            other = "/".join([*parts[:at], partner, *parts[at + 1 :]])
+            other = "".join([*parts[:at], partner, *parts[at + 1 :]])
             if other in known:
                 a_first = part == "lora_a"
                 found.append(LowRankPair(path, other) if a_first else LowRankPair(other, path))

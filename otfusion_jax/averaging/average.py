@@ -38,6 +38,8 @@ WeightsByPath = Callable[[str], Sequence[float] | None]
 Weights = Sequence[float] | WeightsByPath | None
 """The weights of K models: K numbers that sum to 1, or None where all count alike; or a function
 from the key path of a parameter to either of these."""
+_ROUNDING = 1e-5
+"""How far from 1 weights may sum to: as many numbers of single precision may."""
 
 
 MeanOf = Callable[[int, tuple[Any, ...], Float[Array, " k"]], Array]
@@ -106,10 +108,10 @@ def checked_average(
     means = []
     for number, (column, weights) in enumerate(zip(columns, shares, strict=True)):
         if mean_of is None and any_lazy(column):
-            read = functools.partial(_mean_of_leaf, column, weights)
+            read = functools.partial(mean_of_leaf, column, weights)
             means.append(LazyArray(column[0].shape, column[0].dtype, read))
         elif mean_of is None:
-            means.append(_mean_of_leaf(column, weights))
+            means.append(mean_of_leaf(column, weights))
         else:
             means.append(mean_of(number, column, weights))
     treedef = jax.tree_util.tree_structure(models[0])
@@ -141,8 +143,16 @@ def average_of(
     return treedef.unflatten(means)
 
 
-def _mean_of_leaf(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
-    """Averages the values of one leaf, which are read first if they are lazy."""
+def mean_of_leaf(column: tuple[Any, ...], weights: Float[Array, " k"]) -> Array:
+    """Averages the values of one leaf, which are read first if they are lazy.
+
+    Args:
+        column: The K values of the leaf: arrays, lazy ones, or Python numbers.
+        weights: The K weights.
+
+    Returns:
+        The weighted mean, see `mean_of_column`.
+    """
     column, weights = as_numpy((tuple(map(loaded, column)), weights))
     return mean_of_column(column, weights)
 
@@ -250,7 +260,7 @@ def mixture(weights: Any, count: int) -> Float[Array, " k"]:
         return jnp.asarray(weights, dtype)
     total = np.sum(weights)
     # Not the other way round: of NaN, no comparison is true.
-    if not abs(total - 1) < 1e-3:
+    if not abs(total - 1) < _ROUNDING:
         raise ValueError(f"the weights sum to {total}; divide them by their sum")
     known: Any = np.asarray(weights, dtype)
     return known

@@ -62,7 +62,7 @@ def estimate_statistics(
             None, as in `lambda path: path.replace("moving_variance", "moving_mean") if "moving_"
             in path else None`. If None, `running_statistics` finds them.
         size: A function from a batch to how many examples it has, by which it counts; a batch
-            counts by the first axis of its first array if None.
+            counts by the first axis of its arrays if None, which have to agree.
         total: Whether a variance is that over all batches, which is the mean of the variances of
             the batches plus the variance of their means. If False, it is the former alone, which a
             running average tends to; the two differ where batches are small or sorted.
@@ -364,12 +364,23 @@ def _size_of(batch: Any, size: Callable[[Any], float] | None) -> float:
         if not 0 < examples < float("inf"):
             raise ValueError(f"size(batch) is {examples}; give a number of examples above 0")
         return examples
+    shapes = []
     for leaf in jax.tree_util.tree_leaves(batch):
         if np.ndim(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            if np.shape(leaf)[0] > 0:
-                return float(np.shape(leaf)[0])
-            raise ValueError(f"a batch is empty: an array of shape {np.shape(leaf)}")
-    raise ValueError("a batch has no array with an axis; say by `size` how many examples it has")
+            if np.shape(leaf)[0] == 0:
+                raise ValueError(f"a batch is empty: an array of shape {np.shape(leaf)}")
+            shapes.append(np.shape(leaf))
+    if not shapes:
+        raise ValueError(
+            "a batch has no array with an axis; say by `size` how many examples it has"
+        )
+    # An old-style key of JAX is an array of two numbers.
+    if any(shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"the arrays of a batch have different first axes: their shapes are {shapes}. Say how "
+            "many examples a batch has, as in size=lambda batch: len(batch[1])"
+        )
+    return float(shapes[0][0])
 
 
 def _replaced(params: PyTree, values: Values) -> PyTree:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import Weights, checked_average, mean_of_column, mixtures
+from otfusion_jax.averaging.average import Weights, checked_average, mean_of_leaf, mixtures
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of
@@ -72,7 +72,7 @@ def regmean(
     def mean_of(number: int, column: tuple[Any, ...], share: Array) -> Array:
         path = leaves[number].path
         if path not in grams[0]:
-            return mean_of_column(column, share)
+            return mean_of_leaf(column, share)
         own = tuple(jnp.asarray(of_model[path]) for of_model in grams)
         kernels = tuple(jnp.moveaxis(jnp.asarray(x), output_axis, -1) for x in column)
         solved = _solved(kernels, own, share, jnp.asarray(off_diagonal, float))

@@ -145,6 +145,26 @@ def checked_count(value: Any, name: str, remedy: str) -> int:
     return int(value)
 
 
+def checked_position(position: Any, name: str) -> int:
+    """Refuses what is no position of a model. Whether it is in range is not checked.
+
+    Args:
+        position: The argument that was given.
+        name: Its name.
+
+    Returns:
+        The position, as an integer of Python.
+
+    Raises:
+        TypeError: If it is no whole number.
+    """
+    # To Python a bool is an integer; given as a position it is a mistake.
+    if isinstance(position, bool | np.bool_) or not isinstance(position, numbers.Integral):
+        kind = type(position).__name__
+        raise TypeError(f"{name} is {position!r}, of type {kind}; give a model's position")
+    return int(position)
+
+
 def require_key(key: Any) -> None:
     """Refuses what is not a single key of `jax.random`.
 

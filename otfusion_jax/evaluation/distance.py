@@ -53,14 +53,16 @@ def distances(symmetry: Symmetry, model: PyTree, target: PyTree) -> Distances:
 
 def _squares(array: Any, other: Any) -> tuple[float, float]:
     """Returns the squared norms of a difference and of the second array."""
-    if not jnp.issubdtype(other.dtype, jnp.inexact):
+    # Of Python's numbers, too.
+    dtype = jnp.result_type(other)
+    if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0, 0.0
     # In double precision: squares of many small numbers are out of the range of half precision.
-    is_complex = jnp.issubdtype(other.dtype, jnp.complexfloating)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     wide = np.complex128 if is_complex else np.float64
     target = np.asarray(other).astype(wide)
     norm = np.vdot(target, target).real
-    if array.shape != other.shape:
+    if np.shape(array) != target.shape:
         return math.nan, float(norm)
     difference = np.asarray(array).astype(wide) - target
     return float(np.vdot(difference, difference).real), float(norm)

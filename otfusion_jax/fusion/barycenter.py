@@ -259,6 +259,9 @@ class _BarycenterDescent:
     def move_one(self, number: int | Array, moved: _Moved) -> _Moved:
         """Moves one model as close as possible to the weighted mean of the others."""
         others = self.weights.at[number].set(0)
+        # Where it has all of the weight, the others have no mean, and it stays.
+        itself = jnp.zeros_like(others).at[number].set(1)
+        others = jnp.where(jnp.any(others != 0), others, itself)
         mean = average_of(moved.models, others / jnp.sum(others))
         model = _at(number, moved.models)
         # Descent from where the model is comes no further away from the mean than it is.

@@ -16,9 +16,9 @@ from jaxtyping import Float
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
-from otfusion_jax.common.arguments import checked_count, require_function, require_kind
+from otfusion_jax.common.arguments import checked_count, require_function, require_key, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
@@ -116,6 +116,8 @@ def distill(
         require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
     steps = checked_count(steps, "steps", "1 or more")
     batch_size = checked_count(batch_size, "batch_size", "1 or more")
+    key = jax.random.key(0) if key is None else key
+    require_key(key)
     shares = mixture(weights, len(teachers))
     samples = read_samples(batches, checked_count(max_samples, "max_samples", "1 or more"))
     objective.check(params, samples.at(slice(2)).inputs)
@@ -131,7 +133,7 @@ def distill(
         optimizer=optimizer,
         trains=trains,
         mixes=mixes,
-        key=jax.random.key(0) if key is None else key,
+        key=key,
     )
 
 
@@ -153,35 +155,38 @@ def trained(
     optimizer = _adam(steps) if optimizer is None else optimizer
     # Integers, keys and what is not to be trained stay as they are.
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    leaves, numbers = [], []
+    leaves, numbers, wide = [], [], []
     for number, (path, leaf) in enumerate(flat):
         leaves.append(jnp.asarray(leaf))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         is_trained = trains is None or bool(trains(name))
         if is_trained and jnp.issubdtype(leaves[-1].dtype, jnp.floating):
             numbers.append(number)
-    state = _start(optimizer, [leaves[number] for number in numbers])
+            # Steps are smaller than what half precision can tell from nothing.
+            wide.append(leaves[-1].astype(accumulation_dtype(leaves[-1].dtype)))
+    state = _start(optimizer, wide)
     # Positions are drawn at once and looked up on the host, where the samples are.
     shape = (steps, min(batch_size, samples.count))
     drawn = np.asarray(jax.random.randint(key, shape, 0, samples.count))
     keys = jax.random.split(jax.random.fold_in(key, 1), steps)
     for positions, step_key in zip(drawn, keys, strict=True):
         inputs = samples.at(positions).on_device()
-        changed, state = _step(
+        wide, state = _step(
             objective,
             optimizer,
             structure,
             tuple(numbers),
             mixes,
             leaves,
+            wide,
             state,
             teachers,
             weights,
             inputs,
             step_key,
         )
-        for number, leaf in zip(numbers, changed, strict=True):
-            leaves[number] = leaf
+    for number, leaf in zip(numbers, wide, strict=True):
+        leaves[number] = leaf.astype(leaves[number].dtype)
     if sum(not_finite_counts([leaves[number] for number in numbers])):
         raise FloatingPointError(
             "parameters did not stay finite; take smaller steps (optimizer), or look for NaN in "
@@ -213,25 +218,25 @@ def _step(
     numbers: tuple[int, ...],
     mixes: bool,
     leaves: list[Array],
+    wide: list[Array],
     state: PyTree,
     teachers: list[PyTree],
     weights: Float[Array, " k"],
     inputs: tuple[PyTree, ...],
     key: Array,
 ) -> tuple[Any, PyTree]:
-    """Makes one step of the leaves at some positions."""
+    """Makes one step of the leaves at some positions, which are `wide` in full precision."""
     if mixes:
         inputs = mixup(inputs, key)
 
     def objective_at(chosen: list[Array]) -> Array:
         all_leaves = list(leaves)
         for number, leaf in zip(numbers, chosen, strict=True):
-            all_leaves[number] = leaf
+            all_leaves[number] = leaf.astype(leaves[number].dtype)
         return objective(structure.unflatten(all_leaves), teachers, weights, inputs)
 
-    chosen = [leaves[number] for number in numbers]
     # optax promotes ranks and dtypes.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        gradient = jax.grad(objective_at)(chosen)
-        updates, state = optimizer.update(gradient, state, chosen)
-        return optax.apply_updates(chosen, updates), state
+        gradient = jax.grad(objective_at)(wide)
+        updates, state = optimizer.update(gradient, state, wide)
+        return optax.apply_updates(wide, updates), state

@@ -160,7 +160,9 @@ def objective_of(fn: Callable[..., Any], outputs: Any, loss: Any, call: str) -> 
 def _divergence(logits: Array, mean: Array) -> Array:
     """Takes the divergence of mean probabilities from those of some logits."""
     predicted = jax.nn.log_softmax(logits.astype(mean.dtype), axis=-1)
-    # p log p is 0 at 0, and so is its derivative here: the mean does not depend on the model.
+    # p log p is 0 at 0, and so is its derivative here: the mean does not depend on the model. Where
+    # classes are ruled out by logits of -inf, the product with 0 would be NaN.
+    predicted = jnp.where(mean > 0, predicted, 0)
     terms = jax.scipy.special.xlogy(mean, mean) - mean * predicted
     return jnp.mean(jnp.sum(terms, axis=-1))
 

@@ -8,7 +8,6 @@ be stacked: `_fuse_widths` moves them onto the reference one by one.
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from otfusion_jax.averaging.stacking import (
     unstacked,
 )
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.arguments import checked_count, require_function
+from otfusion_jax.common.arguments import checked_count, checked_position, require_function
 from otfusion_jax.common.batching import at_once, map_in_batches
 from otfusion_jax.common.host import Array, as_numpy
 from otfusion_jax.common.known import all_known
@@ -117,11 +116,7 @@ def fuse(
     require_settings(method, metric, solver)
     if metric is None:
         metric = costs.SqEuclidean()
-    # To Python a bool is an integer; given as a position it is a mistake.
-    if isinstance(reference, bool) or not isinstance(reference, numbers.Integral):
-        kind = type(reference).__name__
-        raise TypeError(f"reference is {reference!r}, of type {kind}; give a model's position")
-    reference = int(reference)
+    reference = checked_position(reference, "reference")
     if batch_size is not None:
         batch_size = checked_count(batch_size, "batch_size", "1 or more, or None")
     if leaf_weight is not None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Inexact
 
 PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
 """The primitives that a parameter is corrected in."""
@@ -106,7 +106,7 @@ class LinearForm:
             parameter = primitive.bind(parameter, **options)
         return parameter
 
-    def rows(self, features: Array) -> Float[Array, "groups samples width"]:
+    def rows(self, features: Array) -> Inexact[Array, "groups samples width"]:
         """Returns the rows that the matrix of the parameter is multiplied by, widened."""
         features = self.widened(features)
         if self.primitive is P.dot_general_p:
@@ -114,7 +114,7 @@ class LinearForm:
             return _fronted(features, batch, contracted, others_first=True)
         return _patches(features, dict(self.params), self.kernel_sizes)
 
-    def columns(self, outputs: Array) -> Float[Array, "groups samples units"]:
+    def columns(self, outputs: Array) -> Inexact[Array, "groups samples units"]:
         """Brings features that come out of the product to where `rows` times `matrix` has them."""
         params = dict(self.params)
         if self.primitive is P.dot_general_p:
@@ -126,7 +126,7 @@ class LinearForm:
             return _fronted(outputs, tuple(range(start)), tuple(units), others_first=True)
         return _columns(outputs, params)
 
-    def matrix(self, parameter: Array) -> Float[Array, "groups width units"]:
+    def matrix(self, parameter: Array) -> Inexact[Array, "groups width units"]:
         """Returns a parameter of float32 or wider as the matrix that multiplies the rows."""
         arranged = self.arrange_wide(parameter)
         if self.primitive is P.dot_general_p:
@@ -236,14 +236,14 @@ def _is_small(params: dict[str, Any], image: Array, kernel: Array) -> bool:
     return is_wide and space < offsets and params["batch_group_count"] == 1
 
 
-def row_gram(rows: Float[Array, "groups samples width"]) -> Float[Array, "groups width width"]:
-    """Takes the inner products of the columns of rows: Xᵀ X.
+def row_gram(rows: Inexact[Array, "groups samples width"]) -> Inexact[Array, "groups width width"]:
+    """Takes the inner products of the columns of rows: Xᵀ X, of complex rows Xᴴ X.
 
     Args:
-        rows: The rows, float32 or wider.
+        rows: The rows, float32 or complex64, or wider.
 
     Returns:
-        The inner products, symmetric.
+        The inner products, symmetric or Hermitian.
     """
     width = rows.shape[-1]
     if width < _BANDED_WIDTH:
@@ -253,18 +253,18 @@ def row_gram(rows: Float[Array, "groups samples width"]) -> Float[Array, "groups
     for start, stop in zip(edges, edges[1:], strict=False):
         band = _transposed_product(rows[..., start:stop], rows[..., start:])
         gram = gram.at[:, start:stop, start:].set(band)
-        below = jnp.swapaxes(band[..., stop - start :], -1, -2)
+        below = jnp.conj(jnp.swapaxes(band[..., stop - start :], -1, -2))
         gram = gram.at[:, stop:, start:stop].set(below)
     return gram
 
 
 def rows_times(
-    rows: Float[Array, "groups samples width"], columns: Float[Array, "groups samples units"]
-) -> Float[Array, "groups width units"]:
-    """Takes the inner products of the columns of rows with others: Xᵀ Y.
+    rows: Inexact[Array, "groups samples width"], columns: Inexact[Array, "groups samples units"]
+) -> Inexact[Array, "groups width units"]:
+    """Takes the inner products of the columns of rows with others: Xᵀ Y, of complex rows Xᴴ Y.
 
     Args:
-        rows: The rows, float32 or wider.
+        rows: The rows, float32 or complex64, or wider.
         columns: The other columns, with as many samples.
 
     Returns:
@@ -275,12 +275,13 @@ def rows_times(
 
 def _transposed_product(first: Array, second: Array) -> Array:
     numbers = (((1,), (1,)), ((0,), (0,)))
-    return jax.lax.dot_general(first, second, numbers, precision=jax.lax.Precision.HIGHEST)
+    highest = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(jnp.conj(first), second, numbers, precision=highest)
 
 
 def _fronted(
     array: Array, batch: Sequence[int], chosen: Sequence[int], others_first: bool
-) -> Float[Array, "batch rows columns"]:
+) -> Inexact[Array, "batch rows columns"]:
     """Makes three axes of all: the batch, the axes chosen, and the others, before or after them."""
     others = [axis for axis in range(array.ndim) if axis not in (*batch, *chosen)]
     order = (others, chosen) if others_first else (chosen, others)
@@ -288,7 +289,7 @@ def _fronted(
     return jnp.transpose(array, (*batch, *order[0], *order[1])).reshape(sizes)
 
 
-def _columns(outputs: Array, params: dict[str, Any]) -> Float[Array, "groups samples units"]:
+def _columns(outputs: Array, params: dict[str, Any]) -> Inexact[Array, "groups samples units"]:
     """Brings what comes out of a convolution to where patches times a matrix have it."""
     outputs = jnp.transpose(outputs, params["dimension_numbers"].out_spec)
     groups = params["feature_group_count"]  # [samples, units, *space]
@@ -296,7 +297,7 @@ def _columns(outputs: Array, params: dict[str, Any]) -> Float[Array, "groups sam
     return by_group.transpose(1, 0, 3, 2).reshape(groups, -1, by_group.shape[2])
 
 
-def _kernel_matrix(kernel: Array, params: dict[str, Any]) -> Float[Array, "groups width units"]:
+def _kernel_matrix(kernel: Array, params: dict[str, Any]) -> Inexact[Array, "groups width units"]:
     """Returns the kernel of a convolution as the matrix that multiplies patches."""
     kernel = jnp.transpose(kernel, params["dimension_numbers"].rhs_spec)
     groups = params["feature_group_count"]  # [groups, units, channels, offsets]
@@ -306,7 +307,7 @@ def _kernel_matrix(kernel: Array, params: dict[str, Any]) -> Float[Array, "group
 
 def _patches(
     image: Array, params: dict[str, Any], kernel_sizes: Sequence[int]
-) -> Float[Array, "groups samples width"]:
+) -> Inexact[Array, "groups samples width"]:
     """Returns the patches that a convolution multiplies its kernel with.
 
     Columns are in the order of the offsets of the kernel, and of channels within an offset.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otfusion_jax.common.arguments import kind_of, require_kind
+from otfusion_jax.common.arguments import kind_of, require_key, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective
@@ -50,6 +50,7 @@ def mixup(batch: PyTree, key: Array) -> PyTree:
         >>> print(between.shape, bool(jax.numpy.allclose(between.sum(axis=1), 1)))
         (3, 3) True
     """
+    require_key(key)
     count = _number_of_samples(batch)
     keys = jax.random.split(key)
     shares = jax.random.uniform(keys[0], (count,))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Inexact
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.linear_systems import solve_positive_definite
@@ -26,8 +26,10 @@ _MOST_STEPS = 200
 class NormalSums(NamedTuple):
     """The sums that make up normal equations: X are the rows that a parameter is multiplied by.
 
+    Of complex numbers Xᵀ, and Aᵀ below, stand for the conjugate transpose.
+
     Attributes:
-        gram: XᵀX, float `[groups, width, width]`.
+        gram: XᵀX, real or complex `[groups, width, width]`.
         right_side: Xᵀ times what is missing from the features that are wanted, with the average's
             parameter, float `[groups, width, units]`.
         is_any: Whether there is anything but zeros in X.
@@ -101,7 +103,7 @@ class NormalEquations:
         # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
         # |z|² it is the mean eigenvalue.
         random = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)
-        return jnp.sum(random * self.normal(random)) / _squared_length(random)
+        return _inner_product(random, self.normal(random)) / _squared_length(random)
 
     @functools.cached_property
     def exponent(self) -> Array:
@@ -124,7 +126,8 @@ class NormalEquations:
         right_side = scaled(self.right_side, -self.exponent)
 
         def penalised_normal(change: Array) -> Array:
-            return scaled(self.normal(change) + penalty * change, -self.exponent)
+            penalised = self.normal(change) + penalty.astype(change.dtype) * change
+            return scaled(penalised, -self.exponent)
 
         def by_steps() -> Array:
             found, _ = jax.scipy.sparse.linalg.cg(
@@ -140,7 +143,7 @@ class NormalEquations:
             change = by_steps()
         # Where numbers are out of range, conjugate gradients stop before their first step. To
         # return the average, unchanged, would hide it.
-        first_step = jnp.sum(right_side * penalised_normal(right_side))
+        first_step = _inner_product(right_side, penalised_normal(right_side))
         is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
         vanishes = (self.mean_eigenvalue == 0) & self.sums.is_any
         return jnp.where(is_finite & ~vanishes, change, jnp.nan)
@@ -180,8 +183,13 @@ class NormalEquations:
         )
 
 
+def _inner_product(x: Array, y: Array) -> Array:
+    """Takes the real part of the inner product, which is that of twice as many real numbers."""
+    return jnp.real(jnp.sum(jnp.conj(x) * y))
+
+
 def _squared_length(x: Array) -> Array:
-    return jnp.sum(x * x)
+    return _inner_product(x, x)
 
 
 # --- several ridges
@@ -204,8 +212,8 @@ def chosen_ridge(
     errors = []
     for change in fitted.solved_for_each(choices):
         # |A change - missing|², less what no change makes a difference to.
-        error = change * (held_out.normal(change) - 2 * held_out.right_side)
-        errors.append(jnp.sum(error))
+        error = held_out.normal(change) - 2 * held_out.right_side
+        errors.append(_inner_product(change, error))
     # What is not finite is the worst: `argmin` would take it.
     found = jnp.nan_to_num(jnp.stack(errors), nan=jnp.inf)
     return choices[jnp.argmin(found)]
@@ -216,7 +224,7 @@ def shifted_solutions(
     right_side: Array,
     shifts: Float[Array, " n"],
     steps: int,
-) -> Float[Array, "n ..."]:
+) -> Inexact[Array, "n ..."]:
     """Solves (B + shift) x = b for several shifts by one run of conjugate gradients.
 
     Args:
@@ -233,8 +241,11 @@ def shifted_solutions(
         Frommer and Maass, Fast CG-based methods for Tikhonov-Phillips regularization, SIAM Journal
         on Scientific Computing 20 (1999): residuals of all systems are multiples of one another.
     """
-    # A number for each system, to be multiplied with the arrays of all.
-    column = (-1, *[1] * right_side.ndim)
+
+    def column(numbers: Array) -> Array:
+        """Shapes a number for each system to be multiplied with the arrays of all."""
+        return numbers.reshape(-1, *[1] * right_side.ndim).astype(right_side.dtype)
+
     least = jnp.min(shifts)
     above = shifts - least
     ones = jnp.ones_like(shifts)
@@ -244,21 +255,21 @@ def shifted_solutions(
         solutions, directions, residual, direction, scale, last_scale, last_length, last_turn = (
             state
         )
-        along = operator(direction) + least * direction
+        along = operator(direction) + least.astype(direction.dtype) * direction
         squared = _squared_length(residual)
-        length = _ratio(squared, jnp.sum(direction * along))
+        length = _ratio(squared, _inner_product(direction, along))
         # The residual of the system with a shift is `scale` times that of the first.
         denominator = length * last_turn * (last_scale - scale) + last_scale * last_length * (
             1 + length * above
         )
         next_scale = _ratio(scale * last_scale * last_length, denominator)
         shrinks = _ratio(next_scale, scale)
-        solutions = solutions + (length * shrinks).reshape(column) * directions
-        residual = residual - length * along
+        solutions = solutions + column(length * shrinks) * directions
+        residual = residual - length.astype(along.dtype) * along
         turn = _ratio(_squared_length(residual), squared)
-        kept = (turn * shrinks**2).reshape(column)
-        directions = next_scale.reshape(column) * residual[None] + kept * directions
-        direction = residual + turn * direction
+        kept = column(turn * shrinks**2)
+        directions = column(next_scale) * residual[None] + kept * directions
+        direction = residual + turn.astype(direction.dtype) * direction
         return solutions, directions, residual, direction, next_scale, scale, length, turn
 
     one = jnp.ones((), shifts.dtype)

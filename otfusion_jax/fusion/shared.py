@@ -22,7 +22,7 @@ from otfusion_jax.alignment.leaf_weights import counted_by_default
 from otfusion_jax.alignment.method import AbstractMethod
 from otfusion_jax.averaging.average import Weights, checked_average, mixtures
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.arguments import require_arrays, require_function
+from otfusion_jax.common.arguments import checked_position, require_arrays, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
@@ -119,6 +119,7 @@ def fuse_shared(
     """
     require_symmetry(symmetry, "fuse_shared(symmetry, models)")
     require_models(models)
+    reference = checked_position(reference, "reference")
     if leaf_weight is not None:
         require_function(leaf_weight, "fuse_shared(..., leaf_weight=lambda path: 1.0)")
     if symmetry.orthogonal or symmetry.has_form:

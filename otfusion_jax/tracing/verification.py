@@ -122,11 +122,14 @@ def _evaluate(entry_point: EntryPoint, params: PyTree) -> PyTree:
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:
-    """Compares outputs: the largest change of any number over the largest number."""
+    """Compares outputs: the largest change of any number over the largest finite number."""
     old, new = _as_vector(before), _as_vector(after)
     # Outputs that are all 0 have to stay so.
-    scale = np.max(np.abs(old), initial=np.finfo(np.float32).tiny)
-    return float(np.max(np.abs(new - old), initial=0.0) / scale)
+    scale = np.max(np.abs(old[np.isfinite(old)]), initial=np.finfo(np.float32).tiny)
+    # Logits of -inf, by which classes are ruled out, have to stay as well: the difference is NaN.
+    has_changed = old != new
+    changes = np.abs(new[has_changed] - old[has_changed])
+    return float(np.max(changes, initial=0.0) / scale)
 
 
 def _as_vector(outputs: PyTree) -> np.ndarray:
