@@ -2,18 +2,20 @@
 
 import functools
 import inspect
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from jax import export
 from jaxtyping import Array
 from problems import as_cost
 from scipy.linalg import block_diag, orthogonal_procrustes
 
-from otfusion_jax.solvers.procrustes import procrustes
+from otfusion_jax.solvers.procrustes import polar_factors, procrustes
 
 SHAPES = [(7, 7), (4, 7), (7, 4), (1, 1), (1, 5), (5, 1)]
 FIXES = [False, True]
@@ -155,6 +157,26 @@ def test_maps_of_lower_rank_are_orthogonal(rank, fixes_ones):
     else:
         assert solution.value == pytest.approx(-np.linalg.norm(cross, "nuc"), rel=1e-5)
     assert solution.converged
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (5, 8), (8, 5)])
+def test_what_is_not_told_moves_least(n: int, m: int):
+    """A little of the identity added to inner products of lower rank decides about the rest."""
+    cross = random_cross(n, 2) @ random_cross(2, m, seed=1)
+    found = procrustes(as_cost(cross)).plan
+    u, _, v_transposed = np.linalg.svd(cross + 1e-6 * np.eye(n, m), full_matrices=False)
+    np.testing.assert_allclose(found, u @ v_transposed, atol=1e-4)
+
+
+@pytest.mark.parametrize("fixes_ones", FIXES)
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (5, 8), (8, 5)])
+def test_numpy_and_jax_find_the_same_where_several_maps_are_best(n: int, m: int, fixes_ones: bool):
+    factors = normal(3, n, 2, seed=0), normal(3, 2, m, seed=1)
+    cross = jnp.matmul(*factors, precision="highest")
+    by_jax = procrustes(cross, fixes_ones=fixes_ones)
+    known: Any = np.asarray(cross)
+    by_numpy = polar_factors(known, fixes_ones)
+    np.testing.assert_allclose(by_numpy.plan, by_jax.plan, atol=1e-5)
 
 
 @pytest.mark.parametrize("fixes_ones", FIXES)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.common.host import Array, array_module, matmul, without_gradient
+from otfusion_jax.common.host import Array, array_module, cond, matmul, without_gradient
 from otfusion_jax.common.scaling import exponent, restored, scaled
 from otfusion_jax.solvers.base import Solution, working_dtype
 from otfusion_jax.symmetry.rotation import fixing_ones, reflected
@@ -37,7 +37,8 @@ def procrustes(cross: Float[Array, "*batch n m"], *, fixes_ones: bool = False) -
     moved units have a norm that does not depend on Q, so that it also minimises their squared
     distance. It is the orthogonal factor of the polar decomposition of `cross`. Scaling `cross`
     leaves it as it is; where `cross` is zero, it is the identity. Where the rank of `cross` is not
-    full, several maps are best, and this is one of them.
+    full, several maps are best, and this is the one of them that is nearest to the identity: what
+    `cross` does not tell is moved as little as what it tells allows.
 
     Args:
         cross: The inner products, float `[*batch, n, m]`, finite: `cross[..., i, j]` is that of
@@ -146,11 +147,44 @@ def _polar_factor(
         return cross, xp.zeros(cross.shape[:-2], cross.dtype)
     identity = xp.eye(*cross.shape[-2:], dtype=cross.dtype)
     u, singular_values, v_transposed = xp.linalg.svd(cross, full_matrices=False)
-    factor = matmul(u, v_transposed)
+    # As for the rank of a matrix: smaller ones are rounding errors.
+    rounding = max(cross.shape[-2:]) * np.finfo(cross.dtype).eps
+    largest = singular_values[..., :1]
+    is_told = singular_values > rounding * largest
+    factor = cond(
+        xp.all(is_told),
+        lambda: matmul(u, v_transposed),
+        lambda: _factor_nearest_identity(cross, is_told),
+    )
     # Of nothing, every orthogonal matrix is a factor, but none is a reason to move.
     is_something = xp.any(cross != 0, axis=_MATRIX)
     factor = xp.where(is_something[..., None, None], factor, identity)
     return factor, xp.sum(singular_values, axis=-1)
+
+
+def _factor_nearest_identity(cross: Array, is_told: Array) -> Array:
+    """Finds the orthogonal factor of a matrix of lower rank that moves units least.
+
+    Args:
+        cross: The matrix, `[*batch, n, m]`.
+        is_told: Which of its singular values are above rounding, bool `[*batch, k]`.
+
+    Returns:
+        The factor, `[*batch, n, m]`.
+    """
+    xp = array_module(cross)
+    n, m = cross.shape[-2:]
+    u, _, v_transposed = xp.linalg.svd(cross, full_matrices=True)
+    identity = xp.eye(n, m, dtype=cross.dtype)
+    # Of all U W Vᵀ, that is nearest to the identity I of which W is the polar factor of Uᵀ I V. But
+    # W is given where there are singular values, in the first rows and columns.
+    between = matmul(matmul(u.swapaxes(-1, -2), identity), v_transposed.swapaxes(-1, -2))
+    beyond = xp.zeros((*cross.shape[:-2], max(n, m) - min(n, m)), bool)
+    is_given = xp.concatenate([is_told, beyond], axis=-1)
+    is_free = ~(is_given[..., :n, None] | is_given[..., None, :m])
+    given = xp.where(is_given[..., :n, None], identity, 0)
+    left, _, right = xp.linalg.svd(xp.where(is_free, between, given), full_matrices=False)
+    return matmul(matmul(u, matmul(left, right)), v_transposed)
 
 
 def _factor_fixing_ones(
