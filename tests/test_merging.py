@@ -319,6 +319,12 @@ def test_fisher_averages_are_weighted_by_each_number():
     close(otf.fisher_average(MODELS, ones, weights), plain)
 
 
+def test_importances_are_not_weighted_below_zero():
+    ones = [jax.tree.map(jnp.ones_like, model) for model in MODELS]
+    with pytest.raises(ValueError, match="body/b: a weight is -0.5; give 0 or more"):
+        otf.fisher_average(MODELS, ones, [-0.5, 0.75, 0.75])
+
+
 def test_importances_that_do_not_fit_are_named():
     one, two, three = drawn_fishers()
     with pytest.raises(ValueError, match="2 importances, but 3 models"):

@@ -13,7 +13,7 @@ from otfusion_jax.averaging.average import (
     Weights,
     checked_average,
     columns_of,
-    mean_of_column,
+    mean_of_leaf,
     mixtures,
 )
 from otfusion_jax.averaging.stacking import require_alike
@@ -41,16 +41,16 @@ def fisher_average(
             any real floating-point dtype, 0 or more. Of leaves that are no floating-point numbers,
             they are not looked at. For the Fisher information, take the mean over examples of the
             squared gradient of the log-likelihood, of labels that are drawn from the model.
-        weights: The K weights of the models, summing to 1; uniform if None; or a function from the
-            key path of a parameter to either, see `average`.
+        weights: The K weights of the models, 0 or more and summing to 1; uniform if None; or a
+            function from the key path of a parameter to either, see `average`.
 
     Returns:
         The average, computed in float32 or wider and rounded once. Integers, booleans and keys are
         as in `average`.
 
     Raises:
-        ValueError: As `average`, and for importances of other structures or shapes, below 0 or not
-            finite, listing each by key path.
+        ValueError: As `average`, for weights below 0, and for importances of other structures or
+            shapes, below 0 or not finite, listing each by key path.
         TypeError: As `average`.
         FloatingPointError: For an average that is out of range.
 
@@ -70,12 +70,16 @@ def fisher_average(
     require_alike(models)
     leaves = leaves_of(models[0])
     shares = mixtures(weights, len(models), leaves)
+    for leaf, share in zip(leaves, shares, strict=True):
+        # Beyond the models, sums of importances can vanish, and there is no mean.
+        if not isinstance(share, Tracer) and np.min(share) < 0:
+            raise ValueError(f"{leaf.path}: a weight is {np.min(share):.3g}; give 0 or more")
     importances = _checked_importances(models[0], leaves, fishers, len(models))
     warn_of_averaged_statistics(models, False, shares)
 
     def mean_of(number: int, column: tuple[Any, ...], share: Array) -> Array:
         if not leaves[number].moves:
-            return mean_of_column(column, share)
+            return mean_of_leaf(column, share)
         return _weighted(column, importances[number], share)
 
     return checked_average(leaves, models, shares, "averaging", mean_of)
