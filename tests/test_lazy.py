@@ -194,6 +194,11 @@ def test_the_plans_of_another_call_are_refused(symmetry, tmp_path: Path):
     masses = {group.name: jnp.ones(group.size) / group.size for group in symmetry.groups}
     with pytest.raises(ValueError, match="with other grams or marginals;"):
         otf.align(symmetry, *pair, method=method, marginals=(masses, masses))
+    # The same arrays in another place.
+    weighted = otf.ForwardPass(progress=tmp_path / "weighted")
+    otf.align(symmetry, *pair, method=weighted, marginals=(masses, {}))
+    with pytest.raises(ValueError, match="with other grams or marginals;"):
+        otf.align(symmetry, *pair, method=weighted, marginals=({}, masses))
     with pytest.raises(ValueError, match="outside of jax.jit alone"):
         jax.jit(lambda a, b: otf.align(symmetry, a, b, method=method))(model(0), model(1))
     with pytest.raises(TypeError, match=r"progress is 'plans'; give the pathlib\.Path"):

@@ -53,8 +53,7 @@ class MeasuredLeaves:
             plans: The plans of all groups so far.
         """
         problem, group = self._problem, tree.groups[0]
-        source_sq_norms, _ = problem.sq_norms
-        if not source_sq_norms or problem.lazy or len(tree.groups) > 1 or tree.siblings:
+        if not problem.sq_norms or problem.lazy or len(tree.groups) > 1 or tree.siblings:
             return
         if group.batch or group.orthogonal:
             return
@@ -93,10 +92,9 @@ class MeasuredLeaves:
         if is_identity(plan):
             return
         sq_norms, product = 0.0, 0.0
-        source_sq_norms, target_sq_norms = self._problem.sq_norms
         # Sums over units, each of a long sum, would be rounded by more.
         for leaf in leaves:
-            sq_norms += source_sq_norms[leaf] + target_sq_norms[leaf]
+            sq_norms += self._problem.sq_norms[leaf]
             product += float(inner_product(self._problem.source[leaf], self._problem.target[leaf]))
         _note(self.before, leaves, sq_norms, product)
         matched = grams.cross[plan, np.arange(len(plan))]

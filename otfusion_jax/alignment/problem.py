@@ -78,8 +78,8 @@ class AlignmentProblem:
         moved: Of known values, the source's parameters as they were last moved; otherwise None.
         xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
             them, otherwise `jax.numpy`.
-        sq_norms: The squared norms of the source's moving parameters and of the target's, by their
-            positions, if they were taken to see that squares are in range; otherwise empty.
+        sq_norms: The squared norms of a parameter in the source and in the target together, by its
+            position, if they were taken to see that squares are in range; otherwise empty.
     """
 
     symmetry: Symmetry
@@ -96,7 +96,7 @@ class AlignmentProblem:
     lazy: bool
     moved: MovedLeaves | None
     xp: Any
-    sq_norms: tuple[dict[int, float], dict[int, float]]
+    sq_norms: dict[int, float]
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -465,12 +465,15 @@ def set_up_problem(
     known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
     exponent: Any = np.int32(0)
-    sq_norms: list[float] = []
+    sq_norms: dict[int, float] = {}
     if solver.scale_free:
-        # Sums of squares are less to take than the largest magnitude, and mostly tell enough.
-        sq_norms = _comfortable_sq_norms(moving) if known else []
-        if not sq_norms:
-            exponent = _exponent_of_known(moving) if known else common_exponent(moving)
+        if not known:
+            exponent = common_exponent(moving)
+        else:
+            # Sums of squares are less to take than the largest magnitude, and mostly tell enough.
+            sq_norms = _comfortable_sq_norms(positions, sources, targets)
+            if not sq_norms:
+                exponent = _exponent_of_known(moving)
         if lazy and exponent:
             raise ValueError(
                 f"the largest weight is about 2**{exponent}, and squares would be out of range; "
@@ -502,7 +505,7 @@ def set_up_problem(
         lazy=lazy,
         moved=MovedLeaves(symmetry, onto, sources) if known else None,
         xp=np if by_numpy else jnp,
-        sq_norms=_of_both(positions, sq_norms),
+        sq_norms=sq_norms,
     )
     return problem, exponent
 
@@ -518,38 +521,32 @@ def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     return np.int32(exponent)
 
 
-def _of_both(
-    positions: Sequence[int], sq_norms: Sequence[float]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Returns the squared norms of both models by position, those of the source come first."""
-    of_source, of_target = {}, {}
-    if sq_norms:
-        of_source = dict(zip(positions, sq_norms[: len(positions)], strict=True))
-        of_target = dict(zip(positions, sq_norms[len(positions) :], strict=True))
-    return of_source, of_target
-
-
-def _comfortable_sq_norms(arrays: Sequence[Any]) -> list[float]:
-    """Takes the squared norms of arrays that tell the largest magnitude to be in range.
+def _comfortable_sq_norms(
+    positions: Sequence[int], sources: Sequence[Any], targets: Sequence[Any]
+) -> dict[int, float]:
+    """Takes the squared norms of parameters that tell the largest magnitude to be in range.
 
     It is not below any root mean square, and not above the root of the sum of all squares.
 
     Args:
-        arrays: The moving parameters of both models.
+        positions: The positions of the parameters that move.
+        sources: The parameters of the source.
+        targets: Those of the target.
 
     Returns:
-        The squared norm of each; nothing if it is not in range, or if the arrays are none of NumPy
-        and of single precision.
+        The sum of the squared norms of both, by position; nothing if the magnitude is not in range,
+        or if parameters are none of NumPy and of single precision.
     """
-    sq_norms = []
+    sq_norms = dict.fromkeys(positions, 0.0)
     largest_mean_square = 0.0
-    for array in arrays:
-        if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.forc:
-            return []
-        values: Any = array
-        sq_norm = float(inner_product(values, values))
-        sq_norms.append(sq_norm)
-        largest_mean_square = max(largest_mean_square, sq_norm / max(array.size, 1))
+    for number in positions:
+        for array in (sources[number], targets[number]):
+            if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.forc:
+                return {}
+            values: Any = array
+            sq_norm = float(inner_product(values, values))
+            sq_norms[number] += sq_norm
+            largest_mean_square = max(largest_mean_square, sq_norm / max(array.size, 1))
     largest = 4.0**COMFORTABLE_EXPONENT
-    is_comfortable = largest_mean_square > 1 / largest and sum(sq_norms) < largest
-    return sq_norms if is_comfortable else []
+    is_comfortable = largest_mean_square > 1 / largest and sum(sq_norms.values()) < largest
+    return sq_norms if is_comfortable else {}

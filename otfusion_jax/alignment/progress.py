@@ -131,11 +131,13 @@ def digests(
     symmetries = [problem.symmetry, problem.onto]
     structure = [(symmetry.parts, symmetry.groups) for symmetry in symmetries]
     settings = f"{settings} {type(problem.metric).__qualname__} {problem.solver}"
+    # Groups go by name: the same array of another group is another call.
+    given, names = jax.tree_util.tree_flatten((grams, problem.marginals))
     return {
         "models": _digest([distance, *_first_that_differ(problem)]),
         "symmetries": _digest([repr(structure)]),
         "settings (method, metric or solver)": _digest([settings]),
-        "grams or marginals": _digest(jax.tree_util.tree_leaves((grams, problem.marginals))),
+        "grams or marginals": _digest([str(names), *given]),
     }
 
 
@@ -146,9 +148,9 @@ def _first_that_differ(problem: AlignmentProblem) -> list[np.ndarray]:
     """
     parts = problem.symmetry.parts
     for number in sorted(range(len(parts)), key=lambda number: np.prod(parts[number].shape)):
-        pair = [np.asarray(params[number]) for params in (problem.source, problem.target)]
-        if pair[0].tobytes() != pair[1].tobytes():
-            return pair
+        source, target = np.asarray(problem.source[number]), np.asarray(problem.target[number])
+        if not np.array_equal(source, target):
+            return [source, target]
     return []
 
 

@@ -165,6 +165,24 @@ def checked_position(position: Any, name: str) -> int:
     return int(position)
 
 
+def checked_key(key: Any) -> jax.Array:
+    """Returns a source of randomness that may be left out.
+
+    Args:
+        key: The argument that was given.
+
+    Returns:
+        The key, `jax.random.key(0)` if it is None.
+
+    Raises:
+        TypeError: As `require_key`.
+    """
+    if key is None:
+        return jax.random.key(0)
+    require_key(key)
+    return key
+
+
 def require_key(key: Any) -> None:
     """Refuses what is not a single key of `jax.random`.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
-from otfusion_jax.common.arguments import checked_count, require_function, require_key, require_kind
+from otfusion_jax.common.arguments import checked_count, checked_key, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.known import all_known
@@ -116,8 +116,7 @@ def distill(
         require_kind(optimizer, optax.GradientTransformation, "optimizer", examples)
     steps = checked_count(steps, "steps", "1 or more")
     batch_size = checked_count(batch_size, "batch_size", "1 or more")
-    key = jax.random.key(0) if key is None else key
-    require_key(key)
+    key = checked_key(key)
     shares = mixture(weights, len(teachers))
     samples = read_samples(batches, checked_count(max_samples, "max_samples", "1 or more"))
     objective.check(params, samples.at(slice(2)).inputs)

@@ -10,12 +10,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
-from otfusion_jax.common.arguments import checked_count, require_function, require_key
+from otfusion_jax.common.arguments import checked_count, checked_key, require_function
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
@@ -173,8 +171,7 @@ def merge(
     shares = mixture(weights, len(models))
     chosen_candidates = checked_candidates(candidates)
     require_counts(polish=polish, path=path)
-    key = jax.random.key(0) if key is None else key
-    require_key(key)
+    key = checked_key(key)
     bar = shown_bar() if progress else silent_bar
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)

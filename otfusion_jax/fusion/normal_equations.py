@@ -31,7 +31,7 @@ class NormalSums(NamedTuple):
     Attributes:
         gram: XᵀX, real or complex `[groups, width, width]`.
         right_side: Xᵀ times what is missing from the features that are wanted, with the average's
-            parameter, float `[groups, width, units]`.
+            parameter, real or complex `[groups, width, units]`.
         is_any: Whether there is anything but zeros in X.
     """
 

@@ -93,6 +93,7 @@ class Exact(AbstractSolver):
         largest = largest_magnitude(cost)
         finite = xp.isfinite(largest)
         # In a range in which no sum or difference of costs overflows, and none is taken for zero.
+        # The largest that XLA finds is 0 among subnormal ones; `exponent` reads the bits of all.
         k = exponent(largest if xp is np else cost)
         constant = without_gradient(cost)
         if permutation and xp is np and abs(k) <= _COMFORTABLE_EXPONENT:

@@ -154,7 +154,7 @@ def _polar_factor(
     factor = cond(
         xp.all(is_told),
         lambda: matmul(u, v_transposed),
-        lambda: _factor_nearest_identity(cross, is_told),
+        lambda: _factor_nearest_identity(cross, u, v_transposed, is_told),
     )
     # Of nothing, every orthogonal matrix is a factor, but none is a reason to move.
     is_something = xp.any(cross != 0, axis=_MATRIX)
@@ -162,11 +162,13 @@ def _polar_factor(
     return factor, xp.sum(singular_values, axis=-1)
 
 
-def _factor_nearest_identity(cross: Array, is_told: Array) -> Array:
+def _factor_nearest_identity(cross: Array, u: Array, v_transposed: Array, is_told: Array) -> Array:
     """Finds the orthogonal factor of a matrix of lower rank that moves units least.
 
     Args:
         cross: The matrix, `[*batch, n, m]`.
+        u: Its left singular vectors, `[*batch, n, k]`.
+        v_transposed: Its right ones, `[*batch, k, m]`.
         is_told: Which of its singular values are above rounding, bool `[*batch, k]`.
 
     Returns:
@@ -174,7 +176,9 @@ def _factor_nearest_identity(cross: Array, is_told: Array) -> Array:
     """
     xp = array_module(cross)
     n, m = cross.shape[-2:]
-    u, _, v_transposed = xp.linalg.svd(cross, full_matrices=True)
+    if n != m:
+        # Of the larger side all vectors, also those that have no counterpart on the other.
+        u, _, v_transposed = xp.linalg.svd(cross, full_matrices=True)
     identity = xp.eye(n, m, dtype=cross.dtype)
     # Of all U W Vᵀ, that is nearest to the identity I of which W is the polar factor of Uᵀ I V. But
     # W is given where there are singular values, in the first rows and columns.

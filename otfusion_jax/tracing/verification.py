@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from otfusion_jax.common.arguments import require_arrays
+from otfusion_jax.common.arguments import checked_key, require_arrays
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.balancing import randomly_scaled
 from otfusion_jax.symmetry.canonical import simplified
@@ -65,7 +65,7 @@ def check_symmetry(
         require_samples(inputs_of_fn)
     # A member that is left behind shows best if every unit moves. Such permutations are single
     # cycles, so that uniform ones are tried as well.
-    key = jax.random.key(0) if key is None else key
+    key = checked_key(key)
     uniform = symmetry.random(key)
     # Inside of `jax.jit` the permutations are traced, even if all that was passed is known.
     _refuse_traced((params, inputs, functions, uniform))
