@@ -206,8 +206,23 @@ def test_the_batch_that_is_not_finite_is_named():
         otf.repair(symmetry, ref.network, nets, batches=[x, wrong])
 
 
-def test_moments_add_up():
-    units = 3 + normal(30, 4, seed=0)
+@METHODS
+def test_complex_units_are_one_large_batch(method):
+    drawn = [normals({"re": (4, 6), "im": (4, 6), "out": (6, 2)}, seed=seed) for seed in range(2)]
+    nets = [{"in": lax.complex(net["re"], net["im"]), "out": net["out"]} for net in drawn]
+    x = normal(64, 4, seed=2)
+
+    def fn(p, x):
+        return jnp.abs(x.astype(p["in"].dtype) @ p["in"]) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, nets[0], x)
+    whole = otf.repair(symmetry, fn, nets, x, method=method)
+    repaired = otf.repair(symmetry, fn, nets, batches=in_three(x), method=method)
+    jax.tree.map(close, repaired, whole)
+
+
+@pytest.mark.parametrize("units", [3 + normal(30, 4), lax.complex(normal(30, 4), normal(30, 4))])
+def test_moments_add_up(units):
     parts = [Moments.of(part) for part in (units[:1], units[1:12], units[12:])]
     nothing = jax.tree.map(jnp.zeros_like, parts[0])
     total = functools.reduce(Moments.plus, parts, nothing)

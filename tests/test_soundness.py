@@ -681,6 +681,62 @@ def test_a_step_from_zeros_says_nothing_of_recurrent_weights(fn: Callable):
     assert "meets nothing but constants" in str(symmetry)
 
 
+def from_ones(p, x):
+    h = jnp.ones((2, 8))
+    for step in jnp.split(x, len(x) // 2):
+        h = jnp.tanh(step @ p["in"] + h @ p["again"])
+    return h @ p["out"]
+
+
+def from_a_small_state_of_ones(p, x):
+    state = jnp.ones((2, 2))
+    for step in jnp.split(x, len(x) // 2):
+        h = jnp.tanh(step @ p["in"] + state @ p["again"])
+        state = h @ p["keep"]
+    return h @ p["out"]
+
+
+@pytest.mark.parametrize("fn", [from_ones, from_a_small_state_of_ones], ids=lambda fn: fn.__name__)
+def test_a_state_may_start_from_ones(fn: Callable):
+    params = draw(again=(8, 8), out=(8, 3)) | {"in": inputs(5, 8)}
+    if fn is from_a_small_state_of_ones:
+        params |= draw(again=(2, 8), keep=(8, 2))
+    with pytest.warns(otf.SymmetryWarning, match="multiplied with constants alone"):
+        symmetry = longer(fn, params, inputs(2, 5), others=(inputs(20, 5),))
+    assert symmetry.groups == ()
+
+
+@pytest.mark.parametrize("reduce", [jnp.sum, jnp.mean], ids=lambda reduce: reduce.__name__)
+def test_ones_that_weigh_outputs_in_a_gradient_stand_for_no_units(reduce: Callable):
+    params = draw(again=(8, 8), out=(8, 3)) | {"in": inputs(5, 8)}
+
+    def fn(p, x):
+        def total(x):
+            return reduce(jnp.tanh(jnp.tanh(x @ p["in"]) @ p["again"]) @ p["out"])
+
+        return jax.grad(total)(x)
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(2, 5))
+    assert batches(symmetry) == {"again": (8,), "in": (8,)}
+    assert "summed over with equal weights" in str(symmetry)
+    assert otf.check_symmetry(symmetry, fn, params, inputs(2, 5)) < 1e-5
+
+
+def test_the_kernel_of_a_state_space_reads_its_states():
+    params = draw(rate=(8, 4), scale=(8, 4), out=(8, 3)) | {"in": inputs(5, 8)}
+
+    def fn(p, x):
+        rate = -jnp.exp(p["rate"])
+        # Both factors of the contraction come of the rates, and it is no sum of squares.
+        scale = p["scale"] * jnp.expm1(rate)
+        powers = jnp.exp(rate[..., None] * jnp.arange(6.0)[None, None])
+        kernel = jnp.einsum("en,enl->le", scale, powers)
+        return jnp.tanh(x @ p["in"] * kernel) @ p["out"]
+
+    symmetry = longer(fn, params, inputs(6, 5), others=(inputs(6, 5),))
+    assert batches(symmetry) == {"in": (8,), "rate": (8, 4)}
+
+
 def test_an_input_that_is_absent_says_nothing_of_its_weights():
     params = draw(text=(5, 8), image=(6, 8), both=(16, 4), out=(4, 3))
 

@@ -188,11 +188,11 @@ def _scaled_by_numpy(x: Numbers, k: Exponent) -> Numbers:
     return product.astype(x.dtype, copy=False)
 
 
-def deviation(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def deviation(x: Inexact[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Takes standard deviations of values whose squares may be out of range.
 
     Args:
-        x: The values, real, of any shape.
+        x: The values, real or complex, of any shape.
         axis: The axis along which deviations are taken.
 
     Returns:

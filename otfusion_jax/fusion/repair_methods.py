@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.scaling import deviation
@@ -49,9 +49,9 @@ class Moments(NamedTuple):
     deviation: Array
 
     @staticmethod
-    def of(units: Float[Array, "*batch samples units"]) -> "Moments":
+    def of(units: Inexact[Array, "*batch samples units"]) -> "Moments":
         """Takes the moments of some samples."""
-        count = jnp.asarray(units.shape[-2], units.dtype)
+        count = jnp.asarray(units.shape[-2], units.real.dtype)
         return Moments(count, jnp.mean(units, axis=-2), deviation(units, axis=-2))
 
     def plus(self, other: "Moments") -> "Moments":
@@ -64,10 +64,11 @@ class Moments(NamedTuple):
         """
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
-        difference = other.mean - self.mean
+        difference = other.mean - self.mean  # complex where units are, and nothing else here is
         within = jnp.hypot(jnp.sqrt(1 - share) * self.deviation, jnp.sqrt(share) * other.deviation)
-        between = jnp.sqrt(share * (1 - share)) * difference
-        return Moments(count, self.mean + share * difference, jnp.hypot(within, between))
+        between = jnp.sqrt(share * (1 - share)) * jnp.abs(difference)
+        mean = self.mean + share.astype(difference.dtype) * difference
+        return Moments(count, mean, jnp.hypot(within, between))
 
 
 class Product(NamedTuple):
@@ -222,7 +223,7 @@ class RestoreStatistics(AbstractRepair):
             for member in part.members:
                 leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
             # scale * x + shift has the mean that is wanted.
-            shift = target_mean - scale * ours.mean
+            shift = target_mean - scale.astype(ours.mean.dtype) * ours.mean
             # Without an axis of the parameter the units have not been scaled.
             shifts.append(shift if part.members else None)
         return Corrected(leaf, tuple(shifts))

@@ -36,6 +36,9 @@ FOLDED = "constant in canonical form"
 UNMET = "meets nothing but constants on these inputs"
 """Why all axes of a leaf stay: on other inputs it may meet any units, as recurrent weights do that
 a first step multiplies with zeros."""
+SUMMED = "summed over with equal weights, and met by no features"
+"""Why an axis stays along which a leaf is multiplied with a constant alone that is nowhere 0, as
+the last weights of a network are in the gradient of a sum over its outputs."""
 
 
 class Motion(enum.Enum):

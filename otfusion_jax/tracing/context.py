@@ -157,8 +157,8 @@ class RuleContext(EquationContext):
         """States that two axes are summed over together, index by index.
 
         Their units move together in opposite roles: where one operand produces the units, the other
-        consumes them. `contract` calls this and records the rest. A rule calls it by itself where
-        the contracted axes are parts of axes, as `conv_general_dilated` in groups.
+        consumes them. `contract` does the same and records the rest. A rule calls it by itself
+        where the contracted axes are parts of axes, as `conv_general_dilated` in groups.
 
         Args:
             a: An axis of one operand.
@@ -190,11 +190,15 @@ class RuleContext(EquationContext):
         # A penalty on parameters ties them alike whether it is written as a sum of products or as
         # a contraction: it has no units that one produces and the other consumes.
         is_penalty = max(kinds) is Kind.PARAMETER and not self.shape()
+        may_be_square = self.interpreter.come_of_the_same(x, y)
+        is_nonzero = self.interpreter.is_nonzero(x) or self.interpreter.is_nonzero(y)
         for i, j in over:
             if is_penalty:
                 self.tie([x.axes[i], y.axes[j]], kinds)
             else:
-                self.tie_contracted(x.axes[i], y.axes[j], kinds)
+                self.unifier.contract(
+                    x.axes[i], y.axes[j], kinds, may_be_square=may_be_square, is_nonzero=is_nonzero
+                )
         tied = []
         for i, j in batch:
             axis = self.tie([x.axes[i], y.axes[j]], kinds)

@@ -9,24 +9,9 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from otfusion_jax.tracing.interpreter import Interpreter
-from otfusion_jax.tracing.laws import UNCHANGED, rounds_finely
+from otfusion_jax.tracing.laws import rounds_finely
 from otfusion_jax.tracing.records import Transfer
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.true_divide,
-    "neg": np.negative,
-    "pow": np.float_power,
-    "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-}
-"""What programs do to numbers that are known, such as the root of the number of dimensions."""
 
 
 class Dataflow:
@@ -42,7 +27,7 @@ class Dataflow:
     """
 
     def __init__(self, interpreter: Interpreter) -> None:
-        self.numbers: dict[int | None, float] = dict(interpreter.numbers)
+        self.numbers = interpreter.numbers
         self.users: dict[int | None, list[int]] = {}
         counts = collections.Counter([number for number, _ in interpreter.sliced])
         self.ambiguous: set[int | None] = interpreter.collected & counts.keys()
@@ -51,31 +36,6 @@ class Dataflow:
         for position, transfer in enumerate(interpreter.transfers):
             for value in transfer.operands:
                 self.users.setdefault(value.number, []).append(position)
-            self._note_number(transfer)
-
-    def _note_number(self, transfer: Transfer) -> None:
-        """Notes the result of an equation between numbers that are known."""
-        eqn = transfer.context.eqn
-        found = []
-        for value in transfer.operands:
-            found.append(self.numbers.get(value.number))
-        if transfer.form != "equation" or len(transfer.results) != 1 or None in found or not found:
-            return
-        number = transfer.results[0].number
-        function = _FUNCTIONS.get(eqn.primitive.name)
-        types: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
-        # Integers are divided in another way, and run over.
-        are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in types)
-        value = None
-        with np.errstate(all="ignore"):
-            # A cast or a broadcast is the same number, and a root of one is another that is known.
-            if eqn.primitive in UNCHANGED:
-                value = found[0]
-            elif function is not None and are_floats:
-                value = function(*found)
-            if value is not None and not jnp.issubdtype(types[-1].dtype, jnp.complexfloating):
-                # As it is rounded.
-                self.numbers[number] = float(np.asarray(value).astype(types[-1].dtype))
 
     def follow(self, starts: Iterable[int | None], step: Callable[[Transfer], list[int]]) -> None:
         """Goes through all equations that values get to, in their order, each of them once.

@@ -18,9 +18,9 @@ from jax.extend import core
 
 import otfusion_jax.tracing.package_rules
 import otfusion_jax.tracing.rules  # noqa: F401, both fill the registry
-from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
+from otfusion_jax.symmetry.groups import NOT_USED, SUMMED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.tracing.axis import Axis, Kind
+from otfusion_jax.tracing.axis import Axis, Factor, Kind
 from otfusion_jax.tracing.interpreter import Interpreter, OnUnsupported
 from otfusion_jax.tracing.jaxprs import body, live
 from otfusion_jax.tracing.program_traces import ProgramTrace
@@ -38,8 +38,9 @@ class Interpretation:
         used: For each parameter, whether any output depends on it.
         read: The axis variables that an operation has taken up and that features vary along, or
             whose single positions were picked.
-        dangling: The free axis variables along which parameters were contracted with constants, and
-            that no features vary along.
+        dangling: The free axis variables along which parameters were contracted with constants that
+            may be 0, and that no features vary along.
+        summed: The same, where the constants are known not to be 0, as in a sum or a mean.
     """
 
     interpreter: Interpreter
@@ -47,6 +48,7 @@ class Interpretation:
     used: list[bool]
     read: set[int]
     dangling: set[int]
+    summed: set[int]
 
     @property
     def unifier(self) -> Unifier:
@@ -63,8 +65,8 @@ class Interpretation:
     def pin_what_inputs_do_not_show(self) -> None:
         """Pins the axes of parameters of which these inputs do not tell what they belong to."""
         # Each kind is found in full before the first is pinned: what a pin reaches looks settled.
-        for axis in list(self._unmet_axes()):
-            self.unifier.pin(axis, UNMET)
+        for axis, reason in list(self._unmet_axes()):
+            self.unifier.pin(axis, reason)
         for axis in list(self._unread_axes()):
             self.unifier.pin(axis, UNREAD)
 
@@ -75,15 +77,36 @@ class Interpretation:
             if is_unused or any(map(self._is_unread, axes)):
                 yield number
 
-    def _unmet_axes(self) -> Iterator[Axis]:
-        """Yields all axes of the parameters that meet nothing but constants along one of them."""
+    def _unmet_axes(self) -> Iterator[tuple[Axis, str]]:
+        """Yields the axes of parameters that stay because of the constants they meet, and why."""
+        dangling = self.dangling | self._summed_in_place_of_units()
         for axes in self.param_axes:
             for axis in axes:
-                if self.unifier.variables_of(axis) & self.dangling:
+                variables = self.unifier.variables_of(axis)
+                if variables & dangling:
                     # A recurrent kernel that a first step multiplies with zeros may belong to any
                     # units, along its other axis as well.
-                    yield from axes
+                    yield from [(each, UNMET) for each in axes]
                     break
+                if variables & self.summed:
+                    yield axis, SUMMED
+
+    def _summed_in_place_of_units(self) -> set[int]:
+        """Returns those of the summed axis variables that other inputs may have units in place of.
+
+        A state may start from ones as well as from zeros. But where fewer of them are summed than
+        the smallest group has units, as in the gradient of a sum over few outputs, there is no
+        group that could be met there.
+        """
+        sizes = []
+        for axes, is_used in zip(self.param_axes, self.used, strict=True):
+            for variable in set().union(*map(self.unifier.variables_of, axes)):
+                is_unit = self.unifier.is_free(variable) and variable not in self.summed
+                # What makes the state of later steps may have no use in a first one.
+                if is_unit or (not is_used and len(axes) > 1):
+                    sizes.append(self.unifier.size(variable))
+        fewest = min([size for size in sizes if size > 1], default=0)
+        return {variable for variable in self.summed if self.unifier.size(variable) >= fewest}
 
     def _unread_axes(self) -> Iterator[Axis]:
         """Yields the axes of parameters of which parts have not been taken up on these inputs.
@@ -133,8 +156,10 @@ def interpret_traces(
     taken_up = interpreter.variables(interpreter.read)
     featured = _featured(interpreter, taken_up, has_inputs=_has_inputs(traces))
     read = _read(interpreter, taken_up, featured)
-    dangling = _dangling(interpreter, featured)
-    return Interpretation(interpreter, param_axes, used, read, dangling)
+    unifier = interpreter.unifier
+    dangling = _dangling(unifier, unifier.contracted_with_constants, featured)
+    summed = _dangling(unifier, unifier.contracted_with_numbers, featured)
+    return Interpretation(interpreter, param_axes, used, read, dangling, summed)
 
 
 def _starting_axes(unifier: Unifier, leaf: Leaf, is_used: bool) -> tuple[Axis, ...]:
@@ -158,9 +183,7 @@ def _interpret_trace(
     unifier = interpreter.unifier
     args = []
     for number, axes in enumerate(param_axes):
-        parameter = interpreter.numbered(TracedValue(axes, Kind.PARAMETER))
-        interpreter.parameters[parameter.number] = number
-        args.append(parameter)
+        args.append(interpreter.parameter(axes, number))
     inputs_with_paths, _ = jax.tree_util.tree_flatten_with_path(trace.inputs)
     for key_path, value in inputs_with_paths:
         name = "input " + jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -229,12 +252,12 @@ def _read(interpreter: Interpreter, taken_up: set[int], featured: set[int]) -> s
     return read - interpreter.left_out()
 
 
-def _dangling(interpreter: Interpreter, featured: set[int]) -> set[int]:
-    """Returns the free axis variables that were contracted with constants and meet nothing else."""
+def _dangling(unifier: Unifier, contracted: Sequence[Factor], featured: set[int]) -> set[int]:
+    """Returns the free axis variables of what met constants that meet nothing else."""
     dangling = set()
-    for factor in interpreter.unifier.contracted_with_constants:
-        for variable in interpreter.unifier.variables_of((factor,)):
-            if variable not in featured and interpreter.unifier.is_free(variable):
+    for factor in contracted:
+        for variable in unifier.variables_of((factor,)):
+            if variable not in featured and unifier.is_free(variable):
                 dangling.add(variable)
     return dangling
 

@@ -20,7 +20,7 @@ from otfusion_jax.tracing.constants import constant_value, is_throughout, number
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
-from otfusion_jax.tracing.laws import keeps_zero
+from otfusion_jax.tracing.laws import keeps_zero, number_made
 from otfusion_jax.tracing.records import (
     Interaction,
     Path,
@@ -64,7 +64,10 @@ class Interpreter:
             was interpreted.
         zeros: The numbers of the values that are 0 throughout: constants, and what is made of them.
         ones: The numbers of the constants that are 1 throughout.
-        numbers: For the numbers of constants of one entry what that is.
+        numbers: For the numbers of values that are known to be one number throughout, what that is:
+            constants of one entry, and what is made of them.
+        sources: For the numbers of values that depend on parameters alone, the numbers of those
+            parameters.
         parameters: For the number of a value that is a parameter, which one it is.
         outputs: The numbers of the values that the program returns.
         sliced: The numbers of values of which loops take slices, each with the loop, by the
@@ -90,6 +93,7 @@ class Interpreter:
         self.zeros: set[int] = set()
         self.ones: set[int] = set()
         self.numbers: dict[int | None, float] = {}
+        self.sources: dict[int | None, frozenset[int]] = {}
         self.parameters: dict[int | None, int] = {}
         self.outputs: list[int | None] = []
         self.sliced: list[tuple[int | None, int]] = []
@@ -174,10 +178,33 @@ class Interpreter:
         numbered = [self.numbered(value) for value in results]
         form = "call" if is_call else "equation"
         self.transfers.append(Transfer(context, tuple(operands), tuple(numbered), form))
+        self._note_sources(numbered, operands)
         # Of a call by a rule from elsewhere, the law of the primitive says nothing.
-        if not is_call and keeps_zero(context.eqn.primitive, list(map(self.is_zero, operands))):
-            self.zeros.update([value.number for value in numbered if value.number is not None])
+        if not is_call:
+            self._note_numbers(context, operands, numbered)
         return numbered
+
+    def _note_numbers(
+        self, context: RuleContext, operands: Sequence[TracedValue], results: Sequence[TracedValue]
+    ) -> None:
+        """Notes what is known of the numbers that an equation makes of those of its operands."""
+        if keeps_zero(context.eqn.primitive, list(map(self.is_zero, operands))):
+            self.zeros.update([value.number for value in results if value.number is not None])
+        known = [self.numbers.get(value.number) for value in operands]
+        number = number_made(context.eqn, known)
+        if number is not None:
+            self.numbers[results[0].number] = number
+
+    def _note_sources(
+        self, results: Sequence[TracedValue], operands: Sequence[TracedValue]
+    ) -> None:
+        """Notes which parameters values come of that depend on parameters alone."""
+        of_parameters = [value.number for value in results if value.kind is Kind.PARAMETER]
+        if not of_parameters:
+            return
+        found = [self.sources.get(value.number, frozenset()) for value in operands]
+        sources = frozenset[int]().union(*found)
+        self.sources.update(dict.fromkeys(of_parameters, sources))
 
     def _note_lost_axes(
         self, context: RuleContext, operands: Values, results: Values, is_reading: bool
@@ -256,9 +283,41 @@ class Interpreter:
         """Numbers a value that is one of several, and records that; see `RuleContext.one_of`."""
         joined = self.numbered(joined)
         self.transfers.append(Transfer(context, tuple(alternatives), (joined,), "choice"))
+        self._note_sources([joined], alternatives)
         if joined.number is not None and all(map(self.is_zero, alternatives)):
             self.zeros.add(joined.number)
         return joined
+
+    def parameter(self, axes: Axes, position: int) -> TracedValue:
+        """Describes a parameter.
+
+        Args:
+            axes: The axes of the parameter.
+            position: Which of the parameters it is.
+
+        Returns:
+            The value, with a number.
+        """
+        value = self.numbered(TracedValue(axes, Kind.PARAMETER))
+        self.parameters[value.number] = position
+        self.sources[value.number] = frozenset([position])
+        return value
+
+    def come_of_the_same(self, x: TracedValue, y: TracedValue) -> bool:
+        """Says whether two values may be one and the same, seen from what they are made of.
+
+        Args:
+            x: A value.
+            y: Another one.
+
+        Returns:
+            False if they come of parameters alone, and not of the same ones.
+        """
+        return self.sources.get(x.number) == self.sources.get(y.number)
+
+    def is_nonzero(self, value: TracedValue) -> bool:
+        """Whether a value is known to be one number throughout, and not 0."""
+        return value.number in self.ones or bool(self.numbers.get(value.number))
 
     def is_zero(self, value: TracedValue) -> bool:
         """Whether a value is known to be 0 throughout, as far as it has been gone through."""

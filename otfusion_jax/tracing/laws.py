@@ -549,6 +549,47 @@ def keeps_zero(primitive: core.Primitive, zeros: Sequence[bool]) -> bool:
     return any(zeros[: counts.get(law_of(primitive), 0)])
 
 
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.true_divide,
+    "neg": np.negative,
+    "pow": np.float_power,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+}
+"""What programs do to numbers that are known, such as the root of the number of dimensions."""
+
+
+def number_made(eqn: core.JaxprEqn, numbers: Sequence[float | None]) -> float | None:
+    """Returns the one number that the result of an equation is throughout.
+
+    Args:
+        eqn: The equation.
+        numbers: For each operand the number that it is throughout; None where that is not known.
+
+    Returns:
+        The number, rounded as the result is; None if it is not known.
+    """
+    if len(eqn.outvars) != 1 or not numbers or None in numbers:
+        return None
+    types: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    # Integers are divided in another way, and run over.
+    are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in types)
+    function = _ARITHMETIC.get(eqn.primitive.name)
+    value = None
+    with np.errstate(all="ignore"):
+        # A cast or a broadcast is the same number, and a root of one is another that is known.
+        if eqn.primitive in UNCHANGED:
+            value = numbers[0]
+        elif function is not None and are_floats:
+            value = function(*numbers)
+        if value is None or jnp.issubdtype(types[-1].dtype, jnp.complexfloating):
+            return None
+        return float(np.asarray(value).astype(types[-1].dtype))
+
+
 def _along(flow: UnitFlow, operand: int, dim: int) -> Standing:
     """Returns how an operand stands along one of its axes; None where the units are elsewhere."""
     standing = flow.standings[operand]

@@ -66,9 +66,12 @@ class Unifier(AxisVariables):
             with other parameters. Their variables count as read, though no axis of any features may
             carry them: the features may be constant along the axis, or the axis may lie between the
             two factors of a low-rank product.
-        contracted_with_constants: Factors of parameters that have been contracted with constants.
-            If that is all that they meet, they stay where they are: other inputs may have units in
-            place of the constants, as recurrent weights meet zeros in a first step only.
+        contracted_with_constants: Factors of parameters that have been contracted with constants
+            that may be 0. If that is all that they meet, they stay where they are: other inputs may
+            have units in place of the constants, as recurrent weights meet zeros in a first step
+            only.
+        contracted_with_numbers: Factors of parameters that have been contracted with a constant
+            that is nowhere 0, as the gradient of a sum contracts the last weights with ones.
     """
 
     def __init__(self) -> None:
@@ -77,6 +80,7 @@ class Unifier(AxisVariables):
         self.contracted_with_others: list[Axis] = []
         self.contracted_parameters: list[Factor] = []
         self.contracted_with_constants: list[Factor] = []
+        self.contracted_with_numbers: list[Factor] = []
 
     # --- axes that meet
 
@@ -97,24 +101,34 @@ class Unifier(AxisVariables):
             result = tie_elementwise(self, result, entered)
         return result
 
-    def contract(self, a: Axis, b: Axis, kinds: tuple[Kind, Kind]) -> None:
+    def contract(
+        self,
+        a: Axis,
+        b: Axis,
+        kinds: tuple[Kind, Kind],
+        *,
+        may_be_square: bool = True,
+        is_nonzero: bool = False,
+    ) -> None:
         """Ties two axes that are summed over together.
 
         Args:
             a: One axis.
             b: The other axis, of the same size.
             kinds: The kinds of the values that they belong to.
+            may_be_square: Whether the two values may be one and the same.
+            is_nonzero: Whether one of them is known to be a constant that is nowhere 0.
         """
         kind_a, kind_b = kinds
 
         def meet(x: Factor, y: Factor) -> Factor:
             if x.variable is None or y.variable is None:
                 # A sum with equal weights, for which any order will do. It ties nothing.
-                self._note_met_constant(x, kind_a, y, kind_b)
-                self._note_met_constant(y, kind_b, x, kind_a)
+                self._note_met_constant(x, kind_a, y, kind_b, is_nonzero)
+                self._note_met_constant(y, kind_b, x, kind_a, is_nonzero)
                 return x
             # A sum of squares, as in a normalisation, does not tell that units are put to use.
-            is_square = kind_a is kind_b and self._is_same_axis(x, y)
+            is_square = may_be_square and kind_a is kind_b and self._is_same_axis(x, y)
             if not is_square:
                 self.contracted_with_others += [a, b]
                 if kind_a is kind_b is Kind.PARAMETER:
@@ -129,7 +143,9 @@ class Unifier(AxisVariables):
         except Disagreement as disagreement:
             pin_disagreement(self, disagreement)
 
-    def _note_met_constant(self, x: Factor, kind: Kind, other: Factor, other_kind: Kind) -> None:
+    def _note_met_constant(
+        self, x: Factor, kind: Kind, other: Factor, other_kind: Kind, is_nonzero: bool
+    ) -> None:
         """Notes that `x` was contracted with a factor that may be constant."""
         if kind is not Kind.PARAMETER or x.variable is None:
             return
@@ -138,6 +154,8 @@ class Unifier(AxisVariables):
         met_features = other_kind is not Kind.CONSTANT and not other.filled
         if met_features:
             self.contracted_parameters.append(x)
+        elif is_nonzero:
+            self.contracted_with_numbers.append(x)
         else:
             self.contracted_with_constants.append(x)
 
