@@ -1,7 +1,7 @@
 """The equations of a program in the order in which values flow, to be followed from some of them.
 
 What is asked about the units of one group concerns few of the equations. `Dataflow` knows which
-equations take which values, and which values are one number throughout.
+equations take which values.
 """
 
 import collections
@@ -18,7 +18,6 @@ class Dataflow:
     """Which equations take which values.
 
     Attributes:
-        numbers: By the numbers of values those that are one number throughout.
         users: By the numbers of values the positions of the transfers that take them.
         ambiguous: The numbers of values that are several in one place: slices by several loops.
 
@@ -27,7 +26,6 @@ class Dataflow:
     """
 
     def __init__(self, interpreter: Interpreter) -> None:
-        self.numbers = interpreter.numbers
         self.users: dict[int | None, list[int]] = {}
         counts = collections.Counter([number for number, _ in interpreter.sliced])
         self.ambiguous: set[int | None] = interpreter.collected & counts.keys()

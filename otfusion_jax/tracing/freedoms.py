@@ -485,7 +485,7 @@ class _Program:
             operand_dims=operand_dims,
             result_dims=self._dims(transfer.results, variable),
             numbers=tuple(
-                [self._dataflow.numbers.get(value.number) for value in transfer.operands]
+                [self._interpreter.numbers.get(value.number) for value in transfer.operands]
             ),
             may_hold=tuple([self._may_hold(value, variable) for value in transfer.operands]),
         )

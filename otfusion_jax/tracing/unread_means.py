@@ -104,7 +104,7 @@ class _Search:
         self._is_over = False
         self._interpreter = interpreter
         self._ambiguous = dataflow.ambiguous
-        self._numbers = dataflow.numbers
+        self._numbers = interpreter.numbers
         self._units = units
         self._rules: dict[Law | None, Callable[[Transfer, list[_Operand]], Standing]] = {
             laws.moving: self._moved,

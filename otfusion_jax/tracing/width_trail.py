@@ -39,14 +39,12 @@ class Trail:
 
     Attributes:
         interpreter: The finished pass over the program.
-        numbers: By the numbers of values those that are one number throughout.
         occurrences: What finds the units along an axis.
         variable: The axis variable of the units.
         size: The number of units.
     """
 
     interpreter: Interpreter
-    numbers: dict[int | None, float]
     occurrences: Occurrences
     variable: int
     size: int
@@ -142,7 +140,7 @@ class Trail:
         """Whether an equation multiplies a value by a number that is known, or divides it."""
         if law is not laws.mul and law is not laws.div:
             return False
-        return any(value.number in self.numbers for value in operands)
+        return any(value.number in self.interpreter.numbers for value in operands)
 
     def _leave_read(self, operands: Sequence[TracedValue]) -> None:
         """Ends to follow what a parameter has read: all that multiplies it has been seen."""
@@ -162,7 +160,7 @@ class Trail:
         """Values are added, or one of them is taken."""
         terms = []
         for value in operands:
-            number = self.numbers.get(value.number, 1.0)
+            number = self.interpreter.numbers.get(value.number, 1.0)
             # Nothing is 0 or infinite, whatever it is multiplied by.
             is_any = self.interpreter.is_zero(value) or number == 0 or not math.isfinite(number)
             if not is_any:
@@ -185,7 +183,7 @@ class Trail:
             if power is not None:
                 total = total.plus(power, times)
         for value, other, times in zip(operands, operands[::-1], (1, sign), strict=True):
-            number = self.numbers.get(value.number)
+            number = self.interpreter.numbers.get(value.number)
             if number is None or self._power(value) is not None:
                 continue
             if total.count != 1 and math.isclose(number, total.count**-times, rel_tol=SAME_NUMBER):
@@ -241,7 +239,7 @@ class Trail:
         if name == "square":
             return 2
         if name == "pow":
-            number = self.numbers.get(transfer.operands[1].number)
+            number = self.interpreter.numbers.get(transfer.operands[1].number)
             return None if number is None else laws.exponent_of(number)
         return FORMS[name].degree if name in FORMS else None
 

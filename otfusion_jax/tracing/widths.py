@@ -60,8 +60,7 @@ class Widths:
         Returns:
             The powers for both roles, the smallest that there are, or why there are none.
         """
-        numbers = self._dataflow.numbers
-        trail = Trail(self._interpreter, numbers, self._occurrences, variable, group.size)
+        trail = Trail(self._interpreter, self._occurrences, variable, group.size)
         _note_parameters(trail, group, parameters)
         self._dataflow.follow(list(trail.powers), trail.follow)
         for number, power in trail.powers.items():
