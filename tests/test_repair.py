@@ -17,9 +17,10 @@ from arrays import normal, normals
 import otfusion_jax as otf
 
 KINDS = pytest.mark.parametrize("kind", ref.SHAPES)
-SOLVED = otf.LeastSquares(ridge=1e-6, steps=200)
+SOLVED = otf.LeastSquares(ridge=1e-6, steps=200, restore=False)
+BOTH = dataclasses.replace(SOLVED, restore=True)
 METHODS = pytest.mark.parametrize(
-    "method", [otf.RestoreStatistics(), SOLVED], ids=lambda method: type(method).__name__
+    "method", [otf.RestoreStatistics(), SOLVED, BOTH], ids=["statistics", "least squares", "both"]
 )
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
@@ -62,9 +63,13 @@ def repaired(nets, weights, x, method):
         over = tuple(range(rows.ndim - 1))
         if isinstance(method, otf.LeastSquares):
             target = np.tensordot(weights, found, axes=1)
-            flat, missing = rows.reshape(-1, rows.shape[-1]), target - rows @ kernel
-            kernel = kernel + np.linalg.lstsq(flat, missing.reshape(len(flat), -1))[0]
-        elif depth < len(nets[0]) - 1:
+            missing = (target - rows @ kernel).reshape(-1, shape[-1])
+            flat = rows.reshape(len(missing), -1)
+            if method.restore and depth < len(nets[0]) - 1:
+                flat, missing = flat - flat.mean(axis=0), missing - missing.mean(axis=0)
+            kernel = kernel + np.linalg.lstsq(flat, missing)[0]
+        restores = not isinstance(method, otf.LeastSquares) or method.restore
+        if restores and depth < len(nets[0]) - 1:
             y = rows @ kernel
             scale = np.tensordot(weights, [z.std(over) for z in found], axes=1) / y.std(over)
             bias += np.tensordot(weights, [z.mean(over) for z in found], axes=1)
@@ -128,6 +133,16 @@ def test_queries_keys_and_values_of_one_kernel_get_their_statistics():
 
 
 @KINDS
+def test_without_biases_least_squares_have_nothing_to_restore(kind):
+    symmetry, nets, x = setting(kind, bias=False)
+    plain, both = (
+        otf.repair(symmetry, ref.network, nets, x, method=otf.LeastSquares(0.1, None, restore))
+        for restore in (False, True)
+    )
+    jax.tree.map(close, plain, both)
+
+
+@KINDS
 def test_without_biases_deviations_alone_are_restored(kind):
     symmetry, nets, x = setting(kind, bias=False)
     found = otf.repair(symmetry, ref.network, nets, x)
@@ -171,8 +186,10 @@ def test_least_squares_come_closer_to_the_mean_of_the_models(kind):
 
 def test_a_ridge_without_end_leaves_the_average():
     symmetry, nets, x = setting("mlp")
-    found = otf.repair(symmetry, ref.network, nets, x, method=otf.LeastSquares(ridge=1e8))
-    jax.tree.map(close, found, otf.average(nets))
+    repair = functools.partial(otf.repair, symmetry, ref.network, nets, x)
+    jax.tree.map(close, repair(method=otf.LeastSquares(1e8, restore=False)), otf.average(nets))
+    # What is left to do then is to restore statistics.
+    jax.tree.map(close, repair(method=otf.LeastSquares(1e8)), repair())
 
 
 @METHODS
@@ -292,6 +309,23 @@ def test_repair_leaves_its_inputs_alone():
     before = jax.tree.map(np.array, nets)
     otf.repair(symmetry, ref.network, nets, x)
     jax.tree.map(np.testing.assert_array_equal, nets, before)
+
+
+def test_constant_features_are_for_the_bias_to_take():
+    x = jnp.concatenate([normal(32, 4, seed=3), jnp.full((32, 1), 3.7)], axis=1)
+    shapes = {"in": (5, 6), "bias": (6,), "out": (6, 2)}
+    nets = [normals(shapes, seed) for seed in range(2)]
+    net = lambda p, x: jax.nn.relu(x @ p["in"] + p["bias"][None]) @ p["out"]  # noqa: E731
+    symmetry = otf.trace_symmetry(net, nets[0], x)
+    found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares())
+    average = otf.average(nets)
+    # Only scaled, as all of its unit is.
+    ratio = found["in"] / average["in"]
+    close(ratio[4], jnp.std(x @ found["in"], axis=0) / jnp.std(x @ average["in"], axis=0), atol=0.1)
+    theirs = [x @ net["in"] + net["bias"][None] for net in nets]
+    ours = x @ found["in"] + found["bias"][None]
+    close(ours.mean(0), np.mean([y.mean(0) for y in theirs], axis=0))
+    close(ours.std(0), np.mean([y.std(0) for y in theirs], axis=0))
 
 
 def test_a_unit_that_never_fires_stays():

@@ -17,8 +17,12 @@ from otfusion_jax.fusion.repair_methods import Moments
 
 METHODS = pytest.mark.parametrize(
     "method",
-    [otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=50)],
-    ids=lambda method: type(method).__name__,
+    [
+        otf.RestoreStatistics(),
+        otf.LeastSquares(ridge=0.1, steps=50, restore=False),
+        otf.LeastSquares(ridge=0.1, steps=50),
+    ],
+    ids=["statistics", "least squares", "both"],
 )
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 

@@ -14,8 +14,12 @@ from otfusion_jax.fusion.flat_program import run_chunk
 
 METHODS = pytest.mark.parametrize(
     "method",
-    [otf.RestoreStatistics(), otf.LeastSquares(ridge=0.1, steps=50)],
-    ids=lambda method: type(method).__name__,
+    [
+        otf.RestoreStatistics(),
+        otf.LeastSquares(ridge=0.1, steps=50, restore=False),
+        otf.LeastSquares(ridge=0.1, steps=50),
+    ],
+    ids=["statistics", "least squares", "both"],
 )
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 SHAPES = {"in": (4, 6), "w": (3, 6, 8), "b": (3, 8), "v": (3, 8, 6), "out": (6, 3)}

@@ -509,6 +509,36 @@ def test_balancing_finds_the_smallest_weights():
     assert_allclose(both["u"][1], balanced["u"], rtol=2e-4, atol=1e-6)
 
 
+def test_what_one_layer_beside_a_stream_may_do_is_found_by_itself():
+    def net(p, x):
+        stream = x @ p["in"]
+        for name in ("one", "two"):
+            h = (stream @ p[name]["w"] - p[name]["mean"][None]) * p[name]["gain"][None]
+            stream = jax.nn.relu(stream + h + p[name]["bias"][None])
+        return stream @ p["out"]
+
+    layer = {"w": (6, 6), **dict.fromkeys(("mean", "gain", "bias"), (6,))}
+    layers = {"one": normals(layer, seed=2), "two": normals(layer, seed=3)}
+    params = normals({"in": (5, 6), "out": (6, 3)}) | layers
+    x = normal(7, 5, seed=1)
+    symmetry = otf.trace_symmetry(net, params, x)
+    (freedom,) = symmetry.freedoms
+    found = []
+    for scaling in freedom.scales:
+        found.append({(symmetry.parts[leaf].path, axis): d for leaf, axis, d in scaling.degrees})
+    for name in ("one", "two"):
+        own = {(f"{name}/gain", 0): 1, (f"{name}/mean", 0): -1, (f"{name}/w", 1): -1}
+        assert own in found
+    assert len(found) == 3
+    canonical = otf.canonicalize(symmetry.with_scales(), params)
+    np.testing.assert_allclose(net(canonical, x), net(params, x), rtol=1e-3, atol=1e-4)
+    for name in ("one", "two"):
+        layer = canonical[name]
+        made = np.sqrt(np.sum(layer["w"] ** 2, axis=0) + layer["mean"] ** 2)
+        # The diagonal of `w` is scaled by the stream as well.
+        np.testing.assert_allclose(made, np.abs(layer["gain"]), rtol=1e-4)
+
+
 @pytest.mark.parametrize("sizes", [(1e10, 1e-10), (1e20, 1.0), (1e-30, 1.0)])
 def test_any_sizes_are_balanced(sizes):
     params = normals({"w": (3, N), "v": (N, 4)}, seed=1)

@@ -7,6 +7,7 @@ the layers do, and not of numbers that say little by themselves.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,11 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
 
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import running_statistics, separator_of
-from otfusion_jax.common.host import accumulation_dtype
+from otfusion_jax.common.host import (
+    Array,
+    accumulation_dtype,
+    array_module,
+    as_jax,
+    as_numpy,
+    kept,
+    loaded,
+)
+from otfusion_jax.common.sharding import laid_out_like
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite
 from otfusion_jax.symmetry.groups import leaves_of
@@ -87,7 +96,7 @@ def fold_batch_norm(
     epsilon = _checked_epsilon(epsilon)
     targets = {}
     for layer in checked:
-        targets[layer] = (0.0, 1 - epsilon)
+        targets[layer] = (np.zeros(()), np.asarray(1 - epsilon))
     return _with_statistics(params, targets, epsilon)
 
 
@@ -123,8 +132,8 @@ def unfold_batch_norm(
     checked = _checked_layers(params, layers)
     _checked_layers(statistics, checked)
     epsilon = _checked_epsilon(epsilon)
-    values = _by_path(statistics)
-    targets = {layer: (values[layer.mean], values[layer.var]) for layer in checked}
+    values = _by_path(as_numpy(statistics))
+    targets = {layer: (loaded(values[layer.mean]), loaded(values[layer.var])) for layer in checked}
     return _with_statistics(params, targets, epsilon)
 
 
@@ -132,17 +141,21 @@ def _with_statistics(
     params: PyTree, targets: dict[BatchNorm, tuple[Any, Any]], epsilon: float
 ) -> PyTree:
     """Sets the statistics of layers, and keeps the function by their scales and biases."""
-    values = _by_path(params)
+    # Leaves are passed on as they are, and the result must not be the caller's memory.
+    values = _by_path(as_numpy(jax.tree.map(kept, params)))
     for layer, (new_mean, new_var) in targets.items():
-        scale, bias = values[layer.scale], values[layer.bias]
+        scale, bias, mean, var = (
+            loaded(values[path]) for path in (layer.scale, layer.bias, layer.mean, layer.var)
+        )
+        xp = array_module(scale, bias, mean, var, new_mean, new_var)
         wide = accumulation_dtype(jnp.result_type(scale))
-        mean, var = (_flat(values[path], wide) for path in (layer.mean, layer.var))
-        new_mean = jnp.broadcast_to(_flat(new_mean, wide), mean.shape)
-        new_var = jnp.broadcast_to(_flat(new_var, wide), var.shape)
+        flat = functools.partial(_flat, xp, wide)
+        new_mean = xp.broadcast_to(flat(new_mean), flat(mean).shape)
+        new_var = xp.broadcast_to(flat(new_var), flat(var).shape)
         # What the layer multiplies by in all, which is to stay.
-        factor = _flat(scale, wide) / jnp.sqrt(var + epsilon)
-        new_scale = factor * jnp.sqrt(new_var + epsilon)
-        new_bias = _flat(bias, wide) + factor * (new_mean - mean)
+        factor = flat(scale) / xp.sqrt(flat(var) + epsilon)
+        new_scale = factor * xp.sqrt(new_var + epsilon)
+        new_bias = flat(bias) + factor * (new_mean - flat(mean))
         new = {layer.mean: new_mean, layer.var: new_var}
         new |= {layer.scale: new_scale, layer.bias: new_bias}
         for path, value in new.items():
@@ -151,11 +164,11 @@ def _with_statistics(
     leaves = leaves_of(params)
     found = jax.tree_util.tree_structure(params).unflatten(values[leaf.path] for leaf in leaves)
     require_finite(leaves, found, "folding batch normalisation")
-    return found
+    return laid_out_like(as_jax(found), params)
 
 
-def _flat(value: Any, dtype: np.dtype) -> Array:
-    return jnp.ravel(jnp.asarray(value)).astype(dtype)
+def _flat(xp: Any, dtype: np.dtype, value: Any) -> Array:
+    return xp.ravel(xp.asarray(value)).astype(dtype)
 
 
 def _by_path(params: PyTree) -> dict[str, Any]:

@@ -47,6 +47,18 @@ class Occurrence(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
+class Receiver(NamedTuple):
+    """A bias that takes what is to be added to units.
+
+    Attributes:
+        piece: Which part of which parameter.
+        sign: 1 for a bias that is added to the units, -1 for one that is subtracted from them.
+    """
+
+    piece: Piece
+    sign: int
+
+
 @dataclasses.dataclass
 class Correction:
     """A parameter that is corrected.
@@ -71,6 +83,6 @@ class Correction:
     parameter: Parameter
     scans: int
     occurrences: list[Occurrence] = dataclasses.field(default_factory=list)
-    receivers: list[Piece] = dataclasses.field(default_factory=list)
+    receivers: list[Receiver] = dataclasses.field(default_factory=list)
     needs: int = 0
     stage: int = 0

@@ -5,11 +5,32 @@ equations. They serve every ridge (`normal_equations`).
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from otfusion_jax.common.arguments import require_number
-from otfusion_jax.fusion.normal_equations import NormalEquations, NormalSums, chosen_ridge
-from otfusion_jax.fusion.repair_methods import AbstractRepair, Correctable, Corrected, Product
+import jax
+import jax.numpy as jnp
+
+from otfusion_jax.common.arguments import require_flag, require_number
+from otfusion_jax.common.host import Array
+from otfusion_jax.fusion.linear_form import LinearForm
+from otfusion_jax.fusion.normal_equations import (
+    CentredSums,
+    NormalEquations,
+    NormalSums,
+    chosen_ridge,
+)
+from otfusion_jax.fusion.repair_methods import (
+    AbstractRepair,
+    Correctable,
+    Corrected,
+    Moments,
+    Part,
+    Product,
+    UnitStatistics,
+    added_moments,
+    restored,
+)
+from otfusion_jax.symmetry.units import units_of
 
 _HELD_OUT = 5
 """One of so many samples of each batch is held out where a ridge is to be chosen."""
@@ -35,18 +56,27 @@ class LeastSquares(AbstractRepair):
     data, and twice the memory for sums. Where batches have fewer than five samples each, the first
     ridge is taken.
 
+    Features that come out of a fit vary less than those that it is fitted to. With `restore`, units
+    that a bias follows are brought to the mean and deviation that they have in the models, as
+    `RestoreStatistics` does, before what comes behind them is fitted.
+
     Attributes:
         ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
             products; or a tuple of several to choose from.
         steps: The number of steps of conjugate gradients, at least 1. To stop early is a penalty
             too. None solves to the end; where there is no Cholesky factor in the precision at hand,
             or the parameter is repeated on its way into the product, by 200 steps.
+        restore: Whether a parameter is fitted together with the bias behind it, and its units then
+            given the mean and deviation that they have in the models, on average. Of batch
+            normalisation the running mean is such a bias. Where none follows, where units of groups
+            are a part of what comes out, and of complex numbers, it makes no difference.
     """
 
-    looks_at_units: ClassVar[bool] = False
+    needs_units: ClassVar[bool] = False
 
     ridge: float | tuple[float, ...] = 0.01
     steps: int | None = 20
+    restore: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, tuple):
@@ -60,38 +90,112 @@ class LeastSquares(AbstractRepair):
                 dataclasses.replace(self, ridge=ridge)
         if self.steps is not None:
             require_number(self, "steps", least=1, whole=True)
+        require_flag(self, "restore")
 
-    def summed(self, product: Product) -> tuple[NormalSums, ...]:
+    def looks_at_units(self, has_bias: bool) -> bool:
+        """See `AbstractRepair.looks_at_units`."""
+        return self.restore and has_bias
+
+    def summed(self, product: Product) -> "_Sums":
         """See `AbstractRepair.summed`."""
         form = product.form
         missing = -form.compute_wide(product.features, product.leaf)
         for weight, features in zip(product.weights, product.model_features, strict=True):
             missing += weight.astype(missing.dtype) * form.widened(features)
         rows, columns = form.rows(product.features), form.columns(missing)
+        # Without units there is nothing to restore.
+        sums = CentredSums.of if product.units else NormalSums.of
         if not isinstance(self.ridge, tuple):
-            return (NormalSums.of(rows, columns),)
+            whole = sums(rows, columns)
+            return _Sums((whole,), product.units)
         # The first axis of features comes first among the rows, so that the last are whole samples.
         edge = rows.shape[1] - rows.shape[1] // _HELD_OUT
-        fitted = NormalSums.of(rows[:, :edge], columns[:, :edge])
-        return fitted, NormalSums.of(rows[:, edge:], columns[:, edge:])
+        fitted = sums(rows[:, :edge], columns[:, :edge])
+        held_out = sums(rows[:, edge:], columns[:, edge:])
+        return _Sums((fitted, held_out), product.units)
 
-    def added(self, one: Any, other: Any) -> tuple[NormalSums, ...]:
+    def added(self, one: Any, other: Any) -> "_Sums":
         """See `AbstractRepair.added`."""
-        return tuple([first.plus(second) for first, second in zip(one, other, strict=True)])
+        normal = [
+            first.plus(second) for first, second in zip(one.normal, other.normal, strict=True)
+        ]
+        return _Sums(tuple(normal), added_moments(one.units, other.units))
 
     def correct(self, correctable: Correctable, sums: Any) -> Corrected:
         """See `AbstractRepair.correct`."""
         # In float32 or wider; what is found is rounded once, to the precision of the parameter.
         form = correctable.form
         leaf = form.widened(correctable.leaf)
-        whole = sums[0]
+        part = _part_to_restore(correctable) if self.restore else None
+
+        def equations(of: Any) -> NormalEquations:
+            if isinstance(of, CentredSums):
+                of = of.uncentred() if part is None else of.centred()
+            return NormalEquations(form, leaf, of, self.steps)
+
+        whole = sums.normal[0]
         ridge: Any = self.ridge
         chosen = None
         if isinstance(self.ridge, tuple):
-            fitted, held_out = sums
-            equations = NormalEquations(form, leaf, fitted, self.steps)
-            others = NormalEquations(form, leaf, held_out, self.steps)
-            chosen = chosen_ridge(equations, others, self.ridge)
+            fitted, held_out = sums.normal
+            chosen = chosen_ridge(equations(fitted), equations(held_out), self.ridge)
             whole, ridge = fitted.plus(held_out), chosen
-        change = NormalEquations(form, leaf, whole, self.steps).solved(ridge)
-        return Corrected((leaf + change).astype(correctable.leaf.dtype), (), chosen)
+        leaf = leaf + equations(whole).solved(ridge)
+        shifts: tuple[Array | None, ...] = (None,) * len(correctable.parts)
+        if part is not None:
+            *theirs, _ = sums.units[0]
+            ours = _statistics(form, leaf, part, whole)
+            leaf, shift = restored(leaf, part, correctable.weights, tuple(theirs), ours)
+            shifts = (shift,)
+        return Corrected(leaf.astype(correctable.leaf.dtype), shifts, chosen)
+
+
+class _Sums(NamedTuple):
+    """What least squares have to know of a product.
+
+    Attributes:
+        normal: The sums of all samples, or of those to fit to and of those that are held out.
+        units: As `Product` has them. Empty unless statistics are restored.
+    """
+
+    normal: tuple[NormalSums | CentredSums, ...]
+    units: tuple[tuple[Moments, ...], ...]
+
+
+def _part_to_restore(correctable: Correctable) -> Part | None:
+    """Returns the units whose statistics can be restored; None if there are others beside them."""
+    leaf, form = correctable.leaf, correctable.form
+    if len(correctable.parts) != 1:
+        return None
+    (part,) = correctable.parts
+    if not part.has_bias or len(part.members) != 1:
+        return None
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return None
+    if not form.is_rearranged(form.widened(leaf)):
+        return None
+    (member,) = part.members
+    units = jax.eval_shape(lambda array: units_of(array, member.location, part.group), leaf)
+    return part if units.size == leaf.size else None
+
+
+def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) -> UnitStatistics:
+    """Returns the mean and the deviation that units have with a parameter."""
+    matrix = form.matrix(leaf)
+    highest = jax.lax.Precision.HIGHEST
+    means = jnp.einsum("gw,gwu->gu", sums.row_mean, matrix, precision=highest)
+    squares = jnp.sum(matrix * jnp.matmul(sums.gram, matrix, precision=highest), axis=1)
+    variances = jnp.maximum(squares / jnp.maximum(sums.count, 1), 0)
+    transpose = form.transposed_matrix(leaf)
+    (member,) = part.members
+
+    def of_units(columns: Array) -> Array:
+        """Brings a number for each column to the units, each with those of all its weights."""
+        by_weight = transpose(jnp.broadcast_to(columns[:, None], matrix.shape))
+        return units_of(by_weight, member.location, part.group)
+
+    # Several columns may be one unit.
+    means = of_units(means)
+    mean = jnp.mean(means, axis=-1)
+    variance = jnp.mean(of_units(variances) + (means - mean[..., None]) ** 2, axis=-1)
+    return UnitStatistics(mean, jnp.sqrt(variance))

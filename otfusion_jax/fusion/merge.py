@@ -115,7 +115,8 @@ def merge(
             `LeastSquares`, the latter with the best of several ridges for each parameter.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
-            inputs. With it, running statistics are estimated anew, after each repair as well.
+            inputs. With it, each average and each repair is tried with running statistics estimated
+            anew as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
             300 take about as long as all else.
         mixes: Whether learned rotations and `polish` train on mixtures of two inputs (`mixup`),

@@ -82,7 +82,10 @@ class Search:
         if looks and setting.repairs:
             for step in bar(promising, "repairing"):
                 for method in setting.repairs:
-                    self._try(Recipe(step, method, anew))
+                    self._try(Recipe(step, method))
+                    # What least squares have fitted in inference may be best left alone.
+                    if anew:
+                        self._try(Recipe(step, method, anew=True))
         if self.chosen is None:
             problems = "\n".join(f"  {row.start}: {row.problem}" for row in self.rows)
             raise ValueError(f"every trial has failed:\n{problems}")

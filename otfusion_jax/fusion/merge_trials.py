@@ -5,7 +5,7 @@ A `Recipe` says which steps; a `Workshop` takes them, on inputs of its own.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,7 +17,7 @@ from otfusion_jax.fusion.candidates import Task
 from otfusion_jax.fusion.distill import trained
 from otfusion_jax.fusion.merge_setting import NOTHING, Known, Setting, Step
 from otfusion_jax.fusion.passes import Passes
-from otfusion_jax.fusion.repair import repaired
+from otfusion_jax.fusion.repair import Repaired, repaired
 from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.fusion.samples import Samples
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -109,6 +109,8 @@ class Workshop:
         # What several candidates need, such as inner products of features, is kept by the task.
         self._tasks: dict[Symmetry, Task] = {}
         self._moved: dict[Step, list[PyTree]] = {}
+        # The repair that was made last: what follows it differs from trial to trial.
+        self._repaired: tuple[Any, Repaired] | None = None
 
     def keep(self, steps: list[Step]) -> None:
         """Lets go of models as they were moved by all steps but some."""
@@ -154,21 +156,32 @@ class Workshop:
             params = average(moved, setting.weights.tolist())
         else:
             assert samples is not None
-            params, ridges = repaired(
-                task.symmetry,
-                setting.fn,
-                moved,
-                Passes(list(samples.batches())),
-                setting.weights.tolist(),
-                recipe.method,
-                [None] * len(moved),
-                _KEPT_BYTES,
-            )
+            params, ridges = workshop._repair(task, moved, recipe, samples)
         if recipe.anew:
             params = self._with_statistics(params, samples)
         if recipe.count:
             params = self._polished(params, recipe.count, samples)
         return Found(recipe, params, task, moved, ridges)
+
+    def _repair(
+        self, task: Task, moved: list[PyTree], recipe: Recipe, samples: Samples
+    ) -> Repaired:
+        """Repairs the average of models, unless that was done in the trial before."""
+        assert recipe.method is not None
+        made = recipe.step, recipe.method, samples
+        if self._repaired is None or self._repaired[0] != made:
+            found = repaired(
+                task.symmetry,
+                self.setting.fn,
+                moved,
+                Passes(list(samples.batches())),
+                self.setting.weights.tolist(),
+                recipe.method,
+                [None] * len(moved),
+                _KEPT_BYTES,
+            )
+            self._repaired = made, found
+        return self._repaired[1]
 
     def _move(self, step: Step) -> tuple[Task, list[PyTree]]:
         """Moves the models, unless that was done before."""

@@ -19,6 +19,9 @@ from otfusion_jax.common.linear_systems import solve_positive_definite
 from otfusion_jax.common.scaling import common_exponent, scaled
 from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 
+_CONSTANT = 16
+"""A feature that varies by no more than so many roundings of its mean is taken for constant."""
+
 _MOST_STEPS = 200
 """After so many steps conjugate gradients are at the end, as far as float32 goes."""
 
@@ -48,6 +51,98 @@ class NormalSums(NamedTuple):
         """Returns the sums of the rows of both."""
         gram, right_side = self.gram + other.gram, self.right_side + other.right_side
         return NormalSums(gram, right_side, self.is_any | other.is_any)
+
+
+class CentredSums(NamedTuple):
+    """The same with means taken off, and these beside them.
+
+    Attributes:
+        count: How many rows there were, float `[]`.
+        row_mean: The mean row, `[groups, width]`.
+        missing_mean: The mean of what is missing, `[groups, units]`.
+        gram: The inner products of X less its mean row, `[groups, width, width]`.
+        right_side: Those of X and of what is missing, each less its mean, `[groups, width, units]`.
+        is_any: Whether there is anything but zeros in X.
+    """
+
+    count: Float[Array, ""]
+    row_mean: Array
+    missing_mean: Array
+    gram: Array
+    right_side: Array
+    is_any: Bool[Array, ""]
+
+    @staticmethod
+    def of(rows: Array, missing: Array) -> "CentredSums":
+        """Takes the sums of some rows and of what is missing from them."""
+        count = jnp.asarray(rows.shape[1], rows.real.dtype)
+        # Of fewer samples than one is held out of, none are: their mean is 0.
+        number = max(rows.shape[1], 1)
+        row_mean = jnp.sum(rows, axis=1) / number
+        missing_mean = jnp.sum(missing, axis=1) / number
+        centred = NormalSums.of(
+            rows - row_mean[:, None],
+            missing - missing_mean[:, None],
+        )
+        return CentredSums(
+            count,
+            row_mean,
+            missing_mean,
+            centred.gram,
+            centred.right_side,
+            jnp.any(rows != 0),
+        )
+
+    def plus(self, other: "CentredSums") -> "CentredSums":
+        """Returns the sums of the rows of both, by the formula that `Moments.plus` has."""
+        count = self.count + other.count
+        # Counts are real where rows are complex.
+        share = (other.count / jnp.maximum(count, 1)).astype(self.gram.dtype)
+        row_step = other.row_mean - self.row_mean
+        missing_step = other.missing_mean - self.missing_mean
+        between = self.count.astype(share.dtype) * share
+        gram_between = between * _outer(row_step, row_step)
+        right_side_between = between * _outer(row_step, missing_step)
+        return CentredSums(
+            count,
+            self.row_mean + share * row_step,
+            self.missing_mean + share * missing_step,
+            self.gram + other.gram + gram_between,
+            self.right_side + other.right_side + right_side_between,
+            self.is_any | other.is_any,
+        )
+
+    def uncentred(self) -> NormalSums:
+        """Returns the sums with means."""
+        count = self.count.astype(self.gram.dtype)
+        gram_of_means = count * _outer(self.row_mean, self.row_mean)
+        right_side_of_means = count * _outer(self.row_mean, self.missing_mean)
+        return NormalSums(
+            self.gram + gram_of_means,
+            self.right_side + right_side_of_means,
+            self.is_any,
+        )
+
+    def centred(self) -> NormalSums:
+        """Returns the sums without means: the equations of a parameter that a bias follows."""
+        squares = jnp.diagonal(self.gram, axis1=-2, axis2=-1).real
+        epsilon = jnp.finfo(squares.dtype).eps
+        rounding = _CONSTANT * epsilon * jnp.abs(self.row_mean)
+        # What is left of a constant is rounding, and would be divided by its own square.
+        varies = squares > self.count * rounding**2
+        kept = varies.astype(self.gram.dtype)
+        gram = self.gram * _outer(kept, kept)
+        right_side = self.right_side * kept[..., None]
+        # Nothing is left of constant features, but also of those whose squares are out of range.
+        has_no_squares = jnp.all(squares == 0)
+        is_lost = has_no_squares & jnp.all(self.row_mean * self.row_mean == 0)
+        is_any = jnp.any(varies) | (self.is_any & is_lost)
+        return NormalSums(gram, right_side, is_any)
+
+
+def _outer(first: Array, second: Array) -> Array:
+    """Multiplies each number of one vector with each of another, for each of some groups."""
+    return jnp.conj(first)[..., :, None] * second[..., None, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

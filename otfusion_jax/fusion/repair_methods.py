@@ -100,6 +100,7 @@ class Part(NamedTuple):
     Attributes:
         group: The group of the units.
         members: The axes of the parameter that the units lie along.
+        has_bias: Whether a bias follows that can take a shift of the units.
         statistics: From the moments of the units in each model, K of them, to their statistics as
             units of the average. Where plans merge or split the units of a model, these are means
             over the statistics of its own units.
@@ -107,6 +108,7 @@ class Part(NamedTuple):
 
     group: Group
     members: tuple[Member, ...]
+    has_bias: bool
     statistics: Callable[[tuple[Moments, ...]], tuple[UnitStatistics, ...]]
 
 
@@ -152,11 +154,20 @@ class AbstractRepair(abc.ABC):
     All of it is traced: called under `jax.jit`.
 
     Attributes:
-        looks_at_units: Whether the method asks for the units of groups, and corrects nothing where
-            there are none. Without it, layers of one shape share what is compiled.
+        needs_units: Whether the method corrects nothing where there are no units of groups.
     """
 
-    looks_at_units: ClassVar[bool] = True
+    needs_units: ClassVar[bool] = True
+
+    def looks_at_units(self, has_bias: bool) -> bool:
+        """Says whether the method asks for the units of groups that come out of a product.
+
+        Where it does not, layers of one shape share what is compiled.
+
+        Args:
+            has_bias: Whether a bias follows that can take a shift of the units.
+        """
+        return self.needs_units
 
     @abc.abstractmethod
     def summed(self, product: Product) -> Any:
@@ -203,30 +214,59 @@ class RestoreStatistics(AbstractRepair):
 
     def added(self, one: Any, other: Any) -> tuple[tuple[Moments, ...], ...]:
         """See `AbstractRepair.added`."""
-        added = []
-        for parts in zip(one, other, strict=True):
-            added.append(tuple([first.plus(second) for first, second in zip(*parts, strict=True)]))
-        return tuple(added)
+        return added_moments(one, other)
 
     def correct(self, correctable: Correctable, sums: Any) -> Corrected:
         """See `AbstractRepair.correct`."""
         leaf = correctable.leaf
         shifts: list[Array | None] = []
         for part, (*theirs, ours) in zip(correctable.parts, sums, strict=True):
-            means, deviations = zip(*part.statistics(tuple(theirs)), strict=True)
-            weights = correctable.weights.astype(deviations[0].dtype)
-            target_mean = jnp.tensordot(weights.astype(means[0].dtype), jnp.stack(means), axes=1)
-            target_deviation = jnp.tensordot(weights, jnp.stack(deviations), axes=1)
-            # A unit that never varies cannot be made to, whatever it is multiplied by.
-            varies = ours.deviation > 0
-            scale = jnp.where(varies, target_deviation / jnp.where(varies, ours.deviation, 1), 1)
-            for member in part.members:
-                leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
-            # scale * x + shift has the mean that is wanted.
-            shift = target_mean - scale.astype(ours.mean.dtype) * ours.mean
+            leaf, shift = restored(leaf, part, correctable.weights, tuple(theirs), ours)
             # Without an axis of the parameter the units have not been scaled.
             shifts.append(shift if part.members else None)
         return Corrected(leaf, tuple(shifts))
+
+
+def added_moments(
+    one: tuple[tuple[Moments, ...], ...], other: tuple[tuple[Moments, ...], ...]
+) -> tuple[tuple[Moments, ...], ...]:
+    """Adds up the moments of some samples and of others, as `Product.units` has them."""
+    added = []
+    for parts in zip(one, other, strict=True):
+        added.append(tuple([first.plus(second) for first, second in zip(*parts, strict=True)]))
+    return tuple(added)
+
+
+def restored(
+    leaf: Array,
+    part: Part,
+    weights: Float[Array, " k"],
+    theirs: tuple[Moments, ...],
+    ours: UnitStatistics | Moments,
+) -> tuple[Array, Array]:
+    """Scales the units of a parameter to the deviation that they have in the models.
+
+    Args:
+        leaf: The parameter.
+        part: The units.
+        weights: The weights of the models, float `[K]`.
+        theirs: The moments of the units in each model.
+        ours: The mean and the deviation that they have with the parameter.
+
+    Returns:
+        The parameter, and what a bias has to add for the mean that the units have in the models.
+    """
+    means, deviations = zip(*part.statistics(theirs), strict=True)
+    weights = weights.astype(deviations[0].dtype)
+    target_mean = jnp.tensordot(weights.astype(means[0].dtype), jnp.stack(means), axes=1)
+    target_deviation = jnp.tensordot(weights, jnp.stack(deviations), axes=1)
+    # A unit that never varies cannot be made to, whatever it is multiplied by.
+    varies = ours.deviation > 0
+    scale = jnp.where(varies, target_deviation / jnp.where(varies, ours.deviation, 1), 1)
+    for member in part.members:
+        leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
+    # scale * x + shift has the mean that is wanted.
+    return leaf, target_mean - scale.astype(ours.mean.dtype) * ours.mean
 
 
 def members_at(group: Group, leaf: int, role: Role, index: StridedIndex) -> tuple[Member, ...]:

@@ -117,7 +117,7 @@ def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) ->
         roles.append(role_of_units(group, leaf, view.location.index))
     movers = [mover_of(network, average, path, roles) for network in plan.networks[:-1]]
     parts = []
-    if method.looks_at_units:
+    if method.looks_at_units(has_bias=bool(correction.receivers)):
         for number in innermost(views):
             parts.append(_unit_site(plan, correction, views[number], number, roles))
     return Site(method, tuple(forms), tuple(movers), tuple(parts))
@@ -131,7 +131,7 @@ def _unit_site(
     for network in plan.networks:
         networks.append(network_units(network, correction.path, number, roles, correction.scans))
     found = functools.partial(_members, view, roles[number], correction.scans)
-    receivers = tuple([found(piece) for piece in correction.receivers])
+    receivers = tuple([found(receiver.piece) for receiver in correction.receivers])
     group = view.within(correction.scans).group
     return UnitSite(group, found(correction.piece), tuple(networks), receivers)
 
@@ -223,7 +223,8 @@ def _corrected(
     """
     parts = []
     for part in site.parts:
-        parts.append(Part(part.group, part.members, functools.partial(_statistics, part, plans)))
+        statistics = functools.partial(_statistics, part, plans)
+        parts.append(Part(part.group, part.members, any(part.receivers), statistics))
     piece = _sliced(leaf, positions)
     correctable = Correctable(piece, site.forms[-1], weights, tuple(parts))
     corrected = Corrected(*site.method.correct(correctable, sums))
@@ -408,11 +409,12 @@ class RepairRun:
             self.ridges[correction.piece] = corrected.ridge
         # A method that does not look at units shifts none.
         for part, amount in zip(site.parts, corrected.shifts, strict=True):
-            for (leaf, indices), members in zip(correction.receivers, part.receivers, strict=True):
+            for receiver, members in zip(correction.receivers, part.receivers, strict=True):
                 if amount is not None and members:
-                    average[leaf] = _shifted(
-                        part.group, members, average[leaf], _as_positions(indices), amount
-                    )
+                    leaf, indices = receiver.piece
+                    positions = _as_positions(indices)
+                    own = receiver.sign * amount
+                    average[leaf] = _shifted(part.group, members, average[leaf], positions, own)
 
     def _in_all_networks(self, leaf: int) -> tuple[Array, ...]:
         return tuple([parts[leaf] for parts in self.parts_of_networks])

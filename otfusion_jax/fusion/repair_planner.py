@@ -14,7 +14,13 @@ from typing import Any
 from jax.extend import core
 from jax.extend.core import primitives as P
 
-from otfusion_jax.fusion.corrections import Condition, Correction, Occurrence, Piece
+from otfusion_jax.fusion.corrections import (
+    Condition,
+    Correction,
+    Occurrence,
+    Piece,
+    Receiver,
+)
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
 from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
 from otfusion_jax.fusion.narrowest import has_product, has_while
@@ -137,8 +143,8 @@ class Planner:
             result = self._corrected_product(eqn, path, operands)
             if result is not None:
                 return [result]
-        if eqn.primitive is P.add_p:
-            self._shift_bias(operands)
+        if eqn.primitive in (P.add_p, P.sub_p):
+            self._shift_bias(operands, is_sum=eqn.primitive is P.add_p)
         return self._step(eqn, path, operands)
 
     def new_slot(self, is_feature: bool, depends_on: int) -> Slot:
@@ -285,11 +291,15 @@ class Planner:
         effects = self.state.effects.setdefault(piece.leaf, {})
         effects[piece.indices] = effects.get(piece.indices, 0) | 1 << number
 
-    def _shift_bias(self, operands: Sequence[Reference]) -> None:
-        """Lets a bias that is about to be added to features take what these need."""
+    def _shift_bias(self, operands: Sequence[Reference], is_sum: bool) -> None:
+        """Lets a bias that is about to be added to features take what these need.
+
+        Or one that is subtracted from them, as the running mean of batch normalisation is.
+        """
         first, second = operands
-        # The bias may be either operand of the sum.
-        for features, bias in ((first, second), (second, first)):
+        # The bias may be either operand of a sum.
+        pairs = ((first, second), (second, first)) if is_sum else ((first, second),)
+        for features, bias in pairs:
             if not isinstance(features, Slot) or features.number not in self.shifts:
                 continue
             if not isinstance(bias, Parameter) or not self.leaves[bias.leaf].moves:
@@ -298,7 +308,7 @@ class Planner:
             if piece is None or self._is_settled(piece):
                 continue
             correction = self.state.corrections[self.shifts[features.number]]
-            correction.receivers.append(piece)
+            correction.receivers.append(Receiver(piece, 1 if is_sum else -1))
             self._affect(piece, correction.number)
             self.state.progress += 1
 

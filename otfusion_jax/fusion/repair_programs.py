@@ -144,7 +144,7 @@ def warn_of_what_stays(prepared: Prepared, programs: Programs) -> None:
     plan = prepared.plan
     corrected = set()
     for correction, site in zip(plan.corrections, prepared.sites, strict=True):
-        if not programs.method.looks_at_units or any(part.members for part in site.parts):
+        if not programs.method.needs_units or any(part.members for part in site.parts):
             corrected.add(correction.piece.leaf)
     reasons = {leaf: why for leaf, why in plan.out_of_reach.items() if leaf not in corrected}
     first_line = "repair leaves these parameters as the average has them:"

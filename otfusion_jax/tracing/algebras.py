@@ -11,8 +11,9 @@ symmetry of the program. It allows any scales; `PositiveScales` asks the same of
 alone, which a ReLU passes on, and `Signs` of 1 and -1, for which degrees count modulo 2.
 """
 
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -278,20 +279,16 @@ class PositiveScales(Scales):
         """
         # Each unknown that no equation determines is a scaling of its own, with the others at 0.
         pivots, _ = _eliminated(self.equations, ())
-        solutions = []
+        solutions: list[Degree] = []
         for free in unknowns:
             if free in pivots:
                 continue
-            degrees = {free: Fraction(1)}
+            degrees: Degree = {free: Fraction(1)}
             for unknown, row in pivots.items():
                 if free in row:
                     degrees[unknown] = -row[free]
-            # Whole powers: those of a square root are doubled.
-            factor = math.lcm(*[degree.denominator for degree in degrees.values()])
-            if degrees[min(degrees)] < 0:
-                factor = -factor
-            solutions.append({number: int(factor * degrees[number]) for number in sorted(degrees)})
-        return solutions
+            solutions.append(degrees)
+        return [_whole(solution) for solution in _sparser(solutions, _combined)]
 
 
 class Signs(Scales):
@@ -335,12 +332,12 @@ class Signs(Scales):
                 if pivot in others:
                     others ^= {pivot} | row
             pivots[pivot] = row
-        solutions = []
+        solutions: list[Degree] = []
         for free in unknowns:
             if free not in pivots:
                 turned = {free} | {pivot for pivot, others in pivots.items() if free in others}
-                solutions.append(dict.fromkeys(sorted(turned), 1))
-        return solutions
+                solutions.append(dict.fromkeys(turned, 1))
+        return [_whole(solution) for solution in _sparser(solutions, _in_one_alone)]
 
 
 def _degree(standing: Standing) -> Degree:
@@ -401,3 +398,55 @@ def _eliminate(row: _Row, pivot_row: _Row, unknown: int) -> None:
         row[other] = row.get(other, Fraction(0)) - factor * count
         if not row[other]:
             del row[other]
+
+
+def _sparser(
+    solutions: list[Degree], combined: Callable[[Degree, Degree], list[Degree]]
+) -> list[Degree]:
+    """Combines solutions with one another as long as fewer unknowns are left in one of them.
+
+    So a scaling that concerns one layer alone is found by itself, and not as the difference of two
+    that concern all of a residual stream.
+
+    Args:
+        solutions: Independent solutions.
+        combined: What may take the place of the first of two solutions.
+
+    Returns:
+        As many independent solutions, from which the same others are combined.
+    """
+    solutions = list(solutions)
+    is_done = False
+    while not is_done:
+        is_done = True
+        for one, other in itertools.permutations(range(len(solutions)), 2):
+            for candidate in combined(solutions[one], solutions[other]):
+                if len(candidate) < len(solutions[one]):
+                    solutions[one] = candidate
+                    is_done = False
+    return solutions
+
+
+def _combined(one: Degree, other: Degree) -> list[Degree]:
+    """Returns the difference of two solutions, and their sum."""
+    if one.keys().isdisjoint(other):
+        return []
+    return [_sum(one, other, -1), _sum(one, other, 1)]
+
+
+def _in_one_alone(one: Degree, other: Degree) -> list[Degree]:
+    """Returns the sum of two solutions modulo 2."""
+    return [dict.fromkeys(one.keys() ^ other.keys(), 1)]
+
+
+def _whole(solution: Degree) -> dict[int, int]:
+    """Returns a solution in whole numbers without a common divisor, of which the first is positive.
+
+    Powers of a square root are doubled.
+    """
+    factor = math.lcm(*[Fraction(degree).denominator for degree in solution.values()])
+    degrees = {number: int(factor * solution[number]) for number in sorted(solution)}
+    divisor = math.gcd(*degrees.values())
+    if degrees[min(degrees)] < 0:
+        divisor = -divisor
+    return {number: degree // divisor for number, degree in degrees.items()}
