@@ -1,5 +1,7 @@
 """What makes one model of A, moved, and B; methods.py gives each its name."""
 
+from typing import Literal
+
 from jaxtyping import PyTree
 
 import otfusion_jax as otf
@@ -45,20 +47,23 @@ def restored(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
     return _repaired(pair, moved, weights, otf.RestoreStatistics())
 
 
-def regressed(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
+def regressed(
+    pair: Pair, moved: PyTree, weights: Weights, *, at: Literal["preactivation", "activation"]
+) -> PyTree:
     """Corrects each layer of the average so that its features come closest to the models' mean.
 
     Args:
         pair: The models, and the images that features are taken on.
         moved: A, moved onto B.
         weights: How much A and B count.
+        at: Whether features are compared before a ReLU or behind it.
 
     Returns:
         The average, corrected.
     """
     # Layers are fitted in inference, with batch norm's statistics as they are averaged. Estimated
     # anew they would be others, and cost a ResNet18 a point.
-    return _repaired(pair, moved, weights, otf.LeastSquares(pair.ridge))
+    return _repaired(pair, moved, weights, otf.LeastSquares(pair.ridge, at=at))
 
 
 def _repaired(pair: Pair, moved: PyTree, weights: Weights, method: otf.AbstractRepair) -> PyTree:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 import otfusion_jax as otf
-from experiments.networks import Network, reestimated, training_step
+from experiments.networks import Network, training_step
 
 # How often a program is timed; the fastest run counts.
 _RUNS = 3
@@ -145,9 +145,8 @@ def regressed(network: Network, moved: list[PyTree], images: Array) -> PyTree:
     Returns:
         The average, repaired.
     """
-    method = otf.LeastSquares()
-    fused = otf.repair(network.symmetry, network.apply, moved, images, method=method)
-    return reestimated(network, fused, images)
+    method = otf.LeastSquares(at="preactivation")
+    return otf.repair(network.symmetry, network.apply, moved, images, method=method)
 
 
 def merge(network: Network, models: Sequence[PyTree], **settings: object) -> otf.Merged:

@@ -11,6 +11,7 @@ tables and in plots. There are four kinds:
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
@@ -97,9 +98,18 @@ class Correction:
 
 AVERAGED = Correction("averaged", Needs.NOTHING, corrections.averaged)
 RESTORED = Correction("statistics restored", Needs.IMAGES, corrections.restored)
-LEAST_SQUARES = Correction("least squares", Needs.IMAGES, corrections.regressed)
+LEAST_SQUARES = Correction(
+    "least squares",
+    Needs.IMAGES,
+    functools.partial(corrections.regressed, at="preactivation"),
+)
+LEAST_SQUARES_ON_ACTIVATIONS = Correction(
+    "least squares on activations",
+    Needs.IMAGES,
+    functools.partial(corrections.regressed, at="activation"),
+)
 
-CORRECTIONS = by_name(AVERAGED, RESTORED, LEAST_SQUARES)
+CORRECTIONS = by_name(AVERAGED, RESTORED, LEAST_SQUARES, LEAST_SQUARES_ON_ACTIVATIONS)
 
 
 # --- methods for two models of one architecture
@@ -121,7 +131,7 @@ class Method:
     needs: Needs
     move: Callable[[Pair], PyTree]
     form: Form = AS_TRAINED
-    corrections: tuple[Correction, ...] = (AVERAGED, RESTORED, LEAST_SQUARES)
+    corrections: tuple[Correction, ...] = tuple(CORRECTIONS.values())
 
     def __str__(self) -> str:
         return self.name

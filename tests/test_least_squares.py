@@ -226,3 +226,85 @@ def test_ridges_are_chosen_under_jit(steps: int | None):
         return otf.repair(symmetry, network, nets, x, method=method)
 
     jax.tree.map(close, jitted(nets, x), expected)
+
+
+def residual(params, x):
+    """A normalised layer, and a block whose sum with what goes into it is cut at 0."""
+    h = (x @ params["in"] - params["mean"][None]) * (params["gain"] / params["deviation"])[None]
+    h = jax.nn.relu(h + params["bias"][None])
+    return jax.nn.relu(h - h @ params["block"] + params["shift"][None]) @ params["out"]
+
+
+VECTORS = dict.fromkeys(("mean", "gain", "bias", "shift"), (6,))
+
+
+def residual_nets():
+    shapes = {"in": (5, 6), "block": (6, 6), "out": (6, 3), **VECTORS}
+    deviations = [{"deviation": 1 + normal(6, seed=seed) ** 2} for seed in range(2)]
+    return [normals(shapes, seed) | deviations[seed] for seed in range(2)]
+
+
+def wanted_of_numpy(before, ours):
+    """What is to go into a ReLU so that it puts out what it does in the models, on average."""
+    active = np.mean(np.maximum(before, 0), axis=0)
+    return np.where(active > 0, active, np.minimum(ours, 0))
+
+
+def test_activations_are_fitted_behind_a_normalisation_and_a_residual():
+    nets, x = residual_nets(), normal(200, 5, seed=4)
+    method = otf.LeastSquares(ridge=1e-6, steps=None, restore=False)
+    symmetry = otf.trace_symmetry(residual, nets[0], x)
+    found = otf.repair(symmetry, residual, nets, x, method=method)
+    ours = {name: np.asarray(leaf, np.float64) for name, leaf in otf.average(nets).items()}
+    nets, x = jax.tree.map(np.asarray, (nets, x))
+
+    def first(p, kernel):
+        return (x @ kernel - p["mean"]) * p["gain"] / p["deviation"] + p["bias"]
+
+    before = [first(net, net["in"]) for net in nets]
+    wanted = wanted_of_numpy(before, first(ours, ours["in"]))
+    # Whatever the layer does to a product is undone for what is wanted of it.
+    wanted = (wanted - ours["bias"]) / (ours["gain"] / ours["deviation"]) + ours["mean"]
+    missing = np.linalg.lstsq(x, wanted - x @ ours["in"])[0]
+    np.testing.assert_allclose(found["in"], ours["in"] + missing, atol=2e-3)
+    h = np.maximum(first(ours, np.asarray(found["in"])), 0)
+    theirs = [np.maximum(y, 0) for y in before]
+    blocks = [y - y @ net["block"] + net["shift"] for y, net in zip(theirs, nets, strict=True)]
+    wanted = wanted_of_numpy(blocks, h - h @ ours["block"] + ours["shift"])
+    missing = np.linalg.lstsq(h, h + ours["shift"] - wanted - h @ ours["block"])[0]
+    np.testing.assert_allclose(found["block"], ours["block"] + missing, atol=5e-3)
+
+
+def read_twice(params, x):
+    h = x @ params["in"]
+    return jax.nn.relu(h) @ params["out"] + h @ params["beside"]
+
+
+def clipped(params, x):
+    return jnp.maximum(x @ params["in"], 0.5) @ params["out"]
+
+
+def gated(params, x):
+    return jax.nn.relu((x @ params["in"]) * (x @ params["beside"])) @ params["out"]
+
+
+@pytest.mark.parametrize("fn", [read_twice, clipped, gated, jax.jit(read_twice)])
+def test_where_no_relu_alone_follows_preactivations_are_fitted(fn):
+    shapes = {"in": (5, 6), "out": (6, 3)}
+    if fn is not clipped:
+        shapes["beside"] = (5, 6) if fn is gated else (6, 3)
+    nets, x = [normals(shapes, seed) for seed in range(2)], normal(60, 5, seed=4)
+    symmetry = otf.trace_symmetry(fn, nets[0], x)
+    methods = [otf.LeastSquares(0.1, None, at=at) for at in ("activation", "preactivation")]
+    found = [otf.repair(symmetry, fn, nets, x, method=method) for method in methods]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_units_that_are_off_in_all_models_may_stay_as_the_average_has_them():
+    x = jnp.abs(normal(100, 5, seed=4))
+    off = {"in": -jnp.abs(normal(5, 6)), "out": normal(6, 3)}
+    nets = [off, {"in": 3 * off["in"], "out": off["out"]}]
+    net = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]  # noqa: E731
+    symmetry = otf.trace_symmetry(net, off, x)
+    found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares())
+    np.testing.assert_array_equal(found["in"], 2 * off["in"])

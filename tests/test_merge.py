@@ -557,10 +557,10 @@ def test_the_best_are_tried_again_on_inputs_exchanged():
 def test_of_many_inputs_the_best_is_fitted_to_more(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("otfusion_jax.fusion.merge_arguments._MOST", 20)
     x = data(100)
-    method = otf.LeastSquares(ridge=0.1)
+    method = otf.LeastSquares(ridge=0.1, at="preactivation")
     merged = merge(near(1), [x], candidates=["weights"], repairs=[method])
     assert (merged.report.fitted, merged.report.held_out) == (20, 20)
-    assert merged.report.chosen.repair == "LeastSquares(ridge=0.1) (80 inputs)"
+    assert merged.report.chosen.repair == "LeastSquares(ridge=0.1, at=preactivation) (80 inputs)"
     order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), 100))
     expected = otf.repair(symmetry(), net, merged.models, x[order[20:]], method=method)
     jax.tree.map(functools.partial(close, atol=1e-4), merged.params, expected)

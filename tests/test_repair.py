@@ -17,10 +17,12 @@ from arrays import normal, normals
 import otfusion_jax as otf
 
 KINDS = pytest.mark.parametrize("kind", ref.SHAPES)
-SOLVED = otf.LeastSquares(ridge=1e-6, steps=200, restore=False)
+SOLVED = otf.LeastSquares(ridge=1e-6, steps=200, at="preactivation", restore=False)
 BOTH = dataclasses.replace(SOLVED, restore=True)
 METHODS = pytest.mark.parametrize(
-    "method", [otf.RestoreStatistics(), SOLVED, BOTH], ids=["statistics", "least squares", "both"]
+    "method",
+    [otf.RestoreStatistics(), SOLVED, BOTH, dataclasses.replace(SOLVED, at="activation")],
+    ids=["statistics", "least squares", "both", "activations"],
 )
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
@@ -63,6 +65,10 @@ def repaired(nets, weights, x, method):
         over = tuple(range(rows.ndim - 1))
         if isinstance(method, otf.LeastSquares):
             target = np.tensordot(weights, found, axes=1)
+            if method.at == "activation" and depth < len(nets[0]) - 1:
+                before = [y + layer["bias"] for y, layer in zip(found, layers, strict=True)]
+                target = np.tensordot(weights, np.maximum(before, 0), axes=1)
+                target = np.where(target > 0, target, np.minimum(rows @ kernel + bias, 0)) - bias
             missing = (target - rows @ kernel).reshape(-1, shape[-1])
             flat = rows.reshape(len(missing), -1)
             if method.restore and depth < len(nets[0]) - 1:
@@ -135,10 +141,8 @@ def test_queries_keys_and_values_of_one_kernel_get_their_statistics():
 @KINDS
 def test_without_biases_least_squares_have_nothing_to_restore(kind):
     symmetry, nets, x = setting(kind, bias=False)
-    plain, both = (
-        otf.repair(symmetry, ref.network, nets, x, method=otf.LeastSquares(0.1, None, restore))
-        for restore in (False, True)
-    )
+    methods = [otf.LeastSquares(0.1, None, restore=restore) for restore in (False, True)]
+    plain, both = (otf.repair(symmetry, ref.network, nets, x, method=method) for method in methods)
     jax.tree.map(close, plain, both)
 
 
@@ -317,7 +321,8 @@ def test_constant_features_are_for_the_bias_to_take():
     nets = [normals(shapes, seed) for seed in range(2)]
     net = lambda p, x: jax.nn.relu(x @ p["in"] + p["bias"][None]) @ p["out"]  # noqa: E731
     symmetry = otf.trace_symmetry(net, nets[0], x)
-    found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares())
+    method = otf.LeastSquares(at="preactivation")
+    found = otf.repair(symmetry, net, nets, x, method=method)
     average = otf.average(nets)
     # Only scaled, as all of its unit is.
     ratio = found["in"] / average["in"]

@@ -16,7 +16,7 @@ METHODS = pytest.mark.parametrize(
     "method",
     [
         otf.RestoreStatistics(),
-        otf.LeastSquares(ridge=0.1, steps=50, restore=False),
+        otf.LeastSquares(0.1, 50, at="preactivation", restore=False),
         otf.LeastSquares(ridge=0.1, steps=50),
     ],
     ids=["statistics", "least squares", "both"],

@@ -5,7 +5,7 @@ equations. They serve every ridge (`normal_equations`).
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,13 @@ class LeastSquares(AbstractRepair):
     data, and twice the memory for sums. Where batches have fewer than five samples each, the first
     ridge is taken.
 
+    Where a ReLU follows, a fit to the mean of what comes before it asks for too much, and too
+    little: how far a unit is off is of no account where it is off in all models, and where it is on
+    in one of two, their mean may be off. So what is fitted is what the ReLU puts out (`at`): where
+    a unit is on in any model, the mean of the models' activations; elsewhere nothing but that it is
+    off, as far as the average had it so. Biases, batch normalisation and a residual on the way to
+    the ReLU are allowed for.
+
     Features that come out of a fit vary less than those that it is fitted to. With `restore`, units
     that a bias follows are brought to the mean and deviation that they have in the models, as
     `RestoreStatistics` does, before what comes behind them is fitted.
@@ -66,6 +73,9 @@ class LeastSquares(AbstractRepair):
         steps: The number of steps of conjugate gradients, at least 1. To stop early is a penalty
             too. None solves to the end; where there is no Cholesky factor in the precision at hand,
             or the parameter is repeated on its way into the product, by 200 steps.
+        at: Whether features are compared at the `"activation"`, behind a ReLU, or at the
+            `"preactivation"`. It makes no difference where no ReLU follows, where anything else
+            reads what it is given, and beside models that were moved along soft plans.
         restore: Whether a parameter is fitted together with the bias behind it, and its units then
             given the mean and deviation that they have in the models, on average. Of batch
             normalisation the running mean is such a bias. Where none follows, where units of groups
@@ -76,6 +86,7 @@ class LeastSquares(AbstractRepair):
 
     ridge: float | tuple[float, ...] = 0.01
     steps: int | None = 20
+    at: Literal["activation", "preactivation"] = "activation"
     restore: bool = True
 
     def __post_init__(self) -> None:
@@ -90,7 +101,14 @@ class LeastSquares(AbstractRepair):
                 dataclasses.replace(self, ridge=ridge)
         if self.steps is not None:
             require_number(self, "steps", least=1, whole=True)
+        if self.at not in ("activation", "preactivation"):
+            raise ValueError(f"at is {self.at!r}; it must be 'activation' or 'preactivation'")
         require_flag(self, "restore")
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """See `AbstractRepair.looks_at_activations`."""
+        return self.at == "activation"
 
     def looks_at_units(self, has_bias: bool) -> bool:
         """See `AbstractRepair.looks_at_units`."""
@@ -100,8 +118,11 @@ class LeastSquares(AbstractRepair):
         """See `AbstractRepair.summed`."""
         form = product.form
         missing = -form.compute_wide(product.features, product.leaf)
-        for weight, features in zip(product.weights, product.model_features, strict=True):
-            missing += weight.astype(missing.dtype) * form.widened(features)
+        if product.wanted is not None:
+            missing += form.widened(product.wanted)
+        else:
+            for weight, features in zip(product.weights, product.model_features, strict=True):
+                missing += weight.astype(missing.dtype) * form.widened(features)
         rows, columns = form.rows(product.features), form.columns(missing)
         # Without units there is nothing to restore.
         sums = CentredSums.of if product.units else NormalSums.of

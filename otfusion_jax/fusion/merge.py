@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
@@ -18,6 +20,7 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.fusion.activation_tails import cuts_at_zero
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.merge_arguments import (
@@ -112,7 +115,8 @@ def merge(
             weights and preactivations without them as well; where units can change their signs,
             with signs and without.
         repairs: The repairs to try, instances; `()` tries none. None means `RestoreStatistics` and
-            `LeastSquares`, the latter with the best of several ridges for each parameter.
+            `LeastSquares`, the latter with the best of several ridges for each parameter, behind
+            ReLUs, if there are any, and before them.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
             inputs. With it, each average and each repair is tried with running statistics estimated
@@ -176,7 +180,8 @@ def merge(
     bar = shown_bar() if progress else silent_bar
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)
-    chosen_repairs = checked_repairs(repairs, known)
+    has_relu = cuts_at_zero(jax.make_jaxpr(fn)(models[0], *known.example))
+    chosen_repairs = checked_repairs(repairs, known, has_relu)
     objective = None
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)

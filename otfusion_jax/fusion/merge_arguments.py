@@ -73,12 +73,13 @@ def require_hashable(fn: Any) -> None:
         ) from None
 
 
-def checked_repairs(repairs: Any, known: Known) -> tuple[AbstractRepair, ...]:
+def checked_repairs(repairs: Any, known: Known, has_relu: bool) -> tuple[AbstractRepair, ...]:
     """Refuses what is no sequence of repairs.
 
     Args:
         repairs: The repairs to try; None for those that are tried unless something else is said.
         known: The inputs that are looked at.
+        has_relu: Whether there may be a ReLU that layers are fitted behind.
 
     Returns:
         The repairs.
@@ -89,7 +90,8 @@ def checked_repairs(repairs: Any, known: Known) -> tuple[AbstractRepair, ...]:
     if repairs is None:
         # A ridge that is best for one kind of noise says nothing of another.
         ridge = 0.01 if known.whole is None else _RIDGES
-        return RestoreStatistics(), LeastSquares(ridge=ridge)
+        usual = RestoreStatistics(), LeastSquares(ridge=ridge)
+        return (*usual, LeastSquares(ridge=ridge, at="preactivation")) if has_relu else usual
     examples = "a list of instances, as [otf.LeastSquares()]"
     if isinstance(repairs, AbstractRepair) or not isinstance(repairs, Sequence):
         raise TypeError(f"repairs is {kind_of(repairs)}; pass {examples}")

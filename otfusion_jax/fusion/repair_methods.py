@@ -81,6 +81,8 @@ class Product(NamedTuple):
         model_features: What comes out in each model, K arrays of one shape. That of a model of
             other widths has been moved along its plans.
         weights: The weights of the models, float `[K]`.
+        wanted: What is to come out so that a ReLU behind it puts out what it does in the models, on
+            average; None if there is none, or the method does not ask for it.
         units: For each part of what comes out that belongs to a group the moments of its units in
             each model and, last, in the average. No feature is in two parts. Empty if the method
             does not look at units.
@@ -91,6 +93,7 @@ class Product(NamedTuple):
     features: Array
     model_features: tuple[Array, ...]
     weights: Float[Array, " k"]
+    wanted: Array | None
     units: tuple[tuple[Moments, ...], ...]
 
 
@@ -158,6 +161,11 @@ class AbstractRepair(abc.ABC):
     """
 
     needs_units: ClassVar[bool] = True
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether the method asks for what is wanted of a product because of the ReLU behind it."""
+        return False
 
     def looks_at_units(self, has_bias: bool) -> bool:
         """Says whether the method asks for the units of groups that come out of a product.

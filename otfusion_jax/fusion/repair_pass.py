@@ -27,6 +27,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from otfusion_jax.common.host import Array
+from otfusion_jax.fusion.activation_tails import wanted_features
 from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import ChunkCall, branch_taken, run_chunk
 from otfusion_jax.fusion.linear_form import LinearForm, form_of
@@ -151,13 +152,29 @@ def _members(view: GroupView, role: Role, scans: int, piece: Piece) -> tuple[Mem
 # --- the compiled parts
 
 
+@functools.partial(jax.jit, static_argnames=("site",))
+def _outputs(
+    site: Site,
+    leaves: tuple[Array, ...],
+    positions: Int[Array, " n"],
+    features: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """Returns what a product puts out in each network."""
+    outputs = []
+    for form, x, leaf in zip(site.forms, features, leaves, strict=True):
+        outputs.append(form.compute(x, _sliced(leaf, positions)))
+    return tuple(outputs)
+
+
 @functools.partial(jax.jit, static_argnames=("site", "branches"))
 def _summed(
     site: Site,
     branches: tuple[tuple[int, int], ...],
-    leaves: tuple[Array, ...],
+    leaf: Array,
     positions: Int[Array, " n"],
-    features: tuple[Array, ...],
+    features: Array,
+    outputs: tuple[Array, ...],
+    wanted: Array | None,
     choices: list[tuple[Array, ...]],
     plans: list[Plans],
     weights: Float[Array, " k"],
@@ -167,9 +184,11 @@ def _summed(
     Args:
         site: The product.
         branches: The branches that it is in, each with how many there are.
-        leaves: The parameter in each network, whole.
+        leaf: The parameter of the average, whole.
         positions: Which slice of it is meant.
-        features: The features that it is multiplied by, in each network.
+        features: The features that it is multiplied by in the average.
+        outputs: What the product puts out in each network, the average last.
+        wanted: What is wanted because of the ReLU behind it, or None.
         choices: For each of these branches which one each network takes.
         plans: The plans that each model is moved along.
         weights: The weights of the models.
@@ -177,10 +196,6 @@ def _summed(
     Returns:
         The sums of the method: zeros if some network takes another branch.
     """
-    pieces = [_sliced(leaf, positions) for leaf in leaves]
-    outputs = []
-    for form, x, piece in zip(site.forms, features, pieces, strict=True):
-        outputs.append(form.compute(x, piece))
     moved = []
     for mover, own_plans, output in zip(site.movers, plans, outputs, strict=False):
         moved.append(output if mover is None else mover.move(own_plans, output))
@@ -190,7 +205,9 @@ def _summed(
         for network, own_plans, output in zip(part.networks, [*plans, {}], outputs, strict=True):
             moments.append(network.moments(own_plans, output))
         units.append(tuple(moments))
-    product = Product(pieces[-1], site.forms[-1], features[-1], tuple(moved), weights, tuple(units))
+    piece = _sliced(leaf, positions)
+    in_models = tuple(moved)
+    product = Product(piece, site.forms[-1], features, in_models, weights, wanted, tuple(units))
     sums = site.method.summed(product)
     if not branches:
         return sums
@@ -384,13 +401,25 @@ class RepairRun:
     def _summed(self, prepared: Prepared, number: int, occurrence: Occurrence, slots: Slots) -> Any:
         """Sums up what a method has to know of one product."""
         piece = prepared.plan.corrections[number].piece
+        site = prepared.sites[number]
         conditions = occurrence.conditions
+        positions = _as_positions(piece.indices)
+        leaves = self._in_all_networks(piece.leaf)
+        features = slots[occurrence.features]
+        outputs = _outputs(site, leaves, positions, features)
+        tail = prepared.plan.tails.get(number)
+        wanted = None
+        if tail is not None:
+            on_the_way = [self._in_all_networks(leaf) for leaf in tail.call.leaves]
+            wanted = wanted_features(tail, on_the_way, outputs, slots, self.weights)
         return _summed(
-            prepared.sites[number],
+            site,
             tuple([(condition.branch, condition.count) for condition in conditions]),
-            self._in_all_networks(piece.leaf),
-            _as_positions(piece.indices),
-            slots[occurrence.features],
+            leaves[-1],
+            positions,
+            features[-1],
+            outputs,
+            wanted,
             [slots[condition.which] for condition in conditions],
             self.plans,
             self.weights,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jax.extend import core
 
+from otfusion_jax.fusion.activation_tails import Tail, TailSearch
 from otfusion_jax.fusion.corrections import Correction, Occurrence
 from otfusion_jax.fusion.flat_program import (
     ChunkCall,
@@ -53,6 +54,8 @@ class RepairPlan:
         out_of_reach: Why some parameters that features are multiplied by are not corrected, by
             their positions.
         uses: What else parameters are first used in, by their positions.
+        tails: The ways from products to the ReLUs behind them, by the numbers of the corrections.
+            Empty if nobody asks for them.
     """
 
     networks: tuple[Network, ...]
@@ -61,6 +64,7 @@ class RepairPlan:
     cuts: tuple[tuple[int, Occurrence], ...]
     out_of_reach: dict[int, str]
     uses: dict[int, str]
+    tails: dict[int, Tail]
 
     @property
     def stages(self) -> int:
@@ -87,7 +91,10 @@ class RepairPlan:
 
 
 def plan_repair(
-    networks: Sequence[Network], jaxpr: core.ClosedJaxpr, leaves: Sequence[Leaf]
+    networks: Sequence[Network],
+    jaxpr: core.ClosedJaxpr,
+    leaves: Sequence[Leaf],
+    finds_tails: bool,
 ) -> RepairPlan:
     """Goes through the program of an average, and notes what is to be corrected.
 
@@ -95,6 +102,7 @@ def plan_repair(
         networks: The networks, the average last.
         jaxpr: The program of the average. Its first arguments are the parameters.
         leaves: The parameters of the average, without their values.
+        finds_tails: Whether to look for ReLUs behind products.
 
     Returns:
         The plan. The first slots of its program are the inputs.
@@ -106,13 +114,25 @@ def plan_repair(
             arguments.append(Parameter(number, (), ()))
         else:
             arguments.append(planner.new_slot(is_feature=True, depends_on=0))
-    planner.interpret(jaxpr, (), arguments)
-    corrections = tuple(planner.state.corrections)
-    _set_stages(corrections)
+    results = planner.interpret(jaxpr, (), arguments)
     state = planner.state
+    corrections = tuple(state.corrections)
+    _set_stages(corrections)
+    tails: dict[int, Tail] = {}
+    # Features of a model that plans merge or split are not those that the ReLU is given.
+    if finds_tails and not any(network.is_moved for network in networks):
+        outputs = {result.number for result in results if isinstance(result, Slot)}
+        search = TailSearch(
+            planner.networks, state.steps, outputs, planner.is_feature, planner.depends_on
+        )
+        for correction in corrections:
+            tail = search.tail_of(correction)
+            if tail is not None:
+                tails[correction.number] = tail
     sizes = slot_bytes(planner.networks, state.steps, jaxpr.in_avals[len(leaves) :])
-    ways, cuts = _cut(planner.networks, state.steps, corrections, sizes)
-    return RepairPlan(planner.networks, corrections, ways, cuts, state.out_of_reach, state.uses)
+    ways, cuts = _cut(planner.networks, state.steps, corrections, tails, sizes)
+    found = ways, cuts, state.out_of_reach, state.uses, tails
+    return RepairPlan(planner.networks, corrections, *found)
 
 
 def _set_stages(corrections: Sequence[Correction]) -> None:
@@ -128,6 +148,7 @@ def _cut(
     networks: Sequence[Network],
     steps: Sequence[Step],
     corrections: Sequence[Correction],
+    tails: dict[int, Tail],
     sizes: dict[int, int],
 ) -> tuple[tuple[Way, ...], tuple[tuple[int, Occurrence], ...]]:
     """Cuts a program at the products, and leaves out what leads to none of them."""
@@ -140,8 +161,10 @@ def _cut(
     needed: set[int] = set()
     ways = []
     for cut in reversed(range(len(ends))):
-        _, occurrence = by_step[ends[cut]]
+        number, occurrence = by_step[ends[cut]]
         needed |= {occurrence.features, *[condition.which for condition in occurrence.conditions]}
+        if number in tails:
+            needed |= set(tails[number].others)
         start = ends[cut - 1] if cut else 0
         kept = []
         within = set(needed)
