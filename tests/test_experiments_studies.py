@@ -92,6 +92,7 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
         "coordinate descent",
         "coordinate descent, statistics restored",
         "coordinate descent, least squares",
+        "coordinate descent, least squares on activations",
         "the best single method, weights alone",
         "the best single method, images without labels",
         "merge, no data",

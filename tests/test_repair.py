@@ -193,7 +193,7 @@ def test_a_ridge_without_end_leaves_the_average():
     repair = functools.partial(otf.repair, symmetry, ref.network, nets, x)
     jax.tree.map(close, repair(method=otf.LeastSquares(1e8, restore=False)), otf.average(nets))
     # What is left to do then is to restore statistics.
-    jax.tree.map(close, repair(method=otf.LeastSquares(1e8)), repair())
+    jax.tree.map(close, repair(method=otf.LeastSquares(1e8, at="preactivation")), repair())
 
 
 @METHODS

@@ -10,12 +10,13 @@ is an affine function of the features, unit by unit. It is found in the flat pro
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from otfusion_jax.fusion.flat_program import (
     ChunkCall,
     Constant,
     Fixed,
+    Parameter,
     Reference,
     Slot,
     Step,
@@ -38,6 +40,8 @@ from otfusion_jax.fusion.side_by_side import Network
 from otfusion_jax.tracing.jaxprs import closed, is_jaxpr
 
 _SUMS = (P.add_p, P.sub_p)
+_LEAST_FACTOR = 0.01
+"""A unit multiplied by so much less than the others on the way to a ReLU is fitted before it."""
 
 
 class Tail(NamedTuple):
@@ -61,10 +65,14 @@ class Tail(NamedTuple):
 
 
 def cuts_at_zero(jaxpr: core.ClosedJaxpr) -> bool:
-    """Whether there is a maximum with 0 in a program, as ReLUs are, so that there may be tails."""
+    """Whether there may be a maximum with 0 in a program, as ReLUs are.
+
+    That of a softmax is one with minus infinity. What is no literal may be 0.
+    """
     for eqn in jaxpr.jaxpr.eqns:
-        for atom in eqn.invars if eqn.primitive is P.max_p else ():
-            if isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 and atom.val == 0:
+        if eqn.primitive is P.max_p:
+            literals = [atom.val for atom in eqn.invars if isinstance(atom, core.Literal)]
+            if all(np.ndim(value) == 0 and value == 0 for value in literals):
                 return True
         for parameter in jax.tree.leaves(eqn.params):
             if is_jaxpr(parameter) and cuts_at_zero(closed(parameter)):
@@ -72,36 +80,72 @@ def cuts_at_zero(jaxpr: core.ClosedJaxpr) -> bool:
     return False
 
 
-class TailSearch:
-    """Finds the ways from products to ReLUs in a flat program.
+class ReaderSearch:
+    """Follows what products put out to those who read it, in a flat program.
 
     Attributes:
         networks: The networks, the average last.
         steps: The steps of the program.
+        corrections: The corrections, with their stages.
         outputs: The slots that the program returns.
         is_feature: For each slot whether it depends on the inputs.
-        depends_on: For each slot the corrections that it depends on in the average, as bits.
+        dependencies: From what a step reads to the corrections that it depends on, as bits.
     """
 
     def __init__(
         self,
         networks: Sequence[Network],
         steps: Sequence[Step],
+        corrections: Sequence[Correction],
         outputs: set[int],
         is_feature: Sequence[bool],
-        depends_on: Sequence[int],
+        dependencies: Callable[[Reference], int],
     ):
         self.networks = networks
         self.steps = steps
+        self.corrections = corrections
         self.outputs = outputs
         self.is_feature = is_feature
-        self.depends_on = depends_on
+        self.dependencies = dependencies
         self._made_in: dict[int, int] = {}
         self._read_in: dict[int, list[int]] = {}
+        self._reads_of_leaf: dict[int, list[tuple[int, ...]]] = {}
         for number, step in enumerate(steps):
             self._made_in.update(dict.fromkeys(step.results, number))
             for slot in _slots(step):
                 self._read_in.setdefault(slot, []).append(number)
+            for operand in step.operands:
+                if isinstance(operand, Parameter):
+                    self._reads_of_leaf.setdefault(operand.leaf, []).append(operand.indices)
+
+    def owns_bias(self, correction: Correction) -> bool:
+        """Whether all that reads a product is a sum with a bias that nothing else reads.
+
+        Then a shift of the product and one of the bias are the same. A bias that is read twice, as
+        one that layers share, shifts more than this product.
+
+        Args:
+            correction: The correction of the product.
+        """
+        if len(correction.occurrences) != 1 or len(correction.receivers) != 1:
+            return False
+        (leaf, indices), _ = correction.receivers[0]
+        reads = 0
+        for other in self._reads_of_leaf.get(leaf, []):
+            # Of stacked biases, each is read in an iteration of its own.
+            shorter = min(len(indices), len(other))
+            reads += other[:shorter] == indices[:shorter]
+        (slot,) = self.steps[correction.occurrences[0].step].results
+        while reads == 1:
+            number = self._only_reader(slot)
+            if number is None:
+                return False
+            step = self.steps[number]
+            if any(isinstance(x, Parameter) and x.leaf == leaf for x in step.operands):
+                return True
+            # A cast.
+            slot = step.results[0]
+        return False
 
     def tail_of(self, correction: Correction) -> Tail | None:
         """Finds the way from the product of a correction to the ReLU behind it.
@@ -123,11 +167,13 @@ class TailSearch:
                 return None
             if self._is_relu(self.steps[number], slot):
                 break
-            if not self._is_affine(self.steps[number], slot, start, correction):
+            if not self._is_affine(self.steps[number], slot, start):
                 return None
             chain.append(number)
             (slot,) = self.steps[number].results
-        numbers = sorted(self._with_what_they_need(chain, product))
+        numbers = sorted(self._with_what_they_need(chain))
+        if not all(self._is_settled(self.steps[number], correction) for number in numbers):
+            return None
         call = chunk_of(self.networks, [self.steps[number] for number in numbers], {slot})
         return Tail(call, product)
 
@@ -150,16 +196,16 @@ class TailSearch:
             values = [reference.value]
         else:
             return False
-        return all(np.ndim(value) == 0 and value == 0 for value in values)
+        return all(_is_known_zero(value) for value in values)
 
-    def _is_affine(self, step: Step, slot: int, start: int, correction: Correction) -> bool:
-        """Whether a step is an affine function of a slot, unit by unit, that is known at a product.
+    def _is_affine(self, step: Step, slot: int, start: int) -> bool:
+        """Whether a step is an affine function of a slot, unit by unit.
 
         Args:
             step: The step.
             slot: The slot.
-            start: The number of the step of the product.
-            correction: The correction of the product.
+            start: The number of the step of the product, before which features are made that are
+                added.
         """
         if step.kind != "equation":
             return False
@@ -174,18 +220,28 @@ class TailSearch:
         if len(others) != 1:
             return False
         if eqn.primitive in _SUMS:
-            return self._is_known(others[0], start, correction)
+            return not self._is_feature(others[0]) or self._is_made_before(others[0], start)
         is_factor = eqn.primitive is P.mul_p
         is_divided = eqn.primitive is P.div_p and step.operands[0] == Slot(slot)
         return (is_factor or is_divided) and not self._is_feature(others[0])
 
-    def _is_known(self, reference: Reference, start: int, correction: Correction) -> bool:
-        """Whether something is known at a product, as corrected as it will be."""
-        if not self._is_feature(reference):
-            return True
+    def _is_made_before(self, reference: Reference, start: int) -> bool:
         assert isinstance(reference, Slot), "only slots depend on inputs"
-        comes_before = self._made_in.get(reference.number, -1) < start
-        return comes_before and not self.depends_on[reference.number] & ~correction.needs
+        return self._made_in.get(reference.number, -1) < start
+
+    def _is_settled(self, step: Step, correction: Correction) -> bool:
+        """Whether what a step reads has been corrected in earlier stages, if it ever is.
+
+        The product itself is about to be, and so is its bias.
+        """
+        found = 0
+        for operand in step.operands:
+            found |= self.dependencies(operand)
+        for number, other in enumerate(self.corrections):
+            is_later = other.stage >= correction.stage
+            if found >> number & 1 and is_later and number != correction.number:
+                return False
+        return True
 
     def _is_feature(self, reference: Reference) -> bool:
         return isinstance(reference, Slot) and self.is_feature[reference.number]
@@ -193,7 +249,7 @@ class TailSearch:
     def _primitive(self, step: Step) -> Any:
         return self.networks[-1].equations[step.path].eqn.primitive
 
-    def _with_what_they_need(self, chain: Sequence[int], product: int) -> set[int]:
+    def _with_what_they_need(self, chain: Sequence[int]) -> set[int]:
         """Adds to some steps those that make of parameters what they read."""
         found = set(chain)
         stack = list(chain)
@@ -205,6 +261,10 @@ class TailSearch:
                 found.add(made_in)
                 stack.append(made_in)
         return found
+
+
+def _is_known_zero(value: Any) -> bool:
+    return not isinstance(value, Tracer) and np.ndim(value) == 0 and bool(value == 0)
 
 
 def _slots(step: Step) -> list[int]:
@@ -251,22 +311,28 @@ def _wanted(
 ) -> Array:
     """Computes what `wanted_features` returns."""
 
-    def before_relu(product: tuple[Array, ...]) -> tuple[Array, ...]:
+    def before_relu(product: tuple[Array, ...], others: Any) -> tuple[Array, ...]:
         found = product
         if chunk.steps:
-            slots = [product if slot is None else slot for slot in read]
+            slots = [product if slot is None else slot for slot in others]
             (found,) = run_chunk(chunk, leaves, slots, positions)
         return tuple([x.astype(accumulation_dtype(x.dtype)) for x in found])
 
-    *theirs, ours = before_relu(outputs)
+    *theirs, ours = before_relu(outputs, read)
     shares = [weight.astype(ours.dtype) for weight in weights]
     terms = list(zip(shares, theirs, strict=True))
     active = sum((share * jnp.maximum(x, 0) for share, x in terms), jnp.zeros_like(ours))
     # Where all models are off, to be off is all that is asked for.
     wanted = jnp.where(active > 0, active, jnp.minimum(ours, 0))
-    # It is factor * product + rest, of which the product's part is asked for.
-    rest = before_relu(tuple([jnp.zeros_like(x) for x in outputs]))[-1]
-    factor = before_relu(tuple([jnp.ones_like(x) for x in outputs]))[-1] - rest
-    is_any = factor != 0
-    inverse = (wanted - rest) / jnp.where(is_any, factor, 1)
-    return jnp.where(is_any, inverse, outputs[-1].astype(inverse.dtype))
+    # It is factor * product + rest, of which the product's part is asked for. The factor is taken
+    # without what is added on the way, beside which it may be small.
+    zeros, ones = (tuple([fill(x) for x in outputs]) for fill in (jnp.zeros_like, jnp.ones_like))
+    rest = before_relu(zeros, read)[-1]
+    nothing = jax.tree.map(jnp.zeros_like, read)
+    factor = before_relu(ones, nothing)[-1] - before_relu(zeros, nothing)[-1]
+    # A unit that is next to switched off would have to become very large.
+    matters = jnp.abs(factor) > _LEAST_FACTOR * jnp.mean(jnp.abs(factor))
+    inverse = (wanted - rest) / jnp.where(matters, factor, 1)
+    in_models = [x.astype(inverse.dtype) for x in outputs[:-1]]
+    plain = sum((w * x for w, x in zip(shares, in_models, strict=True)), jnp.zeros_like(inverse))
+    return jnp.where(matters, inverse, plain)

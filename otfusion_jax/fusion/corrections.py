@@ -74,6 +74,7 @@ class Correction:
         receivers: The biases that take what is to be added to its units.
         needs: The numbers of the corrections that its features depend on, as bits.
         stage: How many passes come before it.
+        owns_bias: Whether a bias takes what is to be added to its units, and does nothing else.
     """
 
     number: int
@@ -86,3 +87,4 @@ class Correction:
     receivers: list[Receiver] = dataclasses.field(default_factory=list)
     needs: int = 0
     stage: int = 0
+    owns_bias: bool = False

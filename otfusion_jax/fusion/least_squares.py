@@ -60,11 +60,12 @@ class LeastSquares(AbstractRepair):
     little: how far a unit is off is of no account where it is off in all models, and where it is on
     in one of two, their mean may be off. So what is fitted is what the ReLU puts out (`at`): where
     a unit is on in any model, the mean of the models' activations; elsewhere nothing but that it is
-    off, as far as the average had it so. Biases, batch normalisation and a residual on the way to
-    the ReLU are allowed for.
+    off, where the average has it off. Biases, batch normalisation and a residual on the way to the
+    ReLU are allowed for, if the residual is computed before the product.
 
-    Features that come out of a fit vary less than those that it is fitted to. With `restore`, units
-    that a bias follows are brought to the mean and deviation that they have in the models, as
+    Where a bias follows that nothing else reads, both are fitted together (`restore`). Features
+    that come out of a fit vary less than those that it is fitted to. So where preactivations are
+    fitted, units are then brought to the mean and deviation that they have in the models, as
     `RestoreStatistics` does, before what comes behind them is fitted.
 
     Attributes:
@@ -76,10 +77,11 @@ class LeastSquares(AbstractRepair):
         at: Whether features are compared at the `"activation"`, behind a ReLU, or at the
             `"preactivation"`. It makes no difference where no ReLU follows, where anything else
             reads what it is given, and beside models that were moved along soft plans.
-        restore: Whether a parameter is fitted together with the bias behind it, and its units then
-            given the mean and deviation that they have in the models, on average. Of batch
-            normalisation the running mean is such a bias. Where none follows, where units of groups
-            are a part of what comes out, and of complex numbers, it makes no difference.
+        restore: Whether a parameter is fitted together with the bias behind it; and, at
+            preactivations, its units are then given the mean and deviation that they have in the
+            models, on average. Of batch normalisation the running mean is such a bias. Where none
+            follows, where something else reads the product or the bias, where units of groups are a
+            part of what comes out, and of complex numbers, it makes no difference.
     """
 
     needs_units: ClassVar[bool] = False
@@ -161,9 +163,12 @@ class LeastSquares(AbstractRepair):
             fitted, held_out = sums.normal
             chosen = chosen_ridge(equations(fitted), equations(held_out), self.ridge)
             whole, ridge = fitted.plus(held_out), chosen
-        leaf = leaf + equations(whole).solved(ridge)
+        change = equations(whole).solved(ridge)
+        leaf = leaf + change
         shifts: tuple[Array | None, ...] = (None,) * len(correctable.parts)
-        if part is not None:
+        if part is not None and correctable.is_before_relu:
+            shifts = (_intercept(form, change, part, whole),)
+        elif part is not None:
             *theirs, _ = sums.units[0]
             ours = _statistics(form, leaf, part, whole)
             leaf, shift = restored(leaf, part, correctable.weights, tuple(theirs), ours)
@@ -200,6 +205,23 @@ def _part_to_restore(correctable: Correctable) -> Part | None:
     return part if units.size == leaf.size else None
 
 
+def _intercept(form: LinearForm, change: Array, part: Part, sums: CentredSums) -> Array:
+    """Returns what a bias has to add for the mean of what is wanted, behind a change."""
+    matrix = form.matrix(change)
+    highest = jax.lax.Precision.HIGHEST
+    moved = jnp.einsum("gw,gwu->gu", sums.row_mean, matrix, precision=highest)
+    by_units = _by_units(form, change, part, sums.missing_mean - moved)
+    return jnp.mean(by_units, axis=-1)
+
+
+def _by_units(form: LinearForm, leaf: Array, part: Part, columns: Array) -> Array:
+    """Brings a number for each column of a matrix to the units, each with those of its weights."""
+    shape = jax.eval_shape(form.matrix, leaf).shape
+    by_weight = form.transposed_matrix(leaf)(jnp.broadcast_to(columns[:, None], shape))
+    (member,) = part.members
+    return units_of(by_weight, member.location, part.group)
+
+
 def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) -> UnitStatistics:
     """Returns the mean and the deviation that units have with a parameter."""
     matrix = form.matrix(leaf)
@@ -207,16 +229,9 @@ def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) ->
     means = jnp.einsum("gw,gwu->gu", sums.row_mean, matrix, precision=highest)
     squares = jnp.sum(matrix * jnp.matmul(sums.gram, matrix, precision=highest), axis=1)
     variances = jnp.maximum(squares / jnp.maximum(sums.count, 1), 0)
-    transpose = form.transposed_matrix(leaf)
-    (member,) = part.members
-
-    def of_units(columns: Array) -> Array:
-        """Brings a number for each column to the units, each with those of all its weights."""
-        by_weight = transpose(jnp.broadcast_to(columns[:, None], matrix.shape))
-        return units_of(by_weight, member.location, part.group)
-
     # Several columns may be one unit.
-    means = of_units(means)
+    means = _by_units(form, leaf, part, means)
+    variances = _by_units(form, leaf, part, variances)
     mean = jnp.mean(means, axis=-1)
-    variance = jnp.mean(of_units(variances) + (means - mean[..., None]) ** 2, axis=-1)
+    variance = jnp.mean(variances + (means - mean[..., None]) ** 2, axis=-1)
     return UnitStatistics(mean, jnp.sqrt(variance))

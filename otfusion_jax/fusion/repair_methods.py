@@ -103,7 +103,7 @@ class Part(NamedTuple):
     Attributes:
         group: The group of the units.
         members: The axes of the parameter that the units lie along.
-        has_bias: Whether a bias follows that can take a shift of the units.
+        has_bias: Whether a bias follows that can take a shift of the units, and does nothing else.
         statistics: From the moments of the units in each model, K of them, to their statistics as
             units of the average. Where plans merge or split the units of a model, these are means
             over the statistics of its own units.
@@ -123,12 +123,14 @@ class Correctable(NamedTuple):
         form: The product as a linear function of the parameter.
         weights: The weights of the models, float `[K]`.
         parts: What comes out and belongs to groups. Empty if the method does not look at units.
+        is_before_relu: Whether `Product.wanted` has said what is to come out.
     """
 
     leaf: Array
     form: LinearForm
     weights: Float[Array, " k"]
     parts: tuple[Part, ...]
+    is_before_relu: bool
 
 
 Shifts = tuple[Float[Array, "*batch units"] | None, ...]
@@ -173,7 +175,8 @@ class AbstractRepair(abc.ABC):
         Where it does not, layers of one shape share what is compiled.
 
         Args:
-            has_bias: Whether a bias follows that can take a shift of the units.
+            has_bias: Whether a bias follows that can take a shift of the units, and does nothing
+                else.
         """
         return self.needs_units
 

@@ -84,12 +84,16 @@ class Site(NamedTuple):
         forms: The product in each network, the average last.
         movers: How what comes out of each model is moved.
         parts: The units that come out.
+        owns_bias: Whether a bias follows that nothing else reads.
+        has_tail: Whether a ReLU follows, and the method asks for what it puts out.
     """
 
     method: AbstractRepair
     forms: tuple[LinearForm, ...]
     movers: tuple[Mover | None, ...]
     parts: tuple[UnitSite, ...]
+    owns_bias: bool
+    has_tail: bool
 
 
 def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) -> Site:
@@ -118,10 +122,12 @@ def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) ->
         roles.append(role_of_units(group, leaf, view.location.index))
     movers = [mover_of(network, average, path, roles) for network in plan.networks[:-1]]
     parts = []
-    if method.looks_at_units(has_bias=bool(correction.receivers)):
+    if method.looks_at_units(correction.owns_bias):
         for number in innermost(views):
             parts.append(_unit_site(plan, correction, views[number], number, roles))
-    return Site(method, tuple(forms), tuple(movers), tuple(parts))
+    has_tail = correction.number in plan.tails
+    found = tuple(forms), tuple(movers), tuple(parts), correction.owns_bias, has_tail
+    return Site(method, *found)
 
 
 def _unit_site(
@@ -241,9 +247,10 @@ def _corrected(
     parts = []
     for part in site.parts:
         statistics = functools.partial(_statistics, part, plans)
-        parts.append(Part(part.group, part.members, any(part.receivers), statistics))
+        has_bias = site.owns_bias and any(part.receivers)
+        parts.append(Part(part.group, part.members, has_bias, statistics))
     piece = _sliced(leaf, positions)
-    correctable = Correctable(piece, site.forms[-1], weights, tuple(parts))
+    correctable = Correctable(piece, site.forms[-1], weights, tuple(parts), site.has_tail)
     corrected = Corrected(*site.method.correct(correctable, sums))
     return corrected._replace(leaf=_with_slice(leaf, positions, corrected.leaf))
 
@@ -439,7 +446,9 @@ class RepairRun:
         # A method that does not look at units shifts none.
         for part, amount in zip(site.parts, corrected.shifts, strict=True):
             for receiver, members in zip(correction.receivers, part.receivers, strict=True):
-                if amount is not None and members:
+                # What is subtracted may be a threshold, which is no bias where it is read again.
+                is_bias = receiver.sign == 1 or site.owns_bias
+                if amount is not None and members and is_bias:
                     leaf, indices = receiver.piece
                     positions = _as_positions(indices)
                     own = receiver.sign * amount

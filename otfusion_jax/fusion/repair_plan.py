@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jax.extend import core
 
-from otfusion_jax.fusion.activation_tails import Tail, TailSearch
+from otfusion_jax.fusion.activation_tails import ReaderSearch, Tail
 from otfusion_jax.fusion.corrections import Correction, Occurrence
 from otfusion_jax.fusion.flat_program import (
     ChunkCall,
@@ -118,17 +118,22 @@ def plan_repair(
     state = planner.state
     corrections = tuple(state.corrections)
     _set_stages(corrections)
+    search = ReaderSearch(
+        planner.networks,
+        state.steps,
+        corrections,
+        {result.number for result in results if isinstance(result, Slot)},
+        planner.is_feature,
+        planner.dependencies,
+    )
     tails: dict[int, Tail] = {}
     # Features of a model that plans merge or split are not those that the ReLU is given.
-    if finds_tails and not any(network.is_moved for network in networks):
-        outputs = {result.number for result in results if isinstance(result, Slot)}
-        search = TailSearch(
-            planner.networks, state.steps, outputs, planner.is_feature, planner.depends_on
-        )
-        for correction in corrections:
-            tail = search.tail_of(correction)
-            if tail is not None:
-                tails[correction.number] = tail
+    finds_tails &= not any(network.is_moved for network in networks)
+    for correction in corrections:
+        correction.owns_bias = search.owns_bias(correction)
+        tail = search.tail_of(correction) if finds_tails else None
+        if tail is not None:
+            tails[correction.number] = tail
     sizes = slot_bytes(planner.networks, state.steps, jaxpr.in_avals[len(leaves) :])
     ways, cuts = _cut(planner.networks, state.steps, corrections, tails, sizes)
     found = ways, cuts, state.out_of_reach, state.uses, tails

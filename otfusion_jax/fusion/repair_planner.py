@@ -176,7 +176,7 @@ class Planner:
         is_feature, depends_on = False, 0
         for reference in operands:
             is_feature |= self._is_feature(reference)
-            depends_on |= self._dependencies(reference)
+            depends_on |= self.dependencies(reference)
             if isinstance(reference, Parameter):
                 self.state.uses.setdefault(reference.leaf, place)
                 self._settle(reference)
@@ -188,7 +188,7 @@ class Planner:
     def _is_feature(self, reference: Reference) -> bool:
         return isinstance(reference, Slot) and self.is_feature[reference.number]
 
-    def _dependencies(self, reference: Reference) -> int:
+    def dependencies(self, reference: Reference) -> int:
         """Returns the corrections that a value depends on in the average, as bits."""
         if isinstance(reference, Slot):
             return self.depends_on[reference.number]
