@@ -308,3 +308,74 @@ def test_units_that_are_off_in_all_models_may_stay_as_the_average_has_them():
     symmetry = otf.trace_symmetry(net, off, x)
     found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares())
     np.testing.assert_array_equal(found["in"], 2 * off["in"])
+
+
+def hidden(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["in"]
+
+
+def read_beside_its_bias(params, x):
+    h = hidden(params, x)
+    return jax.nn.relu(h + params["b"][None]) @ params["out"] + jnp.sin(h) @ params["out"]
+
+
+def added_twice(params, x):
+    bias = params["b"][None]
+    return jax.nn.relu(hidden(params, x) + bias + bias) @ params["out"]
+
+
+def shared(params, x):
+    h = jax.nn.relu(hidden(params, x) + params["b"][None])
+    return jax.nn.relu(h @ params["again"] + params["b"][None]) @ params["out"]
+
+
+def thresholded(params, x):
+    h, threshold = hidden(params, x), params["b"][None]
+    return (jax.nn.relu(h - threshold) - jax.nn.relu(-h - threshold)) @ params["out"]
+
+
+@pytest.mark.parametrize("fn", [read_beside_its_bias, added_twice, shared, thresholded])
+def test_a_bias_is_fitted_with_a_layer_only_if_nothing_else_reads_either(fn):
+    shapes = {"first": (5, 8), "in": (8, 6), "b": (6,), "out": (6, 3)}
+    if fn is shared:
+        shapes["again"] = (6, 6)
+    nets, x = [normals(shapes, seed) for seed in range(2)], 1 + normal(100, 5, seed=4)
+    symmetry = otf.trace_symmetry(fn, nets[0], x)
+    repair = functools.partial(otf.repair, symmetry, fn, nets, x)
+    both, plain = (
+        repair(method=otf.LeastSquares(0.1, None, at="preactivation", restore=restore))
+        for restore in (True, False)
+    )
+    for name in ("in", "b"):
+        np.testing.assert_array_equal(both[name], plain[name])
+    if fn is thresholded:
+        np.testing.assert_array_equal(repair()["b"], otf.average(nets)["b"])
+
+
+def test_a_limit_that_is_traced_is_no_relu():
+    shapes = {"in": (5, 6), "b": (6,), "out": (6, 3)}
+    nets, x = [normals(shapes, seed) for seed in range(2)], normal(30, 5, seed=4)
+
+    def limited(limit):
+        return lambda p, x: jnp.maximum(x @ p["in"] + p["b"][None], limit) @ p["out"]
+
+    symmetry = otf.trace_symmetry(limited(0.0), nets[0], x)
+    found = jax.jit(
+        lambda limit: otf.repair(symmetry, limited(limit), nets, x, method=otf.LeastSquares())
+    )(jnp.float32(0))
+    method = otf.LeastSquares(at="preactivation")
+    jax.tree.map(close, found, otf.repair(symmetry, limited(0.0), nets, x, method=method))
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-6])
+def test_a_unit_next_to_switched_off_does_not_become_large(gain):
+    def net(p, x):
+        h = (jnp.tanh(x @ p["first"]) @ p["in"] - p["mean"][None]) * p["gain"][None]
+        return jax.nn.relu(h + p["b"][None]) @ p["out"]
+
+    shapes = {"first": (5, 8), "in": (8, 6), "b": (6,), "out": (6, 3), "mean": (6,), "gain": (6,)}
+    nets, x = [normals(shapes, seed) for seed in range(2)], normal(200, 5, seed=4)
+    nets = [net | {"gain": (jnp.abs(net["gain"]) + 0.5).at[0].set(gain)} for net in nets]
+    symmetry = otf.trace_symmetry(net, nets[0], x)
+    found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares(restore=False))
+    assert jnp.max(jnp.abs(found["in"][:, 0])) < 3 * jnp.max(jnp.abs(otf.average(nets)["in"]))

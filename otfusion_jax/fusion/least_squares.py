@@ -54,7 +54,8 @@ class LeastSquares(AbstractRepair):
     samples of each batch, and that one is taken whose features are closest on the last fifth; then
     the parameter is fitted to all. So let samples be in no order. It takes no more passes over the
     data, and twice the memory for sums. Where batches have fewer than five samples each, the first
-    ridge is taken.
+    ridge is taken. At activations large ridges look better than they are, see below: what is wanted
+    of a unit that is to be off is what the average does.
 
     Where a ReLU follows, a fit to the mean of what comes before it asks for too much, and too
     little: how far a unit is off is of no account where it is off in all models, and where it is on

@@ -115,8 +115,8 @@ def merge(
             weights and preactivations without them as well; where units can change their signs,
             with signs and without.
         repairs: The repairs to try, instances; `()` tries none. None means `RestoreStatistics` and
-            `LeastSquares`, the latter with the best of several ridges for each parameter, behind
-            ReLUs, if there are any, and before them.
+            `LeastSquares`: at preactivations with the best of several ridges for each parameter,
+            and at activations if there may be ReLUs.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
             inputs. With it, each average and each repair is tried with running statistics estimated

@@ -90,8 +90,12 @@ def checked_repairs(repairs: Any, known: Known, has_relu: bool) -> tuple[Abstrac
     if repairs is None:
         # A ridge that is best for one kind of noise says nothing of another.
         ridge = 0.01 if known.whole is None else _RIDGES
-        usual = RestoreStatistics(), LeastSquares(ridge=ridge)
-        return (*usual, LeastSquares(ridge=ridge, at="preactivation")) if has_relu else usual
+        if not has_relu:
+            return RestoreStatistics(), LeastSquares(ridge=ridge)
+        # What is wanted behind a ReLU is in part what the average does: large ridges would look
+        # better than they are.
+        before = LeastSquares(ridge=ridge, at="preactivation")
+        return RestoreStatistics(), LeastSquares(), before
     examples = "a list of instances, as [otf.LeastSquares()]"
     if isinstance(repairs, AbstractRepair) or not isinstance(repairs, Sequence):
         raise TypeError(f"repairs is {kind_of(repairs)}; pass {examples}")
