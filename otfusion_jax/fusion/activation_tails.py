@@ -319,20 +319,25 @@ def _wanted(
         return tuple([x.astype(accumulation_dtype(x.dtype)) for x in found])
 
     *theirs, ours = before_relu(outputs, read)
-    shares = [weight.astype(ours.dtype) for weight in weights]
-    terms = list(zip(shares, theirs, strict=True))
-    active = sum((share * jnp.maximum(x, 0) for share, x in terms), jnp.zeros_like(ours))
+    active = jnp.zeros_like(ours)
+    in_models = jnp.zeros_like(ours)
+    for weight, x, output in zip(weights, theirs, outputs, strict=False):
+        share = weight.astype(ours.dtype)
+        active += share * jnp.maximum(x, 0)
+        in_models += share * output.astype(ours.dtype)
     # Where all models are off, to be off is all that is asked for.
     wanted = jnp.where(active > 0, active, jnp.minimum(ours, 0))
     # It is factor * product + rest, of which the product's part is asked for. The factor is taken
     # without what is added on the way, beside which it may be small.
-    zeros, ones = (tuple([fill(x) for x in outputs]) for fill in (jnp.zeros_like, jnp.ones_like))
-    rest = before_relu(zeros, read)[-1]
+    zeros = tuple(map(jnp.zeros_like, outputs))
+    ones = tuple(map(jnp.ones_like, outputs))
     nothing = jax.tree.map(jnp.zeros_like, read)
-    factor = before_relu(ones, nothing)[-1] - before_relu(zeros, nothing)[-1]
+    rest = before_relu(zeros, read)[-1]
+    at_zero = before_relu(zeros, nothing)[-1]
+    at_one = before_relu(ones, nothing)[-1]
+    factor = at_one - at_zero
+    size = jnp.abs(factor)
     # A unit that is next to switched off would have to become very large.
-    matters = jnp.abs(factor) > _LEAST_FACTOR * jnp.mean(jnp.abs(factor))
+    matters = size > _LEAST_FACTOR * jnp.mean(size)
     inverse = (wanted - rest) / jnp.where(matters, factor, 1)
-    in_models = [x.astype(inverse.dtype) for x in outputs[:-1]]
-    plain = sum((w * x for w, x in zip(shares, in_models, strict=True)), jnp.zeros_like(inverse))
-    return jnp.where(matters, inverse, plain)
+    return jnp.where(matters, inverse, in_models)
