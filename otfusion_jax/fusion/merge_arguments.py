@@ -10,7 +10,7 @@ from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.fusion.drawn_inputs import drawn_samples
+from otfusion_jax.fusion.drawn_inputs import drawn_samples, look_like_images
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known
 from otfusion_jax.fusion.repair_methods import AbstractRepair, RestoreStatistics
@@ -92,9 +92,12 @@ def checked_repairs(repairs: Any, known: Known, has_relu: bool) -> tuple[Abstrac
         ridge = 0.01 if known.whole is None else _RIDGES
         if not has_relu:
             return RestoreStatistics(), LeastSquares(ridge=ridge)
+        before = LeastSquares(ridge=ridge, at="preactivation")
+        # Which units noise switches on says little of those that inputs do.
+        if known.whole is None and not look_like_images(known.example):
+            return RestoreStatistics(), before
         # What is wanted behind a ReLU is in part what the average does: large ridges would look
         # better than they are.
-        before = LeastSquares(ridge=ridge, at="preactivation")
         return RestoreStatistics(), LeastSquares(), before
     examples = "a list of instances, as [otf.LeastSquares()]"
     if isinstance(repairs, AbstractRepair) or not isinstance(repairs, Sequence):
