@@ -22,7 +22,7 @@ from jax.extend.core import primitives as P
 from jaxtyping import Float, Int
 
 from otfusion_jax.common.host import Array, accumulation_dtype
-from otfusion_jax.fusion.corrections import Correction
+from otfusion_jax.fusion.corrections import Correction, overlap
 from otfusion_jax.fusion.flat_program import (
     Chunk,
     ChunkCall,
@@ -36,8 +36,8 @@ from otfusion_jax.fusion.flat_program import (
     run_chunk,
     value_of_constant,
 )
+from otfusion_jax.fusion.narrowest import equations_within
 from otfusion_jax.fusion.side_by_side import Network
-from otfusion_jax.tracing.jaxprs import closed, is_jaxpr
 
 _SUMS = (P.add_p, P.sub_p)
 _LEAST_FACTOR = 0.01
@@ -69,14 +69,12 @@ def cuts_at_zero(jaxpr: core.ClosedJaxpr) -> bool:
 
     That of a softmax is one with minus infinity. What is no literal may be 0.
     """
-    for eqn in jaxpr.jaxpr.eqns:
-        if eqn.primitive is P.max_p:
-            literals = [atom.val for atom in eqn.invars if isinstance(atom, core.Literal)]
-            if all(np.ndim(value) == 0 and value == 0 for value in literals):
-                return True
-        for parameter in jax.tree.leaves(eqn.params):
-            if is_jaxpr(parameter) and cuts_at_zero(closed(parameter)):
-                return True
+    for outer in jaxpr.jaxpr.eqns:
+        for eqn in [outer, *equations_within(outer)]:
+            if eqn.primitive is P.max_p:
+                literals = [atom.val for atom in eqn.invars if isinstance(atom, core.Literal)]
+                if all(_is_known_zero(value) for value in literals):
+                    return True
     return False
 
 
@@ -133,8 +131,7 @@ class ReaderSearch:
         reads = 0
         for other in self._reads_of_leaf.get(leaf, []):
             # Of stacked biases, each is read in an iteration of its own.
-            shorter = min(len(indices), len(other))
-            reads += other[:shorter] == indices[:shorter]
+            reads += overlap(indices, other)
         (slot,) = self.steps[correction.occurrences[0].step].results
         while reads == 1:
             number = self._only_reader(slot)

@@ -19,6 +19,17 @@ class Piece(NamedTuple):
     indices: tuple[int, ...]
 
 
+def overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two pieces of one parameter have something in common.
+
+    Args:
+        one: The indices of one piece.
+        other: Those of the other.
+    """
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
 class Condition(NamedTuple):
     """What has to hold for features to be real: that a branch is taken.
 

@@ -129,14 +129,16 @@ class LeastSquares(AbstractRepair):
         rows, columns = form.rows(product.features), form.columns(missing)
         # Without units there is nothing to restore.
         sums = CentredSums.of if product.units else NormalSums.of
+        # At activations nothing but a mean is, which these sums have.
+        units = product.units if product.wanted is None else ()
         if not isinstance(self.ridge, tuple):
             whole = sums(rows, columns)
-            return _Sums((whole,), product.units)
+            return _Sums((whole,), units)
         # The first axis of features comes first among the rows, so that the last are whole samples.
         edge = rows.shape[1] - rows.shape[1] // _HELD_OUT
         fitted = sums(rows[:, :edge], columns[:, :edge])
         held_out = sums(rows[:, edge:], columns[:, edge:])
-        return _Sums((fitted, held_out), product.units)
+        return _Sums((fitted, held_out), units)
 
     def added(self, one: Any, other: Any) -> "_Sums":
         """See `AbstractRepair.added`."""
@@ -182,7 +184,7 @@ class _Sums(NamedTuple):
 
     Attributes:
         normal: The sums of all samples, or of those to fit to and of those that are held out.
-        units: As `Product` has them. Empty unless statistics are restored.
+        units: As `Product` has them. Empty unless deviations are restored.
     """
 
     normal: tuple[NormalSums | CentredSums, ...]
@@ -208,9 +210,7 @@ def _part_to_restore(correctable: Correctable) -> Part | None:
 
 def _intercept(form: LinearForm, change: Array, part: Part, sums: CentredSums) -> Array:
     """Returns what a bias has to add for the mean of what is wanted, behind a change."""
-    matrix = form.matrix(change)
-    highest = jax.lax.Precision.HIGHEST
-    moved = jnp.einsum("gw,gwu->gu", sums.row_mean, matrix, precision=highest)
+    moved = sums.mean_times(form.matrix(change))
     by_units = _by_units(form, change, part, sums.missing_mean - moved)
     return jnp.mean(by_units, axis=-1)
 
@@ -227,11 +227,10 @@ def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) ->
     """Returns the mean and the deviation that units have with a parameter."""
     matrix = form.matrix(leaf)
     highest = jax.lax.Precision.HIGHEST
-    means = jnp.einsum("gw,gwu->gu", sums.row_mean, matrix, precision=highest)
     squares = jnp.sum(matrix * jnp.matmul(sums.gram, matrix, precision=highest), axis=1)
     variances = jnp.maximum(squares / jnp.maximum(sums.count, 1), 0)
     # Several columns may be one unit.
-    means = _by_units(form, leaf, part, means)
+    means = _by_units(form, leaf, part, sums.mean_times(matrix))
     variances = _by_units(form, leaf, part, variances)
     mean = jnp.mean(means, axis=-1)
     variance = jnp.mean(variances + (means - mean[..., None]) ** 2, axis=-1)

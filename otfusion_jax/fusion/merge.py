@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-
 from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
@@ -20,14 +18,14 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.fusion.activation_tails import cuts_at_zero
 from otfusion_jax.fusion.candidates import checked_candidates
 from otfusion_jax.fusion.divergence import Outputs, objective_of
 from otfusion_jax.fusion.merge_arguments import (
-    checked_repairs,
     known_inputs,
     require_counts,
     require_hashable,
+    require_repairs,
+    usual_repairs,
     weighed_leaves,
 )
 from otfusion_jax.fusion.merge_report import Merged
@@ -180,8 +178,8 @@ def merge(
     bar = shown_bar() if progress else silent_bar
     most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
     known = known_inputs(batches, inputs, most, key)
-    has_relu = cuts_at_zero(jax.make_jaxpr(fn)(models[0], *known.example))
-    chosen_repairs = checked_repairs(repairs, known, has_relu)
+    if repairs is not None:
+        require_repairs(repairs)
     objective = None
     if known.fit is not None:
         objective = objective_of(fn, outputs, loss, _CALL)
@@ -192,6 +190,7 @@ def merge(
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")
     require_alike(models, symmetry)
     leaf_weight = weighed_leaves(symmetry, models, shares, leaf_weight, update)
+    chosen_repairs = usual_repairs(fn, models[0], known) if repairs is None else tuple(repairs)
     fixed = (symmetry, known, objective, is_mixed, chosen_repairs, update, key)
     setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
     search = Search(setting)

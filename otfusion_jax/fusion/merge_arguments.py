@@ -10,6 +10,7 @@ from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
 from otfusion_jax.common.arguments import kind_of, require_function, require_kind
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.fusion.activation_tails import cuts_at_zero
 from otfusion_jax.fusion.drawn_inputs import drawn_samples, look_like_images
 from otfusion_jax.fusion.least_squares import LeastSquares
 from otfusion_jax.fusion.merge_setting import Known
@@ -73,38 +74,46 @@ def require_hashable(fn: Any) -> None:
         ) from None
 
 
-def checked_repairs(repairs: Any, known: Known, has_relu: bool) -> tuple[AbstractRepair, ...]:
-    """Refuses what is no sequence of repairs.
+def usual_repairs(
+    fn: Callable[..., Any], model: PyTree, known: Known
+) -> tuple[AbstractRepair, ...]:
+    """Says which repairs are tried unless others are asked for.
 
     Args:
-        repairs: The repairs to try; None for those that are tried unless something else is said.
+        fn: The function of the models.
+        model: One of them.
         known: The inputs that are looked at.
-        has_relu: Whether there may be a ReLU that layers are fitted behind.
 
     Returns:
         The repairs.
+    """
+    # A ridge that is best for one kind of noise says nothing of another.
+    ridge = 0.01 if known.whole is None else _RIDGES
+    if not cuts_at_zero(jax.make_jaxpr(fn)(model, *known.example)):
+        return RestoreStatistics(), LeastSquares(ridge=ridge)
+    before = LeastSquares(ridge=ridge, at="preactivation")
+    # Which units noise switches on says little of those that inputs do.
+    if known.whole is None and not look_like_images(known.example):
+        return RestoreStatistics(), before
+    # What is wanted behind a ReLU is in part what the average does: large ridges would look
+    # better than they are.
+    return RestoreStatistics(), LeastSquares(), before
+
+
+def require_repairs(repairs: Any) -> None:
+    """Refuses what is no sequence of repairs.
+
+    Args:
+        repairs: The repairs.
 
     Raises:
         TypeError: If something is no repair.
     """
-    if repairs is None:
-        # A ridge that is best for one kind of noise says nothing of another.
-        ridge = 0.01 if known.whole is None else _RIDGES
-        if not has_relu:
-            return RestoreStatistics(), LeastSquares(ridge=ridge)
-        before = LeastSquares(ridge=ridge, at="preactivation")
-        # Which units noise switches on says little of those that inputs do.
-        if known.whole is None and not look_like_images(known.example):
-            return RestoreStatistics(), before
-        # What is wanted behind a ReLU is in part what the average does: large ridges would look
-        # better than they are.
-        return RestoreStatistics(), LeastSquares(), before
     examples = "a list of instances, as [otf.LeastSquares()]"
     if isinstance(repairs, AbstractRepair) or not isinstance(repairs, Sequence):
         raise TypeError(f"repairs is {kind_of(repairs)}; pass {examples}")
     for number, method in enumerate(repairs):
         require_kind(method, AbstractRepair, f"repair {number}", examples)
-    return tuple(repairs)
 
 
 def weighed_leaves(

@@ -21,15 +21,15 @@ from otfusion_jax.tracing.jaxprs import closed, is_jaxpr
 
 def has_product(eqn: core.JaxprEqn) -> bool:
     """Whether a matrix product or a convolution is evaluated within an equation."""
-    return any(inner.primitive in PRODUCTS for inner in _equations_within(eqn))
+    return any(inner.primitive in PRODUCTS for inner in equations_within(eqn))
 
 
 def has_while(eqn: core.JaxprEqn) -> bool:
     """Whether a loop without a known end is evaluated within an equation."""
-    return any(inner.primitive is P.while_p for inner in _equations_within(eqn))
+    return any(inner.primitive is P.while_p for inner in equations_within(eqn))
 
 
-def _equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+def equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
     """Returns the equations within an equation, those within them included."""
     found = []
     for parameter in jax.tree_util.tree_leaves(eqn.params):
@@ -37,7 +37,7 @@ def _equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
             continue
         for inner in closed(parameter).jaxpr.eqns:
             found.append(inner)
-            found.extend(_equations_within(inner))
+            found.extend(equations_within(inner))
     return found
 
 

@@ -112,6 +112,11 @@ class CentredSums(NamedTuple):
             self.is_any | other.is_any,
         )
 
+    def mean_times(self, matrix: Array) -> Array:
+        """Returns the mean of the rows times a matrix, `[groups, units]`."""
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("gw,gwu->gu", self.row_mean, matrix, precision=highest)
+
     def uncentred(self) -> NormalSums:
         """Returns the sums with means."""
         count = self.count.astype(self.gram.dtype)

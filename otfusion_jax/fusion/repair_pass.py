@@ -158,16 +158,16 @@ def _members(view: GroupView, role: Role, scans: int, piece: Piece) -> tuple[Mem
 # --- the compiled parts
 
 
-@functools.partial(jax.jit, static_argnames=("site",))
+@functools.partial(jax.jit, static_argnames=("forms",))
 def _outputs(
-    site: Site,
+    forms: tuple[LinearForm, ...],
     leaves: tuple[Array, ...],
     positions: Int[Array, " n"],
     features: tuple[Array, ...],
 ) -> tuple[Array, ...]:
     """Returns what a product puts out in each network."""
     outputs = []
-    for form, x, leaf in zip(site.forms, features, leaves, strict=True):
+    for form, x, leaf in zip(forms, features, leaves, strict=True):
         outputs.append(form.compute(x, _sliced(leaf, positions)))
     return tuple(outputs)
 
@@ -413,7 +413,7 @@ class RepairRun:
         positions = _as_positions(piece.indices)
         leaves = self._in_all_networks(piece.leaf)
         features = slots[occurrence.features]
-        outputs = _outputs(site, leaves, positions, features)
+        outputs = _outputs(site.forms, leaves, positions, features)
         tail = prepared.plan.tails.get(number)
         wanted = None
         if tail is not None:
@@ -446,9 +446,7 @@ class RepairRun:
         # A method that does not look at units shifts none.
         for part, amount in zip(site.parts, corrected.shifts, strict=True):
             for receiver, members in zip(correction.receivers, part.receivers, strict=True):
-                # What is subtracted may be a threshold, which is no bias where it is read again.
-                is_bias = receiver.sign == 1 or site.owns_bias
-                if amount is not None and members and is_bias:
+                if amount is not None and members:
                     leaf, indices = receiver.piece
                     positions = _as_positions(indices)
                     own = receiver.sign * amount

@@ -131,6 +131,10 @@ def plan_repair(
     finds_tails &= not any(network.is_moved for network in networks)
     for correction in corrections:
         correction.owns_bias = search.owns_bias(correction)
+        if not correction.owns_bias:
+            # What is subtracted may be a threshold, which is no bias where it is read again.
+            added = [receiver for receiver in correction.receivers if receiver.sign == 1]
+            correction.receivers = added
         tail = search.tail_of(correction) if finds_tails else None
         if tail is not None:
             tails[correction.number] = tail

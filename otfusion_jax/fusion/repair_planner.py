@@ -20,6 +20,7 @@ from otfusion_jax.fusion.corrections import (
     Occurrence,
     Piece,
     Receiver,
+    overlap,
 )
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
 from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
@@ -195,7 +196,7 @@ class Planner:
         found = 0
         if isinstance(reference, Parameter):
             for indices, corrections in self.state.effects.get(reference.leaf, {}).items():
-                if _overlap(indices, reference.indices):
+                if overlap(indices, reference.indices):
                     found |= corrections
         return found
 
@@ -229,7 +230,7 @@ class Planner:
 
     def _is_settled(self, piece: Piece) -> bool:
         settled = self.state.settled.get(piece.leaf, ())
-        return any(_overlap(piece.indices, other) for other in settled)
+        return any(overlap(piece.indices, other) for other in settled)
 
     def _settle(self, parameter: Parameter) -> None:
         piece = self._piece(parameter)
@@ -413,12 +414,6 @@ class Planner:
         for alternatives in zip(*results, strict=True):
             chosen.extend(self._emit("select", path, [which, *alternatives]))
         return chosen
-
-
-def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two pieces of one parameter have something in common."""
-    shorter = min(len(one), len(other))
-    return one[:shorter] == other[:shorter]
 
 
 def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
