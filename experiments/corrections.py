@@ -48,7 +48,11 @@ def restored(pair: Pair, moved: PyTree, weights: Weights) -> PyTree:
 
 
 def regressed(
-    pair: Pair, moved: PyTree, weights: Weights, *, at: Literal["preactivation", "activation"]
+    pair: Pair,
+    moved: PyTree,
+    weights: Weights,
+    *,
+    at: Literal["preactivation", "activation", "output"],
 ) -> PyTree:
     """Corrects each layer of the average so that its features come closest to the models' mean.
 
@@ -56,7 +60,8 @@ def regressed(
         pair: The models, and the images that features are taken on.
         moved: A, moved onto B.
         weights: How much A and B count.
-        at: Whether features are compared before a ReLU or behind it.
+        at: Whether features are compared before a ReLU or behind it; or outputs alone, so that only
+            the last layer is corrected.
 
     Returns:
         The average, corrected.

@@ -108,8 +108,25 @@ LEAST_SQUARES_ON_ACTIVATIONS = Correction(
     Needs.IMAGES,
     functools.partial(corrections.regressed, at="activation"),
 )
+LEAST_SQUARES_ON_OUTPUTS = Correction(
+    "least squares on outputs",
+    Needs.IMAGES,
+    functools.partial(corrections.regressed, at="output"),
+)
 
-CORRECTIONS = by_name(AVERAGED, RESTORED, LEAST_SQUARES, LEAST_SQUARES_ON_ACTIVATIONS)
+CORRECTIONS = by_name(
+    AVERAGED,
+    RESTORED,
+    LEAST_SQUARES,
+    LEAST_SQUARES_ON_ACTIVATIONS,
+    LEAST_SQUARES_ON_OUTPUTS,
+)
+
+# What follows a method in a table: nearly everything; or no least squares, which take longest; or
+# what makes a difference where there are no ReLUs, and models need not agree on features.
+_MOST = (AVERAGED, RESTORED, LEAST_SQUARES, LEAST_SQUARES_ON_ACTIVATIONS)
+_FEW = (AVERAGED, RESTORED)
+_ROTATED = (AVERAGED, RESTORED, LEAST_SQUARES, LEAST_SQUARES_ON_OUTPUTS)
 
 
 # --- methods for two models of one architecture
@@ -131,7 +148,7 @@ class Method:
     needs: Needs
     move: Callable[[Pair], PyTree]
     form: Form = AS_TRAINED
-    corrections: tuple[Correction, ...] = tuple(CORRECTIONS.values())
+    corrections: tuple[Correction, ...] = _MOST
 
     def __str__(self) -> str:
         return self.name
@@ -160,13 +177,16 @@ def _weights(
     )
 
 
-def _descent(name: str, form: Form = AS_TRAINED) -> Method:
+def _descent(
+    name: str, form: Form = AS_TRAINED, tabulated: tuple[Correction, ...] = _MOST
+) -> Method:
     """Coordinate descent on the weights of models in some form."""
     return Method(
         name,
         Needs.NOTHING,
         lambda pair: alignments.by_weights(pair, otf.CoordinateDescent()),
         form,
+        tabulated,
     )
 
 
@@ -191,14 +211,10 @@ def _activations(name: str, samples: int, tabulated: tuple[Correction, ...]) -> 
     )
 
 
-# What follows a method in a table: everything, or no least squares, which take longest.
-_ALL = tuple(CORRECTIONS.values())
-_FEW = (AVERAGED, RESTORED)
-
 # A as it is: its units are not moved at all.
 VANILLA = Method("vanilla average", Needs.NOTHING, lambda pair: pair.a)
-WEIGHTS = _weights("Algorithm 1, weights", costs.SqEuclidean(), False, _ALL)
-ACTIVATIONS = _activations("Algorithm 1, activations", 200, _ALL)
+WEIGHTS = _weights("Algorithm 1, weights", costs.SqEuclidean(), False, _MOST)
+ACTIVATIONS = _activations("Algorithm 1, activations", 200, _MOST)
 # What `otf.fuse` does unless it is told otherwise.
 DESCENT = _descent("coordinate descent (fuse)")
 # As in Git Re-Basin and REPAIR.
@@ -210,24 +226,27 @@ DESCENT_FROM_MATCHING = Method(
 )
 
 # Residual streams, and the dimensions inside of heads, are rotated.
-ROTATED_DESCENT = _descent("coordinate descent, with rotations", WITH_ROTATIONS)
+ROTATED_DESCENT = _descent("coordinate descent, with rotations", WITH_ROTATIONS, _ROTATED)
 ROTATED_BY_FEATURES = Method(
     "features, with rotations",
     Needs.IMAGES,
     alignments.by_features,
     WITH_ROTATIONS,
+    _ROTATED,
 )
 ROTATED_DESCENT_FROM_FEATURES = Method(
     "coordinate descent from features, with rotations",
     Needs.IMAGES,
     alignments.by_descent_from_features,
     WITH_ROTATIONS,
+    _ROTATED,
 )
 LEARNED_ROTATIONS = Method(
     "learned rotations",
     Needs.IMAGES,
     alignments.by_learned_rotations,
     WITH_ROTATIONS,
+    _ROTATED,
 )
 
 # Units of odd functions change their signs, those of a ReLU their scales.

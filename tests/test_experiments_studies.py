@@ -184,8 +184,8 @@ def test_language_models_are_fused(tmp_path: Path):
     worse = max(value(losses, method=f"model {name}") for name in "AB")
     assert value(losses, method="ensemble") < worse
     vanilla = where(losses, method="vanilla average")
-    for correction in CORRECTIONS:
-        assert 0 < value(vanilla, measure=correction) < 2 * worse
+    for correction in VARIANTS["vanilla average"].corrections:
+        assert 0 < value(vanilla, measure=correction.name) < 2 * worse
     middle = value(vanilla, measure="path", t=0.5)
     assert middle == pytest.approx(value(vanilla, measure="averaged"), abs=1e-3)
 

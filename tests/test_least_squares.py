@@ -300,6 +300,42 @@ def test_where_no_relu_alone_follows_preactivations_are_fitted(fn):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+def two_heads(params, x):
+    h = jnp.tanh(x @ params["in"])
+    return h @ params["out"], h @ params["beside"] + params["bias"][None]
+
+
+def test_at_outputs_every_last_product_is_fitted_and_nothing_before():
+    shapes = {"in": (5, 6), "out": (6, 3), "beside": (6, 2), "bias": (2,)}
+    nets, x = [normals(shapes, seed) for seed in range(2)], normal(60, 5, seed=4)
+    symmetry = otf.trace_symmetry(two_heads, nets[0], x)
+    method = otf.LeastSquares(ridge=0, steps=None, at="output")
+    found, average = otf.repair(symmetry, two_heads, nets, x, method=method), otf.average(nets)
+    for name in ("in", "bias"):
+        np.testing.assert_array_equal(found[name], average[name])
+    hidden = np.tanh(x @ average["in"])
+    heads = zip(*[two_heads(net, x) for net in nets], strict=True)
+    biases = 0, np.asarray(average["bias"])
+    for name, outputs, bias in zip(("out", "beside"), heads, biases, strict=True):
+        close(found[name], np.linalg.lstsq(hidden, np.mean(outputs, axis=0) - bias)[0])
+
+
+def gated_state(params, x):
+    def step(h, row):
+        return jax.nn.sigmoid(h @ params["gate"]) * jnp.tanh(h @ params["own"]) + row, None
+
+    return jax.lax.scan(step, jnp.ones((len(x), 6)), x.swapaxes(0, 1))[0]
+
+
+def test_at_outputs_a_loop_that_returns_its_state_stays_as_it_is():
+    shapes = {"gate": (6, 6), "own": (6, 6)}
+    nets, x = [normals(shapes, seed) for seed in range(2)], normal(4, 9, 6)
+    symmetry = otf.trace_symmetry(gated_state, nets[0], x)
+    with pytest.warns(otf.RepairWarning, match=r"(?s)corrects nothing.*own.*as in a loop"):
+        found = otf.repair(symmetry, gated_state, nets, x, method=otf.LeastSquares(at="output"))
+    jax.tree.map(np.testing.assert_array_equal, found, otf.average(nets))
+
+
 def test_units_that_are_off_in_all_models_may_stay_as_the_average_has_them():
     x = jnp.abs(normal(100, 5, seed=4))
     off = {"in": -jnp.abs(normal(5, 6)), "out": normal(6, 3)}

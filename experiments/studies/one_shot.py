@@ -90,9 +90,9 @@ class OneShot(PairStudy):
         for metric, digits in {ACCURACY: 2, LOSS: 4}.items():
             of_metric = where(single, metric=metric)
             cells = pivot(of_metric, "method", "measure", mean(digits))
-            # All corrections have a column, also those that none of the methods asked for has.
             columns = [*CORRECTIONS, BARRIERS[metric]]
-            tables.append(table(cells.reindex(columns=columns), metric))
+            present = [column for column in columns if column in cells]
+            tables.append(table(cells[present], metric))
         return tables
 
     def plot(self, records: pd.DataFrame, path: Path) -> None:

@@ -69,6 +69,9 @@ class LeastSquares(AbstractRepair):
     fitted, units are then brought to the mean and deviation that they have in the models, as
     `RestoreStatistics` does, before what comes behind them is fitted.
 
+    Models that were aligned by what their average answers, as by `learn_alignment`, need not agree
+    on features. To fit these would undo some of it, and all that is worth a fit are the outputs.
+
     Attributes:
         ridge: The penalty, at least 0, in units of the mean eigenvalue of the features' inner
             products; or a tuple of several to choose from.
@@ -77,7 +80,8 @@ class LeastSquares(AbstractRepair):
             or the parameter is repeated on its way into the product, by 200 steps.
         at: Whether features are compared at the `"activation"`, behind a ReLU, or at the
             `"preactivation"`. It makes no difference where no ReLU follows, where anything else
-            reads what it is given, and beside models that were moved along soft plans.
+            reads what it is given, and beside models that were moved along soft plans. Or at the
+            `"output"` alone: only products that no other depends on are corrected.
         restore: Whether a parameter is fitted together with the bias behind it; and, at
             preactivations, its units are then given the mean and deviation that they have in the
             models, on average. Of batch normalisation the running mean is such a bias. Where none
@@ -89,7 +93,7 @@ class LeastSquares(AbstractRepair):
 
     ridge: float | tuple[float, ...] = 0.01
     steps: int | None = 20
-    at: Literal["activation", "preactivation"] = "activation"
+    at: Literal["activation", "preactivation", "output"] = "activation"
     restore: bool = True
 
     def __post_init__(self) -> None:
@@ -104,14 +108,21 @@ class LeastSquares(AbstractRepair):
                 dataclasses.replace(self, ridge=ridge)
         if self.steps is not None:
             require_number(self, "steps", least=1, whole=True)
-        if self.at not in ("activation", "preactivation"):
-            raise ValueError(f"at is {self.at!r}; it must be 'activation' or 'preactivation'")
+        if self.at not in ("activation", "preactivation", "output"):
+            raise ValueError(
+                f"at is {self.at!r}; it must be 'activation', 'preactivation' or 'output'"
+            )
         require_flag(self, "restore")
 
     @property
     def looks_at_activations(self) -> bool:
         """See `AbstractRepair.looks_at_activations`."""
         return self.at == "activation"
+
+    @property
+    def corrects_outputs_alone(self) -> bool:
+        """See `AbstractRepair.corrects_outputs_alone`."""
+        return self.at == "output"
 
     def looks_at_units(self, has_bias: bool) -> bool:
         """See `AbstractRepair.looks_at_units`."""

@@ -90,7 +90,10 @@ def usual_repairs(
     # A ridge that is best for one kind of noise says nothing of another.
     ridge = 0.01 if known.whole is None else _RIDGES
     if not cuts_at_zero(jax.make_jaxpr(fn)(model, *known.example)):
-        return RestoreStatistics(), LeastSquares(ridge=ridge)
+        usual = RestoreStatistics(), LeastSquares(ridge=ridge)
+        # Models that may rotate are matched by what their average answers, and not by features.
+        outputs = LeastSquares(ridge=ridge, at="output")
+        return usual if known.whole is None else (*usual, outputs)
     before = LeastSquares(ridge=ridge, at="preactivation")
     # Which units noise switches on says little of those that inputs do.
     if known.whole is None and not look_like_images(known.example):

@@ -169,6 +169,11 @@ class AbstractRepair(abc.ABC):
         """Whether the method asks for what is wanted of a product because of the ReLU behind it."""
         return False
 
+    @property
+    def corrects_outputs_alone(self) -> bool:
+        """Whether only those parameters are corrected that no other correction depends on."""
+        return False
+
     def looks_at_units(self, has_bias: bool) -> bool:
         """Says whether the method asks for the units of groups that come out of a product.
 

@@ -95,6 +95,7 @@ def plan_repair(
     jaxpr: core.ClosedJaxpr,
     leaves: Sequence[Leaf],
     finds_tails: bool,
+    outputs_alone: bool,
 ) -> RepairPlan:
     """Goes through the program of an average, and notes what is to be corrected.
 
@@ -103,6 +104,7 @@ def plan_repair(
         jaxpr: The program of the average. Its first arguments are the parameters.
         leaves: The parameters of the average, without their values.
         finds_tails: Whether to look for ReLUs behind products.
+        outputs_alone: Whether to leave out corrections that others depend on.
 
     Returns:
         The plan. The first slots of its program are the inputs.
@@ -116,7 +118,11 @@ def plan_repair(
             arguments.append(planner.new_slot(is_feature=True, depends_on=0))
     results = planner.interpret(jaxpr, (), arguments)
     state = planner.state
-    corrections = tuple(state.corrections)
+    corrections = tuple(_last_of(state.corrections) if outputs_alone else state.corrections)
+    if not corrections:
+        for correction in state.corrections:
+            why = "other products are made of what it puts out, as in a loop"
+            state.out_of_reach.setdefault(correction.piece.leaf, why)
     _set_stages(corrections)
     search = ReaderSearch(
         planner.networks,
@@ -142,6 +148,19 @@ def plan_repair(
     ways, cuts = _cut(planner.networks, state.steps, corrections, tails, sizes)
     found = ways, cuts, state.out_of_reach, state.uses, tails
     return RepairPlan(planner.networks, corrections, *found)
+
+
+def _last_of(corrections: Sequence[Correction]) -> list[Correction]:
+    """Returns the corrections that no other depends on, numbered anew."""
+    needed = 0
+    for correction in corrections:
+        # What is used in a loop may depend on itself.
+        needed |= correction.needs & ~(1 << correction.number)
+    last = []
+    for correction in corrections:
+        if not needed >> correction.number & 1:
+            last.append(dataclasses.replace(correction, number=len(last), needs=0))
+    return last
 
 
 def _set_stages(corrections: Sequence[Correction]) -> None:

@@ -120,9 +120,15 @@ def prepared_for(programs: Programs, inputs: tuple[Aval, ...], structure: Any) -
         networks.append(network_of(trace, symmetry, is_moved))
     networks.append(network_of(average_trace, symmetry, is_moved=False))
     require_same_programs(networks)
-    finds_tails = programs.method.looks_at_activations
-    plan = plan_repair(networks, average_trace.jaxpr, symmetry.parts, finds_tails)
-    sites = [site_of(plan, correction, programs.method) for correction in plan.corrections]
+    method = programs.method
+    plan = plan_repair(
+        networks,
+        average_trace.jaxpr,
+        symmetry.parts,
+        finds_tails=method.looks_at_activations,
+        outputs_alone=method.corrects_outputs_alone,
+    )
+    sites = [site_of(plan, correction, method) for correction in plan.corrections]
     return Prepared(plan, tuple(sites))
 
 
