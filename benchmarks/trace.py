@@ -24,7 +24,7 @@ from otfusion_jax.tracing import jaxprs
 
 def equations(jaxpr: core.Jaxpr) -> int:
     """Counts the equations of a jaxpr and of all jaxprs inside of it."""
-    return len(jaxpr.eqns) + sum(map(equations, jaxprs.subjaxprs(jaxpr)))
+    return len(jaxpr.eqns) + sum(map(equations, jaxprs.subjaxprs(jaxpr.eqns)))
 
 
 def main() -> None:

@@ -164,7 +164,7 @@ def test_jaxprs_inside_of_equations_are_found():
         return lax.scan(lambda c, _: (jax.jit(jnp.tanh)(c), None), x, length=2)[0]
 
     jaxpr = jax.make_jaxpr(fn)(X).jaxpr
-    inside = [[str(eqn.primitive) for eqn in inner.eqns] for inner in jaxprs.subjaxprs(jaxpr)]
+    inside = [[str(eqn.primitive) for eqn in inner.eqns] for inner in jaxprs.subjaxprs(jaxpr.eqns)]
     assert sorted(inside) == [["cos"], ["jit"], ["sin"]]
 
 

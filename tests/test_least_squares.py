@@ -72,9 +72,9 @@ def setting(samples: int):
     )
 
 
-def fitted(symmetry, nets, x, ridge, steps: int | None = 400):
+def fitted(symmetry, nets, x, ridge, steps: int | None = 400, fn=network):
     method = otf.LeastSquares(ridge=ridge, steps=steps)
-    return repaired(symmetry, network, nets, Passes([(x,)]), None, method, [None, None], 1)
+    return repaired(symmetry, fn, nets, Passes([(x,)]), None, method, [None, None], 1)
 
 
 @pytest.mark.parametrize("steps", [400, None])
@@ -127,6 +127,16 @@ def test_complex_parameters_are_fitted_layer_by_layer():
     close(chosen["first"], first, atol=1e-3)
 
 
+def test_a_penalty_does_not_depend_on_the_order_of_units():
+    symmetry, nets, x = setting(40)
+    order = np.random.default_rng(3).permutation(40)
+    reordered = []
+    for net in nets:
+        reordered.append({"first": net["first"][:, order], "second": net["second"][order]})
+    found, again = [fitted(symmetry, each, x, 0.3).params for each in (nets, reordered)]
+    close(again["second"], found["second"][order])
+
+
 def test_more_samples_want_less_of_a_ridge():
     chosen = [float(fitted(*setting(count), RIDGES).ridges["second"]) for count in (40, 1000)]
     assert chosen[0] > chosen[1]
@@ -136,6 +146,20 @@ def test_too_few_samples_to_hold_any_out_take_the_first_ridge():
     symmetry, nets, x = setting(40)
     found = fitted(symmetry, nets, x[:4], (0.5, 0.1))
     assert {float(ridge) for ridge in found.ridges.values()} == {0.5}
+
+
+def test_ridges_are_chosen_on_samples_of_which_nothing_was_fitted():
+    # A sequence repeats a single row: as many as are held out of it say what all of it does.
+    rows = normal(7, 1, 6, seed=3)
+    nets = [{"in": normal(6, 8, seed=seed), "out": normal(8, 2, seed=5 + seed)} for seed in (0, 1)]
+    fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
+    symmetry = otf.trace_symmetry(fn, nets[0], rows)
+    chosen = []
+    for repeats in (1, 3, 7):
+        x = jnp.concatenate([rows] * repeats, axis=1)
+        found = fitted(symmetry, nets, x, (0.01, 0.03, 0.1, 0.3, 1.0), fn=fn)
+        chosen.append(float(found.ridges["out"]))
+    assert chosen == [chosen[0]] * 3
 
 
 def test_ridges_in_a_tuple_of_their_own_are_refused():

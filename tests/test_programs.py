@@ -140,7 +140,7 @@ def test_what_has_failed_once(name: str):
 def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
     """All primitives of a jaxpr, those of the jaxprs within included."""
     yield from (eqn.primitive for eqn in jaxpr.eqns)
-    for inner in jaxprs.subjaxprs(jaxpr):
+    for inner in jaxprs.subjaxprs(jaxpr.eqns):
         yield from primitives(inner)
 
 

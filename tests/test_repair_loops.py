@@ -182,5 +182,9 @@ def test_a_repair_of_nothing_says_so():
     nets, x = drawn({"scale": (4,)}), normal(32, 4, seed=2)
     symmetry = otf.trace_symmetry(scaling, nets[0], x)
     message = r"(?s)corrects nothing.*scale: it is first used in `mul` at .*no product"
-    with pytest.warns(otf.RepairWarning, match=message):
+    with pytest.warns(otf.RepairWarning, match=message) as warned:
         otf.repair(symmetry, scaling, nets, x)
+    with pytest.warns(otf.RepairWarning, match=message) as from_merge:
+        otf.merge(scaling, nets, [x], outputs="values", candidates=["as they are"])
+    # However deep it was found, it names the line of the caller's.
+    assert {warning.filename for warning in (*warned, *from_merge)} == {__file__}

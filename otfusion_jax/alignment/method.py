@@ -13,7 +13,7 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.html import html_table
 from otfusion_jax.common.known import all_known
 from otfusion_jax.symmetry.groups import Plans
-from otfusion_jax.symmetry.plans import moved_units
+from otfusion_jax.symmetry.plans import count_moved_units
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ class Alignment:
             return html_table(("group", "plan"), _shapes(self.plans), "Alignment")
         rows = []
         for name, plan in self.plans.items():
-            moved = moved_units(plan)
+            moved = count_moved_units(plan)
             gap = f"{float(self.gaps[name]):.3g}" if name in self.gaps else ""
             text = "mixed" if moved is None else f"{moved:,}"
             rows.append((name, str(plan.shape), text, gap))

@@ -9,7 +9,6 @@ the node that they are in.
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.core import Tracer
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.common.warning import warn_user
 from otfusion_jax.symmetry.groups import Leaf, leaves_of
 
 
@@ -159,7 +159,6 @@ def warn_of_averaged_statistics(
     models: Sequence[PyTree] | PyTree,
     stacked: bool,
     shares: Sequence[Array],
-    stacklevel: int = 3,
 ) -> None:
     """Warns where running statistics that differ between models are averaged.
 
@@ -169,7 +168,6 @@ def warn_of_averaged_statistics(
         shares: The weights of the models, for each leaf. Where one of them has all of the weight,
             nothing is averaged. Where values or weights are traced there is no warning: nobody
             would see why.
-        stacklevel: Whose line the warning names; 3 is that of the caller's caller.
     """
     model = models if stacked else models[0]
     statistics = running_statistics(model)
@@ -186,7 +184,7 @@ def warn_of_averaged_statistics(
         if _differ(values):
             wrong.append(f"  {leaf.path}")
     if wrong:
-        warnings.warn(
+        warn_user(
             "these leaves look like the running statistics of batch normalisation, and are "
             "averaged. The units of an average have statistics of their own: estimate them from "
             "data by estimate_statistics(update, params, batches), or average networks in which "
@@ -195,7 +193,6 @@ def warn_of_averaged_statistics(
             "model until then by weights, lambda path: (0.0, 1.0) if path in "
             "running_statistics(params) else None:\n" + "\n".join(wrong),
             StatisticsWarning,
-            stacklevel=stacklevel,
         )
 
 

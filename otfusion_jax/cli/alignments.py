@@ -10,7 +10,7 @@ import numpy as np
 from otfusion_jax.alignment.method import Alignment
 from otfusion_jax.cli.report import Table
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.symmetry.plans import moved_units
+from otfusion_jax.symmetry.plans import count_moved_units
 from otfusion_jax.symmetry.symmetry import Symmetry
 
 
@@ -27,7 +27,7 @@ def table_of_groups(symmetry: Symmetry, alignment: Alignment) -> Table:
     """
     rows = []
     for group in symmetry.groups:
-        moved = moved_units(alignment.plans[group.name])
+        moved = count_moved_units(alignment.plans[group.name])
         gap = alignment.gaps.get(group.name)
         units = " x ".join(map(str, (*group.batch, group.size)))
         number = None if gap is None else finite(gap)

@@ -36,8 +36,8 @@ from otfusion_jax.fusion.flat_program import (
     run_chunk,
     value_of_constant,
 )
-from otfusion_jax.fusion.narrowest import equations_within
 from otfusion_jax.fusion.side_by_side import Network
+from otfusion_jax.tracing.jaxprs import equations_within
 
 _SUMS = (P.add_p, P.sub_p)
 _LEAST_FACTOR = 0.01
@@ -169,7 +169,7 @@ class ReaderSearch:
             chain.append(number)
             (slot,) = self.steps[number].results
         numbers = sorted(self._with_what_they_need(chain))
-        if not all(self._is_settled(self.steps[number], correction) for number in numbers):
+        if not all(self._is_corrected_before(self.steps[number], correction) for number in numbers):
             return None
         call = chunk_of(self.networks, [self.steps[number] for number in numbers], {slot})
         return Tail(call, product)
@@ -226,7 +226,7 @@ class ReaderSearch:
         assert isinstance(reference, Slot), "only slots depend on inputs"
         return self._made_in.get(reference.number, -1) < start
 
-    def _is_settled(self, step: Step, correction: Correction) -> bool:
+    def _is_corrected_before(self, step: Step, correction: Correction) -> bool:
         """Whether what a step reads has been corrected in earlier stages, if it ever is.
 
         The product itself is about to be, and so is its bias.

@@ -222,7 +222,7 @@ def _fuse_widths(
         )
         moved.append(transport(source_symmetry, alignment, source, onto=onto))
     ordered_shares = [leaf_shares[order] for leaf_shares in shares]
-    warn_of_averaged_statistics([*moved, target], False, ordered_shares, stacklevel=4)
+    warn_of_averaged_statistics([*moved, target], False, ordered_shares)
     return checked_average(onto.leaves, [*moved, target], ordered_shares, "fusing")
 
 
@@ -272,7 +272,7 @@ class _Fusion:
         # The reference goes last: integers, booleans and keys are taken from there.
         ordered_shares = [leaf_shares[order] for leaf_shares in shares]
         # As they were moved: copies of one network have the same statistics then.
-        warn_of_averaged_statistics([*moved, target], False, ordered_shares, stacklevel=4)
+        warn_of_averaged_statistics([*moved, target], False, ordered_shares)
         return checked_average(self.symmetry.leaves, [*moved, target], ordered_shares, "fusing")
 
     @functools.partial(jax.jit, static_argnames=("self", "batch_size"))

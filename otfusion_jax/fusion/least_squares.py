@@ -50,18 +50,20 @@ class LeastSquares(AbstractRepair):
     of Language Models (RegMean), ICLR 2023, on the features of the merged model instead of those of
     each parent.
 
-    Of several ridges, the best is chosen for each parameter: those are fitted to four fifths of the
-    samples of each batch, and that one is taken whose features are closest on the last fifth; then
-    the parameter is fitted to all. So let samples be in no order. It takes no more passes over the
-    data, and twice the memory for sums. Where batches have fewer than five samples each, the first
-    ridge is taken. At activations large ridges look better than they are, see below: what is wanted
+    Of several ridges, the best is chosen for each parameter: each is fitted to the first four
+    fifths of the samples of each batch, and the one is taken whose features are closest on the last
+    fifth; then the parameter is fitted to all. So let samples be in no order. Of a batch of fewer
+    than five samples a fifth of all their positions is held out; where there are fewer than five of
+    these, the first ridge is taken. It takes no more passes over the data, and twice the memory for
+    sums. At activations large ridges look better than they are, see below: what is wanted
     of a unit that is to be off is what the average does.
 
     Where a ReLU follows, a fit to the mean of what comes before it asks for too much, and too
-    little: how far a unit is off is of no account where it is off in all models, and where it is on
-    in one of two, their mean may be off. So what is fitted is what the ReLU puts out (`at`): where
-    a unit is on in any model, the mean of the models' activations; elsewhere nothing but that it is
-    off, where the average has it off. Biases, batch normalisation and a residual on the way to the
+    little. Where a unit is inactive in all models, how negative its input is does not matter. Where
+    it is active in one of two, the mean of their inputs may be negative, and the fit would silence
+    it. So what is fitted is what the ReLU puts out (`at`): where a unit is active in any model, the
+    mean of the models' activations; elsewhere its input is to be negative, and as the average has
+    it where it is so already. Biases, batch normalisation and a residual on the way to the
     ReLU are allowed for, if the residual is computed before the product.
 
     Where a bias follows that nothing else reads, both are fitted together (`restore`). Features
@@ -145,8 +147,11 @@ class LeastSquares(AbstractRepair):
         if not isinstance(self.ridge, tuple):
             whole = sums(rows, columns)
             return _Sums((whole,), units)
-        # The first axis of features comes first among the rows, so that the last are whole samples.
-        edge = rows.shape[1] - rows.shape[1] // _HELD_OUT
+        # A sample may make many rows, as a sequence does. They are alike: hold all out, or none.
+        count = form.count_samples(product.features)
+        if count < _HELD_OUT:
+            count = rows.shape[1]
+        edge = (count - count // _HELD_OUT) * (rows.shape[1] // max(count, 1))
         fitted = sums(rows[:, :edge], columns[:, :edge])
         held_out = sums(rows[:, edge:], columns[:, edge:])
         return _Sums((fitted, held_out), units)

@@ -21,6 +21,8 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Array, Inexact
 
+from otfusion_jax.tracing.jaxprs import equations_within
+
 PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
 """The primitives that a parameter is corrected in."""
 
@@ -46,6 +48,11 @@ def has_rows(eqn: core.JaxprEqn, position: int) -> bool:
     if eqn.primitive is P.dot_general_p:
         return True
     return position == 1 and eqn.params["batch_group_count"] == 1
+
+
+def has_product(eqn: core.JaxprEqn) -> bool:
+    """Whether a matrix product or a convolution is evaluated within an equation."""
+    return any(inner.primitive in PRODUCTS for inner in equations_within(eqn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,14 @@ class LinearForm:
             (contracted, batch) = self._own(1 - self.position)
             return _fronted(features, batch, contracted, others_first=True)
         return _patches(features, dict(self.params), self.kernel_sizes)
+
+    def count_samples(self, features: Array) -> int:
+        """Returns how many samples there are: the rows of each are next to one another."""
+        if self.primitive is not P.dot_general_p:
+            return features.shape[dict(self.params)["dimension_numbers"].lhs_spec[0]]
+        contracted, batch = self._own(1 - self.position)
+        free = [axis for axis in range(features.ndim) if axis not in (*contracted, *batch)]
+        return features.shape[free[0]] if free else 1
 
     def columns(self, outputs: Array) -> Inexact[Array, "groups samples units"]:
         """Brings features that come out of the product to where `rows` times `matrix` has them."""

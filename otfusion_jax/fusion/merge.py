@@ -112,9 +112,11 @@ def merge(
             all that apply. Where units can be rotated, models are matched with rotations, and by
             weights and preactivations without them as well; where units can change their signs,
             with signs and without.
-        repairs: The repairs to try, instances; `()` tries none. None means `RestoreStatistics` and
-            `LeastSquares`: at preactivations with the best of several ridges for each parameter,
-            and at activations if there may be ReLUs.
+        repairs: The repairs to try, instances; `()` tries none. None tries `RestoreStatistics` and
+            `LeastSquares`. If there may be ReLUs, least squares are tried at preactivations and,
+            unless noise was drawn, at activations; if not, and batches are given, at outputs alone
+            as well. Of several ridges the best is taken for each parameter where batches are given,
+            but for activations; else the ridge is 0.01.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
             inputs. With it, each average and each repair is tried with running statistics estimated
@@ -144,6 +146,7 @@ def merge(
 
     Warns:
         StatisticsWarning: If running statistics are averaged, for want of `update`.
+        RepairWarning: If a repair that was tried corrects nothing, or not all, see `repair`.
 
     Examples:
         >>> import jax

@@ -88,15 +88,15 @@ def usual_repairs(
         The repairs.
     """
     # A ridge that is best for one kind of noise says nothing of another.
-    ridge = 0.01 if known.whole is None else _RIDGES
+    ridge = _RIDGES if known.are_given else 0.01
     if not cuts_at_zero(jax.make_jaxpr(fn)(model, *known.example)):
         usual = RestoreStatistics(), LeastSquares(ridge=ridge)
-        # Models that may rotate are matched by what their average answers, and not by features.
+        # Rotations are learned from what the average answers: such models agree on outputs alone.
         outputs = LeastSquares(ridge=ridge, at="output")
-        return usual if known.whole is None else (*usual, outputs)
+        return (*usual, outputs) if known.are_given else usual
     before = LeastSquares(ridge=ridge, at="preactivation")
     # Which units noise switches on says little of those that inputs do.
-    if known.whole is None and not look_like_images(known.example):
+    if not known.are_given and not look_like_images(known.example):
         return RestoreStatistics(), before
     # What is wanted behind a ReLU is in part what the average does: large ridges would look
     # better than they are.
@@ -147,7 +147,7 @@ def weighed_leaves(
     without_statistics = counted_by_default(symmetry, models[0])
     if update is None:
         by_leaf = [shares] * len(jax.tree.leaves(models[0]))
-        warn_of_averaged_statistics(models, False, by_leaf, stacklevel=4)
+        warn_of_averaged_statistics(models, False, by_leaf)
     else:
         require_function(update, "merge(..., update=update), with update(params, batch) to params")
         if without_statistics is None:

@@ -24,8 +24,8 @@ class Trial:
 
     Attributes:
         start: What the models were matched by, the name of a candidate.
-        units: What units were moved by: "permutations", "rotations" (which are permutations of the
-            groups that do not rotate), or "nothing".
+        units: What units were moved by: "permutations", "signs" (permutations and signs),
+            "rotations" (which are permutations of the groups that do not rotate), or "nothing".
         repair: What was done after the average, such as "LeastSquares", "nothing" or "distilled".
         score: The objective on inputs that nothing was fitted to; less is better. NaN if the trial
             failed.

@@ -77,6 +77,8 @@ class Search:
             if anew:
                 self._try(Recipe(step, anew=True))
             promising = self._promising()
+            # The others are not moved again: what they take in memory is given back at once.
+            self._workshop.keep(promising)
         if setting.weights_match:
             self._keep_to(promising)
         if looks and setting.repairs:
@@ -89,13 +91,13 @@ class Search:
         if self.chosen is None:
             problems = "\n".join(f"  {row.start}: {row.problem}" for row in self.rows)
             raise ValueError(f"every trial has failed:\n{problems}")
-        if setting.known.whole is not None:
+        if setting.known.are_given:
             self.chosen = self._chosen_again(self.chosen, bar)
         recipe = self.recipes[self.chosen]
         if setting.known.more is not None:
-            recipe = self._with_more(recipe, setting.known.more.count)
+            recipe = self._with_more_inputs(recipe, setting.known.more.count)
         if polish and looks:
-            self._better(recipe, recipe._replace(count=polish))
+            self._better_of(recipe, recipe._replace(polish_steps=polish))
 
     def _try(self, recipe: Recipe) -> None:
         """Makes a trial, and adds its row. One that fails does so for a reason of its own."""
@@ -125,21 +127,21 @@ class Search:
         self.rows.append(row)
         self.recipes.append(recipe)
 
-    def _with_more(self, recipe: Recipe, count: int) -> Recipe:
+    def _with_more_inputs(self, recipe: Recipe, count: int) -> Recipe:
         """Tries to fit the best to more inputs, and to learn from them, and returns the best."""
         if recipe.fits:
-            recipe = self._better(recipe, recipe._replace(on=count))
+            recipe = self._better_of(recipe, recipe._replace(fit_more=count))
         # What is learned from a few inputs knows them by heart: it may have lost by that alone.
         learned = {}
         for row, other in zip(self.rows, self.recipes, strict=True):
             if other.step.candidate.learns and not row.problem:
                 learned[row.score] = other
         if learned:
-            recipe = self._better(recipe, Recipe(learned[min(learned)].step, learned=count))
+            recipe = self._better_of(recipe, Recipe(learned[min(learned)].step, learn_more=count))
         return recipe
 
-    def _better(self, recipe: Recipe, other: Recipe) -> Recipe:
-        """Tries what goes on from the best, and returns the better of the two."""
+    def _better_of(self, recipe: Recipe, other: Recipe) -> Recipe:
+        """Tries another recipe than the best so far, and returns the better of the two."""
         before = len(self.rows)
         self._try(other)
         return other if self.chosen == before else recipe
@@ -156,9 +158,7 @@ class Search:
     def _promising(self) -> list[Step]:
         """Returns the steps whose averages score best, the best first."""
         if self.setting.weights_match:
-            closest = sorted(self._spreads, key=lambda step: self._spreads[step])[:1]
-            self._workshop.keep(closest)
-            return closest
+            return sorted(self._spreads, key=lambda step: self._spreads[step])[:1]
         best: dict[Step, float] = {}
         for row, recipe in zip(self.rows, self.recipes, strict=True):
             if not row.problem:
@@ -167,9 +167,7 @@ class Search:
         distinct: dict[float, Step] = {}
         for step, score in best.items():
             distinct.setdefault(score, step)
-        promising = [distinct[score] for score in sorted(distinct)[:_REPAIRED]]
-        self._workshop.keep(promising)
-        return promising
+        return [distinct[score] for score in sorted(distinct)[:_REPAIRED]]
 
     def _chosen_again(self, chosen: int, bar: Bar) -> int:
         """Makes the best trials again on inputs exchanged, and chooses by both scores."""
@@ -200,7 +198,7 @@ class Search:
         known = self.setting.known
         # Inputs that were drawn are of two kinds, and the one to choose by is not to be fitted to.
         # Where there are many, those that were held out would add little.
-        if known.whole is not None and known.more is None:
+        if known.are_given and known.more is None:
             if recipe.step.candidate.looks_at_inputs:
                 return self._workshop.with_inputs(known._replace(fit=known.whole)).make(recipe)
             if recipe.fits:

@@ -58,6 +58,11 @@ class Known(NamedTuple):
     more: Samples | None = None
     whole: Samples | None = None
 
+    @property
+    def are_given(self) -> bool:
+        """Whether inputs were given, and not drawn."""
+        return self.whole is not None
+
     def exchanged(self) -> "Known":
         """Returns the same with what is fitted to and what is chosen by exchanged."""
         return self._replace(fit=self.held_out, held_out=self.fit)
@@ -70,7 +75,7 @@ class Setting:
     Attributes:
         fn: The function of the models.
         models: The parameters of the models as they were given.
-        weights: How much each of them counts, float `[K]`.
+        shares: How much each of them counts, float `[K]`.
         leaf_weight: How much each parameter counts.
         symmetry: The symmetry of the models.
         known: The inputs that are looked at.
@@ -83,7 +88,7 @@ class Setting:
 
     fn: Callable[..., Any]
     models: list[PyTree]
-    weights: Array
+    shares: Array
     leaf_weight: Callable[[str], Any] | None
     symmetry: Symmetry
     known: Known
@@ -101,7 +106,7 @@ class Setting:
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to say of the inputs."""
-        if self.known.whole is not None:
+        if self.known.are_given:
             return ()
         if self.known.fit is None:
             return (_TOKENS,)
@@ -116,12 +121,12 @@ class Setting:
         Where units rotate, as in transformers, what an average answers to noise says nothing of
         what it answers to data, and least squares on noise hurt it.
         """
-        return self.known.whole is None and (self.known.fit is None or self.free.rotates)
+        return not self.known.are_given and (self.known.fit is None or self.free.rotates)
 
     @property
     def spread(self) -> Spread:
         """What scores a match by the weights alone."""
-        return Spread(self.weights, self.leaf_weight)
+        return Spread(self.shares, self.leaf_weight)
 
     @property
     def weights_match(self) -> bool:
@@ -130,7 +135,7 @@ class Setting:
         What is matched on one kind of noise is scored on another. Of images only one kind is drawn:
         what was matched on such looks best on others of them, and is not.
         """
-        if self.known.whole is not None or self.weights_decide:
+        if self.known.are_given or self.weights_decide:
             return False
         return look_like_images(self.known.example)
 
@@ -138,7 +143,7 @@ class Setting:
         """Returns what scores averages."""
         if self.weights_decide or self.objective is None or self.known.held_out is None:
             return self.spread
-        return Judge(self.objective, self.models, self.weights, self.known.held_out)
+        return Judge(self.objective, self.models, self.shares, self.known.held_out)
 
     def task(self, symmetry: Symmetry) -> Task:
         """Puts the models into the form of a symmetry."""
@@ -149,7 +154,7 @@ class Setting:
             symmetry,
             self.fn,
             models,
-            self.weights,
+            self.shares,
             self.leaf_weight,
             self.known.fit,
             self.objective,
@@ -215,7 +220,7 @@ def _why_not(candidate: Candidate, setting: Setting) -> str:
         return "no units of this network can be rotated"
     if candidate.looks_at_inputs and setting.known.fit is None:
         return "there are no inputs to look at"
-    if candidate.learns and setting.known.whole is None:
+    if candidate.learns and not setting.known.are_given:
         return "what is learned on inputs drawn at random does not hold for others; pass batches"
     if candidate.permutes and setting.symmetry.orthogonal:
         return "the symmetry has rotations or signs; pass it without them"

@@ -33,23 +33,23 @@ class Recipe(NamedTuple):
         step: How models are moved.
         method: The repair of their average; None for none.
         anew: Whether running statistics are estimated anew.
-        count: How many steps it is polished for.
-        on: How many inputs are fitted to, where these are more than in other trials; else 0.
-        learned: How many inputs models are moved by, where these are more than in other trials;
+        polish_steps: How many steps it is polished for.
+        fit_more: How many inputs are fitted to, where these are more than in other trials; else 0.
+        learn_more: How many inputs models are moved by, where these are more than in other trials;
             else 0.
     """
 
     step: Step
     method: AbstractRepair | None = None
     anew: bool = False
-    count: int = 0
-    on: int = 0
-    learned: int = 0
+    polish_steps: int = 0
+    fit_more: int = 0
+    learn_more: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether anything after the average is fitted to inputs."""
-        return self.method is not None or self.anew or self.count > 0
+        return self.method is not None or self.anew or self.polish_steps > 0
 
     @property
     def then(self) -> str:
@@ -59,10 +59,10 @@ class Recipe(NamedTuple):
             words.append(_name_of(self.method))
         if self.anew:
             words.append("statistics anew")
-        if self.count:
+        if self.polish_steps:
             words.append("distilled")
         then = ", ".join(words) or NOTHING
-        more = max(self.on, self.learned)
+        more = max(self.fit_more, self.learn_more)
         return f"{then} ({more:,} inputs)" if more else then
 
 
@@ -113,7 +113,7 @@ class Workshop:
         self._repaired: tuple[Any, Repaired] | None = None
 
     def keep(self, steps: list[Step]) -> None:
-        """Lets go of models as they were moved by all steps but some."""
+        """Keeps the models as they were moved by some steps, and lets go of all others."""
         self._moved = {step: self._moved[step] for step in steps}
 
     def with_inputs(self, known: Known) -> "Workshop":
@@ -125,7 +125,7 @@ class Workshop:
         return other
 
     @functools.cached_property
-    def _with_more(self) -> "Workshop":
+    def _learning_from_more(self) -> "Workshop":
         """Where models are moved by more inputs; what was learned of these is kept."""
         known = self.setting.known
         return self.with_inputs(known._replace(fit=known.more))
@@ -148,19 +148,19 @@ class Workshop:
         setting = self.setting
         # Of what is held out no repair may see anything, until all is chosen.
         if samples is None:
-            samples = setting.known.more if recipe.on else setting.known.fit
-        workshop = self._with_more if recipe.learned else self
+            samples = setting.known.more if recipe.fit_more else setting.known.fit
+        workshop = self._learning_from_more if recipe.learn_more else self
         task, moved = workshop._move(recipe.step)
         ridges: dict[str, Array] = {}
         if recipe.method is None:
-            params = average(moved, setting.weights.tolist())
+            params = average(moved, setting.shares.tolist())
         else:
             assert samples is not None
             params, ridges = workshop._repair(task, moved, recipe, samples)
         if recipe.anew:
             params = self._with_statistics(params, samples)
-        if recipe.count:
-            params = self._polished(params, recipe.count, samples)
+        if recipe.polish_steps:
+            params = self._polished(params, recipe.polish_steps, samples)
         return Found(recipe, params, task, moved, ridges)
 
     def _repair(
@@ -175,7 +175,7 @@ class Workshop:
                 self.setting.fn,
                 moved,
                 Passes(list(samples.batches())),
-                self.setting.weights.tolist(),
+                self.setting.shares.tolist(),
                 recipe.method,
                 [None] * len(moved),
                 _KEPT_BYTES,
@@ -212,7 +212,7 @@ class Workshop:
             setting.objective,
             params,
             setting.models,
-            setting.weights,
+            setting.shares,
             samples,
             steps=count,
             trains=setting.leaf_weight,

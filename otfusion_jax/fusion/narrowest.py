@@ -9,36 +9,9 @@ those are cheap to take again.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-from jax.extend import core
-from jax.extend.core import primitives as P
-
 from otfusion_jax.fusion.flat_program import Reference, Slot, Step
-from otfusion_jax.fusion.linear_form import PRODUCTS
+from otfusion_jax.fusion.linear_form import PRODUCTS, has_product
 from otfusion_jax.fusion.side_by_side import Network
-from otfusion_jax.tracing.jaxprs import closed, is_jaxpr
-
-
-def has_product(eqn: core.JaxprEqn) -> bool:
-    """Whether a matrix product or a convolution is evaluated within an equation."""
-    return any(inner.primitive in PRODUCTS for inner in equations_within(eqn))
-
-
-def has_while(eqn: core.JaxprEqn) -> bool:
-    """Whether a loop without a known end is evaluated within an equation."""
-    return any(inner.primitive is P.while_p for inner in equations_within(eqn))
-
-
-def equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """Returns the equations within an equation, those within them included."""
-    found = []
-    for parameter in jax.tree_util.tree_leaves(eqn.params):
-        if not is_jaxpr(parameter):
-            continue
-        for inner in closed(parameter).jaxpr.eqns:
-            found.append(inner)
-            found.extend(equations_within(inner))
-    return found
 
 
 def slot_bytes(

@@ -197,9 +197,10 @@ class NormalEquations:
     @functools.cached_property
     def mean_eigenvalue(self) -> Float[Array, ""]:
         """The mean eigenvalue of AᵀA."""
-        if self.is_factorised:
+        if self.form.is_rearranged(self.leaf):
+            # Every unit has the inner products of its group for itself.
             gram = self.sums.gram
-            return jnp.mean(jnp.trace(gram, axis1=-2, axis2=-1)) / gram.shape[-1]
+            return jnp.mean(jnp.trace(gram, axis1=-2, axis2=-1).real) / gram.shape[-1]
         # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
         # |z|² it is the mean eigenvalue.
         random = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)

@@ -103,7 +103,7 @@ def plan_repair(
         networks: The networks, the average last.
         jaxpr: The program of the average. Its first arguments are the parameters.
         leaves: The parameters of the average, without their values.
-        finds_tails: Whether to look for ReLUs behind products.
+        finds_tails: Whether to look for ReLUs behind products; not if `outputs_alone`.
         outputs_alone: Whether to leave out corrections that others depend on.
 
     Returns:
@@ -133,15 +133,17 @@ def plan_repair(
         planner.dependencies,
     )
     tails: dict[int, Tail] = {}
-    # Features of a model that plans merge or split are not those that the ReLU is given.
-    finds_tails &= not any(network.is_moved for network in networks)
+    # Features of a model that plans merge or split are not those that the ReLU is given. What
+    # depends on what is known by the numbers that corrections had before some were left out.
+    is_any_moved = any(network.is_moved for network in networks)
+    looks_for_tails = finds_tails and not is_any_moved and not outputs_alone
     for correction in corrections:
         correction.owns_bias = search.owns_bias(correction)
         if not correction.owns_bias:
             # What is subtracted may be a threshold, which is no bias where it is read again.
             added = [receiver for receiver in correction.receivers if receiver.sign == 1]
             correction.receivers = added
-        tail = search.tail_of(correction) if finds_tails else None
+        tail = search.tail_of(correction) if looks_for_tails else None
         if tail is not None:
             tails[correction.number] = tail
     sizes = slot_bytes(planner.networks, state.steps, jaxpr.in_avals[len(leaves) :])

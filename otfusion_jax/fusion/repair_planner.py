@@ -23,12 +23,11 @@ from otfusion_jax.fusion.corrections import (
     overlap,
 )
 from otfusion_jax.fusion.flat_program import Constant, Fixed, Parameter, Reference, Slot, Step
-from otfusion_jax.fusion.linear_form import PRODUCTS, has_rows
-from otfusion_jax.fusion.narrowest import has_product, has_while
+from otfusion_jax.fusion.linear_form import PRODUCTS, has_product, has_rows
 from otfusion_jax.fusion.side_by_side import ARRANGEMENTS, Network, inner_jaxprs
 from otfusion_jax.symmetry.groups import Leaf
 from otfusion_jax.tracing.activations import Path
-from otfusion_jax.tracing.jaxprs import body, closed, scan_operands, source
+from otfusion_jax.tracing.jaxprs import body, closed, equations_within, scan_operands, source
 from otfusion_jax.tracing.primitives import RELOCATIONS
 
 
@@ -323,7 +322,8 @@ class Planner:
         if any(network.is_moved for network in self.networks):
             return None
         # Of a branch that is not taken no effect may be seen, and a loop in it may have no end.
-        if not has_product(eqn) or eqn.effects or has_while(eqn):
+        has_while = any(inner.primitive is P.while_p for inner in equations_within(eqn))
+        if not has_product(eqn) or eqn.effects or has_while:
             return None
         before = self.state.copy()
         if eqn.primitive is P.scan_p:

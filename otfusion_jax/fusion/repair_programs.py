@@ -5,13 +5,13 @@ it prepared, and what it compiles with it.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.common.warning import warn_user
 from otfusion_jax.fusion.repair_methods import AbstractRepair
 from otfusion_jax.fusion.repair_pass import Prepared, site_of
 from otfusion_jax.fusion.repair_plan import plan_repair
@@ -165,7 +165,7 @@ def warn_of_what_stays(prepared: Prepared, programs: Programs) -> None:
     lines = [first_line]
     for leaf, why in sorted(reasons.items()):
         lines.append(f"  {programs.symmetry.parts[leaf].path}: {why}")
-    warnings.warn("\n".join(lines), RepairWarning, stacklevel=7)
+    warn_user("\n".join(lines), RepairWarning)
 
 
 def _why_not(prepared: Prepared, leaf: int) -> str:

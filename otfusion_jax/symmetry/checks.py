@@ -4,7 +4,6 @@ Each check raises, or warns, with what is wrong, where, and what to do instead.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from otfusion_jax.common.arguments import kind_of, require_arrays
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.common.warning import warn_user
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -173,11 +173,10 @@ def warn_without_groups(symmetry: Symmetry, arrays: PyTree, result: str) -> None
     """
     if symmetry.groups or _any_traced(jax.tree.leaves(arrays)):
         return
-    warnings.warn(
+    warn_user(
         f"the symmetry has no groups, so that no unit can move: {result}. print(symmetry) says "
         "what pins the parameters",
         SymmetryWarning,
-        stacklevel=3,
     )
 
 
@@ -196,26 +195,24 @@ def warn_not_used(symmetry: Symmetry) -> None:
         reasons.setdefault(pin.path, set()).add(pin.reason)
     unused = _unused_leaves(symmetry, reasons)
     if unused:
-        warnings.warn(
+        warn_user(
             "the function does not use these parameters, so that they stay as they are when units "
             "move. If other functions use them (another head, training mode), trace all of them "
             "together, trace_symmetry([(fn, inputs), (other_fn, other_inputs)], params):\n"
             + "\n".join(unused),
             SymmetryWarning,
-            stacklevel=3,
         )
     unmet = []
     for path, path_reasons in reasons.items():
         if UNMET in path_reasons:
             unmet.append(f"  {path}")
     if unmet:
-        warnings.warn(
+        warn_user(
             "these parameters are multiplied with constants alone (a first step from a state of "
             "zeros, an input that is absent), so that nothing tells which units they belong to: "
             "they stay, and so does what moves with them. Trace more steps, or give all inputs:\n"
             + "\n".join(unmet),
             SymmetryWarning,
-            stacklevel=3,
         )
 
 

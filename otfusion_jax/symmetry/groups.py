@@ -30,12 +30,12 @@ that rotates a float `[n, m]` has orthonormal rows or columns, whichever are few
 NOT_USED = "not used by the function"
 """Why a parameter is pinned that nothing reads."""
 UNREAD = "not read on these inputs"
-"""Why an axis stays of which the function selects a part alone, or nothing but sums over itself."""
+"""Why an axis is pinned of which, on these inputs, the function reads only a part, or only sums."""
 FOLDED = "constant in canonical form"
 """Why an axis stays of a parameter that `canonicalize` makes 1, or 0 where 1 is added to it."""
 UNMET = "meets nothing but constants on these inputs"
-"""Why all axes of a leaf stay: on other inputs it may meet any units, as recurrent weights do that
-a first step multiplies with zeros."""
+"""Why every axis of a leaf is pinned: on these inputs it met only constants, as recurrent weights
+that a first step multiplies with zeros. On other inputs it may meet any units."""
 SUMMED = "summed over with equal weights, and met by no features"
 """Why an axis stays along which a leaf is multiplied with a constant alone that is nowhere 0, as
 the last weights of a network are in the gradient of a sum over its outputs."""

@@ -88,7 +88,7 @@ def is_identity(plan: Array) -> bool:
     return is_square and bool((values == np.eye(values.shape[-1])).all())
 
 
-def moved_units(plan: Array | np.ndarray) -> int | None:
+def count_moved_units(plan: Array | np.ndarray) -> int | None:
     """Counts the units that a plan takes to another place.
 
     Args:

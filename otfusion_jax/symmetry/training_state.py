@@ -4,7 +4,6 @@ A state is a tree in which there are trees like that of the parameters, such as 
 Each of these is moved by `transport`, and all else is passed on.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.common.warning import warn_user
 from otfusion_jax.symmetry.checks import SymmetryWarning, may_have_units, require_symmetry
 from otfusion_jax.symmetry.groups import Plans
 from otfusion_jax.symmetry.plans import HasPlans, plans_of
@@ -188,10 +188,9 @@ def _warn_of_arrays_with_units(symmetry: Symmetry, passed_on: Sequence[tuple[str
         if _is_moment(leaf) and may_have_units(symmetry, leaf.shape):
             lines.append(f"  {key_path}: shape {jnp.shape(leaf)}")
     if lines:
-        warnings.warn(
+        warn_user(
             "these arrays of the state stay as they are, and have sizes of groups; if they belong "
             "to units, start this state anew from the moved parameters (`optimizer.init`):\n"
             + "\n".join(lines),
             SymmetryWarning,
-            stacklevel=3,
         )

@@ -113,19 +113,29 @@ def expanded(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return jax.make_jaxpr(implementation)(*operands_of(eqn))
 
 
-def subjaxprs(jaxpr: core.Jaxpr) -> list[core.Jaxpr]:
-    """Returns the jaxprs that the equations of a jaxpr hold, not those within them in turn.
+def subjaxprs(eqns: Sequence[core.JaxprEqn]) -> list[core.Jaxpr]:
+    """Returns the jaxprs that equations hold, not those within them in turn.
 
     Args:
-        jaxpr: A jaxpr without its constants.
+        eqns: The equations.
 
     Returns:
-        The jaxprs, without theirs.
+        The jaxprs, without their constants.
     """
-    params = [eqn.params for eqn in jaxpr.eqns]
+    params = [eqn.params for eqn in eqns]
     # Branches, for one, are a tuple of jaxprs.
     leaves = jax.tree_util.tree_leaves(params)
     return [closed(leaf).jaxpr for leaf in leaves if is_jaxpr(leaf)]
+
+
+def equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+    """Returns the equations within an equation, those within them included."""
+    found = []
+    for jaxpr in subjaxprs([eqn]):
+        for inner in jaxpr.eqns:
+            found.append(inner)
+            found.extend(equations_within(inner))
+    return found
 
 
 # --- operands and parameters

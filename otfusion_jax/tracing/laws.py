@@ -13,7 +13,7 @@ is written in the words of an `Algebra`, one for each question that is asked of 
 - `other`: any other function. It demands that units are permuted at most.
 
 A primitive without a law is `other`: what is not stated is not allowed. So the table in this module
-is the whole of what is claimed. docs/rules.md says how to add to it.
+is the whole of what is claimed. CONTRIBUTING.md says how to add to it.
 """
 
 import abc
@@ -35,7 +35,7 @@ from otfusion_jax.tracing.rules.families import ONE_BY_ONE, P
 
 
 class Zero:
-    """What a value is that is 0 at all units, whatever moves."""
+    """The standing of a value that is 0 at every unit, however the units move."""
 
 
 ZERO = Zero()
