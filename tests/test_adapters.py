@@ -99,6 +99,33 @@ def test_adapters_of_peft_and_of_nnx_are_found():
 
 
 @pytest.mark.usefixtures("default_promotion")
+def test_adapters_of_embeddings_are_averaged_as_products_too():
+    models = []
+    for sign in (1, -1):
+        factors = {"lora_embedding_A": normal(RANK, N), "lora_embedding_B": normal(M, RANK, seed=1)}
+        models.append({"embed": jax.tree.map(lambda leaf, sign=sign: sign * leaf, factors)})
+    found = otf.average_adapters(models)["embed"]
+    expected = models[0]["embed"]["lora_embedding_B"] @ models[0]["embed"]["lora_embedding_A"]
+    np.testing.assert_allclose(
+        found["lora_embedding_B"] @ found["lora_embedding_A"], expected, atol=1e-5
+    )
+
+
+def test_parts_of_adapters_that_belong_to_no_pair_are_named():
+    models = [model | {"head": {"lora_magnitude": normal(M)}} for model in MODELS]
+    with pytest.raises(ValueError, match=r"(?s)no pair was found.*  head/lora_magnitude: shape"):
+        otf.average_adapters(models)
+    pair = otf.LowRankPair("layer/lora_a", "layer/lora_b")
+    found = otf.average_adapters(models, pairs=[pair])
+    np.testing.assert_allclose(found["head"]["lora_magnitude"], normal(M), atol=1e-6)
+    # What checks types in this suite sees a single pair, but not what is in a list.
+    otf_any: Any = otf
+    with pytest.raises(TypeError, match="LowRankPair"):
+        otf_any.average_adapters(models, pairs=pair)
+    with pytest.raises(TypeError, match="LowRankPair"):
+        otf_any.average_adapters(models, pairs=[("layer/lora_a", "layer/lora_b")])
+
+
 def test_networks_of_nnx_compute_the_average():
     nets = [nnx.LoRA(N, RANK, M, rngs=nnx.Rngs(seed)) for seed in range(2)]
     for seed, net in enumerate(nets):

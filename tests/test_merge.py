@@ -87,6 +87,28 @@ def test_permutations_are_found_without_data():
         close(net(model, x), net(a, x))
 
 
+def test_to_train_nothing_is_a_mistake():
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        otf.distill(net, draw(0), [draw(1)], [data()], outputs="values", trains=lambda path: False)
+
+
+def test_weights_below_zero_and_single_samples_are_refused_before_any_work():
+    models = [draw(0), draw(1)]
+    with pytest.raises(ValueError, match=r"weights are \[1.5, -0.5\].*no mean of probabilities"):
+        otf.merge(net, models, [data()], outputs="logits", weights=[1.5, -0.5])
+    with pytest.raises(ValueError, match="max_samples is 1; give 2 or more"):
+        merge(models, [data()], max_samples=1)
+
+
+def test_where_no_group_has_features_no_trial_is_called_after_them(monkeypatch):
+    monkeypatch.setattr(candidates, "feature_gram", lambda *args, **options: {})
+    merged = merge([draw(0), draw(1)], [data()], repairs=())
+    problems = {row.start: row.problem for row in merged.report.rows}
+    assert "no group of model 0 has features" in problems["features"]
+    assert "no group of model 0 has features" in problems["preactivations"]
+    assert not problems["weights"]
+
+
 def test_of_images_that_are_drawn_the_match_is_chosen_by_weights():
     """Networks of which the features of drawn images say little: what is closest is repaired."""
 

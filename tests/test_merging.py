@@ -185,6 +185,14 @@ def test_dare_drops_and_rescales():
     np.testing.assert_array_equal(one, again)
 
 
+def test_dare_keeps_running_statistics():
+    base = {"bn": {"mean": normal(4), "var": jnp.ones(4)}, "kernel": normal(3, 4)}
+    model = jax.tree.map(lambda leaf: leaf + 0.5, base)
+    (found,) = otf.dare([model], base, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, found["bn"], model["bn"])
+    assert not np.array_equal(found["kernel"], model["kernel"])
+
+
 def test_leaves_of_one_shape_are_thinned_apart():
     base = {"a": jnp.zeros(1000), "b": jnp.zeros(1000)}
     (found,) = otf.dare([{"a": jnp.ones(1000), "b": jnp.ones(1000)}], base, jax.random.key(0))
@@ -237,6 +245,13 @@ def test_where_there_is_no_arc_slerp_is_the_line(factor: float):
     a = normal(9)
     found, line = otf.slerp(a, factor * a, 0.25), otf.interpolate(a, factor * a, 0.25)
     np.testing.assert_allclose(found, line, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_slerp_has_gradients_where_vectors_are_parallel(sign: int):
+    ones = jnp.ones(3)
+    found = jax.grad(lambda a: otf.slerp({"w": a}, {"w": sign * ones}, 0.5)["w"].sum())(ones)
+    np.testing.assert_allclose(found, 0.5, atol=1e-6)
 
 
 def test_slerp_of_huge_and_tiny_numbers_is_in_range():

@@ -58,6 +58,17 @@ def test_inputs_in_a_list_are_asked_for_one_by_one(call: Callable):
 
 
 @pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_inputs_that_the_function_does_not_take_are_to_be_left_out(call: Callable):
+    def unlabelled(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    with pytest.raises(TypeError, match="than the 2 given: the first 1 do; leave out the rest"):
+        call(unlabelled, PARAMS, X, SHIFT)
+    with pytest.raises(TypeError, match="leave out the rest, such as labels"):
+        otf.merge(unlabelled, [PARAMS, PARAMS], [(X, SHIFT)], outputs="logits")
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_a_class_is_no_function(call: Callable):
     with pytest.raises(TypeError, match=r"the function is the class Recurrent; pass a function fn"):
         call(Recurrent, PARAMS, X, SHIFT)

@@ -51,8 +51,13 @@ def test_batches_are_one_large_batch(kind, method):
 @METHODS
 @pytest.mark.parametrize(
     "given",
-    [in_three, lambda x: iter(in_three(x)), lambda x: lambda: iter(in_three(x))],
-    ids=["list", "generator", "function"],
+    [
+        in_three,
+        lambda x: iter(in_three(x)),
+        lambda x: lambda: iter(in_three(x)),
+        lambda x: [[batch] for batch in in_three(x)],
+    ],
+    ids=["list", "generator", "function", "lists of PyTorch"],
 )
 @pytest.mark.parametrize("keep_bytes", [1, 2**30])
 def test_all_forms_of_batches_give_equal_bits(given, keep_bytes, method):

@@ -103,6 +103,9 @@ def test_what_can_not_be_shared_is_named(symmetry: otf.Symmetry):
         otf.fuse_shared(symmetry, [wide, REFERENCE])
     with pytest.raises(ValueError, match="model 0 has no leaf of the reference's key path"):
         otf.fuse_shared(symmetry, [{"other": normal(3)}, REFERENCE])
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model(1))
+    with pytest.raises(ValueError, match=r"body/1/w: dtype bfloat16, in the reference float32"):
+        otf.fuse_shared(symmetry, [half, REFERENCE])
     with pytest.raises(ValueError, match="reference is 2, and there are 2 models"):
         otf.fuse_shared(symmetry, [REFERENCE, REFERENCE], reference=2)
     with pytest.raises(TypeError, match="reference is True, of type bool; give a model's position"):

@@ -51,7 +51,8 @@ class CoordinateDescent(AbstractMethod):
             `ForwardPass`) or of one of them. The end whose layers are the most similar to the
             target's is returned, by the product of their cosines: it predicts the accuracy of the
             average better than the objective. Inner products of activations (`grams`) serve
-            the start `"forward"` alone.
+            the start `"forward"` alone. What is found from the identity depends on the order that
+            units are given in; from `"forward"` alone it does not.
         tolerance: Where groups rotate, the share of the objective that a sweep has to take off for
             another sweep to follow. Permutations are finitely many, and descent ends where none of
             them is better; of rotations there is always a better one, by less and less. Without

@@ -50,8 +50,8 @@ def feature_gram(
         fn: The function that was traced.
         source: The parameters of the source model.
         target: The parameters of the target model.
-        batches: A list or a generator of batches: arrays, or tuples of arrays for functions of
-            several inputs. Memory does not grow with their number.
+        batches: A list or a generator of batches: arrays, or tuples or lists of them for functions
+            of several inputs. Memory does not grow with their number.
         onto: The symmetry of the target, if its widths are others than the source's.
         target_fn: The function of the target, if it is another than the source's.
         at: Where features are read, see `features`.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from otfusion_jax.averaging.average import Weights, checked_average, columns_of, mixtures
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
-from otfusion_jax.common.arguments import checked_count
+from otfusion_jax.common.arguments import checked_count, require_kind
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.checks import require_finite
@@ -57,7 +57,8 @@ def average_adapters(
             average is exact. Leaves then have other shapes.
         pairs: The pairs. If None, they are found by name: `lora_a` `[n, rank]` and `lora_b`
             `[rank, m]` beside each other (NNX, where the product is `lora_a @ lora_b`), or `lora_A`
-            `[rank, n]` and `lora_B` `[m, rank]` (PEFT, where it is `lora_B @ lora_A`).
+            `[rank, n]` and `lora_B` `[m, rank]` (PEFT, where it is `lora_B @ lora_A`; those of
+            embeddings are `lora_embedding_A` and `lora_embedding_B`).
 
     Returns:
         A tree of the same structure. Where a factor is scaled by the rank as well (`alpha / rank`),
@@ -169,7 +170,14 @@ def _checked_pairs(
         ValueError: If there are none, or for leaves that do not fit, listing each.
     """
     known = {leaf.path: leaf for leaf in leaves}
-    checked = tuple(_found_pairs(known) if pairs is None else pairs)
+    if pairs is None:
+        checked = tuple(_found_pairs(known))
+    else:
+        if isinstance(pairs, LowRankPair):
+            raise TypeError(f"pairs is {pairs!r}; pass a list of it")
+        checked = tuple(pairs)
+        for pair in checked:
+            require_kind(pair, LowRankPair, "a pair", "LowRankPair(left=..., right=...)")
     if not checked:
         raise ValueError(
             "no low-rank adapters were found; name the leaves, "
@@ -193,7 +201,35 @@ def _checked_pairs(
             )
     if wrong:
         raise ValueError("these leaves are no low-rank adapters:\n" + "\n".join(wrong))
+    if pairs is None:
+        _require_paired(known, checked)
     return checked
+
+
+def _require_paired(known: dict[str, Leaf], pairs: Sequence[LowRankPair]) -> None:
+    """Refuses leaves that are called as parts of adapters are, and belong to no pair."""
+    paired = set()
+    for pair in pairs:
+        paired |= {pair.left, pair.right}
+    alone = []
+    for path, leaf in known.items():
+        is_part = any(name.lower().startswith("lora_") for name in re.split(r"[/.]", path))
+        if is_part and leaf.moves and path not in paired:
+            alone.append(f"  {path}: shape {leaf.shape}")
+    if alone:
+        raise ValueError(
+            "these leaves look like parts of low-rank adapters, and no pair was found for them; "
+            "name all pairs by pairs=[LowRankPair(left=..., right=...)], and what is in none is "
+            "averaged by itself:\n" + "\n".join(alone)
+        )
+
+
+_PARTNERS = {
+    "lora_a": "lora_b",
+    "lora_A": "lora_B",
+    "lora_embedding_A": "lora_embedding_B",
+}
+"""The names of the factor that a product is found by, and of the other."""
 
 
 def _found_pairs(known: dict[str, Any]) -> list[LowRankPair]:
@@ -204,7 +240,7 @@ def _found_pairs(known: dict[str, Any]) -> list[LowRankPair]:
         parts = re.split(r"([/.])", path)
         for at, part in enumerate(parts):
             # PEFT's are called after what the kernel takes up first, and multiplied from the left.
-            partner = {"lora_a": "lora_b", "lora_A": "lora_B"}.get(part)
+            partner = _PARTNERS.get(part)
             if partner is None:
                 continue
             other = "".join([*parts[:at], partner, *parts[at + 1 :]])

@@ -200,6 +200,11 @@ def _checked_layers(params: PyTree, layers: Sequence[BatchNorm] | None) -> tuple
         ValueError: If there are none, or for leaves that do not fit, listing each.
     """
     require_alike([params], names=["params"])
+    if layers is not None and not isinstance(layers, Sequence):
+        raise TypeError(
+            f"layers is {layers!r}; pass a list of BatchNorm(mean=..., var=..., scale=..., "
+            "bias=...), and epsilon by its name"
+        )
     values = _by_path(params)
     checked = tuple(_found_layers(params) if layers is None else layers)
     if not checked:

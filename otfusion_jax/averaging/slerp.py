@@ -121,8 +121,10 @@ def _length(vector: list[Array]) -> Array:
     widest = jnp.result_type(*[x.real.dtype for x in vector])
     total = jnp.zeros((), widest)
     for x in vector:
-        total = total + jnp.sum(jnp.square(jnp.abs(x))).astype(widest)
-    return jnp.sqrt(total)
+        total = total + jnp.sum(jnp.real(x * jnp.conj(x))).astype(widest)
+    # The square root has no derivative at 0, where vectors are parallel.
+    is_zero = total == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from otfusion_jax.averaging.average import check_integers, columns_of
 from otfusion_jax.averaging.stacking import require_alike
-from otfusion_jax.averaging.statistics import warn_of_averaged_statistics
+from otfusion_jax.averaging.statistics import running_statistics, warn_of_averaged_statistics
 from otfusion_jax.common.arguments import require_key
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.known import all_known
@@ -148,8 +148,9 @@ def dare(models: Sequence[PyTree], base: PyTree, key: Array, *, drop: float = 0.
 
     Returns:
         The K models, each the base plus what is left of its task vector, computed in float32 or
-        wider and rounded to the leaf's dtype. Integers, booleans and keys stay as they are. In half
-        precision, small changes of large weights are lost in that: give float32.
+        wider and rounded to the leaf's dtype. Integers, booleans, keys and running statistics of
+        batch normalisation stay as each model has them. In half precision, small changes of large
+        weights are lost in that: give float32.
 
     Raises:
         ValueError: As `task_arithmetic`, and for a probability out of range.
@@ -165,11 +166,13 @@ def dare(models: Sequence[PyTree], base: PyTree, key: Array, *, drop: float = 0.
         raise ValueError("drop is 1.0; give a probability, 0 or more and below 1")
     require_key(key)
     leaves, columns, bases = _checked(models, base)
+    # A variance that is dropped and enlarged may be negative.
+    statistics = running_statistics(base)
     keep = jnp.asarray(1 - drop, float)
     thinned: list[list[Any]] = [[] for _ in models]
     for number, (leaf, column, start) in enumerate(zip(leaves, columns, bases, strict=True)):
         for model, value in enumerate(column):
-            if leaf.moves:
+            if leaf.moves and leaf.path not in statistics:
                 own = jax.random.fold_in(jax.random.fold_in(key, model), number)
                 value = _thinned(start, value, own, keep)
             thinned[model].append(value)

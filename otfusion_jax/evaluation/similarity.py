@@ -143,8 +143,8 @@ def similarity(
         fn: The function that was traced.
         source: The parameters of the source model.
         target: The parameters of the target model.
-        batches: A list or a generator of batches: arrays, or tuples of arrays for functions of
-            several inputs. It is gone through once.
+        batches: A list or a generator of batches: arrays, or tuples or lists of them for functions
+            of several inputs. It is gone through once.
         plans: How the source's units are matched with the target's, as `align` returns it. None
             aligns by weights.
         onto: The symmetry of the target, if its widths are others than the source's.

@@ -144,16 +144,27 @@ def _by_weights(task: Task) -> list[PyTree]:
     return task.moved(task.aligned(CoordinateDescent(), [None] * (len(task.models) - 1)))
 
 
+def _require_features(grams: Sequence[dict[str, Gram]]) -> None:
+    """Refuses what would be a match by weights, under the name of one by features."""
+    for number, of_model in enumerate(grams):
+        if not of_model:
+            raise ValueError(f"no group of model {number} has features that can be matched")
+
+
 def _by_features(task: Task) -> list[PyTree]:
+    _require_features(task.grams)
     return task.moved(task.by_features)
 
 
 def _by_preactivations(task: Task) -> list[PyTree]:
     """Algorithm 1 of the paper with activations: its features and its metric."""
     assert task.samples is not None
-    alignments = []
+    all_grams, alignments = [], []
     for model in task.models[:-1]:
-        grams = feature_gram(task.symmetry, task.fn, model, task.models[-1], task.samples.batches())
+        batches = task.samples.batches()
+        all_grams.append(feature_gram(task.symmetry, task.fn, model, task.models[-1], batches))
+    _require_features(all_grams)
+    for model, grams in zip(task.models[:-1], all_grams, strict=True):
         found = align(
             task.symmetry,
             model,
@@ -170,13 +181,8 @@ def _by_preactivations(task: Task) -> list[PyTree]:
 def _by_features_then_weights(task: Task) -> list[PyTree]:
     # Features make the start alone; what descends is the cost of the weights.
     from_features = CoordinateDescent(starts=("forward",))
-    found = []
-    for number, grams in enumerate(task.grams):
-        if grams:
-            found.append(grams)
-        else:
-            raise ValueError(f"no group of model {number} has features that can be matched")
-    return task.moved(task.aligned(from_features, found))
+    _require_features(task.grams)
+    return task.moved(task.aligned(from_features, task.grams))
 
 
 def _by_learned_rotations(task: Task) -> list[PyTree]:

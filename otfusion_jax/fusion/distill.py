@@ -81,7 +81,7 @@ def distill(
 
     Raises:
         ValueError: If teachers do not fit the parameters, weights do not fit, batches are empty or
-            differ, or it is not said what the outputs are.
+            differ, nothing is trained, or it is not said what the outputs are.
         TypeError: If arguments are of another type, or `mixes` is True and not all inputs are
             floating-point.
         FloatingPointError: If parameters do not stay finite.
@@ -163,6 +163,8 @@ def trained(
             numbers.append(number)
             # Steps are smaller than what half precision can tell from nothing.
             wide.append(leaves[-1].astype(accumulation_dtype(leaves[-1].dtype)))
+    if not wide:
+        raise ValueError("there is nothing to train: no floating-point leaf is trained by `trains`")
     state = _start(optimizer, wide)
     # Positions are drawn at once and looked up on the host, where the samples are.
     shape = (steps, min(batch_size, samples.count))

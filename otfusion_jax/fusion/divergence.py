@@ -11,6 +11,7 @@ from jaxtyping import Float
 from otfusion_jax.common.arguments import kind_of, require_function
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
+from otfusion_jax.tracing.misuse import shape_of_call
 
 Outputs = Literal["logits", "values"]
 """What a function returns: logits of classes along the last axis, or numbers to be met as such."""
@@ -108,7 +109,7 @@ class Objective:
             TypeError: If outputs are not floating-point numbers, or logits not a single array.
         """
         if self.loss is not None:
-            found = jax.eval_shape(self.loss, params, *inputs)
+            found = shape_of_call(self.loss, params, inputs)
             shape = getattr(found, "shape", None)
             if shape != ():
                 raise ValueError(
@@ -116,7 +117,7 @@ class Objective:
                     "return a scalar, the mean over a batch"
                 )
             return
-        found = jax.eval_shape(self.fn, params, *inputs)
+        found = shape_of_call(self.fn, params, inputs)
         for array in jax.tree.leaves(found):
             if not jnp.issubdtype(array.dtype, jnp.inexact):
                 raise TypeError(

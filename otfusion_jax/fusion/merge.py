@@ -175,11 +175,20 @@ def merge(
     if len(models) < 2:
         raise ValueError(f"{len(models)} model given; merging takes at least two")
     shares = mixture(weights, len(models))
+    if outputs == "logits" and min(shares.tolist()) < 0:
+        raise ValueError(
+            f"weights are {weights}; of negative ones there is no mean of probabilities to compare "
+            "with: give none below 0, or outputs='values'"
+        )
     chosen_candidates = checked_candidates(candidates)
     require_counts(polish=polish, path=path)
     key = checked_key(key)
     bar = shown_bar() if progress else silent_bar
-    most = max(2, checked_count(max_samples, "max_samples", "2 or more"))
+    most = checked_count(max_samples, "max_samples", "2 or more")
+    if most < 2:
+        raise ValueError(
+            "max_samples is 1; give 2 or more: one half is fitted to, the other scores"
+        )
     known = known_inputs(batches, inputs, most, key)
     if repairs is not None:
         require_repairs(repairs)

@@ -104,7 +104,7 @@ def repair(
             inputs.
         models: A list of the K models' parameters, aligned: `[transport(symmetry, plans, a), b]`.
         *inputs: A single batch of inputs. What a layer computes of it is in memory at once.
-        batches: Any number of batches in place of the one: arrays, or tuples of arrays for
+        batches: Any number of batches in place of the one: arrays, or tuples or lists of them for
             functions of several inputs. Each layer, or each set of layers that do not depend on one
             another, takes a pass over all of them. So give a list, anything else that can be gone
             through again, or a function that returns an iterator. A generator can be gone through
@@ -146,7 +146,7 @@ def repair(
         raise TypeError(f"{len(inputs)} inputs and batches were given; pass one or the other")
     fn, inputs = as_function(fn, inputs)
     require_kind(method, AbstractRepair, "method", "RestoreStatistics() or LeastSquares()")
-    keep_bytes = checked_count(keep_bytes, "keep_bytes", "a number of bytes")
+    keep_bytes = checked_count(keep_bytes, "keep_bytes", "a number of bytes, 1 or more")
     require_models(models)
     for number, model in enumerate(models):
         require_model(symmetry, model, f"model {number}")

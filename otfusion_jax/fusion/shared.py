@@ -219,7 +219,11 @@ def _in_tree_of(symmetry: Symmetry, target: PyTree, model: PyTree, number: int) 
             + "\n".join(other_widths)
         )
     if not any(leaf.moves and has[leaf.path] for leaf in symmetry.leaves):
-        raise ValueError(f"model {number} has no leaf of the reference's key path and shape")
+        lines = [f"  {leaf.path}: {leaf.why}" for leaf in unshared]
+        raise ValueError(
+            f"model {number} has no leaf of the reference's key path, shape and dtype:\n"
+            + "\n".join(lines)
+        )
     # What is left has not been asked for.
     unshared.extend(Unshared(path, number, "not in the reference") for path in known)
     return _Filled(symmetry.treedef.unflatten(values), has, unshared)

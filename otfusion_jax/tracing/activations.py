@@ -292,7 +292,8 @@ def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
     """Yields every batch as a tuple of inputs.
 
     Args:
-        batches: Arrays, or tuples of arrays for functions of several inputs.
+        batches: Arrays, or tuples or lists of arrays for functions of several inputs. A loader of
+            PyTorch puts the inputs of a batch into a list.
 
     Yields:
         The inputs of a batch.
@@ -306,7 +307,7 @@ def batches_of(batches: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
     is_empty = True
     for batch in batches:
         is_empty = False
-        yield batch if isinstance(batch, tuple) else (batch,)
+        yield tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if is_empty:
         raise ValueError("no batches of inputs were given; features need at least one")
 

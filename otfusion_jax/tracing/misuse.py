@@ -6,6 +6,7 @@ arguments alone. They are looked for when the function has failed, and only then
 is refused. A mistake counts as found if the function works once it is mended.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -45,6 +46,22 @@ def find_mistake(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, .
         if _works(call):
             return call.advice
     return None
+
+
+def shape_of_call(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> PyTree:
+    """Returns the shapes and dtypes of what a call `fn(params, *inputs)` returns.
+
+    Raises:
+        TypeError: If the function fails, and arguments of a wrong kind are the cause. All else
+            that it raises is passed on.
+    """
+    try:
+        return jax.eval_shape(fn, params, *inputs)
+    except Exception as error:
+        mistake = find_mistake(fn, params, inputs)
+        if mistake is None:
+            raise
+        raise TypeError(mistake) from error
 
 
 def find_foreign_input(inputs: tuple[PyTree, ...]) -> str | None:
@@ -90,6 +107,13 @@ def _mended_calls(
         )
         yield _MendedCall(fn, (params, *inputs[0]), advice)
 
+    for count in range(1, 1 if _takes(fn, params, inputs) else len(inputs)):
+        advice = (
+            f"the function takes fewer inputs than the {len(inputs)} given: the first {count} do; "
+            "leave out the rest, such as labels, of each batch"
+        )
+        yield _MendedCall(fn, (params, *inputs[:count]), advice)
+
     if inputs:
         advice = (
             "the function works on the inputs alone, because it holds its own parameters; pass a "
@@ -97,6 +121,18 @@ def _mended_calls(
             "one, and its parameters"
         )
         yield _MendedCall(fn, inputs, advice)
+
+
+def _takes(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> bool:
+    """Whether a function takes so many inputs, as far as its signature says."""
+    try:
+        inspect.signature(fn).bind(params, *inputs)
+    except TypeError:
+        return False
+    except ValueError:
+        # Not every callable has a signature.
+        return True
+    return True
 
 
 def _works(call: _MendedCall) -> bool:
