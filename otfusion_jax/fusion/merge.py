@@ -114,8 +114,8 @@ def merge(
             with signs and without.
         repairs: The repairs to try, instances; `()` tries none. None tries `RestoreStatistics` and
             `LeastSquares`. If there may be ReLUs, least squares are tried at preactivations and,
-            unless noise was drawn, at activations; if not, and batches are given, at outputs alone
-            as well. Of several ridges the best is taken for each parameter where batches are given,
+            unless noise was drawn, at activations; if not, and units can be rotated, at outputs
+            alone as well, given batches. Of several ridges the best is taken for each parameter where batches are given,
             but for activations; else the ridge is 0.01.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
@@ -202,7 +202,9 @@ def merge(
     require_symmetry(symmetry, "merge(fn, models, batches, symmetry=symmetry)")
     require_alike(models, symmetry)
     leaf_weight = weighed_leaves(symmetry, models, shares, leaf_weight, update)
-    chosen_repairs = usual_repairs(fn, models[0], known) if repairs is None else tuple(repairs)
+    chosen_repairs = (
+        usual_repairs(fn, models[0], known, symmetry) if repairs is None else tuple(repairs)
+    )
     fixed = (symmetry, known, objective, is_mixed, chosen_repairs, update, key)
     setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
     search = Search(setting)

@@ -75,7 +75,7 @@ def require_hashable(fn: Any) -> None:
 
 
 def usual_repairs(
-    fn: Callable[..., Any], model: PyTree, known: Known
+    fn: Callable[..., Any], model: PyTree, known: Known, symmetry: Symmetry
 ) -> tuple[AbstractRepair, ...]:
     """Says which repairs are tried unless others are asked for.
 
@@ -83,6 +83,7 @@ def usual_repairs(
         fn: The function of the models.
         model: One of them.
         known: The inputs that are looked at.
+        symmetry: The symmetry of the models.
 
     Returns:
         The repairs.
@@ -91,9 +92,9 @@ def usual_repairs(
     ridge = _RIDGES if known.are_given else 0.01
     if not cuts_at_zero(jax.make_jaxpr(fn)(model, *known.example)):
         usual = RestoreStatistics(), LeastSquares(ridge=ridge)
-        # Rotations are learned from what the average answers: such models agree on outputs alone.
-        outputs = LeastSquares(ridge=ridge, at="output")
-        return (*usual, outputs) if known.are_given else usual
+        # Models turned by learned rotations agree on what they answer, and on no features.
+        is_turned = known.are_given and symmetry.with_rotations().rotates
+        return (*usual, LeastSquares(ridge=ridge, at="output")) if is_turned else usual
     before = LeastSquares(ridge=ridge, at="preactivation")
     # Which units noise switches on says little of those that inputs do.
     if not known.are_given and not look_like_images(known.example):
