@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import normal
+from arrays import normal, normals
 from flax import nnx
 
 import otfusion_jax as otf
@@ -85,6 +85,23 @@ def test_permutations_are_found_without_data():
     assert merged.symmetry == symmetry()
     for model in merged.models:
         close(net(model, x), net(a, x))
+
+
+def test_outputs_alone_are_fitted_where_units_rotate():
+    def normed(params, x):
+        h = x @ params["in"]
+        h = h / jnp.sqrt(jnp.maximum(jnp.mean(h * h, axis=-1, keepdims=True), 1e-6))
+        return jax.nn.relu(h @ params["hidden"]) @ params["out"]
+
+    def permuted(params, x):
+        return normed(params | {"in": jnp.tanh(params["in"])}, x)
+
+    shapes = {"in": (6, 8), "hidden": (8, 8), "out": (8, 3)}
+    models = [normals(shapes, seed) for seed in range(2)]
+    for fn, is_tried in ((normed, True), (permuted, False)):
+        merged = otf.merge(fn, models, [data()], outputs="values", candidates=["weights"])
+        repairs = {row.repair for row in merged.report.rows}
+        assert ("LeastSquares(at=output)" in repairs) == is_tried
 
 
 def test_to_train_nothing_is_a_mistake():

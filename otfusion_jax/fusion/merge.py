@@ -114,9 +114,9 @@ def merge(
             with signs and without.
         repairs: The repairs to try, instances; `()` tries none. None tries `RestoreStatistics` and
             `LeastSquares`. If there may be ReLUs, least squares are tried at preactivations and,
-            unless noise was drawn, at activations; if not, and units can be rotated, at outputs
-            alone as well, given batches. Of several ridges the best is taken for each parameter
-            where batches are given, but for activations; else the ridge is 0.01.
+            unless noise was drawn, at activations; if units can be rotated and batches are given,
+            at outputs alone as well. Of several ridges the best is taken for each parameter where
+            batches are given, but for activations; else the ridge is 0.01.
         update: For networks with batch norm, one step in training mode, `update(params, batch)`, as
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
             inputs. With it, each average and each repair is tried with running statistics estimated

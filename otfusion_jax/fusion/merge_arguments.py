@@ -90,18 +90,20 @@ def usual_repairs(
     """
     # A ridge that is best for one kind of noise says nothing of another.
     ridge = _RIDGES if known.are_given else 0.01
+    usual: list[AbstractRepair] = [RestoreStatistics()]
     if not cuts_at_zero(jax.make_jaxpr(fn)(model, *known.example)):
-        usual = RestoreStatistics(), LeastSquares(ridge=ridge)
-        # Models turned by learned rotations agree on what they answer, and on no features.
-        is_turned = known.are_given and symmetry.with_rotations().rotates
-        return (*usual, LeastSquares(ridge=ridge, at="output")) if is_turned else usual
-    before = LeastSquares(ridge=ridge, at="preactivation")
-    # Which units noise switches on says little of those that inputs do.
-    if not known.are_given and not look_like_images(known.example):
-        return RestoreStatistics(), before
-    # What is wanted behind a ReLU is in part what the average does: large ridges would look
-    # better than they are.
-    return RestoreStatistics(), LeastSquares(), before
+        usual.append(LeastSquares(ridge=ridge))
+    else:
+        # Which units noise switches on says little of those that inputs do.
+        if known.are_given or look_like_images(known.example):
+            # What is wanted behind a ReLU is in part what the average does: large ridges would look
+            # better than they are.
+            usual.append(LeastSquares())
+        usual.append(LeastSquares(ridge=ridge, at="preactivation"))
+    # Models turned by learned rotations agree on what they answer, and on no features.
+    if known.are_given and symmetry.with_rotations().rotates:
+        usual.append(LeastSquares(ridge=ridge, at="output"))
+    return tuple(usual)
 
 
 def require_repairs(repairs: Any) -> None:
