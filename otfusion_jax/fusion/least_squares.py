@@ -66,9 +66,9 @@ class LeastSquares(AbstractRepair):
     it where it is so already. Biases, batch normalisation and a residual on the way to the
     ReLU are allowed for, if the residual is computed before the product.
 
-    Where a bias follows that nothing else reads, both are fitted together (`restore`). Features
-    that come out of a fit vary less than those that it is fitted to. So where preactivations are
-    fitted, units are then brought to the mean and deviation that they have in the models, as
+    Where a bias follows units of a group, and nothing else reads it, both are fitted together
+    (`restore`). Fitted features vary less than their targets. So where preactivations are fitted,
+    units are then brought to the mean and deviation that they have in the models, as
     `RestoreStatistics` does, before what comes behind them is fitted.
 
     Models that were aligned by what their average answers, as by `learn_alignment`, need not agree
@@ -87,8 +87,9 @@ class LeastSquares(AbstractRepair):
         restore: Whether a parameter is fitted together with the bias behind it; and, at
             preactivations, its units are then given the mean and deviation that they have in the
             models, on average. Of batch normalisation the running mean is such a bias. Where none
-            follows, where something else reads the product or the bias, where units of groups are a
-            part of what comes out, and of complex numbers, it makes no difference.
+            follows, where something else reads the product or the bias, where units of a group are
+            not all that comes out (outputs are of none), and of complex numbers, it makes no
+            difference.
     """
 
     needs_units: ClassVar[bool] = False
