@@ -104,6 +104,17 @@ def test_outputs_alone_are_fitted_where_units_rotate():
         assert ("LeastSquares(at=output)" in repairs) == is_tried
 
 
+def test_of_equal_models_nothing_is_repaired():
+    def shifted(params, x):
+        h = jax.nn.relu(x @ params["in"] + params["bias"][None])
+        return jax.nn.relu(h @ params["hidden"]) @ params["out"]
+
+    model = normals({"in": (6, 8), "bias": (8,), "hidden": (8, 7), "out": (7, 4)})
+    merged = otf.merge(shifted, [model, model], [data()], outputs="logits")
+    assert merged.report.chosen.repair == "nothing"
+    jax.tree.map(close, merged.params, model)
+
+
 def test_to_train_nothing_is_a_mistake():
     with pytest.raises(ValueError, match="there is nothing to train"):
         otf.distill(net, draw(0), [draw(1)], [data()], outputs="values", trains=lambda path: False)

@@ -32,6 +32,8 @@ _AGAIN = 3
 """How many trials are made again with inputs exchanged."""
 _FAR = 2.0
 """Trials that score so many times as much as the best are not made again."""
+_ROUNDING = 1e-6
+"""Divergences, in nats, that differ by less differ by rounding: what was tried first is kept."""
 
 
 class Search:
@@ -116,7 +118,7 @@ class Search:
             problem = str(error)
         # Of equal ones the first is kept, which did the least.
         best = math.inf if self.chosen is None else self.rows[self.chosen].score
-        if not problem and score < best:
+        if not problem and score < best - self._rounding:
             self.chosen, self.best = len(self.rows), found
         seconds = time.perf_counter() - began
         step = recipe.step
@@ -191,7 +193,16 @@ class Search:
             row = self.rows[number]
             seconds = row.seconds + time.perf_counter() - began
             self.rows[number] = dataclasses.replace(row, again=again, seconds=seconds)
-        return min(near, key=lambda number: self.rows[number].score + self.rows[number].again)
+        sums = {number: self.rows[number].score + self.rows[number].again for number in near}
+        least = min(sums.values())
+        return min(number for number in near if sums[number] <= least + 2 * self._rounding)
+
+    @property
+    def _rounding(self) -> float:
+        """By how much scores differ that are equal. Of other measures nobody knows the scale."""
+        objective = self.setting.objective
+        are_divergences = objective is not None and objective.outputs == "logits"
+        return _ROUNDING if are_divergences and not self.setting.weights_decide else 0.0
 
     def _final(self, recipe: Recipe) -> Found:
         """Makes the best once more, on all inputs: now that nothing is chosen any more."""
