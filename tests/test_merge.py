@@ -109,8 +109,8 @@ def test_of_equal_models_nothing_is_repaired():
         h = jax.nn.relu(x @ params["in"] + params["bias"][None])
         return jax.nn.relu(h @ params["hidden"]) @ params["out"]
 
-    model = normals({"in": (6, 8), "bias": (8,), "hidden": (8, 7), "out": (7, 4)})
-    merged = otf.merge(shifted, [model, model], [data()], outputs="logits")
+    model = normals({"in": (6, 8), "bias": (8,), "hidden": (8, 7), "out": (7, 4)}, seed=2)
+    merged = otf.merge(shifted, [model, model], [data(200, seed=9)], outputs="logits")
     assert merged.report.chosen.repair == "nothing"
     jax.tree.map(close, merged.params, model)
 
