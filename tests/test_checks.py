@@ -84,7 +84,7 @@ SETTINGS: list[tuple[Any, str, Any, str]] = [
     (otf.LeastSquares, "ridge", float("inf"), "ridge >= 0, got inf"),
     (otf.LeastSquares, "ridge", (0.1, -1.0), "ridge >= 0, got -1"),
     (otf.LeastSquares, "ridge", (), "a ridge, or several to choose from"),
-    (otf.LeastSquares, "at", "output", "at is 'output'; it must be 'activation' or"),
+    (otf.LeastSquares, "at", "outputs", "at is 'outputs'; it must be 'activation',"),
     (otf.LeastSquares, "restore", 1, "restore to be True or False, got 1"),
     (otf.LeastSquares, "steps", 2.0, "steps >= 1, a whole number, got 2.0"),
 ]
