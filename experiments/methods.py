@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from jaxtyping import PyTree
 from ott.geometry import costs
@@ -98,21 +98,16 @@ class Correction:
 
 AVERAGED = Correction("averaged", Needs.NOTHING, corrections.averaged)
 RESTORED = Correction("statistics restored", Needs.IMAGES, corrections.restored)
-LEAST_SQUARES = Correction(
-    "least squares",
-    Needs.IMAGES,
-    functools.partial(corrections.regressed, at="preactivation"),
-)
-LEAST_SQUARES_ON_ACTIVATIONS = Correction(
-    "least squares on activations",
-    Needs.IMAGES,
-    functools.partial(corrections.regressed, at="activation"),
-)
-LEAST_SQUARES_ON_OUTPUTS = Correction(
-    "least squares on outputs",
-    Needs.IMAGES,
-    functools.partial(corrections.regressed, at="output"),
-)
+
+
+def _regressed(name: str, at: Literal["preactivation", "activation", "output"]) -> Correction:
+    """Least squares on features at some place."""
+    return Correction(name, Needs.IMAGES, functools.partial(corrections.regressed, at=at))
+
+
+LEAST_SQUARES = _regressed("least squares", "preactivation")
+LEAST_SQUARES_ON_ACTIVATIONS = _regressed("least squares on activations", "activation")
+LEAST_SQUARES_ON_OUTPUTS = _regressed("least squares on outputs", "output")
 
 CORRECTIONS = by_name(
     AVERAGED,
@@ -211,6 +206,11 @@ def _activations(name: str, samples: int, tabulated: tuple[Correction, ...]) -> 
     )
 
 
+def _rotated(name: str, move: Callable[[Pair], PyTree]) -> Method:
+    """A way to rotate A by what images say."""
+    return Method(name, Needs.IMAGES, move, WITH_ROTATIONS, _ROTATED)
+
+
 # A as it is: its units are not moved at all.
 VANILLA = Method("vanilla average", Needs.NOTHING, lambda pair: pair.a)
 WEIGHTS = _weights("Algorithm 1, weights", costs.SqEuclidean(), False, _MOST)
@@ -227,27 +227,11 @@ DESCENT_FROM_MATCHING = Method(
 
 # Residual streams, and the dimensions inside of heads, are rotated.
 ROTATED_DESCENT = _descent("coordinate descent, with rotations", WITH_ROTATIONS, _ROTATED)
-ROTATED_BY_FEATURES = Method(
-    "features, with rotations",
-    Needs.IMAGES,
-    alignments.by_features,
-    WITH_ROTATIONS,
-    _ROTATED,
+ROTATED_BY_FEATURES = _rotated("features, with rotations", alignments.by_features)
+ROTATED_DESCENT_FROM_FEATURES = _rotated(
+    "coordinate descent from features, with rotations", alignments.by_descent_from_features
 )
-ROTATED_DESCENT_FROM_FEATURES = Method(
-    "coordinate descent from features, with rotations",
-    Needs.IMAGES,
-    alignments.by_descent_from_features,
-    WITH_ROTATIONS,
-    _ROTATED,
-)
-LEARNED_ROTATIONS = Method(
-    "learned rotations",
-    Needs.IMAGES,
-    alignments.by_learned_rotations,
-    WITH_ROTATIONS,
-    _ROTATED,
-)
+LEARNED_ROTATIONS = _rotated("learned rotations", alignments.by_learned_rotations)
 
 # Units of odd functions change their signs, those of a ReLU their scales.
 SIGNED_DESCENT = _descent("coordinate descent, with signs", WITH_SIGNS)

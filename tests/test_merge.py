@@ -124,6 +124,8 @@ def test_weights_below_zero_and_single_samples_are_refused_before_any_work():
     models = [draw(0), draw(1)]
     with pytest.raises(ValueError, match=r"weights are \[1.5, -0.5\].*no mean of probabilities"):
         otf.merge(net, models, [data()], outputs="logits", weights=[1.5, -0.5])
+    with pytest.raises(ValueError, match=r"weights are \[1.5, -0.5\].*no mean of probabilities"):
+        otf.distill(net, draw(0), models, [data()], outputs="logits", weights=[1.5, -0.5])
     with pytest.raises(ValueError, match="max_samples is 1; give 2 or more"):
         merge(models, [data()], max_samples=1)
 

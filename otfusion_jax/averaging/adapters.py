@@ -170,14 +170,11 @@ def _checked_pairs(
         ValueError: If there are none, or for leaves that do not fit, listing each.
     """
     known = {leaf.path: leaf for leaf in leaves}
-    if pairs is None:
-        checked = tuple(_found_pairs(known))
-    else:
-        if isinstance(pairs, LowRankPair):
-            raise TypeError(f"pairs is {pairs!r}; pass a list of it")
-        checked = tuple(pairs)
-        for pair in checked:
-            require_kind(pair, LowRankPair, "a pair", "LowRankPair(left=..., right=...)")
+    if isinstance(pairs, LowRankPair):
+        raise TypeError(f"pairs is {pairs!r}; pass a list of it")
+    checked = tuple(_found_pairs(known) if pairs is None else pairs)
+    for pair in checked:
+        require_kind(pair, LowRankPair, "a pair", "LowRankPair(left=..., right=...)")
     if not checked:
         raise ValueError(
             "no low-rank adapters were found; name the leaves, "

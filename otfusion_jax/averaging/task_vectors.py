@@ -314,7 +314,7 @@ def _checked(
 
 
 def _warn_of_statistics(models: Sequence[PyTree], base: PyTree) -> None:
-    """Warns where running statistics are combined; the warning names the line of the user."""
+    """Warns where running statistics are combined."""
     together = [*models, base]
     uniform = jnp.full(len(together), 1 / len(together), float)
     warn_of_averaged_statistics(together, False, [uniform] * len(leaves_of(base)))

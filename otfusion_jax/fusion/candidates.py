@@ -30,6 +30,7 @@ from otfusion_jax.fusion.mixup import mixup
 from otfusion_jax.fusion.samples import Samples
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
+from otfusion_jax.tracing.activations import At
 
 _LEARNING_STEPS = 600
 _LEARNING_BATCH_SIZE = 64
@@ -69,20 +70,20 @@ class Task:
 
     @functools.cached_property
     def grams(self) -> list[dict[str, Gram]]:
-        """The inner products of features of each model but the last with those of the last."""
+        """The inner products of what units put out, minus its mean, but of heads."""
+        found = self.feature_grams(at="activation", center=True)
+        return [_beside_heads(self.symmetry, grams) for grams in found]
+
+    def feature_grams(self, at: At, center: bool) -> list[dict[str, Gram]]:
+        """Takes the inner products of features of each model but the last with the last one's."""
         assert self.samples is not None
         found = []
         for model in self.models[:-1]:
+            batches = self.samples.batches()
             grams = feature_gram(
-                self.symmetry,
-                self.fn,
-                model,
-                self.models[-1],
-                self.samples.batches(),
-                at="activation",
-                center=True,
+                self.symmetry, self.fn, model, self.models[-1], batches, at=at, center=center
             )
-            found.append(_beside_heads(self.symmetry, grams))
+            found.append(grams)
         return found
 
     @functools.cached_property
@@ -91,7 +92,10 @@ class Task:
         return self.aligned(ForwardPass(), self.grams)
 
     def aligned(
-        self, method: AbstractMethod, grams: Sequence[dict[str, Gram] | None]
+        self,
+        method: AbstractMethod,
+        grams: Sequence[dict[str, Gram] | None],
+        metric: costs.CostFn | None = None,
     ) -> list[Alignment]:
         """Aligns each model but the last to the last."""
         found = []
@@ -101,6 +105,7 @@ class Task:
                 model,
                 self.models[-1],
                 method=method,
+                metric=metric,
                 # Where no group has features, weights decide about all.
                 grams=of_model or None,
                 leaf_weight=self.leaf_weight,
@@ -158,24 +163,9 @@ def _by_features(task: Task) -> list[PyTree]:
 
 def _by_preactivations(task: Task) -> list[PyTree]:
     """Algorithm 1 of the paper with activations: its features and its metric."""
-    assert task.samples is not None
-    all_grams, alignments = [], []
-    for model in task.models[:-1]:
-        batches = task.samples.batches()
-        all_grams.append(feature_gram(task.symmetry, task.fn, model, task.models[-1], batches))
-    _require_features(all_grams)
-    for model, grams in zip(task.models[:-1], all_grams, strict=True):
-        found = align(
-            task.symmetry,
-            model,
-            task.models[-1],
-            method=ForwardPass(),
-            metric=costs.Euclidean(),
-            grams=grams,
-            leaf_weight=task.leaf_weight,
-        )
-        alignments.append(found)
-    return task.moved(alignments)
+    grams = task.feature_grams(at="preactivation", center=False)
+    _require_features(grams)
+    return task.moved(task.aligned(ForwardPass(), grams, costs.Euclidean()))
 
 
 def _by_features_then_weights(task: Task) -> list[PyTree]:

@@ -14,14 +14,13 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.common.arguments import checked_count, checked_key, require_function, require_kind
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.known import all_known
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.fusion.divergence import Objective, Outputs, objective_of
+from otfusion_jax.fusion.divergence import Objective, Outputs, checked_shares, objective_of
 from otfusion_jax.fusion.mixup import mixes_inputs, mixup
 from otfusion_jax.fusion.samples import Samples, read_samples
 from otfusion_jax.symmetry.checks import require_models
@@ -117,7 +116,7 @@ def distill(
     steps = checked_count(steps, "steps", "1 or more")
     batch_size = checked_count(batch_size, "batch_size", "1 or more")
     key = checked_key(key)
-    shares = mixture(weights, len(teachers))
+    shares = checked_shares(weights, len(teachers), outputs)
     samples = read_samples(batches, checked_count(max_samples, "max_samples", "1 or more"))
     objective.check(params, samples.at(slice(2)).inputs)
     mixes = mixes_inputs(mixes, objective, samples.inputs)

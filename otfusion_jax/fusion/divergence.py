@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from otfusion_jax.averaging.average import mixture
 from otfusion_jax.common.arguments import kind_of, require_function
 from otfusion_jax.common.host import Array, accumulation_dtype
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.tracing.misuse import shape_of_call
+from otfusion_jax.tracing.misuse import naming_mistakes
 
 Outputs = Literal["logits", "values"]
 """What a function returns: logits of classes along the last axis, or numbers to be met as such."""
@@ -109,7 +110,8 @@ class Objective:
             TypeError: If outputs are not floating-point numbers, or logits not a single array.
         """
         if self.loss is not None:
-            found = shape_of_call(self.loss, params, inputs)
+            with naming_mistakes(self.loss, params, inputs):
+                found = jax.eval_shape(self.loss, params, *inputs)
             shape = getattr(found, "shape", None)
             if shape != ():
                 raise ValueError(
@@ -117,7 +119,8 @@ class Objective:
                     "return a scalar, the mean over a batch"
                 )
             return
-        found = shape_of_call(self.fn, params, inputs)
+        with naming_mistakes(self.fn, params, inputs):
+            found = jax.eval_shape(self.fn, params, *inputs)
         for array in jax.tree.leaves(found):
             if not jnp.issubdtype(array.dtype, jnp.inexact):
                 raise TypeError(
@@ -156,6 +159,29 @@ def objective_of(fn: Callable[..., Any], outputs: Any, loss: Any, call: str) -> 
             "outputs='values' (numbers, compared by squared differences), or a loss"
         )
     return Objective(fn, outputs, loss)
+
+
+def checked_shares(weights: Sequence[float] | None, count: int, outputs: Any) -> Float[Array, " k"]:
+    """Checks how much each of K models counts in their mean prediction.
+
+    Args:
+        weights: The K weights, summing to 1; uniform if None.
+        count: The number K of models.
+        outputs: What the user said that the function of the models returns.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: If weights do not fit, or are below 0 where probabilities are averaged.
+    """
+    shares = mixture(weights, count)
+    if outputs == "logits" and min(shares.tolist()) < 0:
+        raise ValueError(
+            f"weights are {weights}; of negative ones there is no mean of probabilities to compare "
+            "with: give none below 0, or outputs='values'"
+        )
+    return shares
 
 
 def _divergence(logits: Array, mean: Array) -> Array:

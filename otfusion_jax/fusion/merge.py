@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from otfusion_jax.averaging.average import mixture
 from otfusion_jax.averaging.stacking import require_alike
 from otfusion_jax.averaging.statistics import StatisticsWarning
 from otfusion_jax.common.arguments import checked_count, checked_key, require_function
@@ -19,7 +18,7 @@ from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import checked_candidates
-from otfusion_jax.fusion.divergence import Outputs, objective_of
+from otfusion_jax.fusion.divergence import Outputs, checked_shares, objective_of
 from otfusion_jax.fusion.merge_arguments import (
     known_inputs,
     require_counts,
@@ -174,12 +173,7 @@ def merge(
         )
     if len(models) < 2:
         raise ValueError(f"{len(models)} model given; merging takes at least two")
-    shares = mixture(weights, len(models))
-    if outputs == "logits" and min(shares.tolist()) < 0:
-        raise ValueError(
-            f"weights are {weights}; of negative ones there is no mean of probabilities to compare "
-            "with: give none below 0, or outputs='values'"
-        )
+    shares = checked_shares(weights, len(models), outputs)
     chosen_candidates = checked_candidates(candidates)
     require_counts(polish=polish, path=path)
     key = checked_key(key)

@@ -321,9 +321,10 @@ class Planner:
         # Plans say where units go in features of all iterations together, not in those of one.
         if any(network.is_moved for network in self.networks):
             return None
+        if not has_product(eqn):
+            return None
         # Of a branch that is not taken no effect may be seen, and a loop in it may have no end.
-        has_while = any(inner.primitive is P.while_p for inner in equations_within(eqn))
-        if not has_product(eqn) or eqn.effects or has_while:
+        if eqn.effects or any(inner.primitive is P.while_p for inner in equations_within(eqn)):
             return None
         before = self.state.copy()
         if eqn.primitive is P.scan_p:

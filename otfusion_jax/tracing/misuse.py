@@ -6,6 +6,7 @@ arguments alone. They are looked for when the function has failed, and only then
 is refused. A mistake counts as found if the function works once it is mended.
 """
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,15 +49,26 @@ def find_mistake(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, .
     return None
 
 
-def shape_of_call(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -> PyTree:
-    """Returns the shapes and dtypes of what a call `fn(params, *inputs)` returns.
+@contextlib.contextmanager
+def naming_mistakes(
+    fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
+) -> Iterator[None]:
+    """Says what was passed by mistake, if that is why a call `fn(params, *inputs)` within fails.
+
+    Args:
+        fn: The function.
+        params: The parameters that it is called with, arrays or `jax.ShapeDtypeStruct`s.
+        inputs: The inputs that it is called with, likewise.
+
+    Yields:
+        Nothing: the call is made within.
 
     Raises:
         TypeError: If the function fails, and arguments of a wrong kind are the cause. All else
             that it raises is passed on.
     """
     try:
-        return jax.eval_shape(fn, params, *inputs)
+        yield
     except Exception as error:
         mistake = find_mistake(fn, params, inputs)
         if mistake is None:
@@ -107,12 +119,13 @@ def _mended_calls(
         )
         yield _MendedCall(fn, (params, *inputs[0]), advice)
 
-    for count in range(1, 1 if _takes(fn, params, inputs) else len(inputs)):
-        advice = (
-            f"the function takes fewer inputs than the {len(inputs)} given: the first {count} do; "
-            "leave out the rest, such as labels, of each batch"
-        )
-        yield _MendedCall(fn, (params, *inputs[:count]), advice)
+    if not _takes(fn, params, inputs):
+        for count in range(1, len(inputs)):
+            advice = (
+                f"the function takes fewer inputs than the {len(inputs)} given: the first {count} "
+                "do; leave out the rest, such as labels, of each batch"
+            )
+            yield _MendedCall(fn, (params, *inputs[:count]), advice)
 
     if inputs:
         advice = (
@@ -130,8 +143,7 @@ def _takes(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -
     except TypeError:
         return False
     except ValueError:
-        # Not every callable has a signature.
-        return True
+        pass  # not every callable has a signature
     return True
 
 

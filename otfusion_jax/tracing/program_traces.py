@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from otfusion_jax.common.typing import PyTree
-from otfusion_jax.tracing.misuse import find_mistake
+from otfusion_jax.tracing.misuse import naming_mistakes
 
 MOST_LONGER = 8
 """So many axes of inputs at most are lengthened one by one: each costs a trace of the function."""
@@ -56,13 +56,8 @@ def trace_program(
         TypeError: If the function fails, and arguments of a wrong kind are the cause. All else
             that it raises is passed on.
     """
-    try:
+    with naming_mistakes(fn, params, inputs):
         jaxpr = jax.make_jaxpr(fn)(params, *inputs)
-    except Exception as error:
-        mistake = find_mistake(fn, params, inputs)
-        if mistake is None:
-            raise
-        raise TypeError(mistake) from error
     return ProgramTrace(jaxpr, inputs)
 
 

@@ -18,7 +18,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.transport import transport
 from otfusion_jax.symmetry.unread_means import with_random_means
 from otfusion_jax.tracing.activations import require_samples
-from otfusion_jax.tracing.misuse import find_mistake, require_params_first
+from otfusion_jax.tracing.misuse import naming_mistakes, require_params_first
 from otfusion_jax.tracing.programs import EntryPoint, Program, entry_points
 
 _CALL = "check_symmetry(symmetry, fn, params, *inputs)"
@@ -112,13 +112,8 @@ def _without_fixed_points(plans: Plans) -> Plans:
 def _evaluate(entry_point: EntryPoint, params: PyTree) -> PyTree:
     """Evaluates a function, and says what was passed by mistake if that is why it fails."""
     fn, inputs = entry_point
-    try:
+    with naming_mistakes(fn, params, inputs):
         return fn(params, *inputs)
-    except Exception as error:
-        mistake = find_mistake(fn, params, inputs)
-        if mistake is None:
-            raise
-        raise TypeError(mistake) from error
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:
