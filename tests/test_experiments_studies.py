@@ -83,7 +83,7 @@ def digits() -> Dataset:
 
 def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
     method = "coordinate descent (fuse)"
-    flags = ("--images", "200", "--polish", "20", "--methods", method)
+    flags = ("--images", "200", "--polish", "20", "--controls", "--methods", method)
     records = run(tmp_path, "merge", *SMALL, *flags)
     assert names(records, "method") == [
         "model A",
@@ -110,13 +110,16 @@ def test_the_one_call_is_compared_with_single_methods(tmp_path: Path):
 
 
 def test_the_one_call_is_measured_alone(tmp_path: Path):
-    records = run(tmp_path, "merge", *SMALL, "--images", "100", "--no-drawn", "--methods")
+    flags = ("--images", "100", "--polish", "0", "--no-drawn", "--methods")
+    records = run(tmp_path, "merge", *SMALL, *flags)
     assert names(records, "method") == ["model A", "model B", "ensemble", "merge, 100 images"]
 
 
-def test_pairs_have_two_seeds(capsys: pytest.CaptureFixture[str]):
+def test_what_cannot_be_merged_or_compared_is_refused(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["merge", "--seeds", "0", "1", "2"]) == 2
     assert "two for each pair" in capsys.readouterr().err
+    assert cli.main(["merge", "--polish", "0", "--controls"]) == 2
+    assert "--controls make as many steps as --polish" in capsys.readouterr().err
 
 
 # --- one_shot

@@ -18,7 +18,7 @@ from arrays import normal, normals
 from flax import nnx
 
 import otfusion_jax as otf
-from otfusion_jax.fusion import candidates, distill
+from otfusion_jax.fusion import candidates, distill, samples
 
 SIZES = (6, 12, 10, 4)
 SHAPE = jax.ShapeDtypeStruct((2, SIZES[0]), jnp.float32)
@@ -64,7 +64,9 @@ def data(count: int = 60, seed: int = 5):
     return normal(count, SIZES[0], seed=seed)
 
 
-merge = functools.partial(otf.merge, net, outputs="values")
+# Training is tried where a test is about it: each program of its own takes a while to compile.
+unpolished = functools.partial(otf.merge, polish=0)
+merge = functools.partial(unpolished, net, outputs="values")
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
@@ -99,7 +101,7 @@ def test_outputs_alone_are_fitted_where_units_rotate():
     shapes = {"in": (6, 8), "hidden": (8, 8), "out": (8, 3)}
     models = [normals(shapes, seed) for seed in range(2)]
     for fn, is_tried in ((normed, True), (permuted, False)):
-        merged = otf.merge(fn, models, [data()], outputs="values", candidates=["weights"])
+        merged = unpolished(fn, models, [data()], outputs="values", candidates=["weights"])
         repairs = {row.repair for row in merged.report.rows}
         assert ("LeastSquares(at=output)" in repairs) == is_tried
 
@@ -110,7 +112,7 @@ def test_of_equal_models_nothing_is_repaired():
         return jax.nn.relu(h @ params["hidden"]) @ params["out"]
 
     model = normals({"in": (6, 8), "bias": (8,), "hidden": (8, 7), "out": (7, 4)}, seed=2)
-    merged = otf.merge(shifted, [model, model], [data(200, seed=9)], outputs="logits")
+    merged = unpolished(shifted, [model, model], [data(200, seed=9)], outputs="logits")
     assert merged.report.chosen.repair == "nothing"
     jax.tree.map(close, merged.params, model)
 
@@ -123,7 +125,7 @@ def test_to_train_nothing_is_a_mistake():
 def test_weights_below_zero_and_single_samples_are_refused_before_any_work():
     models = [draw(0), draw(1)]
     with pytest.raises(ValueError, match=r"weights are \[1.5, -0.5\].*no mean of probabilities"):
-        otf.merge(net, models, [data()], outputs="logits", weights=[1.5, -0.5])
+        unpolished(net, models, [data()], outputs="logits", weights=[1.5, -0.5])
     with pytest.raises(ValueError, match=r"weights are \[1.5, -0.5\].*no mean of probabilities"):
         otf.distill(net, draw(0), models, [data()], outputs="logits", weights=[1.5, -0.5])
     with pytest.raises(ValueError, match="max_samples is 1; give 2 or more"):
@@ -151,11 +153,11 @@ def test_of_images_that_are_drawn_the_match_is_chosen_by_weights():
     a = [normal(3, 3, 3, 8, seed=0), normal(8, 4, seed=1)]
     b = [normal(3, 3, 3, 8, seed=7), normal(8, 4, seed=8)]
     shape = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
-    merged = otf.merge(convolved, [a, b], inputs=shape, outputs="values")
+    merged = unpolished(convolved, [a, b], inputs=shape, outputs="values")
     spreads = {}
     for row in merged.report.rows:
         if row.repair == "nothing":
-            only = otf.merge(
+            only = unpolished(
                 convolved,
                 [a, b],
                 inputs=shape,
@@ -260,7 +262,7 @@ def test_signs_are_found():
     signed = otf.trace_symmetry(odd, a, SHAPE).with_signs()
     b = otf.transport(signed, signed.random(jax.random.key(0)), a)
     x = data()
-    merged = otf.merge(odd, [a, b], [x], outputs="values", repairs=(), candidates=["weights"])
+    merged = unpolished(odd, [a, b], [x], outputs="values", repairs=(), candidates=["weights"])
     close(odd(merged.params, x), odd(a, x))
     assert [row.units for row in merged.report.rows] == ["permutations", "signs"]
     assert merged.report.chosen.units == "signs"
@@ -283,17 +285,17 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
     b = otf.transport(rotating, plans, otf.canonicalize(rotating, a))
     x = data()
     few = ["weights", "learned rotations"]
-    merged = otf.merge(residual, [a, b], [x], outputs="logits", repairs=(), candidates=few)
+    merged = unpolished(residual, [a, b], [x], outputs="logits", repairs=(), candidates=few)
     np.testing.assert_allclose(residual(merged.params, x), residual(a, x), rtol=0, atol=1e-3)
     assert merged.report.chosen.units == "rotations"
     assert merged.symmetry == rotating
     # Without data the weights decide about rotations, in one form.
-    blind = otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few[:1])
+    blind = unpolished(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few[:1])
     np.testing.assert_allclose(residual(blind.params, x), residual(a, x), rtol=0, atol=1e-3)
     assert [(row.units, row.repair) for row in blind.report.rows] == [("rotations", "nothing")]
     assert "the weights have decided" in str(blind.report).replace("\n", " ")
     with pytest.raises(ValueError, match="drawn at random does not hold"):
-        otf.merge(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few)
+        unpolished(residual, [a, b], inputs=SHAPE, outputs="logits", candidates=few)
     tried = [(row.start, row.units) for row in merged.report.rows]
     assert ("weights", "permutations") in tried
     assert ("weights", "rotations") in tried
@@ -312,7 +314,7 @@ def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(candidates, "learn_alignment", learn)
     models = [residual_params(0), residual_params(1)]
-    merged = otf.merge(
+    merged = unpolished(
         residual,
         models,
         [data(200)],
@@ -341,7 +343,7 @@ def test_each_of_several_models_is_turned_for_the_average_of_all(monkeypatch: py
 
     monkeypatch.setattr(candidates, "learn_alignment", learn)
     models = [residual_params(0), residual_params(1), residual_params(2)]
-    merged = otf.merge(
+    merged = unpolished(
         residual,
         models,
         [data(40)],
@@ -364,7 +366,7 @@ def test_models_that_count_nothing_turn_nothing(monkeypatch: pytest.MonkeyPatch)
     models = [residual_params(0), residual_params(1)]
     few = ["learned rotations"]
     x = data(40)
-    merged = otf.merge(
+    merged = unpolished(
         residual, models, [x], outputs="logits", repairs=(), candidates=few, weights=[1.0, 0.0]
     )
     np.testing.assert_allclose(
@@ -410,9 +412,9 @@ def test_mixes_is_checked_before_any_work():
         return params[x]
 
     with pytest.raises(TypeError, match="mixes"):
-        otf.merge(looked_up, [table, table], inputs=tokens, outputs="values", mixes="yes")  # pyright: ignore
+        unpolished(looked_up, [table, table], inputs=tokens, outputs="values", mixes="yes")  # pyright: ignore
     with pytest.raises(TypeError, match="mixes is True"):
-        otf.merge(looked_up, [table] * 2, [jnp.arange(4)], outputs="values", mixes=True)
+        unpolished(looked_up, [table] * 2, [jnp.arange(4)], outputs="values", mixes=True)
 
 
 # --- batch norm
@@ -448,7 +450,7 @@ def normalised_update(variables, batch):
 
 def test_running_statistics_are_estimated_anew():
     x = 2 + 3 * data(100, seed=4)
-    merged = otf.merge(
+    merged = unpolished(
         NORMALISED.apply,
         normalised_pair(),
         [x],
@@ -524,7 +526,7 @@ def test_statistics_of_nnx_are_estimated_anew():
         hidden = x @ first["kernel"][...] + first["bias"][...][None]
         return jnp.mean((hidden.var(0) / norm["var"][...] - 1) ** 2)
 
-    merged = otf.merge(
+    merged = unpolished(
         run, models, [x], loss=wrong, update=update, candidates=["as they are"], repairs=()
     )
     assert merged.report.chosen.repair == "statistics anew"
@@ -569,7 +571,7 @@ def test_what_scores_best_is_kept():
 def test_scores_are_those_of_inputs_held_out(outputs):
     models = near(1)
     x = data(50)
-    merged = otf.merge(net, models, [x], outputs=outputs, candidates=["as they are"], repairs=())
+    merged = unpolished(net, models, [x], outputs=outputs, candidates=["as they are"], repairs=())
     # Which are held out is drawn by the key.
     order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), 50)
     held_out = np.asarray(x)[np.asarray(order)[:25]]
@@ -713,6 +715,14 @@ def test_polish_is_taken_where_it_helps():
     jax.tree.map(np.testing.assert_array_equal, merged.params, a)
 
 
+def test_polish_is_tried_unless_told_otherwise_where_inputs_are_given():
+    few = functools.partial(otf.merge, net, near(4), outputs="values")
+    few = functools.partial(few, candidates=["weights"], repairs=())
+    given, drawn = few([data()]), few(inputs=SHAPE)
+    assert [row.repair for row in given.report.rows] == ["nothing", "distilled"]
+    assert [row.repair for row in drawn.report.rows] == ["nothing"]
+
+
 def test_the_same_key_gives_the_same_bits():
     models = near(5)
     again = functools.partial(merge, models, [data()], polish=5, candidates=["features"])
@@ -743,13 +753,37 @@ def test_a_generator_is_gone_through_once_and_no_further_than_needed():
     assert (merged.report.fitted, merged.report.held_out) == (10, 10)
 
 
+@pytest.mark.parametrize("count", [2, 3, 400, 1437, 2000, 2600])
+def test_batches_of_halves_are_of_one_size(count: int):
+    # What is made of a batch is compiled for each size.
+    given = samples.Samples((np.arange(count)[:, None],), count)
+    parts = samples.divided(given, 1000, jax.random.key(0))
+    sizes = set()
+    for half in (parts.fit, parts.held_out):
+        assert min(count // 2, 1000) - 4 < half.count <= 1000
+        for (batch,) in half.batches():
+            sizes.add(len(batch))
+    assert len(sizes) == 1
+    assert sizes.pop() <= 250
+    seen = [set(np.ravel(part.inputs[0])) for part in (parts.fit, parts.held_out, parts.whole)]
+    fit, held_out, whole = seen
+    assert not fit & held_out
+    if count > 2000:
+        assert parts.more is not None
+        assert set(np.ravel(parts.more.inputs[0])) == whole - held_out
+        assert len(whole) == count
+    else:
+        assert parts.more is None
+        assert whole == fit | held_out
+
+
 def test_functions_of_several_inputs():
     def gated(params, x, mask):
         return net(params, x) * mask["of"]
 
     batch = (data(30), {"of": jnp.ones((30, 1))})
     a = draw(0)
-    merged = otf.merge(gated, [a, shuffled(a, 1)], [batch], outputs="values", repairs=())
+    merged = unpolished(gated, [a, shuffled(a, 1)], [batch], outputs="values", repairs=())
     close(net(merged.params, data()), net(a, data()))
 
 
@@ -882,16 +916,16 @@ def test_wrong_arguments_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
     # Before any work: nothing is tried.
     monkeypatch.setattr(candidates.Task, "moved", None)
     with pytest.raises(error, match=words):
-        otf.merge(fn, models, **given)
+        unpolished(fn, models, **given)
 
 
 def test_logits_have_classes():
     with pytest.raises(ValueError, match="two classes or more"):
-        otf.merge(lambda p, x: net(p, x)[:, :1], PAIR, [data()], outputs="logits")
+        unpolished(lambda p, x: net(p, x)[:, :1], PAIR, [data()], outputs="logits")
     with pytest.raises(TypeError, match="single array"):
-        otf.merge(lambda p, x: (net(p, x), x), PAIR, [data()], outputs="logits")
+        unpolished(lambda p, x: (net(p, x), x), PAIR, [data()], outputs="logits")
     with pytest.raises(TypeError, match="int32"):
-        otf.merge(lambda p, x: net(p, x).argmax(-1), PAIR, [data()], outputs="values")
+        unpolished(lambda p, x: net(p, x).argmax(-1), PAIR, [data()], outputs="values")
 
 
 # --- distill
@@ -927,7 +961,7 @@ def test_classes_that_are_ruled_out_are_no_difference():
         return jnp.where(jnp.arange(SIZES[-1]) == 1, -jnp.inf, net(params, x))
 
     models, x = near(0), data()
-    merged = otf.merge(masked, models, [x], outputs="logits", repairs=[])
+    merged = unpolished(masked, models, [x], outputs="logits", repairs=[])
     assert np.isfinite(merged.report.chosen.score)
     student = otf.distill(masked, models[0], models, [x], outputs="logits", steps=2)
     for leaf in jax.tree.leaves(student):
@@ -938,7 +972,7 @@ def test_what_is_no_key_is_named():
     models, x = near(0), data()
     key = jax.random.split(jax.random.key(0), 2)
     with pytest.raises(TypeError, match="pass a single key"):
-        otf.merge(net, models, [x], outputs="values", key=key)
+        unpolished(net, models, [x], outputs="values", key=key)
     with pytest.raises(TypeError, match="pass a single key"):
         otf.distill(net, models[0], models, [x], outputs="values", key=key)
     with pytest.raises(TypeError, match="pass a single key"):
@@ -977,6 +1011,6 @@ def test_distilling_names_what_is_wrong():
 def test_inside_of_jit_there_is_nothing_to_choose_by():
     models, x = near(0), data()
     with pytest.raises(TypeError, match=r"merge was called inside of jax\.jit"):
-        jax.jit(lambda models: otf.merge(net, models, [x], outputs="values").params)(models)
+        jax.jit(lambda models: unpolished(net, models, [x], outputs="values").params)(models)
     with pytest.raises(TypeError, match=r"distill was called inside of jax\.jit"):
         jax.jit(lambda a: otf.distill(net, a, models, [x], outputs="values"))(models[0])

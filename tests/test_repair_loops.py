@@ -185,6 +185,6 @@ def test_a_repair_of_nothing_says_so():
     with pytest.warns(otf.RepairWarning, match=message) as warned:
         otf.repair(symmetry, scaling, nets, x)
     with pytest.warns(otf.RepairWarning, match=message) as from_merge:
-        otf.merge(scaling, nets, [x], outputs="values", candidates=["as they are"])
+        otf.merge(scaling, nets, [x], outputs="values", candidates=["as they are"], polish=0)
     # However deep it was found, it names the line of the caller's.
     assert {warning.filename for warning in (*warned, *from_merge)} == {__file__}

@@ -44,8 +44,10 @@ class Merge(Study):
     """Training images, without labels, for methods that use data."""
     drawn: bool = True
     """Merge without data as well, by inputs that are drawn at random."""
-    polish: int = 0
-    """Steps of distillation to try at the end, and as many from model A and the plain average."""
+    polish: int = 300
+    """Steps of distillation to try at the end, where there are images."""
+    controls: bool = False
+    """Make as many steps from model A and from the plain average, too."""
     methods: Annotated[
         tuple[Annotated[Method, choice(VARIANTS, "METHOD")], ...],
         tyro.conf.arg(
@@ -63,8 +65,10 @@ class Merge(Study):
         return self.weights or ()
 
     def check(self) -> None:
-        """Refuses seeds that make no pairs."""
+        """Refuses seeds that make no pairs, and controls of no steps."""
         super().check()
+        if self.controls and not self.polish:
+            raise ValueError("--controls make as many steps as --polish, which are 0; give more.")
         if len(self.seeds) % 2:
             raise ValueError(f"--seeds are {len(self.seeds)}; give two for each pair.")
 
@@ -86,7 +90,7 @@ class Merge(Study):
             for needs, accuracy in best.items():
                 run.add({ACCURACY: accuracy}, method=f"{_BEST}, {needs.value}", pair=label)
             self._measure_merged(run, judge, pair, label)
-            if self.polish:
+            if self.controls:
                 self._measure_controls(run, judge, pair, label)
 
     def _measure_single(
@@ -107,12 +111,12 @@ class Merge(Study):
     def _measure_merged(self, run: Run, judge: Judge, pair: Pair, label: str) -> None:
         """Measures the one call, and leaves its reports in the folder of the run."""
         images = pair.images
-        with_images = {"batches": [images], "max_samples": len(images)}
+        with_images = {"batches": [images], "max_samples": len(images), "polish": self.polish}
         settings = {_UNDATED: {"inputs": images[:2]}} if self.drawn else {}
         settings[f"{len(images):,} images"] = with_images
         for name, given in settings.items():
             with run.timed(f"{_MERGED}, {name}"):
-                merged = merge(run.network, [pair.a, pair.b], polish=self.polish, **given)
+                merged = merge(run.network, [pair.a, pair.b], **given)
             run.add(judge.accuracy(merged.params), method=f"{_MERGED}, {name}", pair=label)
             file = (
                 f"{_MERGED}-{label}-{name}.txt".replace(", ", "-")

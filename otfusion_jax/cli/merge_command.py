@@ -43,8 +43,9 @@ class Merge(CommandWithResult, CommandWithFunction):
     decides."""
     candidate: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to match by, as "weights" or "features", once for each; all that apply by default."""
-    polish: int = 0
-    """How many steps of distillation to try on the best."""
+    polish: int | None = None
+    """How many steps of distillation to try on the best, 0 for none. By default 300 with --data,
+    and none on noise."""
     seed: int = 0
     """The seed of all that is drawn."""
 

@@ -174,7 +174,7 @@ class LeastSquares(AbstractRepair):
         def equations(of: Any) -> NormalEquations:
             if isinstance(of, CentredSums):
                 of = of.uncentred() if part is None else of.centred()
-            return NormalEquations(form, leaf, of, self.steps)
+            return NormalEquations.in_range(form, leaf, of, self.steps)
 
         whole = sums.normal[0]
         ridge: Any = self.ridge

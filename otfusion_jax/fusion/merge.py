@@ -38,6 +38,8 @@ from otfusion_jax.tracing.programs import as_function
 from otfusion_jax.tracing.trace import trace_symmetry
 
 _CALL = "merge(fn, models, batches, outputs='logits')"
+_POLISH_STEPS = 300
+"""How many steps of distillation are tried at the end where inputs are given."""
 
 
 def merge(
@@ -54,7 +56,7 @@ def merge(
     candidates: Sequence[str] | None = None,
     repairs: Sequence[AbstractRepair] | None = None,
     update: Callable[[PyTree, Any], PyTree] | None = None,
-    polish: int = 0,
+    polish: int | None = None,
     mixes: bool | None = None,
     path: int = 0,
     max_samples: int = 2000,
@@ -66,11 +68,12 @@ def merge(
     What is best differs by network. So models are matched by weights, by features, by both, and by
     learned rotations where units can be rotated; the best three averages are repaired in every way;
     and of all of them that is kept which answers most like the models do on average, on inputs that
-    nothing was fitted to. No labels are needed. A trial that fails is a row of the report that says
-    why.
+    nothing was fitted to. In the end some steps of training towards these answers are tried. No
+    labels are needed. A trial that fails is a row of the report that says why.
 
     One half of the inputs is fitted to, the other decides; for the best three trials once more with
     the two exchanged. In the end, what was chosen is matched and fitted once more, by all inputs.
+    Batches are all of one size, 250 samples at most, for which up to seven inputs are left out.
     Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
     decides, and rotations are learned from these; each is taken if it is better for this half.
 
@@ -121,7 +124,8 @@ def merge(
             inputs. With it, each average and each repair is tried with running statistics estimated
             anew as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
-            300 take about as long as all else.
+            None tries 300 on inputs that are given, which take about as long as all else, and none
+            on inputs drawn at random.
         mixes: Whether learned rotations and `polish` train on mixtures of two inputs (`mixup`),
             which have to be floating-point. None mixes where they are, and no loss is given. Pass
             False if floats are masks or codes. What is chosen by are inputs as they are.
@@ -175,7 +179,7 @@ def merge(
         raise ValueError(f"{len(models)} model given; merging takes at least two")
     shares = checked_shares(weights, len(models), outputs)
     chosen_candidates = checked_candidates(candidates)
-    require_counts(polish=polish, path=path)
+    require_counts(polish=0 if polish is None else polish, path=path)
     key = checked_key(key)
     bar = shown_bar() if progress else silent_bar
     most = checked_count(max_samples, "max_samples", "2 or more")
@@ -184,6 +188,8 @@ def merge(
             "max_samples is 1; give 2 or more: one half is fitted to, the other scores"
         )
     known = known_inputs(batches, inputs, most, key)
+    if polish is None:
+        polish = _POLISH_STEPS if known.are_given else 0
     if repairs is not None:
         require_repairs(repairs)
     objective = None

@@ -32,8 +32,9 @@ def known_inputs(batches: Any, inputs: Any, most: int, key: Array) -> Known:
         if inputs is not None:
             raise ValueError("both batches and inputs are given; inputs is for want of batches")
         samples = read_samples(batches, most)
-        fit, held_out, more = divided(samples, _MOST, jax.random.fold_in(key, 0))
-        return Known(_as_shapes(fit.inputs), fit, held_out, more, samples)
+        parts = divided(samples, _MOST, jax.random.fold_in(key, 0))
+        shapes = _as_shapes(samples.inputs)
+        return Known(shapes, parts.fit, parts.held_out, parts.more, parts.whole)
     if inputs is None:
         raise ValueError(
             "neither batches nor inputs are given; pass inputs=jax.ShapeDtypeStruct((2, 28, 28), "

@@ -31,7 +31,7 @@ _REPAIRED = 3
 _AGAIN = 3
 """How many trials are made again with inputs exchanged."""
 _FAR = 2.0
-"""Trials that score so many times as much as the best are not made again."""
+"""Trials that score more than so many times as much as the best are not made again."""
 _ROUNDING = 1e-6
 """Divergences, in nats, that differ by less differ by rounding: what was tried first is kept."""
 
@@ -174,11 +174,15 @@ class Search:
     def _chosen_again(self, chosen: int, bar: Bar) -> int:
         """Makes the best trials again on inputs exchanged, and chooses by both scores."""
         least = self.rows[chosen].score
+        # What is met already has scores of nothing but rounding, of either sign; so may a loss.
+        farthest = least + (_FAR - 1) * abs(least) + self._rounding
         distinct: dict[float, int] = {}
         for number, row in enumerate(self.rows):
-            if not row.problem and row.score <= _FAR * least:
+            if not row.problem and row.score <= farthest and row.score != least:
                 distinct.setdefault(row.score, number)
-        near = [distinct[score] for score in sorted(distinct)[:_AGAIN]]
+        near = [chosen]
+        for score in sorted(distinct)[: _AGAIN - 1]:
+            near.append(distinct[score])
         if len(near) < 2:
             return chosen
         workshop = self._workshop.with_inputs(self.setting.known.exchanged())

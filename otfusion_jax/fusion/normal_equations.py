@@ -7,7 +7,7 @@ each of them is solved to the end, by a Cholesky factor, which all units share.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,15 @@ from jaxtyping import Bool, Float, Inexact
 
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.linear_systems import solve_positive_definite
-from otfusion_jax.common.scaling import common_exponent, scaled
+from otfusion_jax.common.scaling import all_scaled, common_exponent
 from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 
 _CONSTANT = 16
 """A feature that varies by no more than so many roundings of its mean is taken for constant."""
+
+_COMFORTABLE_EXPONENT = 32
+"""Equations are solved as they are if their mean eigenvalue is between the powers of two of this
+and of less this."""
 
 _MOST_STEPS = 200
 """After so many steps conjugate gradients are at the end, as far as float32 goes."""
@@ -159,7 +163,7 @@ class NormalEquations:
     Attributes:
         form: The product.
         leaf: The parameter of the average, float32 or wider.
-        sums: The sums that make the equations up.
+        sums: The sums that make the equations up, in range.
         steps: The number of steps of conjugate gradients; None to solve to the end.
     """
 
@@ -167,6 +171,26 @@ class NormalEquations:
     leaf: Array
     sums: NormalSums
     steps: int | None
+
+    @staticmethod
+    def in_range(
+        form: LinearForm, leaf: Array, sums: NormalSums, steps: int | None
+    ) -> "NormalEquations":
+        """Brings both sides of equations to the range of the parameter, by one power of two.
+
+        Conjugate gradients square both sides once more. Scaling changes no digit of what is found.
+        """
+        given = NormalEquations(form, leaf, sums, steps)
+        exponent = common_exponent([given.mean_eigenvalue])
+        sides = [sums.gram, sums.right_side]
+        # Mostly there is nothing to do. Without a branch of its own, XLA would work the power out
+        # anew wherever it meets one of the sides: of small parameters, that is half of the program.
+        gram, right_side = jax.lax.cond(
+            jnp.abs(exponent) <= _COMFORTABLE_EXPONENT,
+            lambda: sides,
+            lambda: all_scaled(sides, -exponent),
+        )
+        return NormalEquations(form, leaf, NormalSums(gram, right_side, sums.is_any), steps)
 
     @functools.cached_property
     def is_factorised(self) -> bool:
@@ -206,14 +230,6 @@ class NormalEquations:
         random = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)
         return _inner_product(random, self.normal(random)) / _squared_length(random)
 
-    @functools.cached_property
-    def exponent(self) -> Array:
-        """The exponent k by which equations are brought to the range of the parameter: 2^-k.
-
-        Conjugate gradients square both sides once more. Scaling changes no digit of what is found.
-        """
-        return common_exponent([self.mean_eigenvalue])
-
     def solved(self, ridge: Any) -> Array:
         """Solves the equations.
 
@@ -224,11 +240,10 @@ class NormalEquations:
             The change of the parameter; NaN where numbers are out of range.
         """
         penalty = ridge * self.mean_eigenvalue
-        right_side = scaled(self.right_side, -self.exponent)
+        right_side = self.right_side
 
         def penalised_normal(change: Array) -> Array:
-            penalised = self.normal(change) + penalty.astype(change.dtype) * change
-            return scaled(penalised, -self.exponent)
+            return self.normal(change) + penalty.astype(change.dtype) * change
 
         def by_steps() -> Array:
             found, _ = jax.scipy.sparse.linalg.cg(
@@ -258,30 +273,27 @@ class NormalEquations:
         Returns:
             The change of the parameter; not finite where the sum is not positive definite.
         """
-        gram = scaled(self.sums.gram, -self.exponent)
-        penalty = scaled(ridge * self.mean_eigenvalue, -self.exponent)
+        gram = self.sums.gram
+        penalty = ridge * self.mean_eigenvalue
         gram += penalty * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-        right_side = scaled(self.sums.right_side, -self.exponent)
         # The matrix has each entry of the parameter once: its transpose brings them back.
-        return self._transpose(jax.vmap(solve_positive_definite)(gram, right_side))
+        return self._transpose(jax.vmap(solve_positive_definite)(gram, self.sums.right_side))
 
-    def solved_for_each(self, ridges: Float[Array, " n"]) -> Iterable[Array]:
+    def solved_for_each(self, ridges: Float[Array, " n"]) -> Inexact[Array, "n ..."]:
         """Solves the equations for several ridges: see `solved`.
 
         Args:
             ridges: The penalties, in units of the mean eigenvalue.
 
         Returns:
-            The change of the parameter for each of them; not finite where there is none.
+            The change of the parameter for each of them, `[n, ...]`; not finite where there is
+            none.
         """
         if self.is_factorised:
-            return [self.solved_by_factor(ridge) for ridge in ridges]
-        return shifted_solutions(
-            lambda change: scaled(self.normal(change), -self.exponent),
-            scaled(self.right_side, -self.exponent),
-            ridges * scaled(self.mean_eigenvalue, -self.exponent),
-            self.most_steps,
-        )
+            # One after the other by one program, or XLA would compile a factorisation for each.
+            return jax.lax.map(self.solved_by_factor, ridges)
+        shifts = ridges * self.mean_eigenvalue
+        return shifted_solutions(self.normal, self.right_side, shifts, self.most_steps)
 
 
 def _inner_product(x: Array, y: Array) -> Array:
@@ -310,13 +322,15 @@ def chosen_ridge(
         The best of the ridges; of equal ones the first.
     """
     choices = jnp.asarray(ridges, fitted.mean_eigenvalue.dtype)
-    errors = []
-    for change in fitted.solved_for_each(choices):
+    right_side = held_out.right_side
+
+    def error(change: Array) -> Float[Array, ""]:
         # |A change - missing|², less what no change makes a difference to.
-        error = held_out.normal(change) - 2 * held_out.right_side
-        errors.append(_inner_product(change, error))
+        return _inner_product(change, held_out.normal(change) - 2 * right_side)
+
+    errors = jax.lax.map(error, fitted.solved_for_each(choices))
     # What is not finite is the worst: `argmin` would take it.
-    found = jnp.nan_to_num(jnp.stack(errors), nan=jnp.inf)
+    found = jnp.nan_to_num(errors, nan=jnp.inf)
     return choices[jnp.argmin(found)]
 
 

@@ -16,8 +16,8 @@ from otfusion_jax.common.arguments import kind_of, require_batches
 from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 
-BATCH_SIZE = 200
-"""How many samples are on the device at once."""
+BATCH_SIZE = 250
+"""How many samples are on the device at once, at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,20 +27,22 @@ class Samples:
     Attributes:
         inputs: The inputs, a tuple of pytrees of NumPy arrays `[n, ...]`.
         count: The number n of samples.
+        batch_size: How many of them are on the device at once.
     """
 
     inputs: tuple[PyTree, ...]
     count: int
+    batch_size: int = BATCH_SIZE
 
     def at(self, positions: np.ndarray | slice) -> "Samples":
         """Returns the samples at some positions."""
         chosen = jax.tree.map(lambda array: array[positions], self.inputs)
-        return Samples(chosen, len(jax.tree.leaves(chosen)[0]))
+        return Samples(chosen, len(jax.tree.leaves(chosen)[0]), self.batch_size)
 
     def batches(self) -> Iterator[tuple[PyTree, ...]]:
         """Yields the inputs, so many at a time as may be on the device at once."""
-        for first in range(0, self.count, BATCH_SIZE):
-            chosen = slice(first, first + BATCH_SIZE)
+        for first in range(0, self.count, self.batch_size):
+            chosen = slice(first, first + self.batch_size)
             yield jax.tree.map(lambda array, chosen=chosen: jnp.asarray(array[chosen]), self.inputs)
 
     def on_device(self) -> tuple[PyTree, ...]:
@@ -159,15 +161,21 @@ class Divided(NamedTuple):
         fit: Those to fit to.
         held_out: Those to choose by.
         more: All but those to choose by; None if that is what is fitted to anyway.
+        whole: All together.
     """
 
     fit: Samples
     held_out: Samples
     more: Samples | None
+    whole: Samples
 
 
 def divided(samples: Samples, most: int, key: Array) -> Divided:
     """Divides samples into two halves, to fit to and to choose by; of many, less than half each.
+
+    Batches of halves are all of one size. For a last one that is smaller, whatever is made of a
+    batch would be compiled once more, which takes longer than all else. So an odd one may be left
+    over, or a few where there are several batches.
 
     Args:
         samples: The samples, two or more.
@@ -186,7 +194,10 @@ def divided(samples: Samples, most: int, key: Array) -> Divided:
         )
     order = np.asarray(jax.random.permutation(key, samples.count))
     half = min(samples.count // 2, most)
-    held_out, others = samples.at(order[:half]), order[half:]
+    batches_of_half = -(-half // BATCH_SIZE)
+    samples = dataclasses.replace(samples, batch_size=half // batches_of_half)
+    half = batches_of_half * samples.batch_size
+    held_out, fit = samples.at(order[:half]), samples.at(order[half : 2 * half])
     if samples.count <= 2 * most:
-        return Divided(samples.at(others), held_out, None)
-    return Divided(samples.at(others[:half]), held_out, samples.at(others))
+        return Divided(fit, held_out, None, samples.at(order[: 2 * half]))
+    return Divided(fit, held_out, samples.at(order[half:]), samples)
