@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -439,3 +440,27 @@ def test_a_unit_next_to_switched_off_does_not_become_large(gain):
     symmetry = otf.trace_symmetry(net, nets[0], x)
     found = otf.repair(symmetry, net, nets, x, method=otf.LeastSquares(restore=False))
     assert jnp.max(jnp.abs(found["in"][:, 0])) < 3 * jnp.max(jnp.abs(otf.average(nets)["in"]))
+
+
+@pytest.mark.parametrize("exponent", [-40, -17, -13, 20])
+@pytest.mark.parametrize(
+    "method",
+    [
+        otf.LeastSquares(),
+        otf.LeastSquares(at="preactivation"),
+        otf.LeastSquares(ridge=(1e-3, 0.1), at="preactivation"),
+        otf.LeastSquares(ridge=(1e-3, 0.1), steps=None),
+    ],
+)
+def test_features_of_any_size_give_the_same_parameters(method: otf.LeastSquares, exponent: int):
+    # Conjugate gradients square the equations, which are squares of features themselves.
+    nets = [{"in": normal(6, 8, seed=seed), "out": normal(8, 3, seed=seed + 2)} for seed in (0, 1)]
+    x = normal(40, 6, seed=5)
+
+    def relu_net(params, x):
+        return jax.nn.relu(x @ params["in"]) @ params["out"]
+
+    symmetry = otf.trace_symmetry(relu_net, nets[0], x)
+    expected = otf.repair(symmetry, relu_net, nets, x, method=method)
+    found = otf.repair(symmetry, relu_net, nets, x * 2.0**exponent, method=method)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)

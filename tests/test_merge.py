@@ -18,7 +18,7 @@ from arrays import normal, normals
 from flax import nnx
 
 import otfusion_jax as otf
-from otfusion_jax.fusion import candidates, distill, samples
+from otfusion_jax.fusion import candidates, distill, merge_search, samples
 
 SIZES = (6, 12, 10, 4)
 SHAPE = jax.ShapeDtypeStruct((2, SIZES[0]), jnp.float32)
@@ -721,6 +721,35 @@ def test_polish_is_tried_unless_told_otherwise_where_inputs_are_given():
     given, drawn = few([data()]), few(inputs=SHAPE)
     assert [row.repair for row in given.report.rows] == ["nothing", "distilled"]
     assert [row.repair for row in drawn.report.rows] == ["nothing"]
+    # A loss may have labels, and where nothing counts there is nothing to train.
+    scored = few([data()], outputs=None, loss=lambda params, x: jnp.mean(net(params, x) ** 2))
+    assert [row.repair for row in scored.report.rows] == ["nothing"]
+    counted = few([data()], candidates=["as they are"], leaf_weight=lambda path: 0.0)
+    assert [row.repair for row in counted.report.rows] == ["nothing"]
+
+
+def test_what_fails_on_all_inputs_is_taken_from_a_half(monkeypatch: pytest.MonkeyPatch):
+    def failing(self, recipe):
+        raise FloatingPointError("out of range")
+
+    few = functools.partial(merge, near(4), [data()], candidates=["weights"])
+    few = functools.partial(few, repairs=[otf.LeastSquares()])
+    whole = few()
+    monkeypatch.setattr(merge_search.Search, "_final", failing)
+    half = few()
+    assert half.report.chosen.repair == whole.report.chosen.repair == "LeastSquares"
+    assert not np.array_equal(half.params[0], whole.params[0])
+
+
+def test_of_negative_losses_the_best_is_made_again():
+    def loss(params, x):
+        return jnp.mean(net(params, x) ** 2) - 100
+
+    few = functools.partial(merge, near(4), [data()], outputs=None, repairs=())
+    report = few(loss=loss, candidates=["as they are", "weights", "features"]).report
+    again = [row for row in report.rows if not np.isnan(row.again)]
+    assert min(row.score for row in report.rows) in [row.score for row in again]
+    assert report.chosen.score + report.chosen.again == min(row.score + row.again for row in again)
 
 
 def test_the_same_key_gives_the_same_bits():
@@ -753,7 +782,7 @@ def test_a_generator_is_gone_through_once_and_no_further_than_needed():
     assert (merged.report.fitted, merged.report.held_out) == (10, 10)
 
 
-@pytest.mark.parametrize("count", [2, 3, 400, 1437, 2000, 2600])
+@pytest.mark.parametrize("count", [2, 3, 400, 1437, 2000, 2001, 2249, 9001])
 def test_batches_of_halves_are_of_one_size(count: int):
     # What is made of a batch is compiled for each size.
     given = samples.Samples((np.arange(count)[:, None],), count)
@@ -770,7 +799,10 @@ def test_batches_of_halves_are_of_one_size(count: int):
     assert not fit & held_out
     if count > 2000:
         assert parts.more is not None
-        assert set(np.ravel(parts.more.inputs[0])) == whole - held_out
+        more = set(np.ravel(parts.more.inputs[0]))
+        assert len({len(batch) for (batch,) in parts.more.batches()}) == 1
+        assert more <= whole - held_out
+        assert len(whole - held_out - more) < len(more) / 200
         assert len(whole) == count
     else:
         assert parts.more is None

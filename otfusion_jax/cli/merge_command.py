@@ -40,7 +40,7 @@ class Merge(CommandWithResult, CommandWithFunction):
     in that of their names. Without them noise is drawn, of the shape of --input."""
     max_samples: int = 2000
     """How many samples are taken at most, from the first on. A half of them is fitted to, the other
-    decides."""
+    decides; of many more than 2,000, 1,000 decide."""
     candidate: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to match by, as "weights" or "features", once for each; all that apply by default."""
     polish: int | None = None

@@ -135,6 +135,25 @@ def distill(
     )
 
 
+def trained_leaves(params: PyTree, trains: Callable[[str], Any] | None) -> list[int]:
+    """Says which leaves are trained: integers, keys and what is not to be trained stay.
+
+    Args:
+        params: The parameters of a model.
+        trains: See `distill`.
+
+    Returns:
+        The positions of the leaves.
+    """
+    numbers = []
+    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        is_trained = trains is None or bool(trains(name))
+        if is_trained and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            numbers.append(number)
+    return numbers
+
+
 def trained(
     objective: Objective,
     params: PyTree,
@@ -151,17 +170,12 @@ def trained(
 ) -> PyTree:
     """Trains a model on what `distill` has checked; see there."""
     optimizer = _adam(steps) if optimizer is None else optimizer
-    # Integers, keys and what is not to be trained stay as they are.
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    leaves, numbers, wide = [], [], []
-    for number, (path, leaf) in enumerate(flat):
-        leaves.append(jnp.asarray(leaf))
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        is_trained = trains is None or bool(trains(name))
-        if is_trained and jnp.issubdtype(leaves[-1].dtype, jnp.floating):
-            numbers.append(number)
-            # Steps are smaller than what half precision can tell from nothing.
-            wide.append(leaves[-1].astype(accumulation_dtype(leaves[-1].dtype)))
+    flat, structure = jax.tree_util.tree_flatten(params)
+    leaves = [jnp.asarray(leaf) for leaf in flat]
+    numbers, wide = trained_leaves(params, trains), []
+    for number in numbers:
+        # Steps are smaller than what half precision can tell from nothing.
+        wide.append(leaves[number].astype(accumulation_dtype(leaves[number].dtype)))
     if not wide:
         raise ValueError("there is nothing to train: no floating-point leaf is trained by `trains`")
     state = _start(optimizer, wide)

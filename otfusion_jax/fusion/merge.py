@@ -18,6 +18,7 @@ from otfusion_jax.common.known import all_known
 from otfusion_jax.common.progress import shown_bar, silent_bar
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import checked_candidates
+from otfusion_jax.fusion.distill import trained_leaves
 from otfusion_jax.fusion.divergence import Outputs, checked_shares, objective_of
 from otfusion_jax.fusion.merge_arguments import (
     known_inputs,
@@ -72,8 +73,9 @@ def merge(
     labels are needed. A trial that fails is a row of the report that says why.
 
     One half of the inputs is fitted to, the other decides; for the best three trials once more with
-    the two exchanged. In the end, what was chosen is matched and fitted once more, by all inputs.
-    Batches are all of one size, 250 samples at most, for which up to seven inputs are left out.
+    the two exchanged. In the end, what was chosen is matched and fitted once more, by both halves.
+    Their batches are all of one size, 250 samples at most, for which up to seven inputs are left
+    out.
     Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
     decides, and rotations are learned from these; each is taken if it is better for this half.
 
@@ -124,8 +126,8 @@ def merge(
             inputs. With it, each average and each repair is tried with running statistics estimated
             anew as well.
         polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
-            None tries 300 on inputs that are given, which take about as long as all else, and none
-            on inputs drawn at random.
+            None tries 300, which take about as long as all else; and none where inputs are drawn at
+            random, or a loss is given.
         mixes: Whether learned rotations and `polish` train on mixtures of two inputs (`mixup`),
             which have to be floating-point. None mixes where they are, and no loss is given. Pass
             False if floats are masks or codes. What is chosen by are inputs as they are.
@@ -188,8 +190,6 @@ def merge(
             "max_samples is 1; give 2 or more: one half is fitted to, the other scores"
         )
     known = known_inputs(batches, inputs, most, key)
-    if polish is None:
-        polish = _POLISH_STEPS if known.are_given else 0
     if repairs is not None:
         require_repairs(repairs)
     objective = None
@@ -207,6 +207,10 @@ def merge(
     )
     fixed = (symmetry, known, objective, is_mixed, chosen_repairs, update, key)
     setting = Setting(fn, list(models), shares, leaf_weight, *fixed)
+    if polish is None:
+        # To train on a loss, which may have labels, has to be asked for.
+        may_train = known.are_given and loss is None and trained_leaves(models[0], leaf_weight)
+        polish = _POLISH_STEPS if may_train else 0
     search = Search(setting)
     with warnings.catch_warnings():
         # It was said once already, or they are estimated anew.

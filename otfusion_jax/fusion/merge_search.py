@@ -32,6 +32,8 @@ _AGAIN = 3
 """How many trials are made again with inputs exchanged."""
 _FAR = 2.0
 """Trials that score more than so many times as much as the best are not made again."""
+_FAILURES = (ValueError, ArithmeticError, jax.errors.JaxRuntimeError)
+"""What a trial may end in for reasons of its own."""
 _ROUNDING = 1e-6
 """Divergences, in nats, that differ by less differ by rounding: what was tried first is kept."""
 
@@ -114,7 +116,7 @@ class Search:
             elif self.setting.weights_match and recipe.step not in self._spreads:
                 spread = self.setting.spread.score(found.params, found.moved)
                 self._spreads[recipe.step] = spread
-        except (ValueError, ArithmeticError, jax.errors.JaxRuntimeError) as error:
+        except _FAILURES as error:
             problem = str(error)
         # Of equal ones the first is kept, which did the least.
         best = math.inf if self.chosen is None else self.rows[self.chosen].score
@@ -192,7 +194,9 @@ class Search:
             try:
                 found = workshop.make(self.recipes[number])
                 again = judge.score(found.params, found.moved)
-            except (ValueError, ArithmeticError, jax.errors.JaxRuntimeError):
+            except _FAILURES:
+                again = math.inf
+            if not math.isfinite(again):
                 again = math.inf
             row = self.rows[number]
             seconds = row.seconds + time.perf_counter() - began
@@ -234,7 +238,14 @@ class Search:
         """
         assert self.chosen is not None
         setting, known = self.setting, self.setting.known
-        best = self._final(self.recipes[self.chosen])
+        recipe = self.recipes[self.chosen]
+        try:
+            best = self._final(recipe)
+        except _FAILURES:
+            # What a half was good for is still good, though all together have failed.
+            if self.best is None or self.best.recipe != recipe:
+                raise
+            best = self.best
         self.rows[self.chosen] = dataclasses.replace(self.rows[self.chosen], chosen=True)
         parents, lines = [], []
         if isinstance(self.judge, Judge):

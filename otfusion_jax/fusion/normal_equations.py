@@ -22,10 +22,6 @@ from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
 _CONSTANT = 16
 """A feature that varies by no more than so many roundings of its mean is taken for constant."""
 
-_COMFORTABLE_EXPONENT = 32
-"""Equations are solved as they are if their mean eigenvalue is between the powers of two of this
-and of less this."""
-
 _MOST_STEPS = 200
 """After so many steps conjugate gradients are at the end, as far as float32 goes."""
 
@@ -183,12 +179,10 @@ class NormalEquations:
         given = NormalEquations(form, leaf, sums, steps)
         exponent = common_exponent([given.mean_eigenvalue])
         sides = [sums.gram, sums.right_side]
-        # Mostly there is nothing to do. Without a branch of its own, XLA would work the power out
-        # anew wherever it meets one of the sides: of small parameters, that is half of the program.
+        # In a branch of its own. XLA would else work the power out anew wherever it meets one of
+        # the sides: of small parameters, that is half of the program.
         gram, right_side = jax.lax.cond(
-            jnp.abs(exponent) <= _COMFORTABLE_EXPONENT,
-            lambda: sides,
-            lambda: all_scaled(sides, -exponent),
+            exponent == 0, lambda: sides, lambda: all_scaled(sides, -exponent)
         )
         return NormalEquations(form, leaf, NormalSums(gram, right_side, sums.is_any), steps)
 

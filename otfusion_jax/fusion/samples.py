@@ -173,9 +173,9 @@ class Divided(NamedTuple):
 def divided(samples: Samples, most: int, key: Array) -> Divided:
     """Divides samples into two halves, to fit to and to choose by; of many, less than half each.
 
-    Batches of halves are all of one size. For a last one that is smaller, whatever is made of a
-    batch would be compiled once more, which takes longer than all else. So an odd one may be left
-    over, or a few where there are several batches.
+    Batches of halves are all of one size, and so are those of the rest. For a last one that is
+    smaller, whatever is made of a batch would be compiled once more. So an odd one is left out, and
+    a few where there are several batches: fewer than there are batches.
 
     Args:
         samples: The samples, two or more.
@@ -194,10 +194,17 @@ def divided(samples: Samples, most: int, key: Array) -> Divided:
         )
     order = np.asarray(jax.random.permutation(key, samples.count))
     half = min(samples.count // 2, most)
-    batches_of_half = -(-half // BATCH_SIZE)
-    samples = dataclasses.replace(samples, batch_size=half // batches_of_half)
-    half = batches_of_half * samples.batch_size
-    held_out, fit = samples.at(order[:half]), samples.at(order[half : 2 * half])
-    if samples.count <= 2 * most:
-        return Divided(fit, held_out, None, samples.at(order[: 2 * half]))
-    return Divided(fit, held_out, samples.at(order[half:]), samples)
+    held_out, fit = _batched(samples, order[:half]), _batched(samples, order[half : 2 * half])
+    if samples.count > 2 * most:
+        return Divided(fit, held_out, _batched(samples, order[half:]), samples)
+    inputs = jax.tree.map(lambda *parts: np.concatenate(parts), fit.inputs, held_out.inputs)
+    whole = Samples(inputs, fit.count + held_out.count, fit.batch_size)
+    return Divided(fit, held_out, None, whole)
+
+
+def _batched(samples: Samples, positions: np.ndarray) -> Samples:
+    """Returns samples at some positions, as many of the first as make batches of one size."""
+    batches = -(-len(positions) // BATCH_SIZE)
+    size = len(positions) // batches
+    chosen = samples.at(positions[: batches * size])
+    return dataclasses.replace(chosen, batch_size=size)
