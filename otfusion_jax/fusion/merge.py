@@ -74,10 +74,10 @@ def merge(
 
     One half of the inputs is fitted to, the other decides; for the best three trials once more with
     the two exchanged. In the end, what was chosen is matched and fitted once more, by both halves.
-    Their batches are all of one size, 250 samples at most, for which up to seven inputs are left
-    out.
     Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
     decides, and rotations are learned from these; each is taken if it is better for this half.
+    Batches are all of one size, 250 samples at most, for which a few inputs are left out: up to
+    seven of 2,000.
 
     Without batches, inputs are drawn at random, of mean 0 and variance 1: smooth noise cut at 0 to
     fit to, and smooth noise to choose by; for both images of overlapping discs and squares where
