@@ -165,7 +165,7 @@ def merge(
         >>> x = jax.random.normal(jax.random.key(2), (100, 8))
         >>> merged = otf.merge(net, [draw(0), draw(1)], [x], outputs="values")
         >>> merged.report.chosen.repair
-        'LeastSquares(at=preactivation)'
+        'LeastSquares(at=preactivation), distilled'
     """
     began = time.perf_counter()
     require_function(fn, _CALL)
