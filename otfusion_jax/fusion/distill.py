@@ -24,6 +24,7 @@ from otfusion_jax.fusion.divergence import Objective, Outputs, checked_shares, o
 from otfusion_jax.fusion.mixup import mixes_inputs, mixup
 from otfusion_jax.fusion.samples import Samples, read_samples
 from otfusion_jax.symmetry.checks import require_models
+from otfusion_jax.symmetry.groups import leaves_of
 
 _CALL = "distill(fn, params, teachers, batches, outputs='logits')"
 
@@ -146,10 +147,9 @@ def trained_leaves(params: PyTree, trains: Callable[[str], Any] | None) -> list[
         The positions of the leaves.
     """
     numbers = []
-    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        is_trained = trains is None or bool(trains(name))
-        if is_trained and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    for number, leaf in enumerate(leaves_of(params)):
+        is_trained = trains is None or bool(trains(leaf.path))
+        if is_trained and jnp.issubdtype(leaf.dtype, jnp.floating):
             numbers.append(number)
     return numbers
 

@@ -14,6 +14,7 @@ from otfusion_jax.common.host import Array
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.divergence import Objective
 from otfusion_jax.fusion.samples import Samples
+from otfusion_jax.symmetry.groups import leaves_of
 
 _MOST_KEPT = 2**28
 """How many bytes of the teachers' answers are kept, in place of computing them again."""
@@ -113,16 +114,13 @@ class Spread:
             The score; less is better.
         """
         total = 0.0
+        leaves, means = leaves_of(params), jax.tree.leaves(params)
         for weight, model in zip(self.weights.tolist(), moved, strict=True):
-            pairs = zip(
-                jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(model), strict=True
-            )
-            for (path, mean), leaf in pairs:
+            for leaf, mean, array in zip(leaves, means, jax.tree.leaves(model), strict=True):
                 # Counters and keys are at no distance from each other.
-                if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    counts = 1.0 if self.leaf_weight is None else float(self.leaf_weight(name))
-                    total += weight * counts * float(squared_norm(jnp.asarray(leaf - mean)))
+                if leaf.moves:
+                    counts = 1.0 if self.leaf_weight is None else float(self.leaf_weight(leaf.path))
+                    total += weight * counts * float(squared_norm(jnp.asarray(array - mean)))
         return total
 
 

@@ -176,7 +176,8 @@ class Search:
     def _chosen_again(self, chosen: int, bar: Bar) -> int:
         """Makes the best trials again on inputs exchanged, and chooses by both scores."""
         least = self.rows[chosen].score
-        # What is met already has scores of nothing but rounding, of either sign; so may a loss.
+        # Of models that are met already scores are rounding, of either sign, and losses may be
+        # negative.
         farthest = least + (_FAR - 1) * abs(least) + self._rounding
         distinct: dict[float, int] = {}
         for number, row in enumerate(self.rows):
@@ -215,16 +216,20 @@ class Search:
     def _final(self, recipe: Recipe) -> Found:
         """Makes the best once more, on all inputs: now that nothing is chosen any more."""
         known = self.setting.known
+        kept = self.best if self.best is not None and self.best.recipe == recipe else None
         # Inputs that were drawn are of two kinds, and the one to choose by is not to be fitted to.
         # Where there are many, those that were held out would add little.
         if known.are_given and known.more is None:
-            if recipe.step.candidate.looks_at_inputs:
-                return self._workshop.with_inputs(known._replace(fit=known.whole)).make(recipe)
-            if recipe.fits:
-                return self._workshop.make(recipe, known.whole)
-        if self.best is not None and self.best.recipe == recipe:
-            return self.best
-        return self._workshop.make(recipe)
+            try:
+                if recipe.step.candidate.looks_at_inputs:
+                    return self._workshop.with_inputs(known._replace(fit=known.whole)).make(recipe)
+                if recipe.fits:
+                    return self._workshop.make(recipe, known.whole)
+            except _FAILURES:
+                # What a half was good for is still good, though all together have failed.
+                if kept is None:
+                    raise
+        return self._workshop.make(recipe) if kept is None else kept
 
     def result(self, points: int, began: float) -> Merged:
         """Puts together what was found.
@@ -238,14 +243,7 @@ class Search:
         """
         assert self.chosen is not None
         setting, known = self.setting, self.setting.known
-        recipe = self.recipes[self.chosen]
-        try:
-            best = self._final(recipe)
-        except _FAILURES:
-            # What a half was good for is still good, though all together have failed.
-            if self.best is None or self.best.recipe != recipe:
-                raise
-            best = self.best
+        best = self._final(self.recipes[self.chosen])
         self.rows[self.chosen] = dataclasses.replace(self.rows[self.chosen], chosen=True)
         parents, lines = [], []
         if isinstance(self.judge, Judge):
