@@ -269,8 +269,8 @@ def test_signs_are_found():
     assert merged.symmetry == signed
 
 
-def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 3)
+def rotated_pair():
+    """A model, the same with its units rotated, and the symmetry by which they are."""
     a = residual_params(0)
     rotating = otf.trace_symmetry(residual, a, SHAPE).with_rotations()
     assert rotating.rotates
@@ -282,7 +282,12 @@ def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
             plans[group.name] = jnp.asarray(matrix, jnp.float32)
         else:
             plans[group.name] = jnp.asarray(rng.permutation(group.size), jnp.int32)
-    b = otf.transport(rotating, plans, otf.canonicalize(rotating, a))
+    return a, otf.transport(rotating, plans, otf.canonicalize(rotating, a)), rotating
+
+
+def test_rotations_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 3)
+    a, b, rotating = rotated_pair()
     x = data()
     few = ["weights", "learned rotations"]
     merged = unpolished(residual, [a, b], [x], outputs="logits", repairs=(), candidates=few)
@@ -328,6 +333,38 @@ def test_of_many_inputs_rotations_are_learned_from_more(monkeypatch: pytest.Monk
     assert looked_at[0][1] < 40 <= looked_at[1][1] < 160
     scores = [row.score for row in merged.report.rows]
     assert merged.report.chosen.score == min(scores)
+
+
+def test_what_was_learned_is_distilled_beside_what_is_better(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "_MOST_LEARNING_STEPS", 1)
+    few = functools.partial(otf.merge, residual, outputs="logits", repairs=(), polish=1)
+    # Weights meet these models, and one step of learning does not.
+    a, b, _ = rotated_pair()
+    merged = few([a, b], [data()], candidates=["weights", "learned rotations"])
+    distilled = [row for row in merged.report.rows if row.repair == "distilled"]
+    assert [row.start for row in distilled] == ["weights", "learned rotations"]
+    assert merged.report.chosen.start == "weights"
+    # Where it is the best already, once is enough.
+    models = [residual_params(0), residual_params(1)]
+    once = few(models, [data()], candidates=["learned rotations"])
+    assert [row.repair for row in once.report.rows] == ["nothing", "distilled"]
+
+
+def test_of_many_inputs_distillation_sees_all_but_those_that_decide(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("otfusion_jax.fusion.merge_arguments._MOST", 40)
+    counts = []
+
+    def trained(*positional, **named):
+        counts.append(positional[4].count)
+        return distill.trained(*positional, **named)
+
+    monkeypatch.setattr("otfusion_jax.fusion.merge_trials.trained", trained)
+    merged = merge(near(4), [data(200)], candidates=["weights"], repairs=(), polish=2)
+    assert counts == [160]
+    last = merged.report.rows[-1]
+    assert last.repair == "distilled (160 inputs)"
 
 
 def test_each_of_several_models_is_turned_for_the_average_of_all(monkeypatch: pytest.MonkeyPatch):

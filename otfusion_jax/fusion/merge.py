@@ -69,13 +69,15 @@ def merge(
     What is best differs by network. So models are matched by weights, by features, by both, and by
     learned rotations where units can be rotated; the best three averages are repaired in every way;
     and of all of them that is kept which answers most like the models do on average, on inputs that
-    nothing was fitted to. In the end some steps of training towards these answers are tried. No
-    labels are needed. A trial that fails is a row of the report that says why.
+    nothing was fitted to. In the end some steps of training towards these answers are tried, on the
+    best of all, and on the best of what was learned. No labels are needed. A trial that fails is a
+    row of the report that says why.
 
     One half of the inputs is fitted to, the other decides; for the best three trials once more with
     the two exchanged. In the end, what was chosen is matched and fitted once more, by both halves.
     Of more than 2,000 inputs, a half is 1,000; then the repair is fitted to all but the half that
-    decides, and rotations are learned from these; each is taken if it is better for this half.
+    decides, rotations are learned from these, and steps of training made on them; each is taken if
+    it is better for this half.
     Batches are all of one size, 250 samples at most, for which a few inputs are left out: up to
     seven of 2,000.
 
@@ -125,9 +127,9 @@ def merge(
             `estimate_statistics` takes it; a batch is an array, or a tuple for functions of several
             inputs. With it, each average and each repair is tried with running statistics estimated
             anew as well.
-        polish: How many steps of `distill` to try on the best, on the same inputs; 0 tries none.
-            None tries 300, which take about as long as all else; and none where inputs are drawn at
-            random, or a loss is given.
+        polish: How many steps of `distill` to try at the end, on the same inputs; 0 tries none.
+            None tries 300, which take about as long as all else without learned rotations; and none
+            where inputs are drawn at random, or a loss is given.
         mixes: Whether learned rotations and `polish` train on mixtures of two inputs (`mixup`),
             which have to be floating-point. None mixes where they are, and no loss is given. Pass
             False if floats are masks or codes. What is chosen by are inputs as they are.

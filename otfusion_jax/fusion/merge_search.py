@@ -98,10 +98,15 @@ class Search:
         if setting.known.are_given:
             self.chosen = self._chosen_again(self.chosen, bar)
         recipe = self.recipes[self.chosen]
-        if setting.known.more is not None:
-            recipe = self._with_more_inputs(recipe, setting.known.more.count)
+        more = 0 if setting.known.more is None else setting.known.more.count
+        if more:
+            recipe = self._with_more_inputs(recipe, more)
         if polish and looks:
-            self._better_of(recipe, recipe._replace(polish_steps=polish))
+            # What was learned meets the answers and lacks features, what was repaired has features
+            # and misses the answers: which of the two goes further, the steps themselves say.
+            for start in (recipe, *self._best_learned(besides=recipe)):
+                polished = start._replace(polish_steps=polish, polish_more=more)
+                recipe = self._better_of(recipe, polished)
 
     def _try(self, recipe: Recipe) -> None:
         """Makes a trial, and adds its row. One that fails does so for a reason of its own."""
@@ -136,13 +141,19 @@ class Search:
         if recipe.fits:
             recipe = self._better_of(recipe, recipe._replace(fit_more=count))
         # What is learned from a few inputs knows them by heart: it may have lost by that alone.
-        learned = {}
-        for row, other in zip(self.rows, self.recipes, strict=True):
-            if other.step.candidate.learns and not row.problem:
-                learned[row.score] = other
-        if learned:
-            recipe = self._better_of(recipe, Recipe(learned[min(learned)].step, learn_more=count))
+        for learned in self._best_learned():
+            recipe = self._better_of(recipe, Recipe(learned.step, learn_more=count))
         return recipe
+
+    def _best_learned(self, besides: Recipe | None = None) -> list[Recipe]:
+        """Returns the best trial of what was learned, if any, unless a recipe is one already."""
+        learned = {}
+        for row, recipe in zip(self.rows, self.recipes, strict=True):
+            if recipe.step.candidate.learns and not row.problem:
+                learned[row.score] = recipe
+        if not learned or (besides is not None and besides.step.candidate.learns):
+            return []
+        return [learned[min(learned)]]
 
     def _better_of(self, recipe: Recipe, other: Recipe) -> Recipe:
         """Tries another recipe than the best so far, and returns the better of the two."""

@@ -37,6 +37,8 @@ class Recipe(NamedTuple):
         fit_more: How many inputs are fitted to, where these are more than in other trials; else 0.
         learn_more: How many inputs models are moved by, where these are more than in other trials;
             else 0.
+        polish_more: How many inputs it is polished on, where these are more than in other trials;
+            else 0.
     """
 
     step: Step
@@ -45,6 +47,7 @@ class Recipe(NamedTuple):
     polish_steps: int = 0
     fit_more: int = 0
     learn_more: int = 0
+    polish_more: int = 0
 
     @property
     def fits(self) -> bool:
@@ -62,7 +65,7 @@ class Recipe(NamedTuple):
         if self.polish_steps:
             words.append("distilled")
         then = ", ".join(words) or NOTHING
-        more = max(self.fit_more, self.learn_more)
+        more = max(self.fit_more, self.learn_more, self.polish_more)
         return f"{then} ({more:,} inputs)" if more else then
 
 
@@ -135,8 +138,8 @@ class Workshop:
 
         Args:
             recipe: What to do.
-            samples: The inputs to fit to, once models are moved; None for those of the setting,
-                which decide how models are moved in any case.
+            samples: The inputs to fit to, once models are moved; None for those of the setting that
+                the recipe says, which decide how models are moved in any case.
 
         Returns:
             The result.
@@ -147,8 +150,9 @@ class Workshop:
         """
         setting = self.setting
         # Of what is held out no repair may see anything, until all is chosen.
+        known = setting.known
         if samples is None:
-            samples = setting.known.more if recipe.fit_more else setting.known.fit
+            samples = known.more if recipe.fit_more else known.fit
         workshop = self._learning_from_more if recipe.learn_more else self
         task, moved = workshop._move(recipe.step)
         ridges: dict[str, Array] = {}
@@ -160,7 +164,8 @@ class Workshop:
         if recipe.anew:
             params = self._with_statistics(params, samples)
         if recipe.polish_steps:
-            params = self._polished(params, recipe.polish_steps, samples)
+            polished_on = known.more if recipe.polish_more else samples
+            params = self._polished(params, recipe.polish_steps, polished_on)
         return Found(recipe, params, task, moved, ridges)
 
     def _repair(
