@@ -19,6 +19,7 @@ from otfusion_jax.alignment.coordinate_descent import CoordinateDescent
 from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.leaf_weights import leaf_weights
 from otfusion_jax.alignment.method import AbstractMethod, Alignment
+from otfusion_jax.alignment.pair_sums import PairSums, sums_of_models
 from otfusion_jax.alignment.problem import Marginals, set_up_problem
 from otfusion_jax.common.arguments import require_function
 from otfusion_jax.common.host import Array, as_jax, as_numpy
@@ -105,10 +106,16 @@ def align(
     require_settings(method, metric, solver)
     if leaf_weight is not None:
         require_function(leaf_weight, "align(..., leaf_weight=lambda path: 1.0)")
-    require_model(symmetry, source, "the source")
+    # Values are looked at further below, those of both models at once.
+    require_model(symmetry, source, "the source", looks_at_values=False)
     # From here on the groups of the target go by the names of the source's, in their order.
     onto = symmetry if onto is None else match_groups(symmetry, onto)
-    require_model(onto, target, "the target")
+    require_model(onto, target, "the target", looks_at_values=False)
+    sums = sums_of_models(symmetry, onto, source, target)
+    if sums is None:
+        # They could not be taken, or some value is not finite: each parameter is looked at.
+        require_model(symmetry, source, "the source")
+        require_model(onto, target, "the target")
     require_canonical(symmetry, source, "the source")
     require_canonical(onto, target, "the target")
     warn_without_groups(symmetry, (source, target), "the alignment is empty")
@@ -131,6 +138,7 @@ def align(
         grams=grams,
         marginals=(source_masses, target_masses),
         weights=leaf_weights(symmetry, leaf_weight, source),
+        sums=sums,
     )
     # Finite models may still have costs that are out of range, which shows in the plans alone.
     require_finite_plans(alignment.plans)
@@ -149,6 +157,7 @@ def find_plans(
     grams: dict[str, Gram] | None = None,
     marginals: Marginals = ({}, {}),
     weights: tuple[float, ...] | None = None,
+    sums: PairSums | None = None,
 ) -> Alignment:
     """Aligns one model to another, without checks.
 
@@ -166,6 +175,7 @@ def find_plans(
         grams: See `align`.
         marginals: See `align`; two dicts, which may be empty.
         weights: One weight per leaf, as `leaf_weights` returns them, or None.
+        sums: Sums over the models, if they have been taken.
 
     Returns:
         The alignment.
@@ -183,6 +193,7 @@ def find_plans(
         grams=grams,
         marginals=marginals,
         weights=weights,
+        sums=sums,
     )
 
 
@@ -200,10 +211,19 @@ def _find_plans(
     grams: dict[str, Gram] | None,
     marginals: Marginals,
     weights: tuple[float, ...] | None,
+    sums: PairSums | None,
 ) -> Alignment:
     """Aligns one model to another, see `find_plans`."""
     problem, exponent = set_up_problem(
-        symmetry, onto, source, target, metric, solver, marginals=marginals, weights=weights
+        symmetry,
+        onto,
+        source,
+        target,
+        metric,
+        solver,
+        marginals=marginals,
+        weights=weights,
+        sums=sums,
     )
     if symmetry.groups:
         alignment = method.run(problem, as_numpy(grams) if problem.xp is np else grams)

@@ -14,7 +14,7 @@ from otfusion_jax.alignment.costs import Gram
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.moved_leaves import are_same_widths
 from otfusion_jax.alignment.problem import AlignmentProblem
-from otfusion_jax.common.host import Array, inner_product
+from otfusion_jax.common.host import Array
 from otfusion_jax.symmetry.groups import Member, Plans
 from otfusion_jax.symmetry.plans import is_identity, is_permutation
 
@@ -53,11 +53,13 @@ class MeasuredLeaves:
             plans: The plans of all groups so far.
         """
         problem, group = self._problem, tree.groups[0]
-        if not problem.sq_norms or problem.lazy or len(tree.groups) > 1 or tree.siblings:
+        if problem.sums is None or problem.lazy or len(tree.groups) > 1 or tree.siblings:
             return
         if group.batch or group.orthogonal:
             return
         for member in members:
+            if member.leaf not in problem.sums.products:
+                return
             leaf = problem.symmetry.numbered_leaves[member.leaf]
             is_one_block = all(len(blocks) == 1 for blocks in leaf.structure.partition.axes)
             if not is_one_block or not are_same_widths(problem.symmetry, problem.onto, member.leaf):
@@ -85,8 +87,8 @@ class MeasuredLeaves:
             grams: The inner products of the units of its root.
             plan: The plan of its root.
         """
-        leaves = self.leaves_of(tree)
-        if not leaves or not is_permutation(plan) or not (plan < len(plan)).all():
+        leaves, sums = self.leaves_of(tree), self._problem.sums
+        if not leaves or sums is None or not is_permutation(plan) or not (plan < len(plan)).all():
             return
         # What has stayed is at one distance before and after, not at two that are rounded.
         if is_identity(plan):
@@ -94,8 +96,8 @@ class MeasuredLeaves:
         sq_norms, product = 0.0, 0.0
         # Sums over units, each of a long sum, would be rounded by more.
         for leaf in leaves:
-            sq_norms += self._problem.sq_norms[leaf]
-            product += float(inner_product(self._problem.source[leaf], self._problem.target[leaf]))
+            sq_norms += sums.sq_norms[leaf]
+            product += sums.products[leaf]
         _note(self.before, leaves, sq_norms, product)
         matched = grams.cross[plan, np.arange(len(plan))]
         _note(self.after, leaves, sq_norms, float(np.sum(matched, dtype=np.float64)))

@@ -33,7 +33,13 @@ from otfusion_jax.alignment.leaf_programs import (
 )
 from otfusion_jax.alignment.leaf_weights import rescaled, weighted
 from otfusion_jax.alignment.moved_leaves import MovedLeaves, are_same_widths
-from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, inner_product, loaded
+from otfusion_jax.alignment.pair_sums import (
+    COMFORTABLE_EXPONENT,
+    PairSums,
+    moving_parts,
+    sums_of_pairs,
+)
+from otfusion_jax.common.host import Array, as_jax, as_numpy, at_hand, loaded
 from otfusion_jax.common.known import all_known, largest_magnitudes
 from otfusion_jax.common.lazy import LazyArray, any_lazy
 from otfusion_jax.common.scaling import common_exponent
@@ -49,11 +55,6 @@ from otfusion_jax.symmetry.transport import move
 Marginals = tuple[dict[str, Array], dict[str, Array]]
 """Masses of the source's units and of the target's, by the names of groups, float `[*batch, n]` and
 `[*batch, m]`. Groups that are left out have uniform masses."""
-
-
-COMFORTABLE_EXPONENT = 16
-"""Known parameters are not scaled if the largest is between the powers of two of this and of less
-this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ class AlignmentProblem:
         moved: Of known values, the source's parameters as they were last moved; otherwise None.
         xp: The array module of all arrays: `numpy` for known values on a CPU if the solver takes
             them, otherwise `jax.numpy`.
-        sq_norms: The squared norms of a parameter in the source and in the target together, by its
-            position, if they were taken to see that squares are in range; otherwise empty.
+        sums: Sums over the parameters of both models, if they were taken to see that squares are in
+            range; otherwise None.
     """
 
     symmetry: Symmetry
@@ -96,7 +97,7 @@ class AlignmentProblem:
     lazy: bool
     moved: MovedLeaves | None
     xp: Any
-    sq_norms: dict[int, float]
+    sums: PairSums | None
 
     def compare(
         self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
@@ -436,6 +437,7 @@ def set_up_problem(
     *,
     marginals: Marginals = ({}, {}),
     weights: tuple[float, ...] | None = None,
+    sums: PairSums | None = None,
 ) -> tuple[AlignmentProblem, Any]:
     """Takes two models apart, weighted and in a range in which their squares are finite.
 
@@ -448,6 +450,7 @@ def set_up_problem(
         solver: The solver, from cost to plan.
         marginals: The masses of the units of both, where they are not uniform.
         weights: One weight per leaf, as `leaf_weights` returns them.
+        sums: Sums over the models, if they have been taken.
 
     Returns:
         The problem, and the exponent k, int32 `[]`: the problem's parameters are those of the
@@ -459,20 +462,21 @@ def set_up_problem(
     if weights is not None:
         sources = weighted(symmetry, sources, weights)
         targets = weighted(symmetry, targets, weights)
-    positions = [number for number, part in enumerate(symmetry.parts) if part.moves]
+        sums = None
+    positions = moving_parts(symmetry)
     moving = [sources[number] for number in positions] + [targets[number] for number in positions]
     lazy = any_lazy(moving)
     known = all_known(moving, marginals)
     # A power of two rounds nothing, and a scale-free solver finds the same plans.
     exponent: Any = np.int32(0)
-    sq_norms: dict[int, float] = {}
     if solver.scale_free:
         if not known:
             exponent = common_exponent(moving)
         else:
             # Sums of squares are less to take than the largest magnitude, and mostly tell enough.
-            sq_norms = _comfortable_sq_norms(positions, sources, targets)
-            if not sq_norms:
+            if sums is None:
+                sums = sums_of_pairs(positions, sources, targets)
+            if sums is None:
                 exponent = _exponent_of_known(moving)
         if lazy and exponent:
             raise ValueError(
@@ -505,7 +509,7 @@ def set_up_problem(
         lazy=lazy,
         moved=MovedLeaves(symmetry, onto, sources) if known else None,
         xp=np if by_numpy else jnp,
-        sq_norms=sq_norms,
+        sums=sums,
     )
     return problem, exponent
 
@@ -519,34 +523,3 @@ def _exponent_of_known(arrays: Sequence[Any]) -> np.int32:
     if abs(exponent) <= COMFORTABLE_EXPONENT:
         exponent = 0
     return np.int32(exponent)
-
-
-def _comfortable_sq_norms(
-    positions: Sequence[int], sources: Sequence[Any], targets: Sequence[Any]
-) -> dict[int, float]:
-    """Takes the squared norms of parameters that tell the largest magnitude to be in range.
-
-    It is not below any root mean square, and not above the root of the sum of all squares.
-
-    Args:
-        positions: The positions of the parameters that move.
-        sources: The parameters of the source.
-        targets: Those of the target.
-
-    Returns:
-        The sum of the squared norms of both, by position; nothing if the magnitude is not in range,
-        or if parameters are none of NumPy and of single precision.
-    """
-    sq_norms = dict.fromkeys(positions, 0.0)
-    largest_mean_square = 0.0
-    for number in positions:
-        for array in (sources[number], targets[number]):
-            if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.forc:
-                return {}
-            values: Any = array
-            sq_norm = float(inner_product(values, values))
-            sq_norms[number] += sq_norm
-            largest_mean_square = max(largest_mean_square, sq_norm / max(array.size, 1))
-    largest = 4.0**COMFORTABLE_EXPONENT
-    is_comfortable = largest_mean_square > 1 / largest and sum(sq_norms.values()) < largest
-    return sq_norms if is_comfortable else {}

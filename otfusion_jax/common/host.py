@@ -239,7 +239,7 @@ def kept(array: Any) -> Any:
 # --- what the two modules do not share
 
 
-_LONGEST_SUM = 2**15
+LONGEST_SUM = 2**15
 """How many products NumPy sums up in the precision of what is multiplied."""
 
 
@@ -296,12 +296,12 @@ def inner_product(x: Array, y: Array) -> Array:
         return xp.sum(x * y)
     # NumPy does without an array of the products. A sum of millions of them is rounded by the more
     # the longer it is, so that it is taken in parts.
-    if x.size <= _LONGEST_SUM:
+    if x.size <= LONGEST_SUM:
         return xp.vdot(x, y)
     x, y = x.ravel(), y.ravel()
     total = 0.0
-    for start in range(0, x.size, _LONGEST_SUM):
-        part = slice(start, start + _LONGEST_SUM)
+    for start in range(0, x.size, LONGEST_SUM):
+        part = slice(start, start + LONGEST_SUM)
         total += float(xp.vdot(x[part], y[part]))
     return xp.asarray(total, xp.result_type(x, y))[()]
 

@@ -90,7 +90,7 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
 
     def relax_edges(state: _Distances) -> _Distances:
         # Less what is matched first: an array of all residual costs would be as large as the cost.
-        by_way_of = xp.min(_first_steps(state.v - matched, state.taken_off, cost), axis=0)
+        by_way_of = _shortest_by_one_edge(state.v - matched, state.taken_off, cost)
         # Paths that end here are no longer than before, also where few edges were looked at.
         shorter = xp.minimum(state.v, by_way_of)
         return _Distances(shorter, state.v - shorter, state.iteration + 1)
@@ -106,15 +106,17 @@ def identity_gap(cost: Float[Array, "n n"]) -> Float[Array, ""]:
     return xp.mean(slack_of_matches)
 
 
-def _first_steps(v: Array, taken_off: Array, cost: Array) -> Array:
-    """Adds edges to distances: `[k, n]`, in row k by way of a place k.
+def _shortest_by_one_edge(v: Array, taken_off: Array, cost: Array) -> Array:
+    """Adds edges to distances, and returns for each place the shortest way that ends there.
 
     Where shapes may depend on values, only places that the last step has brought nearer are gone
     by: the others have been before. Those are a few of all, from the second step on.
     """
-    if array_module(v, taken_off, cost) is np:
+    xp = array_module(v, taken_off, cost)
+    if xp is np:
         nearer = np.flatnonzero(taken_off > 0)
-        steps = cost[nearer]
+        # Without this mode, NumPy takes twice the time.
+        steps = np.take(cost, nearer, axis=0, mode="clip")
         steps += v[nearer, None]
-        return steps
-    return v[:, None] + cost
+        return np.minimum.reduce(steps, axis=0)
+    return xp.min(v[:, None] + cost, axis=0)

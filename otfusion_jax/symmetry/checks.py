@@ -19,6 +19,7 @@ from otfusion_jax.common.typing import PyTree
 from otfusion_jax.common.warning import warn_user
 from otfusion_jax.symmetry.groups import NOT_USED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.symmetry.validation import require_fitting
 
 
 class SymmetryWarning(UserWarning):
@@ -65,7 +66,12 @@ def require_models(models: Any, name: str = "models") -> None:
 
 
 def require_model(
-    symmetry: Symmetry, params: PyTree, name: str = "params", batch: tuple[int, ...] = ()
+    symmetry: Symmetry,
+    params: PyTree,
+    name: str = "params",
+    batch: tuple[int, ...] = (),
+    *,
+    looks_at_values: bool = True,
 ) -> None:
     """Refuses a model that does not fit a symmetry, and shapes in place of arrays.
 
@@ -74,13 +80,21 @@ def require_model(
         params: The parameters of the model.
         name: What to call the model in the message.
         batch: The leading axes that every leaf has in front.
+        looks_at_values: Whether values that are not finite are refused.
 
     Raises:
         TypeError: If there are `jax.ShapeDtypeStruct`s, listing every one by key path.
         ValueError: As `Symmetry.validate` raises it.
     """
     require_arrays(params, name)
-    symmetry.validate(params, name, batch)
+    require_fitting(
+        symmetry.leaves,
+        symmetry.treedef,
+        params,
+        name,
+        batch,
+        looks_at_values=looks_at_values,
+    )
 
 
 # --- models

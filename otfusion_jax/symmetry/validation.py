@@ -20,6 +20,8 @@ def require_fitting(
     name: str,
     batch: tuple[int, ...] = (),
     reference: str = "the model that was traced",
+    *,
+    looks_at_values: bool = True,
 ) -> None:
     """Refuses parameters that are not as others; see `Symmetry.validate`.
 
@@ -30,6 +32,7 @@ def require_fitting(
         name: What to call the pytree in the message.
         batch: The leading axes that every leaf has in front.
         reference: What to call the others in the message.
+        looks_at_values: Whether values that are not finite are refused.
 
     Raises:
         ValueError: If the tree, a shape, or a kind of dtype is another, or if values are not
@@ -54,7 +57,9 @@ def require_fitting(
         # Models of other precisions fit; integers in the place of weights do not.
         elif given.moves != leaf.moves:
             problems[number] = f"dtype {given.dtype}, expected {leaf.dtype}"
-        elif leaf.moves and not isinstance(value, Tracer | jax.ShapeDtypeStruct):
+        elif not looks_at_values or not leaf.moves:
+            continue
+        elif not isinstance(value, Tracer | jax.ShapeDtypeStruct):
             if not isinstance(value, LazyArray) or not value.checked:
                 known[number] = value
     counts = not_finite_counts(list(known.values()))
