@@ -219,6 +219,41 @@ def test_noise_moves_what_is_found_by_as_much(name, noise):
                 assert_array_equal(found.plans[group.name], plans[group.name])
 
 
+def embedded(params, x):
+    """A linear layer of few inputs, whose units rotate, and a hidden layer, whose units do not."""
+    return jax.nn.relu(x @ params["in"] @ params["hidden"]) @ params["out"]
+
+
+def embedded_and_normed(params, x):
+    h = layer_norm(x @ params["in"], 1.0)
+    return jax.nn.relu(h @ params["hidden"]) @ params["out"]
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("fn", [embedded, embedded_and_normed])
+@pytest.mark.parametrize(("inputs", "hidden"), [(2, 12), (6, 8), (6, 40)])
+def test_units_behind_a_rotation_that_few_inputs_tell_come_back(fn, inputs, hidden, traced):
+    shapes = {"in": (inputs, 16), "hidden": (16, hidden), "out": (hidden, 4)}
+    fn = relaxed(fn)
+    symmetry = otf.trace_symmetry(fn, normals(shapes, seed=0), normal(3, inputs)).with_rotations()
+    assert {group.motion for group in symmetry.groups} == {
+        Motion.ROTATED_ABOUT_ONES if "normed" in fn.__name__ else Motion.ROTATED,
+        Motion.PERMUTED,
+    }
+    align = functools.partial(otf.align, symmetry)
+    for seed in range(4):
+        a = otf.canonicalize(symmetry, normals(shapes, seed=10 + seed))
+        plans = symmetry.random(jax.random.key(seed))
+        b = otf.transport(symmetry, plans, a)
+        drawn = normals(shapes, seed=20 + seed)
+        noisy = otf.canonicalize(symmetry, {k: b[k] + 1e-3 * drawn[k] for k in b})
+        for target, error in ((b, 1e-10), (noisy, 1e-5)):
+            found = (jax.jit(align) if traced else align)(a, target)
+            assert distance(otf.transport(symmetry, found, a), target) < error * distance(a, b)
+            assert_array_equal(found.plans["hidden"], plans["hidden"])
+
+
 def test_one_group_is_procrustes_of_scipy():
     def bottleneck(params, x):
         return x @ params["down"] @ params["up"]

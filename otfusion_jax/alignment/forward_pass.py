@@ -23,6 +23,7 @@ from otfusion_jax.alignment.visit import AbstractSweep, visit_group_trees
 from otfusion_jax.common.arguments import require_flag
 from otfusion_jax.common.host import as_jax, program
 from otfusion_jax.solvers.base import Solution
+from otfusion_jax.solvers.procrustes import told_part, whole_rotation
 from otfusion_jax.symmetry.groups import Group, Member
 
 Members = Literal["producing", "all"]
@@ -110,6 +111,9 @@ class ForwardSweep(AbstractSweep):
         progress: Where plans are kept; None keeps none.
         solved: The positions of the group trees that were solved before.
         measured: Where distances are noted that are known by the way. None notes none.
+        told_alone: Whether a group that rotates is moved as far as its inner products tell, and
+            what they do not tell is left out until `completed` is called. Of a stream that few
+            inputs write that is most of it, and later groups would be matched by noise.
     """
 
     problem: AlignmentProblem
@@ -120,6 +124,7 @@ class ForwardSweep(AbstractSweep):
     progress: Progress | None = None
     solved: Collection[int] = ()
     measured: MeasuredLeaves | None = None
+    told_alone: bool = False
 
     def is_settled(self, tree: GroupTree, state: DescentState) -> bool:
         """See `AbstractSweep.is_settled`."""
@@ -166,6 +171,8 @@ class ForwardSweep(AbstractSweep):
     ) -> DescentState:
         """See `AbstractSweep.accept`. Here every plan is kept."""
         new_plans = [solution.plan for solution in solutions]
+        if self.told_alone and _can_be_told(self.problem, tree):
+            new_plans[0] = told_part(grams[0].cross, new_plans[0], tree.groups[0].fixes_ones)
         plans = self.problem.plans_after(tree, state.plans, new_plans)
         after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
         if self.measured is not None:
@@ -174,6 +181,21 @@ class ForwardSweep(AbstractSweep):
                 leaves = self.measured.leaves_of(tree)
                 self.progress.save(self._position_of(tree), plans, after, self.measured, leaves)
         return after
+
+    def completed(self, state: DescentState) -> DescentState:
+        """Moves by whole rotations what was moved as far as it was told alone."""
+        whole = {}
+        for tree in self.problem.group_trees:
+            group = tree.groups[0]
+            if self.told_alone and _can_be_told(self.problem, tree):
+                whole[group.name] = whole_rotation(state.plans[group.name], group.fixes_ones)
+        return dataclasses.replace(state, plans=state.plans | whole)
+
+
+def _can_be_told(problem: AlignmentProblem, tree: GroupTree) -> bool:
+    """Whether a tree is of a group that rotates among as many units as there were."""
+    group = tree.groups[0]
+    return group.rotates and group.size == problem.target_groups[group.name].size
 
 
 @program()

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.common.host import Array, array_module, cond, matmul, without_gradient
+from otfusion_jax.common.host import Array, array_module, cond, matmul, program, without_gradient
 from otfusion_jax.common.scaling import exponent, restored, scaled
 from otfusion_jax.solvers.base import Solution, working_dtype
 from otfusion_jax.symmetry.rotation import fixing_ones, reflected
@@ -90,6 +90,46 @@ def polar_factors(cross: Float[Array, "*batch n m"], fixes_ones: bool) -> Soluti
     return solve(cross)
 
 
+@program(static_argnames=("fixes_ones",))
+def told_part(
+    cross: Float[Array, "*batch n n"], plan: Float[Array, "*batch n n"], fixes_ones: bool
+) -> Float[Array, "*batch n n"]:
+    """Takes the part of a rotation that inner products tell.
+
+    Args:
+        cross: The inner products, of less than full rank perhaps.
+        plan: The rotation that solves their problem, see `procrustes`.
+        fixes_ones: Whether it keeps the vector of ones, which is known in any case.
+
+    Returns:
+        The rotation of the units that are told, which makes nothing of all others.
+    """
+    xp = array_module(cross, plan)
+    if fixes_ones:
+        cross = cross - xp.mean(cross, -1, keepdims=True)
+        cross = cross - xp.mean(cross, -2, keepdims=True)
+    _, singular_values, v_transposed = xp.linalg.svd(cross, full_matrices=False)
+    told = xp.where(_is_told(singular_values, cross)[..., None], v_transposed, 0)
+    kept = matmul(told.swapaxes(-1, -2), told)
+    if fixes_ones:
+        kept = kept + 1 / cross.shape[-1]
+    return matmul(plan, xp.asarray(kept, plan.dtype))
+
+
+@program(static_argnames=("fixes_ones",))
+def whole_rotation(
+    part: Float[Array, "*batch n n"], fixes_ones: bool
+) -> Float[Array, "*batch n n"]:
+    """Makes a rotation of a part of one, see `told_part`, that moves all other units least."""
+    return polar_factors(part, fixes_ones).plan
+
+
+def _is_told(singular_values: Array, cross: Array) -> Array:
+    """Says which singular values of a matrix are above rounding, as its rank counts them."""
+    rounding = max(cross.shape[-2:]) * np.finfo(cross.dtype).eps
+    return singular_values > rounding * singular_values[..., :1]
+
+
 def _check_cross(cross: object) -> None:
     """Refuses what is no matrix of real numbers."""
     if not isinstance(cross, jax.Array):
@@ -147,10 +187,7 @@ def _polar_factor(
         return cross, xp.zeros(cross.shape[:-2], cross.dtype)
     identity = xp.eye(*cross.shape[-2:], dtype=cross.dtype)
     u, singular_values, v_transposed = xp.linalg.svd(cross, full_matrices=False)
-    # As for the rank of a matrix: smaller ones are rounding errors.
-    rounding = max(cross.shape[-2:]) * np.finfo(cross.dtype).eps
-    largest = singular_values[..., :1]
-    is_told = singular_values > rounding * largest
+    is_told = _is_told(singular_values, cross)
     factor = cond(
         xp.all(is_told),
         lambda: matmul(u, v_transposed),
