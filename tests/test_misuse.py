@@ -1,5 +1,6 @@
 """Checks that arguments of a wrong kind are told what to pass, and that no call that works is."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,107 @@ def test_pairs_of_init_and_apply_hold_the_function_to_pass():
         otf_any.trace_symmetry(Pair(), PARAMS, X)
 
 
+# --- what a note says of a function that fails by itself
+
+
+def of_one_sample(params, x, shift):
+    return jnp.dot(jnp.tanh(params["in"].T @ x), params["out"]) + shift
+
+
+CALLS_OF_BATCHES: dict[str, Callable] = FUNCTIONS | {
+    "merge": lambda fn, params, *inputs: otf.merge(fn, [params] * 2, [inputs], outputs="values"),
+    "merge with a loss": lambda fn, params, *inputs: otf.merge(
+        network, [params] * 2, [inputs], loss=lambda p, *batch: fn(p, *batch).mean()
+    ),
+    "distill": lambda fn, params, *inputs: otf.distill(
+        fn, params, [params], [inputs], outputs="values"
+    ),
+    "repair": lambda fn, params, *inputs: otf.repair(SYMMETRY, fn, [params] * 2, *inputs),
+}
+
+
+def notes_of(info: pytest.ExceptionInfo) -> str:
+    return "\n".join(getattr(info.value, "__notes__", ()))
+
+
+@pytest.mark.parametrize("call", CALLS_OF_BATCHES.values(), ids=CALLS_OF_BATCHES)
+def test_functions_of_one_sample_are_told_of_vmap(call: Callable):
+    # What the function itself raises stays what it is.
+    with pytest.raises(TypeError, match="contracting dimensions") as info:
+        call(of_one_sample, PARAMS, X, SHIFT)
+    found = notes_of(info)
+    assert re.search(r"on the parameters and input 0 of shape \(\d, 5\), input 1 of", found)
+    assert "batches are [n, ...]" in found
+    assert "jax.vmap(fn, in_axes=(None, 0))" in found
+
+
+def test_batches_that_are_single_samples_are_told_by_their_shape():
+    def plain(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    with pytest.raises(TypeError, match="contracting dimensions") as info:
+        otf.merge(plain, [PARAMS, PARAMS], list(X), outputs="values")
+    assert "input 0 of shape (2,); batches are [n, ...]" in notes_of(info)
+
+
+def switched(params, x, shift, train):
+    return network(params, x, shift) if not train else network(params, x, 2 * shift)
+
+
+@pytest.mark.parametrize("name", ["trace_symmetry", "features"])
+@pytest.mark.parametrize("flag", [False, np.bool_(True), 1])
+def test_flags_are_closed_over(name: str, flag: Any):
+    with pytest.raises(jax.errors.TracerBoolConversionError) as info:
+        FUNCTIONS[name](switched, PARAMS, X, SHIFT, flag)
+    assert "close over flags, as in lambda params, x: fn(params, x, train=False)" in notes_of(info)
+    assert "vmap" not in notes_of(info)
+    FUNCTIONS[name](lambda p, x, shift: switched(p, x, shift, train=flag), PARAMS, X, SHIFT)
+
+
+def test_numbers_that_python_counts_by_are_closed_over():
+    def repeated(params, x, shift, times):
+        return sum(network(params, x, shift) for _ in range(times))
+
+    with pytest.raises(jax.errors.TracerIntegerConversionError) as info:
+        otf.trace_symmetry(repeated, PARAMS, X, SHIFT, 2)
+    assert "close over flags" in notes_of(info)
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_inputs_that_are_missing_are_asked_for(call: Callable):
+    with pytest.raises(TypeError, match="missing 2 required positional arguments") as info:
+        call(network, PARAMS)
+    assert "with no inputs after the parameters; pass every input" in notes_of(info)
+    assert "jax.ShapeDtypeStruct will do" in notes_of(info)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'shift'") as info:
+        call(network, PARAMS, X)
+    assert "with input 0 of shape (4, 5) after the parameters; pass every" in notes_of(info)
+
+
+def test_inputs_that_a_module_lacks_are_asked_for():
+    module = Linen()
+    params = jax.eval_shape(module.init, jax.random.key(0), X)
+    with pytest.raises(TypeError, match="missing 1 required positional argument") as info:
+        otf.trace_symmetry(module.apply, params)
+    assert "with no inputs after the parameters" in notes_of(info)
+
+
 # --- what is left alone
+
+
+def test_flags_that_are_arrays_to_the_function_are_inputs():
+    def masked(params, x, shift, flag):
+        return jnp.where(flag, network(params, x, shift), 0.0)
+
+    for call in FUNCTIONS.values():
+        call(masked, PARAMS, X, SHIFT, jnp.array(True))
+    assert otf.trace_symmetry(masked, PARAMS, X, SHIFT, True).groups == SYMMETRY.groups
+
+
+def test_what_the_library_itself_refuses_has_no_note():
+    with pytest.raises(ValueError, match="2 functions were put together") as info:
+        otf.trace_symmetry(otf.together(network, network), PARAMS, (X, SHIFT))
+    assert "function was called" not in notes_of(info)
 
 
 def test_a_functions_own_mistakes_are_its_own():

@@ -3,7 +3,8 @@
 A function that gets something else than it expects fails somewhere inside, in words that say
 nothing of the mistake. Params and inputs are any pytrees, so most mistakes can't be told from the
 arguments alone. They are looked for when the function has failed, and only then: no call that works
-is refused. A mistake counts as found if the function works once it is mended.
+is refused. A mistake counts as found if the function works once it is mended. Where none is found,
+a note on the function's own exception says what it was called on.
 """
 
 import contextlib
@@ -18,6 +19,10 @@ import numpy as np
 from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.tracing.programs import Together
+
+_NEEDING_VALUES = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
+"""What JAX raises where Python asks for a value of an array that is traced."""
 
 
 class _MendedCall(NamedTuple):
@@ -65,13 +70,15 @@ def naming_mistakes(
 
     Raises:
         TypeError: If the function fails, and arguments of a wrong kind are the cause. All else
-            that it raises is passed on.
+            that it raises is passed on, with a note on what it was called on and what may help.
     """
     try:
         yield
     except Exception as error:
         mistake = find_mistake(fn, params, inputs)
         if mistake is None:
+            if not _is_refused_by_together(fn, inputs):
+                error.add_note(_hint(error, fn, params, inputs))
             raise
         raise TypeError(mistake) from error
 
@@ -145,6 +152,43 @@ def _takes(fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]) -
     except ValueError:
         pass  # not every callable has a signature
     return True
+
+
+def _is_refused_by_together(fn: Callable[..., Any], inputs: tuple[PyTree, ...]) -> bool:
+    """Whether the library itself refuses a call, and says why: no function was called then."""
+    return isinstance(fn, Together) and len(inputs) != len(fn.functions)
+
+
+def _hint(
+    error: Exception, fn: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
+) -> str:
+    """Says what may help where a function has failed on arguments of the right kind."""
+    if isinstance(error, _NEEDING_VALUES):
+        return (
+            "the function decides in Python by a value that has none while it is traced; close "
+            "over flags, as in lambda params, x: fn(params, x, train=False), and use jnp.where or "
+            "jax.lax.cond for all else"
+        )
+    described = _described(inputs)
+    if not described or not _takes(fn, params, inputs):
+        return (
+            f"the function was called with {described or 'no inputs'} after the parameters; pass "
+            "every input that it takes, in order (for tracing, a jax.ShapeDtypeStruct will do)"
+        )
+    return (
+        f"the function was called on the parameters and {described}; batches are [n, ...], of "
+        "any number n of samples. A function of one sample becomes one of a batch by "
+        "jax.vmap(fn, in_axes=(None, 0)), with a 0 for each input"
+    )
+
+
+def _described(inputs: tuple[PyTree, ...]) -> str:
+    """Names the leaves of inputs with their shapes."""
+    names = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(inputs)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        names.append(f"input {name} of shape {np.shape(leaf)}")
+    return ", ".join(names)
 
 
 def _works(call: _MendedCall) -> bool:
