@@ -91,6 +91,44 @@ def test_validate_tells_containers_from_leaves(params: Any, difference: str):
     assert ("containers of other types" in message) == ("expected a" in difference)
 
 
+@pytest.mark.parametrize(
+    ("params", "lines"),
+    [
+        ({"a": None}, ["  a: None, not expected", "  k/none: missing, expected None"]),
+        ({"k": {"none": None}, "z": {"in": []}}, ["  z/in: a list, not expected"]),
+        ({"k": {"none": ()}}, ["  k/none: a tuple, expected None"]),
+        ({"k": {"other": None}}, ["  k/none: missing, expected None", "  k/other: None, not"]),
+    ],
+)
+def test_validate_names_what_is_empty_by_its_path(params: dict, lines: list[str]):
+    traced_params = {"layer": LAYER, "k": {"none": None}}
+    symmetry = otf.trace_symmetry(lambda p, x: x @ p["layer"], traced_params, jnp.ones(3))
+    symmetry.validate(traced_params)
+    with pytest.raises(ValueError, match="another tree") as info:
+        symmetry.validate({"layer": LAYER} | params)
+    for line in lines:
+        assert line in str(info.value)
+    assert "layer" not in str(info.value)
+
+
+class Doubled:
+    """A container that looks at the leaves it is given."""
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+
+
+jax.tree_util.register_pytree_node(
+    Doubled, lambda node: ((node.leaf,), None), lambda _, leaves: Doubled(leaves[0].T.T)
+)
+
+
+def test_validate_goes_without_names_where_a_container_takes_arrays_alone():
+    symmetry = otf.trace_symmetry(lambda p, x: x @ p[0].leaf, [Doubled(LAYER)], jnp.ones(3))
+    with pytest.raises(ValueError, match="the same leaves in containers of other types"):
+        symmetry.validate([Doubled(LAYER), None])
+
+
 def test_validate_lists_every_offender():
     symmetry = plain(fine=(2,), scale=(5,))
     params = params_like(symmetry)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from otfusion_jax.common.arguments import kind_of
 from otfusion_jax.common.finiteness import not_finite_counts
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.typing import PyTree
@@ -80,7 +81,7 @@ def require_fitting(
 def _differences_of_trees(
     leaves: Sequence[Leaf], treedef: Any, params: PyTree, given_leaves: Sequence[Leaf]
 ) -> list[str]:
-    """Returns a line for each leaf that only one of two trees has."""
+    """Returns a line for each leaf that only one of two trees has, or else for what is empty."""
     expected_paths = {leaf.path for leaf in leaves}
     given_paths = {leaf.path for leaf in given_leaves}
     lines = []
@@ -90,9 +91,48 @@ def _differences_of_trees(
     for path in sorted(given_paths - expected_paths):
         lines.append(f"  {path}: not expected")
     if not lines:
+        lines = _differences_of_empty_containers(treedef, params)
+    if not lines:
         difference = _first_other_container(params, treedef)
         lines.append(f"  the same leaves in containers of other types: {difference}")
     return lines
+
+
+def _differences_of_empty_containers(treedef: Any, params: PyTree) -> list[str]:
+    """Returns a line for each None or empty container that only one of two trees has."""
+    try:
+        # Of the one there is the structure alone. Any leaves will do, unless a container of a
+        # user's own looks at them.
+        expected_tree = jax.tree_util.tree_unflatten(treedef, range(treedef.num_leaves))
+    except Exception:
+        return []
+    expected, given = _empty_containers(expected_tree), _empty_containers(params)
+    lines = []
+    for path in sorted(expected.keys() | given.keys()):
+        if path not in given:
+            lines.append(f"  {path}: missing, expected {expected[path]}")
+        elif path not in expected:
+            lines.append(f"  {path}: {given[path]}, not expected")
+        elif given[path] != expected[path]:
+            lines.append(f"  {path}: {given[path]}, expected {expected[path]}")
+    return lines
+
+
+def _empty_containers(tree: PyTree) -> dict[str, str]:
+    """Names each None or empty container of a tree by its key path, and says what it is."""
+    found = {}
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    for path, node in nodes:
+        if _is_empty(node):
+            key_path = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+            found[key_path] = kind_of(node)
+    return found
+
+
+def _is_empty(tree: PyTree) -> bool:
+    """Whether a tree is None or a container with nothing in it, to JAX a node without leaves."""
+    structure = jax.tree_util.tree_structure(tree)
+    return structure.num_nodes == 1 and structure.num_leaves == 0
 
 
 def _first_other_container(params: PyTree, treedef: Any) -> str:
