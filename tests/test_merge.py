@@ -992,6 +992,21 @@ def test_wrong_arguments_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
         unpolished(fn, models, **given)
 
 
+@pytest.mark.parametrize("outputs", ["values", "logits"])
+def test_outputs_have_an_axis_of_samples(outputs: Any):
+    def mean(params, x):
+        return net(params, x).mean()
+
+    words = "the output of .* is a scalar, .* axis of samples, .* a scalar loss, .* as loss="
+    with pytest.raises(ValueError, match=words):
+        unpolished(mean, PAIR, [data()], outputs=outputs)
+    with pytest.raises(ValueError, match=words):
+        otf.distill(mean, PAIR[0], PAIR, [data()], outputs=outputs)
+    with pytest.raises(ValueError, match="output 1 of the function is a scalar"):
+        unpolished(lambda p, x: (net(p, x), mean(p, x)), PAIR, [data()], outputs=outputs)
+    assert unpolished(mean, PAIR, [data()], loss=mean, candidates=["as they are"], repairs=())
+
+
 def test_logits_have_classes():
     with pytest.raises(ValueError, match="two classes or more"):
         unpolished(lambda p, x: net(p, x)[:, :1], PAIR, [data()], outputs="logits")

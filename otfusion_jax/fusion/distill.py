@@ -81,7 +81,7 @@ def distill(
 
     Raises:
         ValueError: If teachers do not fit the parameters, weights do not fit, batches are empty or
-            differ, nothing is trained, or it is not said what the outputs are.
+            differ, nothing is trained, outputs are a scalar, or it is not said what they are.
         TypeError: If arguments are of another type, or `mixes` is True and not all inputs are
             floating-point.
         FloatingPointError: If parameters do not stay finite.

@@ -106,7 +106,8 @@ class Objective:
             inputs: A batch of inputs, arrays or shapes.
 
         Raises:
-            ValueError: If logits have no axis of two classes or more, or a loss is no scalar.
+            ValueError: If outputs have no axis of samples, or logits none of two classes or more;
+                if a loss is no scalar.
             TypeError: If outputs are not floating-point numbers, or logits not a single array.
         """
         if self.loss is not None:
@@ -128,6 +129,7 @@ class Objective:
                     "floating-point numbers are compared; return those that it is made of, or pass "
                     "a loss"
                 )
+        _require_samples(found)
         if self.outputs == "logits":
             _require_logits(found)
 
@@ -200,6 +202,19 @@ def _weighted(weights: Array, arrays: list[Array]) -> Array:
     for weight, array in zip(weights, arrays, strict=True):
         total = total + weight.astype(array.dtype) * array
     return total
+
+
+def _require_samples(found: Any) -> None:
+    """Refuses outputs, as shapes, that are one number for a whole batch."""
+    for path, array in jax.tree_util.tree_flatten_with_path(found)[0]:
+        if not array.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            output = f"output {name}" if name else "the output"
+            raise ValueError(
+                f"{output} of the function is a scalar, where outputs need an axis of samples, "
+                "[n, ...]; return an answer for each sample, or pass a scalar loss, the mean over "
+                "a batch, as loss=, in place of outputs"
+            )
 
 
 def _require_logits(found: Any) -> None:

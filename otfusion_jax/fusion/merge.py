@@ -146,8 +146,8 @@ def merge(
     Raises:
         ValueError: Before any work: if models do not fit each other or the symmetry or are not
             finite, by key path; if there are fewer than two; if batches are empty or differ; if it
-            is not said what the outputs are; if a candidate is unknown or does not apply. In the
-            end: if every trial has failed.
+            is not said what the outputs are, or they are a scalar; if a candidate is unknown or
+            does not apply. In the end: if every trial has failed.
         TypeError: If arguments are of another type, before any work.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
