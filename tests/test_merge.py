@@ -1007,6 +1007,15 @@ def test_outputs_have_an_axis_of_samples(outputs: Any):
     assert unpolished(mean, PAIR, [data()], loss=mean, candidates=["as they are"], repairs=())
 
 
+def test_keys_are_closed_over():
+    def noisy(params, x, key):
+        return net(params, x) + jax.random.normal(key, (1, 1))
+
+    for key in (jax.random.key(0), jax.random.split(jax.random.key(0), len(data()))):
+        with pytest.raises(TypeError, match="batch 0, input 1 is a key of jax.random.*x, key"):
+            unpolished(noisy, PAIR, [(data(), key)], outputs="values")
+
+
 def test_logits_have_classes():
     with pytest.raises(ValueError, match="two classes or more"):
         unpolished(lambda p, x: net(p, x)[:, :1], PAIR, [data()], outputs="logits")

@@ -125,6 +125,11 @@ def _checked_batch(number: int, batch: tuple[Any, ...]) -> tuple[tuple[PyTree, .
 
 def _as_array(leaf: Any, name: str) -> np.ndarray:
     """Reads an array of any library by NumPy."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name} is a key of jax.random, which is no sample; close over a key that all batches "
+            "share: lambda params, x: fn(params, x, key)"
+        )
     try:
         array = np.asarray(leaf)
         is_number = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
