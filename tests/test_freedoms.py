@@ -34,6 +34,7 @@ Axes = dict[str, tuple[int, ...]]
 STREAM = {"embed": (3, D), "read": (D, 4)}
 SCALED = STREAM | {"scale": (D,)}
 NORM = SCALED | {"bias": (D,)}
+SQUARE = STREAM | {"m": (D, D)}
 ALONG: Axes = {"embed": (1,), "read": (0,)}
 """Where the units of the stream are."""
 
@@ -215,6 +216,11 @@ def twice(ctx, values):
     return ctx.call(jaxpr, values)
 
 
+def spectrally_normed(h):
+    """Divides by the largest singular value, as a matrix of rows and columns has it."""
+    return h / jnp.linalg.norm(h, 2)
+
+
 # --- where units may be rotated
 
 CLAIMS = {
@@ -278,6 +284,22 @@ CLAIMS = {
     "a matrix of units": Claim(on_stream(lambda p, h: h @ (h.T @ h))),
     "a matrix and its transpose": Claim(
         on_stream(lambda p, h: h @ (p["m"] + p["m"].T)), STREAM | {"m": (D, D)}
+    ),
+    "a matrix that is spectrally normed": Claim(
+        on_stream(lambda p, h: h @ spectrally_normed(p["m"])), SQUARE
+    ),
+    "a matrix of units to themselves, spectrally normed": Claim(
+        on_stream(lambda p, h: h + h @ spectrally_normed(p["m"])), SQUARE
+    ),
+    "singular values of features": Claim(on_stream(lambda p, h: spectrally_normed(h))),
+    "singular values with a scale": Claim(
+        on_stream(
+            lambda p, h: (
+                (rms(h) * p["scale"]) @ p["m"] / jnp.linalg.norm(p["scale"][:, None] * p["m"], 2)
+            )
+        ),
+        SQUARE | {"scale": (D,)},
+        folds=("scale",),
     ),
     "an outer product": Claim(
         on_stream(lambda p, h: jnp.einsum("ni,nj,ijk->nk", h, h, p["m"])),
@@ -395,6 +417,21 @@ REFUSALS = {
         STREAM | {"m": (D, D)},
         ALONG | {"m": (0, 1)},
         fixes_ones=False,
+    ),
+    "a scale beside the singular values of what would take it": Refusal(
+        on_stream(lambda p, h: (rms(h) * p["scale"]) @ spectrally_normed(p["m"])),
+        SQUARE | {"scale": (D,)},
+        {"embed": (1,), "m": (0,)},
+    ),
+    "singular values of squares": Refusal(
+        on_stream(lambda p, h: h / jnp.linalg.norm(p["m"] ** 2, 2) @ p["m"]),
+        SQUARE,
+        {"embed": (1,), "m": (0,)},
+    ),
+    "singular values of a matrix for each unit": Refusal(
+        on_stream(lambda p, h: h * jnp.linalg.norm(p["m"], 2, (1, 2))),
+        STREAM | {"m": (D, 3, 2)},
+        ALONG | {"m": (0,)},
     ),
     "a matrix that is squared": Refusal(
         on_stream(lambda p, h: h @ (p["m"] * p["m"])),

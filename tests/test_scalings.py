@@ -47,6 +47,15 @@ def hidden(act):
     return lambda p, x: act(p, x @ p["w"] + p["b"]) @ p["v"]
 
 
+def spectrally_normed(weights):
+    return weights / jnp.linalg.norm(weights, 2)
+
+
+def read_by_normed(act):
+    """A function as `hidden`, whose units are read by weights that are spectrally normed."""
+    return lambda p, x: act(x @ p["w"] + p["b"]) @ spectrally_normed(p["v"])
+
+
 def gated(act):
     return lambda p, x: (act(x @ p["w"]) * (x @ p["u"])) @ p["v"]
 
@@ -165,6 +174,15 @@ CLAIMS = {
         NORMED,
     ),
     "a recurrent tanh": Claim(recurrent(jnp.tanh), (), (positive(RECURRENT),), LOOP),
+    "a tanh before weights that are spectrally normed": Claim(
+        read_by_normed(jnp.tanh), (), (positive(UNITS),)
+    ),
+    "a recurrent kernel, spectrally normed": Claim(
+        lambda p, x: recurrent(jnp.tanh)(p | {"r": spectrally_normed(p["r"])}, x),
+        (),
+        (positive(RECURRENT),),
+        LOOP,
+    ),
     "a recurrent kernel, transposed": Claim(
         lambda p, x: recurrent(jnp.tanh)(p | {"r": p["r"].T.T.T}, x),
         (),
@@ -250,6 +268,9 @@ REFUSALS = {
     "scales and a constant": Refusal(hidden(lambda p, h: jax.nn.relu(h) + 1.0), UNITS, SCALES),
     "scales of what is normalised": Refusal(
         hidden(lambda p, h: normalised(jax.nn.relu(h))), UNITS, SCALES
+    ),
+    "scales of weights that are spectrally normed": Refusal(
+        read_by_normed(jax.nn.relu), UNITS, SCALES
     ),
     "scales of a softmax": Refusal(hidden(lambda p, h: jax.nn.softmax(h)), UNITS, SCALES),
     "scales of the norm of batches": Refusal(

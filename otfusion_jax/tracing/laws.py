@@ -520,6 +520,22 @@ def conv_general_dilated(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     return flow.for_results(algebra.alike(free) if free else None)
 
 
+@law([P.svd_p])
+def singular_values(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Of the singular values alone, rows or columns may be rotated, as in a sum of squares."""
+    # Where there is a matrix for each unit, its singular values are not linear in it.
+    has_batch = any(flow.result_dims)
+    if flow.params["compute_uv"] or has_batch:
+        standing = algebra.other(flow.standings)
+        return flow.for_results(standing)
+    (dims,) = flow.operand_dims
+    for dim in sorted(set(dims)):
+        standing = _along(flow, 0, dim)
+        if _varies(standing):
+            algebra.contracted(standing, standing)
+    return flow.for_results(None)
+
+
 SINGLE: tuple[Law, ...] = (
     moving,
     gather,
@@ -529,11 +545,17 @@ SINGLE: tuple[Law, ...] = (
     reduce_sum,
     dot_general,
     conv_general_dilated,
+    singular_values,
 )
 """Laws of what adds nothing up unit by unit, so that it does not matter which axes units are on."""
 
 
-AXIS_BY_AXIS: tuple[Law, ...] = (moving, dot_general, conv_general_dilated)
+AXIS_BY_AXIS: tuple[Law, ...] = (
+    moving,
+    dot_general,
+    conv_general_dilated,
+    singular_values,
+)
 """Laws that say of each axis of an operand what becomes of it, see `PerAxis`."""
 
 

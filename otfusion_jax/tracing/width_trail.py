@@ -118,6 +118,8 @@ class Trail:
             return [self._product(operands, -1 if law is laws.div else 1)]
         if law is laws.dot_general or law is laws.conv_general_dilated:
             return [self._contracted(transfer)]
+        if law is laws.singular_values:
+            return [self._of_singular_values(operands[0])] * count
         if law is laws.reduce_sum:
             return [self._summed(operands[0], eqn.params["axes"])]
         if law in (laws.ordered, laws.equal):
@@ -155,6 +157,16 @@ class Trail:
         for power in powers:
             if power is not None:
                 self.demand(power)
+
+    def _of_singular_values(self, value: TracedValue) -> None:
+        """Refuses other numbers of units in a matrix: it would have other singular values, too.
+
+        An isometry keeps those that there are and may add zeros, which are the smallest.
+        """
+        power = self._power(value)
+        if self.dims_of(value):
+            power = Power(width=1)
+        self._ended([power])
 
     def _alike(self, operands: Sequence[TracedValue]) -> Power | None:
         """Values are added, or one of them is taken."""

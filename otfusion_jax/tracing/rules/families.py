@@ -41,7 +41,7 @@ SCATTER = named("scatter scatter_add scatter_max scatter_min scatter_mul") + pri
 
 # Functions of matrices, which are the last axes of their operands.
 MATRIX = named(
-    "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
+    "cholesky eig eigh fft hessenberg householder_product lu qr schur triangular_solve "
     "tridiagonal tridiagonal_solve"
 )
 MATRIX += [*primitives.NEW_MATRIX, *primitives.PIVOTS]

@@ -2,8 +2,8 @@
 
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_family
-from otfusion_jax.tracing.rules.families import MATRIX, PINNED, RANDOM
+from otfusion_jax.tracing.registry import register_family, register_rule
+from otfusion_jax.tracing.rules.families import MATRIX, PINNED, RANDOM, P
 from otfusion_jax.tracing.values import TracedValue, Values
 
 
@@ -53,3 +53,23 @@ def matrix(ctx: RuleContext, values: Values) -> Values:
             axes.append(axis)
         results.append(TracedValue(tuple(axes), batch.kind))
     return results
+
+
+@register_rule(P.svd_p)
+def svd(ctx: RuleContext, values: Values) -> Values:
+    """Singular values alone do not depend on the order of rows or columns; else as `matrix`."""
+    if ctx.params["compute_uv"]:
+        return matrix(ctx, values)
+    (x,) = values
+    rank = len(x.axes)
+    *batch, rows, columns = range(rank)
+    # A row is one across all columns, and a column across all rows, each matrix by itself.
+    ctx.note_interaction(x, [rows], [*batch, rows])
+    ctx.note_interaction(x, [columns], [*batch, columns])
+    ctx.note_mixing(x, [rows, columns])
+    # They come out by their size, whatever the order of what they are made of.
+    *_, count = ctx.shape()
+    reason = ctx.because("in falling order")
+    numbers = ctx.fresh_pinned(count, reason)
+    result = x.without([columns])
+    return [result.with_axis(rows, numbers)]
