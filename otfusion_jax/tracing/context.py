@@ -249,8 +249,8 @@ class RuleContext(EquationContext):
     def pick_positions(self, axis: Axis, size: int, reason: str) -> Axis:
         """Pins an axis of which a result has only some positions, or has them in another order.
 
-        `gather` and a `slice` with strides do that. An axis along which the operand is constant
-        need not be pinned: it stays constant.
+        `gather` does that, and a `slice` whose stride does not divide the axis. An axis along which
+        the operand is constant need not be pinned: it stays constant.
 
         Args:
             axis: An axis of an operand.

@@ -7,33 +7,55 @@ from otfusion_jax.tracing.axis import Axis, Kind, concatenated, constant, is_con
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
-from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
+from otfusion_jax.tracing.values import TracedValue, Values, highest_kind, sizes_of
 
 # --- from one axis to its segments
 
 
 @register_rule(P.slice_p, reads=False)
 def slice_(ctx: RuleContext, values: Values) -> Values:
-    """An axis that is cut falls into segments, one of which is kept; with strides it is pinned."""
+    """A cut axis falls into segments; a stride that divides it makes a product, others pin it."""
     (x,) = values
     params = ctx.params
     starts = params["start_indices"]
     ends = params["limit_indices"]
     strides = params["strides"] or (1,) * len(x.axes)
     old_shape = ctx.operand_shape(0)
-    new_shape = ctx.shape()
-    axes = []
-    for dim, axis in enumerate(x.axes):
-        size = new_shape[dim]
-        if size != old_shape[dim]:
-            reason = ctx.because_along(dim)
-            if strides[dim] == 1:
-                start, end = int(starts[dim]), int(ends[dim])
-                axis = _segment(ctx, axis, start, end, reason)
-            else:
-                axis = ctx.pick_positions(axis, size, reason)
-        axes.append(axis)
-    return [TracedValue(tuple(axes), x.kind)]
+    for dim, size in enumerate(ctx.shape()):
+        if size == old_shape[dim]:
+            continue
+        start = int(starts[dim])
+        stride = int(strides[dim])
+        reason = ctx.because_along(dim)
+        if stride == 1:
+            end = int(ends[dim])
+            segment = _segment(ctx, x.axes[dim], start, end, reason)
+            x = x.with_axis(dim, segment)
+        elif size * stride == old_shape[dim]:
+            x = _every_kth(ctx, x, dim, start, stride)
+        else:
+            picked = ctx.pick_positions(x.axes[dim], size, reason)
+            x = x.with_axis(dim, picked)
+    return [x]
+
+
+def _every_kth(ctx: RuleContext, x: TracedValue, dim: int, start: int, stride: int) -> TracedValue:
+    """Takes `x[start::stride]` along an axis that the stride divides.
+
+    That is `x.reshape(-1, stride)[:, start]`, and what is stated is what the rules of `reshape`, of
+    `slice` and of `squeeze` state of that.
+    """
+    reason = ctx.because_along(dim)
+    inner = dim + 1
+    sizes = list(sizes_of(x))
+    sizes[dim] //= stride
+    sizes.insert(inner, stride)
+    axes = ctx.regroup(x, sizes, reason)
+    _segment(ctx, axes[inner], start, start + 1, reason)
+    rows = TracedValue(tuple(axes), x.kind)
+    # The operand has the inner axis as a part of another, the result not at all.
+    ctx.note_mixing(rows, [inner])
+    return rows.without([inner])
 
 
 @register_rule(P.dynamic_slice_p)
