@@ -482,7 +482,7 @@ def local(s: Scope, x: jax.Array, width: int, shared: bool) -> jax.Array:
     return like_before(jnp.einsum("btm,tmn->btn", y, s("v", t.shape[1], width, t.shape[2])), x)
 
 
-@block(how=("fft", "cholesky", "solve", "reduce", "inverse"))
+@block(how=("fft", "cholesky", "solve", "reduce", "inverse", "spectral"))
 def linear_algebra(s: Scope, x: jax.Array, how: str) -> jax.Array:
     n = x.shape[-1]
     match how:
@@ -490,6 +490,9 @@ def linear_algebra(s: Scope, x: jax.Array, how: str) -> jax.Array:
             return jnp.real(jnp.fft.fft(x, axis=-1))
         case "reduce":
             return x * lax.reduce(x, jnp.asarray(1.0), lax.mul, (x.ndim - 1,))[..., None]
+        case "spectral":
+            a = s("a", n, n)
+            return x @ (a / (1 + jnp.linalg.norm(a, 2)))
         case _:
             a = s("a", n, n)
             lower = jnp.linalg.cholesky(a @ a.T + jnp.eye(n), symmetrize_input=False)
@@ -721,14 +724,14 @@ def pad(s: Scope, x: jax.Array, low: int, high: int, inner: int, units: bool) ->
 PARTS = ("product", "sum", "swap", "rotate", "first", "max", "glu", "each", "drop", "stack")
 
 
-@block(how=PARTS, cut=st.integers(1, 3), by=("split", "slice", "lax"), pick=PICK)
+@block(how=PARTS, cut=st.integers(1, 3), by=("split", "slice", "lax", "stride"), pick=PICK)
 def parts(s: Scope, x: jax.Array, how: str, cut: int, by: str, pick: int) -> jax.Array:
     """Takes the units apart and puts them together again."""
     n = x.shape[-1]
     if n < 2:
         return x
     equal = how in ("product", "sum", "rotate", "max", "glu", "stack")
-    if equal:
+    if equal or by == "stride":
         if n % 2:
             x = jnp.concatenate([x, x[..., :1]], -1)
         half = x.shape[-1] // 2
@@ -738,6 +741,9 @@ def parts(s: Scope, x: jax.Array, how: str, cut: int, by: str, pick: int) -> jax
         a, b = jnp.split(x, (half,), -1)
     elif by == "slice":
         a, b = x[..., :half], x[..., half:]
+    elif by == "stride":
+        # As `x[..., i::2]`, which in JAX 0.7 picks positions from a table.
+        a, b = (lax.slice_in_dim(x, i, x.shape[-1], 2, x.ndim - 1) for i in (0, 1))
     else:
         a, b = lax.split(x, (half, x.shape[-1] - half), x.ndim - 1)
     match how:
@@ -1972,6 +1978,11 @@ def _solve(p: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.solve(a.swapaxes(-1, -2), b.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
+def _singular_values(p: Any, x: np.ndarray) -> list[np.ndarray]:
+    assert not p["compute_uv"]
+    return [np.linalg.svd(x, compute_uv=False)]
+
+
 def _fft(p: Any, x: np.ndarray) -> np.ndarray:
     fns = (np.fft.fftn, np.fft.ifftn, np.fft.rfftn, np.fft.irfftn)
     return fns[int(p["fft_type"])](x, p["fft_lengths"], tuple(range(-len(p["fft_lengths"]), 0)))
@@ -2106,6 +2117,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "custom_jvp_call": lambda p, *x: _inner(p["call_jaxpr"], *x),
     "custom_vjp_call": lambda p, *x: _inner(p["call_jaxpr"], *x),
     "cholesky": lambda p, x: np.linalg.cholesky(x),
+    "svd": _singular_values,
     "triangular_solve": _solve,
     "fft": _fft,
     "cond": _cond,

@@ -157,7 +157,10 @@ ORDERED = {
     "rev": Operation(P.rev_p, lambda h: lax.rev(h, (1,))),
     "iota": Operation(P.iota_p, lambda h: h * lax.broadcasted_iota(jnp.float32, h.shape, 1)),
     "gather": Operation(P.gather_p, picked),
-    "strided slice": Operation(P.slice_p, lambda h: lax.slice(h, (0, 0), h.shape, (1, 2))),
+    "strided slice": Operation(P.slice_p, lambda h: lax.slice(h, (0, 0), h.shape, (1, 4))),
+    "strided slice of a part": Operation(
+        P.slice_p, lambda h: lax.slice(h, (0, 2), h.shape, (1, 2))
+    ),
     "dynamic_slice": Operation(P.dynamic_slice_p, lambda h: lax.dynamic_slice_in_dim(h, 1, 3, 1)),
     "pad in between": Operation(P.pad_p, lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 1)))),
     "unstack": Operation(UNSTACK, lambda h: jnp.unstack(h, axis=1)[1][:, None]),
@@ -419,6 +422,40 @@ def test_a_matrix_for_each_unit_passes_them(name: str, monkeypatch: pytest.Monke
     assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
 
 
+def singular_values(k: jax.Array) -> jax.Array:
+    return lax.linalg.svd(k, compute_uv=False)
+
+
+def test_singular_values_leave_rows_and_columns_free_and_come_in_order():
+    params = weights(**{"in": (5, UNITS), "mid": (UNITS, 4), "out": (4, 3), "by_size": (4,)})
+
+    def fn(p, x):
+        h = jnp.tanh(jnp.tanh(x @ p["in"]) @ p["mid"])
+        return h @ p["out"] * (singular_values(p["mid"]) @ p["by_size"])
+
+    groups = {
+        "in": {makes("in", 1), takes("mid", 0)},
+        "mid": {makes("mid", 1), takes("out", 0)},
+    }
+    found_by(fn, params, groups)
+    pins = {(pin.path, pin.axis): pin.reason for pin in otf.trace_symmetry(fn, params, X).pinned}
+    assert pins["by_size", 0].startswith("svd in falling order at ")
+    turned = params | {"by_size": params["by_size"][::-1]}
+    assert relative(fn(params, X), fn(turned, X)) > BROKEN
+
+
+def test_singular_values_of_a_matrix_for_each_unit_pass_them(monkeypatch: pytest.MonkeyPatch):
+    params = weights(**{"in": (5, UNITS), "out": (UNITS, 3)})
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["in"])
+        return (singular_values(likeness(h.T[..., None])) ** 2).sum(-1)[None] @ p["out"]
+
+    found_by(fn, params, {"in": {makes("in", 1), takes("out", 0)}})
+    monkeypatch.setitem(registry._registry, P.svd_p, unruled)
+    assert certificate(otf.trace_symmetry(fn, params, X), fn, params, X) > BROKEN
+
+
 def test_a_transform_of_three_axes_pins_all_of_them():
     def fn(p, x):
         h = jnp.tanh(x @ p["in"]).T.reshape(UNITS, 2, 2)
@@ -431,6 +468,7 @@ def test_a_transform_of_three_axes_pins_all_of_them():
 # are in what comes of it.
 CUT = {
     "slice": Operation(P.slice_p, lambda h: h[:, 1:4]),
+    "every second": Operation(P.slice_p, lambda h: lax.slice(h, (0, 1), h.shape, (1, 2))),
     "pad": Operation(P.pad_p, lambda h: jnp.pad(h, ((0, 0), (1, 2)))),
     "pad that shifts": Operation(P.pad_p, lambda h: lax.pad(h, 0.0, ((0, 0, 0), (-1, 1, 0)))),
     "pad of a constant": Operation(
@@ -446,6 +484,7 @@ CUT = {
 }
 SEGMENTS = {
     "slice": {"in": {(1, 0, 3)}, "in#2": {(4, None, 2)}},
+    "every second": {"in": {(0, 0, 3)}},
     "pad": {"in": {(0, 1, 6)}, "out": {(None, 7, 2)}},
     "pad that shifts": {"in": {(1, 0, 5)}},
     "pad of a constant": {"in": {(0, 0, 5)}},
@@ -1068,8 +1107,14 @@ def certificate_by_heads(symmetry: otf.Symmetry, fn: Callable, params: Any, *inp
     return relative(fn(params, *inputs), fn(moved, *inputs))
 
 
-def test_units_of_heads_are_nested_where_nothing_mixes_heads():
-    fn, params = by_heads(jnp.sin)
+def spectrally_normed(axes: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
+    """Divides by the largest singular value of each matrix along two axes."""
+    return lambda h: h / jnp.linalg.norm(h, 2, axes, keepdims=True)
+
+
+@pytest.mark.parametrize("op", [jnp.sin, spectrally_normed((0, 2))])
+def test_units_of_heads_are_nested_where_nothing_mixes_heads(op: Callable):
+    fn, params = by_heads(op)
     symmetry = otf.trace_symmetry(fn, params, X, GATE)
     assert batches(symmetry) == [(HEADS,)]
     assert certificate_by_heads(symmetry, fn, params, X, GATE) <= EXACT
@@ -1097,6 +1142,8 @@ def test_units_are_not_nested_in_heads_that_mix(name: str, monkeypatch: pytest.M
         lambda h: jnp.concatenate([h[:, 1:], h[:, :1]], 1),
         lambda h: jnp.stack(jnp.unstack(h, axis=1)[::-1], 1),
         lambda h: h + h.mean(1, keepdims=True),
+        spectrally_normed((1, 2)),
+        spectrally_normed((2, 1)),
         lambda h: lax.top_k(h.transpose(0, 2, 1), HEADS)[0].transpose(0, 2, 1),
         lambda h: jnp.einsum("rhk,hg->rgk", h, uniform(HEADS, HEADS)),
         lambda h: lax.dynamic_update_slice(h, h.sum(1, keepdims=True), (0, 1, 0)),

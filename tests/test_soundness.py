@@ -839,3 +839,258 @@ def test_a_head_that_nothing_but_a_penalty_reads_is_named(wrap: Callable):
     with pytest.warns(otf.SymmetryWarning, match="  other: shape"):
         symmetry = otf.trace_symmetry(penalised, params, inputs(2, 5))
     assert batches(symmetry) == {"in": (8,)}
+
+
+# --- singular values
+
+
+def spectral(p, x):
+    h = jax.nn.relu(jax.nn.relu(x @ p["a"]) @ (p["c"] / jnp.linalg.norm(p["c"], 2)))
+    return h @ p["d"]
+
+
+def nuclear(p, x):
+    h = jax.nn.relu(jax.nn.relu(x @ p["a"]) @ (p["c"] / jnp.linalg.norm(p["c"], "nuc")))
+    return h @ p["d"]
+
+
+def smallest(p, x):
+    values = jnp.linalg.svd(p["c"], compute_uv=False)
+    return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["c"] * values[-1]) @ p["d"]
+
+
+def moved_by_hand(params: Any, moves: dict[tuple[str, int], np.ndarray]) -> Any:
+    """Multiplies parameters by matrices along axes: an oracle that knows nothing of the library."""
+    moved = {name: np.asarray(leaf) for name, leaf in params.items()}
+    for (name, axis), matrix in moves.items():
+        moved[name] = np.moveaxis(np.tensordot(moved[name], matrix, (axis, 0)), -1, axis)
+    return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in moved.items()}
+
+
+def order_of(count: int, seed: int) -> np.ndarray:
+    """A cycle of all units, as a matrix: none of them stays."""
+    cycle = np.random.default_rng(seed).permutation(count)
+    order = np.empty(count, int)
+    order[cycle] = np.roll(cycle, 1)
+    return np.eye(count)[order]
+
+
+def rotation_of(count: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((count, count)))[0]
+
+
+def off_by(fn: Callable, params: Any, moved: Any, x: Any) -> float:
+    """The largest change of the outputs, relative to them."""
+    before, after = np.asarray(fn(params, x)), np.asarray(fn(moved, x))
+    return float(abs(after - before).max() / abs(before).max())
+
+
+def assert_found_again(symmetry: otf.Symmetry, source: Any, target: Any):
+    """Aligned with what it was made of, a model becomes that again."""
+    found = otf.transport(symmetry, otf.align(symmetry, source, target), source)
+    for name, leaf in target.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=EXACT)
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("fn", [spectral, nuclear, smallest])
+@pytest.mark.parametrize("columns", [5, 16, 20])
+def test_units_around_a_matrix_of_known_singular_values_move(fn: Callable, columns: int):
+    params = draw(a=(3, 16), c=(16, columns), d=(columns, 4))
+    x = inputs(6, 3)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    assert table(symmetry) == {
+        "a": {makes("a", 1), takes("c", 0)},
+        "c": {makes("c", 1), takes("d", 0)},
+    }
+    assert otf.check_symmetry(symmetry, fn, params, x) < EXACT
+    rows, order = order_of(16, 1), order_of(columns, 2)
+    moves = {("a", 1): rows, ("c", 0): rows, ("c", 1): order, ("d", 0): order}
+    moved = moved_by_hand(params, moves)
+    assert off_by(fn, params, moved, x) < EXACT
+    assert_found_again(symmetry, moved, params)
+
+
+def bottleneck(p, x):
+    return jax.nn.relu((x @ p["a"]) @ (p["c"] / jnp.linalg.norm(p["c"], 2))) @ p["d"]
+
+
+@pytest.mark.compatibility
+def test_a_bottleneck_that_is_spectrally_normed_rotates_and_no_more():
+    params = draw(a=(9, 5), c=(5, 7), d=(7, 4))
+    x = inputs(6, 9)
+    plain = otf.trace_symmetry(bottleneck, params, x)
+    (freedom, _) = plain.freedoms
+    assert (freedom.group, freedom.rotates, freedom.linear) == ("a", True, False)
+    assert freedom.scales == ()
+    symmetry = plain.with_rotations()
+    assert symmetry["a"].rotates
+    assert not symmetry["c"].rotates
+    assert otf.check_symmetry(symmetry, bottleneck, params, x) < EXACT
+    turn, order = rotation_of(5, 1), order_of(7, 2)
+    moves = {("a", 1): turn, ("c", 0): turn, ("c", 1): order, ("d", 0): order}
+    moved = moved_by_hand(params, moves)
+    assert off_by(bottleneck, params, moved, x) < EXACT
+    assert_found_again(symmetry, moved, params)
+    # A matrix that is not orthogonal gives others.
+    sheared = turn + 0.3 * order_of(5, 3)
+    moves = {("a", 1): sheared, ("c", 0): np.linalg.inv(sheared).T}
+    assert off_by(bottleneck, params, moved_by_hand(params, moves), x) > 100 * EXACT
+
+
+def test_a_bottleneck_of_another_width_has_other_singular_values():
+    models, symmetries = [], []
+    for width in (4, 5):
+        params = normals({"a": (9, width), "c": (width, 7), "d": (7, 4)}, width)
+        models.append(params)
+        symmetries.append(otf.trace_symmetry(bottleneck, params, inputs(6, 9)).with_rotations())
+    with pytest.raises(ValueError, match="a: no factor makes up for another number of units in sv"):
+        otf.fuse(symmetries, models)
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("side", [0, 2])
+def test_singular_vectors_that_are_used_pin_what_is_around_them(side: int):
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        parts = jnp.linalg.svd(p["c"], full_matrices=False)
+        vectors = parts[0] if side == 0 else parts[2].T
+        return jax.nn.relu(h @ p["c"] * parts[1][0]) @ p["d"] + vectors.sum(0)[None, :4] ** 2
+
+    params = draw(a=(3, 8), c=(8, 8), d=(8, 4))
+    symmetry = otf.trace_symmetry(fn, params, inputs(6, 3))
+    assert symmetry.groups == ()
+    pins = {(pin.path, pin.axis): pin.reason for pin in symmetry.pinned}
+    assert pins["c", 0].startswith("svd at ")
+    assert pins["c", 1].startswith("svd at ")
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize(("axes", "nested"), [((0, 2), True), ((1, 2), False)])
+def test_units_of_heads_are_nested_where_each_head_is_a_matrix(axes: tuple[int, int], nested: bool):
+    def fn(p, x):
+        kernel = p["q"] / jnp.linalg.norm(p["q"], 2, axes, keepdims=True)
+        return jnp.einsum("nhk,hko->no", jnp.tanh(jnp.einsum("nd,dhk->nhk", x, kernel)), p["o"])
+
+    params = draw(q=(3, 4, 5), o=(4, 5, 2))
+    symmetry = otf.trace_symmetry(fn, params, inputs(6, 3))
+    assert {(group.size, group.batch) for group in symmetry.groups} == {
+        (4, ()),
+        (5, (4,) if nested else ()),
+    }
+    assert change(symmetry, fn, params, inputs(6, 3)) < EXACT
+    # Head by head, by hand.
+    orders = np.stack([np.random.default_rng(head).permutation(5) for head in range(4)])
+    moved = {
+        "q": jnp.take_along_axis(params["q"], orders[None], 2),
+        "o": jnp.take_along_axis(params["o"], orders[:, :, None], 1),
+    }
+    assert (off_by(fn, params, moved, inputs(6, 3)) < EXACT) == nested
+
+
+# --- every k-th unit
+
+
+def every(h: jax.Array, start: int, stride: int) -> jax.Array:
+    """As `h[:, start::stride]`, which in JAX 0.7 picks positions from a table."""
+    return lax.slice_in_dim(h, start, h.shape[1], stride, 1)
+
+
+def interleaved(p, x):
+    h = x @ p["a"] + p["b"][None]
+    return (every(h, 0, 2) * jax.nn.sigmoid(every(h, 1, 2))) @ p["d"]
+
+
+def interleaved_by_reshape(p, x):
+    h = (x @ p["a"] + p["b"][None]).reshape(-1, p["b"].size // 2, 2)
+    return (h[..., 0] * jax.nn.sigmoid(h[..., 1])) @ p["d"]
+
+
+@pytest.mark.compatibility
+def test_interleaved_gates_move_with_what_they_gate():
+    params = draw(a=(3, 16), b=(16,), d=(8, 4))
+    x = inputs(6, 3)
+    symmetry = otf.trace_symmetry(interleaved, params, x)
+    assert table(symmetry) == {"a": {makes("a", 1, 1, 2), makes("b", 0, 1, 2), takes("d", 0)}}
+    assert symmetry == otf.trace_symmetry(interleaved_by_reshape, params, x)
+    assert otf.check_symmetry(symmetry, interleaved, params, x) < EXACT
+    order = order_of(8, 1)
+    pairs = np.kron(order, np.eye(2))
+    moved = moved_by_hand(params, {("a", 1): pairs, ("b", 0): pairs, ("d", 0): order})
+    assert off_by(interleaved, params, moved, x) < EXACT
+    assert_found_again(symmetry, moved, params)
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize(("count", "stride"), [(12, 2), (12, 3), (12, 4), (12, 12), (5, 5)])
+def test_every_kth_unit_is_what_a_reshape_makes_of_it(count: int, stride: int):
+    def by_slices(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return sum(every(h, i, stride) ** (1 + i) for i in range(stride)) @ p["d"]
+
+    def by_reshape(p, x):
+        h = jnp.tanh(x @ p["a"]).reshape(-1, count // stride, stride)
+        return sum(h[..., i] ** (1 + i) for i in range(stride)) @ p["d"]
+
+    params = draw(a=(3, count), d=(count // stride, 4))
+    symmetry = otf.trace_symmetry(by_slices, params, inputs(6, 3))
+    assert symmetry == otf.trace_symmetry(by_reshape, params, inputs(6, 3))
+    assert sum(group.size for group in symmetry.groups) == (
+        count // stride if count > stride else 0
+    )
+    assert change(symmetry, by_slices, params, inputs(6, 3)) < EXACT
+
+
+NOT_EVERY_KTH = {
+    "a stride that does not divide": lambda h: every(h, 0, 5)[:, :3],
+    "a start beyond the stride": lambda h: every(h, 2, 2)[:, :3],
+    "a part of the axis": lambda h: lax.slice_in_dim(h, 0, 6, 2, 1),
+    "halves in the place of pairs": lambda h: jnp.concatenate([every(h, 1, 2), every(h, 0, 2)], 1)[
+        :, 1:4
+    ],
+}
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("name", NOT_EVERY_KTH)
+def test_units_at_other_steps_stay(name: str):
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return NOT_EVERY_KTH[name](h) @ p["d"] + h @ p["rest"]
+
+    params = draw(a=(3, 12), d=(3, 4), rest=(12, 4))
+    symmetry = otf.trace_symmetry(fn, params, inputs(6, 3))
+    assert change(symmetry, fn, params, inputs(6, 3)) < EXACT
+    pairs = np.kron(order_of(6, 1), np.eye(2))
+    moved = moved_by_hand(params, {("a", 1): pairs, ("rest", 0): pairs})
+    assert off_by(fn, params, moved, inputs(6, 3)) > 100 * EXACT
+    if name != "halves in the place of pairs":
+        assert symmetry.groups == ()
+
+
+@pytest.mark.compatibility
+def test_pairs_that_come_back_as_halves_stay():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return (h + jnp.concatenate([every(h, 0, 2), every(h, 1, 2)], 1)) @ p["d"]
+
+    params = draw(a=(3, 8), d=(8, 4))
+    symmetry = otf.trace_symmetry(fn, params, inputs(6, 3))
+    assert symmetry.groups == ()
+    pairs = np.kron(order_of(4, 1), np.eye(2))
+    moved = moved_by_hand(params, {("a", 1): pairs, ("d", 0): pairs})
+    assert off_by(fn, params, moved, inputs(6, 3)) > 100 * EXACT
+
+
+@pytest.mark.compatibility
+def test_units_that_are_taken_beside_one_index_move_alike_for_all():
+    # Units lie beside inputs along one axis, and other inputs along another. Those beside the first
+    # input are taken, for all others: in `v` these do not tell which input they lay beside.
+    def fn(p, x):
+        weighed = p["w"] * x[0][:, None] * jnp.tile(x[0], 8)[None]
+        return jnp.einsum("iu,iu->i", jnp.tanh(every(weighed, 0, 3)), p["v"])
+
+    params = draw(w=(3, 24), v=(3, 8))
+    symmetry = otf.trace_symmetry(fn, params, inputs(6, 3))
+    assert batches(symmetry) == {"w": (8,)}
+    assert change(symmetry, fn, params, inputs(6, 3)) < EXACT
