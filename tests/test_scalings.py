@@ -177,8 +177,8 @@ CLAIMS = {
     "a tanh before weights that are spectrally normed": Claim(
         read_by_normed(jnp.tanh), (), (positive(UNITS),)
     ),
-    "a recurrent kernel, spectrally normed": Claim(
-        lambda p, x: recurrent(jnp.tanh)(p | {"r": spectrally_normed(p["r"])}, x),
+    "singular values of a recurrent kernel": Claim(
+        lambda p, x: recurrent(jnp.tanh)(p | {"w": p["w"] / jnp.linalg.norm(p["r"], 2)}, x),
         (),
         (positive(RECURRENT),),
         LOOP,
