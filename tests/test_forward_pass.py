@@ -1,6 +1,8 @@
 """Compares the forward pass with Algorithm 1 of Singh and Jaggi, as rewritten in NumPy."""
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -206,3 +208,21 @@ def test_forward_pass_with_sinkhorn_gives_couplings_close_to_exact():
         assert jnp.abs(blurred.plans[name] - coupling).max() > 0.02
     assert_allclose(sharp.objective, exact.objective, rtol=1e-2)
     assert blurred.objective > 10 * exact.objective
+
+
+def test_solvers_that_take_no_arrays_of_numpy_find_the_same():
+    @dataclasses.dataclass(frozen=True)
+    class OnDevice(otf.Exact):
+        takes_numpy: ClassVar[bool] = False
+
+    def net(params, x):
+        return jax.nn.relu(jax.nn.relu(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    shapes = {"a": (8, 16), "b": (16, 12), "c": (12, 4)}
+    a, b = normals(shapes, seed=0), normals(shapes, seed=1)
+    symmetry = otf.trace_symmetry(net, a, jnp.ones((2, 8)))
+    found = otf.align(symmetry, a, b, method=otf.ForwardPass(), solver=OnDevice())
+    expected = otf.align(symmetry, a, b, method=otf.ForwardPass())
+    for name, plan in expected.plans.items():
+        assert_array_equal(found.plans[name], plan)
+    assert_allclose(found.history, expected.history, rtol=1e-5)

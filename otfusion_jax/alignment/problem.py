@@ -509,7 +509,8 @@ def set_up_problem(
         lazy=lazy,
         moved=MovedLeaves(symmetry, onto, sources) if known else None,
         xp=np if by_numpy else jnp,
-        sums=sums,
+        # Elsewhere it takes little to go over the parameters once more.
+        sums=sums if by_numpy else None,
     )
     return problem, exponent
 
