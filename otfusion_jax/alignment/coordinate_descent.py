@@ -190,7 +190,7 @@ class _Descent:
         state = self.initial
         if first_sweep < 0:
             state = visit_group_trees(self.problem, state, self.sweeps, 0)
-            state = self.completed(state)
+            state = self.sweeps[0].completed(state)
         xp = self.problem.xp
         memory = DescentMemory(self.problem)
         sweep = DescentSweep(self.problem, costs.SqEuclidean(), memory)
@@ -221,17 +221,12 @@ class _Descent:
         which = jnp.where(sweep < 0, 0, len(self.sweeps) - 1)
         state = visit_group_trees(self.problem, state, self.sweeps, which)
         if self.problem.symmetry.rotates:
-            state = jax.lax.cond(sweep < 0, self.completed, lambda state: state, state)
+            state = jax.lax.cond(sweep < 0, self.sweeps[0].completed, lambda state: state, state)
         objective = self.problem.distance(state.plans)
         # After the forward pass, descent has yet to begin.
         goes_on = (sweep < 0) | self.is_worth_another(history[sweep], objective)
         state = dataclasses.replace(state, improved=state.improved & goes_on)
         return _Progress(state, history.at[sweep + 1].set(objective), sweep + 1)
-
-    def completed(self, state: DescentState) -> DescentState:
-        """Makes whole rotations of what the forward pass, if there is one, has found of them."""
-        forward = self.sweeps[0]
-        return forward.completed(state) if isinstance(forward, ForwardSweep) else state
 
     def is_worth_another(self, before: Array, after: Array) -> Array | bool:
         """Whether a sweep has taken enough off the objective for another one to follow."""

@@ -171,7 +171,7 @@ class ForwardSweep(AbstractSweep):
     ) -> DescentState:
         """See `AbstractSweep.accept`. Here every plan is kept."""
         new_plans = [solution.plan for solution in solutions]
-        if self.told_alone and _can_be_told(self.problem, tree):
+        if self._is_told_in_part(tree):
             new_plans[0] = told_part(grams[0].cross, new_plans[0], tree.groups[0].fixes_ones)
         plans = self.problem.plans_after(tree, state.plans, new_plans)
         after = state.after(tree, solutions, plans, self.problem.xp.asarray(True))
@@ -183,19 +183,19 @@ class ForwardSweep(AbstractSweep):
         return after
 
     def completed(self, state: DescentState) -> DescentState:
-        """Moves by whole rotations what was moved as far as it was told alone."""
+        """See `AbstractSweep.completed`. What was moved as far as it was told moves as a whole."""
         whole = {}
         for tree in self.problem.group_trees:
-            group = tree.groups[0]
-            if self.told_alone and _can_be_told(self.problem, tree):
+            if self._is_told_in_part(tree):
+                group = tree.groups[0]
                 whole[group.name] = whole_rotation(state.plans[group.name], group.fixes_ones)
         return dataclasses.replace(state, plans=state.plans | whole)
 
-
-def _can_be_told(problem: AlignmentProblem, tree: GroupTree) -> bool:
-    """Whether a tree is of a group that rotates among as many units as there were."""
-    group = tree.groups[0]
-    return group.rotates and group.size == problem.target_groups[group.name].size
+    def _is_told_in_part(self, tree: GroupTree) -> bool:
+        """Whether what is not told of a tree is left out: its group rotates among as many units."""
+        group = tree.groups[0]
+        is_square = group.size == self.problem.target_groups[group.name].size
+        return self.told_alone and group.rotates and is_square
 
 
 @program()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otfusion_jax.common.host import LONGEST_SUM, as_numpy, at_hand, inner_product
+from otfusion_jax.common.host import as_numpy, at_hand, inner_product, parts_to_sum
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
 
@@ -36,10 +36,10 @@ def sums_of_models(
     symmetry: Symmetry, onto: Symmetry, source: PyTree, target: PyTree
 ) -> PairSums | None:
     """Takes the sums of two models that fit their symmetries; see `sums_of_pairs`."""
-    given = symmetry.split(source), onto.split(target)
-    if not at_hand(given):
+    if not at_hand((source, target)):
         return None
-    return sums_of_pairs(moving_parts(symmetry), *as_numpy(given))
+    given = as_numpy((symmetry.split(source), onto.split(target)))
+    return sums_of_pairs(moving_parts(symmetry), *given)
 
 
 def moving_parts(symmetry: Symmetry) -> list[int]:
@@ -92,10 +92,7 @@ def _sums(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Takes `x·x`, `y·y` and `x·y`, part by part: what is in the cache is used three times."""
     x, y = x.ravel(order="K"), y.ravel(order="K")
     of_x = of_y = of_both = 0.0
-    # A sum of millions of squares is rounded by the more the longer it is.
-    for start in range(0, x.size, LONGEST_SUM):
-        x_part = x[start : start + LONGEST_SUM]
-        y_part = y[start : start + LONGEST_SUM]
+    for x_part, y_part in parts_to_sum(x, y):
         of_x += float(np.vdot(x_part, x_part))
         of_y += float(np.vdot(y_part, y_part))
         of_both += float(np.vdot(x_part, y_part))

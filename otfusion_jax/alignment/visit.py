@@ -48,6 +48,17 @@ class AbstractSweep(abc.ABC):
         """
         return False
 
+    def completed(self, state: DescentState) -> DescentState:
+        """Completes what the sweep has left undone until all trees were visited.
+
+        Args:
+            state: The state after the sweep.
+
+        Returns:
+            The state that whatever comes next starts from.
+        """
+        return state
+
     @abc.abstractmethod
     def compare(self, tree: GroupTree, state: DescentState) -> list[Gram]:
         """Compares the units of a group tree.

@@ -13,7 +13,7 @@ functions from, and what the two modules do not share is here: loops, and produc
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import jax
@@ -239,7 +239,7 @@ def kept(array: Any) -> Any:
 # --- what the two modules do not share
 
 
-LONGEST_SUM = 2**15
+_LONGEST_SUM = 2**15
 """How many products NumPy sums up in the precision of what is multiplied."""
 
 
@@ -294,16 +294,30 @@ def inner_product(x: Array, y: Array) -> Array:
     xp = array_module(x, y)
     if xp is not np:
         return xp.sum(x * y)
-    # NumPy does without an array of the products. A sum of millions of them is rounded by the more
-    # the longer it is, so that it is taken in parts.
-    if x.size <= LONGEST_SUM:
+    # NumPy does without an array of the products.
+    if x.size <= _LONGEST_SUM:
         return xp.vdot(x, y)
-    x, y = x.ravel(), y.ravel()
     total = 0.0
-    for start in range(0, x.size, LONGEST_SUM):
-        part = slice(start, start + LONGEST_SUM)
-        total += float(xp.vdot(x[part], y[part]))
+    for x_part, y_part in parts_to_sum(x.ravel(), y.ravel()):
+        total += float(xp.vdot(x_part, y_part))
     return xp.asarray(total, xp.result_type(x, y))[()]
+
+
+def parts_to_sum(x: Any, y: Any) -> Iterator[tuple[Any, Any]]:
+    """Takes two vectors of NumPy apart, into parts whose products are summed up at once.
+
+    A sum of millions of products is rounded by the more the longer it is.
+
+    Args:
+        x: One vector.
+        y: The other, of the same size.
+
+    Yields:
+        A part of each.
+    """
+    for start in range(0, x.size, _LONGEST_SUM):
+        part = slice(start, start + _LONGEST_SUM)
+        yield x[part], y[part]
 
 
 def taken(array: Array, index: Array, axis: int, fill: Any = None) -> Array:

@@ -104,7 +104,10 @@ class Search:
         if polish and looks:
             # What was learned meets the answers and lacks features, what was repaired has features
             # and misses the answers: which of the two goes further, the steps themselves say.
-            for start in (recipe, *self._best_learned(besides=recipe)):
+            starts, learned = [recipe], self._best_learned()
+            if learned is not None and not recipe.step.candidate.learns:
+                starts.append(learned)
+            for start in starts:
                 polished = start._replace(polish_steps=polish, polish_more=more)
                 recipe = self._better_of(recipe, polished)
 
@@ -141,19 +144,18 @@ class Search:
         if recipe.fits:
             recipe = self._better_of(recipe, recipe._replace(fit_more=count))
         # What is learned from a few inputs knows them by heart: it may have lost by that alone.
-        for learned in self._best_learned():
+        learned = self._best_learned()
+        if learned is not None:
             recipe = self._better_of(recipe, Recipe(learned.step, learn_more=count))
         return recipe
 
-    def _best_learned(self, besides: Recipe | None = None) -> list[Recipe]:
-        """Returns the best trial of what was learned, if any, unless a recipe is one already."""
+    def _best_learned(self) -> Recipe | None:
+        """Returns the recipe of the best trial of what was learned, if there is one."""
         learned = {}
         for row, recipe in zip(self.rows, self.recipes, strict=True):
             if recipe.step.candidate.learns and not row.problem:
                 learned[row.score] = recipe
-        if not learned or (besides is not None and besides.step.candidate.learns):
-            return []
-        return [learned[min(learned)]]
+        return learned[min(learned)] if learned else None
 
     def _better_of(self, recipe: Recipe, other: Recipe) -> Recipe:
         """Tries another recipe than the best so far, and returns the better of the two."""

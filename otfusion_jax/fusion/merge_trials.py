@@ -149,8 +149,8 @@ class Workshop:
             FloatingPointError: If numbers are out of range.
         """
         setting = self.setting
-        # Of what is held out no repair may see anything, until all is chosen.
         known = setting.known
+        # Of what is held out no repair may see anything, until all is chosen.
         if samples is None:
             samples = known.more if recipe.fit_more else known.fit
         workshop = self._learning_from_more if recipe.learn_more else self

@@ -106,13 +106,12 @@ def told_part(
     """
     xp = array_module(cross, plan)
     if fixes_ones:
-        cross = cross - xp.mean(cross, -1, keepdims=True)
-        cross = cross - xp.mean(cross, -2, keepdims=True)
+        cross = reflected(cross)[..., 1:, 1:]
     _, singular_values, v_transposed = xp.linalg.svd(cross, full_matrices=False)
     told = xp.where(_is_told(singular_values, cross)[..., None], v_transposed, 0)
     kept = matmul(told.swapaxes(-1, -2), told)
     if fixes_ones:
-        kept = kept + 1 / cross.shape[-1]
+        kept = fixing_ones(kept)
     return matmul(plan, xp.asarray(kept, plan.dtype))
 
 
