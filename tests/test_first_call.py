@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -69,6 +70,54 @@ def test_blocks_that_are_alike_share_their_programs(caplog: pytest.LogCaptureFix
 @pytest.mark.compatibility
 def test_known_values_on_a_cpu_need_no_program(caplog: pytest.LogCaptureFixture):
     assert programs_of(caplog, 3) == 0
+
+
+def repair_of(depth: int, method: otf.AbstractRepair) -> Callable[[], Any]:
+    """What repairs the average of two networks of some depth."""
+    apply, a = residual(depth)
+    b = jax.tree.map(lambda x: 0.5 * x[::-1] + x, a)
+    x = normal(32, 3)
+    symmetry = otf.trace_symmetry(apply, a, x)
+    return lambda: otf.repair(symmetry, apply, [a, b], x, method=method)
+
+
+REPAIRS = pytest.mark.parametrize(
+    "method",
+    [
+        otf.RestoreStatistics(),
+        otf.LeastSquares(),
+        otf.LeastSquares(ridge=(0.01, 0.1), steps=None),
+    ],
+    ids=["statistics", "steps", "ridges"],
+)
+
+
+@REPAIRS
+@pytest.mark.compatibility
+def test_a_repair_compiles_the_network_alone_each_kind_of_layer_once(
+    method: otf.AbstractRepair, caplog: pytest.LogCaptureFixture
+):
+    counts = []
+    for depth in (3, 6):
+        repair = repair_of(depth, method)
+        jax.clear_caches()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), jax.log_compiles():
+            repair()
+        compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
+        assert all("run_program" in line or "_outputs" in line for line in compiled)
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] > 0
+
+
+@REPAIRS
+def test_a_repair_elsewhere_is_that_of_numpy(
+    method: otf.AbstractRepair, request: pytest.FixtureRequest
+):
+    repair = repair_of(2, method)
+    by_numpy = repair()
+    request.getfixturevalue("elsewhere")
+    chex.assert_trees_all_close(repair(), by_numpy, atol=1e-4)
 
 
 def planted(name: str) -> tuple[AlignmentProblem, otf.Symmetry]:

@@ -1,6 +1,7 @@
 """Linear systems that are solved one by one on a CPU."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 from arrays import normal
 
-from otfusion_jax.common.linear_systems import solve_positive_definite, solve_square
+from otfusion_jax.common.linear_systems import (
+    solve_by_steps,
+    solve_positive_definite,
+    solve_square,
+)
 
 pytestmark = pytest.mark.compatibility
 
@@ -44,6 +49,21 @@ def test_symmetric_systems_are_solved_and_told_where_they_are_indefinite():
     solved = jax.vmap(solve_positive_definite)(matrices, rights)
     np.testing.assert_allclose(solved[::2], np.linalg.solve(matrices[::2], rights[::2]), atol=1e-4)
     assert np.all(np.isnan(solved[1]))
+    # NumPy solves them alike.
+    for matrix, right, expected in zip(*map(np.asarray, (matrices, rights, solved)), strict=True):
+        np.testing.assert_allclose(solve_positive_definite(matrix, right), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 50])
+def test_steps_by_numpy_are_those_of_jax(steps):
+    matrix, right = positive_definite(6, 6, seed=0), normal(2, 6, seed=1)
+    expected = solve_by_steps(lambda x: x @ matrix, right, steps)
+    known: Any = tuple(map(np.asarray, (matrix, right)))
+    found = solve_by_steps(lambda x: x @ known[0], known[1], steps)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    if steps == 50:
+        np.testing.assert_allclose(found, np.linalg.solve(matrix, right.T).T, atol=1e-3)
 
 
 def test_derivatives_in_both_modes_are_those_of_jax():

@@ -1,6 +1,7 @@
 """Repairs over any number of batches: sums instead of features, and no more passes than needed."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -289,7 +290,31 @@ def test_products_are_rows_times_a_matrix(case):
     found = jnp.matmul(rows, matrix, precision="highest")
     close(found, form.columns(expected), atol=1e-3)
     close(form.compute(x, w), expected, atol=1e-3)
+    # NumPy arranges them alike, and takes the parameter out of its matrix again.
+    known: Any = jax.tree.map(np.asarray, {"x": x, "w": w, "y": expected})
+    np.testing.assert_array_equal(form.rows(known["x"]), rows)
+    np.testing.assert_array_equal(form.matrix(known["w"]), matrix)
+    np.testing.assert_array_equal(form.columns(known["y"]), form.columns(expected))
+    transpose = form.transposed_matrix(known["w"])
+    np.testing.assert_array_equal(transpose(form.matrix(known["w"])), w)
+    close(row_gram(form.rows(known["x"])), row_gram(rows), atol=1e-2)
     close(row_gram(rows), jnp.einsum("gsi,gsj->gij", rows, rows, precision="highest"), atol=1e-2)
+
+
+def arranged(w):
+    """A parameter cast, reshaped, turned around and repeated on its way into a product."""
+    w = w.astype(jnp.bfloat16).astype(jnp.float32).reshape(6, 5)
+    return jnp.broadcast_to(w.T[:, None, :], (5, 2, 6)).reshape(10, 6)
+
+
+def test_numpy_adds_up_what_a_parameter_is_repeated_for():
+    w = normal(3, 10, seed=1)
+    *steps, product = jax.make_jaxpr(lambda w: normal(4, 10) @ arranged(w))(w).jaxpr.eqns
+    form = form_of(product, 1, steps)
+    known: Any = np.asarray(w)
+    matrix = form.matrix(w)
+    np.testing.assert_array_equal(form.matrix(known), matrix)
+    close(form.transposed_matrix(known)(form.matrix(known)), form.transposed_matrix(w)(matrix))
 
 
 def test_convolutions_of_small_images_are_those_of_jax():

@@ -10,7 +10,7 @@ import pytest
 from arrays import normal, normals
 
 import otfusion_jax as otf
-from otfusion_jax.fusion.flat_program import run_chunk
+from otfusion_jax.fusion.flat_program import run_program
 
 METHODS = pytest.mark.parametrize(
     "method",
@@ -64,7 +64,7 @@ def test_scanned_layers_are_repaired_like_a_loop_of_python(reverse, method):
 
 
 def test_iterations_share_what_is_compiled():
-    compiled: Any = run_chunk
+    compiled: Any = run_program
     counts = []
     for depth in (3, 9):
         shapes = SHAPES | {"w": (depth, 6, 8), "b": (depth, 8), "v": (depth, 8, 6)}

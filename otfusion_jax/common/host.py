@@ -394,6 +394,30 @@ def fori_loop(count: Any, step: Callable[[Any, State], State], state: State) -> 
     return state
 
 
+def mapped(
+    function: Callable[..., Array],
+    *stacks: Array,
+    loop: Callable[..., Callable[..., Array]] = jax.vmap,
+) -> Array:
+    """Calls a function for each entry along the first axis of some arrays.
+
+    Args:
+        function: A function of arrays, as many as there are stacks.
+        *stacks: The arrays, of one length.
+        loop: What makes a function of stacks of it where JAX computes.
+
+    Returns:
+        What it returns, stacked.
+    """
+    xp = array_module(*stacks)
+    if xp is not np:
+        return loop(function)(*stacks)
+    results = []
+    for entries in zip(*stacks, strict=True):
+        results.append(function(*entries))
+    return xp.stack(results)
+
+
 def cond(condition: Any, if_true: Callable[[], R], if_false: Callable[[], R]) -> R:
     """Calls one of two functions.
 

@@ -85,8 +85,8 @@ def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
     for array in arrays:
         parts = [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
         for part in parts:
-            magnitudes = jnp.abs(part)
-            largest.append(jnp.max(magnitudes, initial=0))
+            magnitudes = abs(part)
+            largest.append(array_module(part).max(magnitudes, initial=0))
     if not largest:
         return jnp.zeros((), jnp.int32)
     # Narrower dtypes have no larger range than float32.
@@ -95,7 +95,7 @@ def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
         if magnitude.dtype == jnp.float64:
             dtype = jnp.float64
     widened = [magnitude.astype(dtype) for magnitude in largest]
-    return exponent(jnp.stack(widened))
+    return exponent(array_module(*widened).stack(widened))
 
 
 # --- multiplication
@@ -200,7 +200,7 @@ def deviation(x: Inexact[Array, "..."], axis: int) -> Float[Array, "..."]:
     """
     k = common_exponent([x])
     in_range = scaled(x, -k)
-    deviations = jnp.std(in_range, axis=axis)
+    deviations = array_module(in_range).std(in_range, axis=axis)
     return scaled(deviations, k)
 
 

@@ -9,7 +9,6 @@ Between the two are biases, batch normalisation in inference and a residual that
 is an affine function of the features, unit by unit. It is found in the flat program (`tail_of`).
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +18,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 from jax.extend.core import primitives as P
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from otfusion_jax.common.host import Array, accumulation_dtype
+from otfusion_jax.common.host import Array, accumulation_dtype, array_module, as_numpy, program
 from otfusion_jax.fusion.corrections import Correction, overlap
 from otfusion_jax.fusion.flat_program import (
-    Chunk,
     ChunkCall,
     Constant,
     Fixed,
@@ -290,51 +288,65 @@ def wanted_features(
     Returns:
         The features, of float32 or wider.
     """
-    read = []
-    for slot in tail.call.slots:
-        read.append(None if slot == tail.product else others[slot])
-    positions = np.asarray(tail.call.positions, np.int32)
-    return _wanted(tail.call.chunk, leaves, read, positions, outputs, weights)
+    read = {slot: others[slot] for slot in tail.others}
+    nothing = jax.tree.map(_full_like, read)
+    zeros = tuple([_full_like(output) for output in outputs])
+    ones = tuple([_full_like(output, 1) for output in outputs])
+    before_relu = _before_relu(tail, leaves, outputs, read)
+    # What comes before the ReLU is factor * product + rest. The factor is taken without what is
+    # added on the way, beside which it may be small.
+    rest = _before_relu(tail, leaves, zeros, read)[-1]
+    at_zero = _before_relu(tail, leaves, zeros, nothing)[-1]
+    at_one = _before_relu(tail, leaves, ones, nothing)[-1]
+    return _wanted(*as_numpy((outputs, before_relu, rest, at_zero, at_one, weights)))
 
 
-@functools.partial(jax.jit, static_argnames=("chunk",))
-def _wanted(
-    chunk: Chunk,
+def _full_like(array: Any, value: int = 0) -> Any:
+    """Makes an array of one number throughout, without a program where the other is known."""
+    array = as_numpy(array)
+    return array_module(array).full_like(array, value)
+
+
+def _before_relu(
+    tail: Tail,
     leaves: list[tuple[Array, ...]],
-    read: list[tuple[Array, ...] | None],
-    positions: Int[Array, " n"],
+    product: tuple[Array, ...],
+    others: dict[int, tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """Returns what the ReLU reads in each network, of what the product puts out."""
+    # Between the two there may be nothing.
+    if not tail.call.results:
+        return product
+    slots = [product if slot == tail.product else others[slot] for slot in tail.call.slots]
+    (found,) = run_chunk(tail.call, leaves, slots)
+    return found
+
+
+@program()
+def _wanted(
     outputs: tuple[Array, ...],
+    before_relu: tuple[Array, ...],
+    rest: Array,
+    at_zero: Array,
+    at_one: Array,
     weights: Float[Array, " k"],
 ) -> Array:
-    """Computes what `wanted_features` returns."""
-
-    def before_relu(product: tuple[Array, ...], others: Any) -> tuple[Array, ...]:
-        found = product
-        if chunk.steps:
-            slots = [product if slot is None else slot for slot in others]
-            (found,) = run_chunk(chunk, leaves, slots, positions)
-        return tuple([x.astype(accumulation_dtype(x.dtype)) for x in found])
-
-    *theirs, ours = before_relu(outputs, read)
-    active = jnp.zeros_like(ours)
-    in_models = jnp.zeros_like(ours)
+    """Computes what `wanted_features` returns, from what the ReLU reads."""
+    dtype = accumulation_dtype(rest.dtype)
+    xp = array_module(rest)
+    *theirs, ours = [x.astype(dtype) for x in before_relu]
+    active = xp.zeros_like(ours)
+    in_models = xp.zeros_like(ours)
     for weight, x, output in zip(weights, theirs, outputs, strict=False):
-        share = weight.astype(ours.dtype)
-        active += share * jnp.maximum(x, 0)
-        in_models += share * output.astype(ours.dtype)
+        share = weight.astype(dtype)
+        active += share * xp.maximum(x, 0)
+        in_models += share * output.astype(dtype)
     # Where all models are off, to be off is all that is asked for.
-    wanted = jnp.where(active > 0, active, jnp.minimum(ours, 0))
-    # It is factor * product + rest, of which the product's part is asked for. The factor is taken
-    # without what is added on the way, beside which it may be small.
-    zeros = tuple(map(jnp.zeros_like, outputs))
-    ones = tuple(map(jnp.ones_like, outputs))
-    nothing = jax.tree.map(jnp.zeros_like, read)
-    rest = before_relu(zeros, read)[-1]
-    at_zero = before_relu(zeros, nothing)[-1]
-    at_one = before_relu(ones, nothing)[-1]
-    factor = at_one - at_zero
-    size = jnp.abs(factor)
+    wanted = xp.where(active > 0, active, xp.minimum(ours, 0))
+    factor = at_one.astype(dtype) - at_zero.astype(dtype)
+    size = abs(factor)
     # A unit that is next to switched off would have to become very large.
-    matters = size > _LEAST_FACTOR * jnp.mean(size)
-    inverse = (wanted - rest) / jnp.where(matters, factor, 1)
-    return jnp.where(matters, inverse, in_models)
+    matters = size > _LEAST_FACTOR * xp.mean(size)
+    divisor = xp.where(matters, factor, 1)
+    inverse = (wanted - rest.astype(dtype)) / divisor
+    return xp.where(matters, inverse, in_models)

@@ -5,9 +5,10 @@ iterations of a `scan` and in the branches of a `cond` stands here one after the
 reads is a `Reference`: an array that an earlier step or the caller has made, a parameter, or a
 constant.
 
-The steps from one product to the next are a `Chunk`, which is compiled as one program. A chunk
-numbers what it reads and makes by itself, and takes the numbers of iterations as arrays: all
-iterations of a loop share a program.
+The steps from one product to the next are a `Chunk`. What it does in a network is compiled as one
+program, which knows nothing of where it stands: it numbers what it reads and makes by itself, and
+takes constants and the numbers of iterations as arrays. So networks of the same widths share what
+is compiled, and layers that are built alike, and all iterations of a loop.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jaxtyping import Int
 
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.fusion.linear_form import PRODUCTS, multiplied
 from otfusion_jax.fusion.side_by_side import Network
 from otfusion_jax.tracing.activations import Path
@@ -80,6 +82,9 @@ class Fixed:
 Reference = Slot | Constant | Parameter | Fixed
 """What a step reads."""
 
+StepKind = Literal["equation", "copy", "slice", "stack", "select"]
+"""What a step does, see `Step`."""
+
 
 class Step(NamedTuple):
     """A step of a flat program.
@@ -94,14 +99,14 @@ class Step(NamedTuple):
         index: The position of a slice; in a chunk, its place in the array of all positions.
     """
 
-    kind: Literal["equation", "copy", "slice", "stack", "select"]
+    kind: StepKind
     path: Path
     operands: tuple[Reference, ...]
     results: tuple[int, ...]
     index: int | None = None
 
 
-# --- evaluation
+# --- chunks
 
 
 def value_of_constant(network: Network, constant: Constant) -> Any:
@@ -111,127 +116,130 @@ def value_of_constant(network: Network, constant: Constant) -> Any:
     return atom.val if isinstance(atom, core.Literal) else constants[atom]
 
 
-def arranged(
-    network: Network, leaf: Array, parameter: Parameter, positions: Int[Array, " n"]
-) -> Array:
-    """Arranges a parameter of a network as a step reads it.
-
-    Args:
-        network: The network.
-        leaf: The parameter, whole.
-        parameter: How it is arranged.
-        positions: The positions of all slices.
-
-    Returns:
-        The parameter, arranged.
-    """
-    places = iter(parameter.indices)
-    for path in parameter.steps:
-        if path is None:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, positions[next(places)], 0, keepdims=False)
-        else:
-            eqn = network.equations[path].eqn
-            leaf = eqn.primitive.bind(leaf, **eqn.params)
-    return leaf
-
-
-class Chunk(NamedTuple):
-    """Some steps in a row, with numbers of their own.
+class Operation:
+    """What an equation does to its operands. Equal ones do the same, wherever they stand.
 
     Attributes:
-        networks: The networks that it is evaluated in.
-        steps: The steps.
-        read: How many slots it reads that it has not made: the first ones.
-        made: The numbers of those that it makes for others.
+        primitive: The primitive.
+        params: The parameters of the equation.
     """
 
-    networks: tuple[Network, ...]
-    steps: tuple[Step, ...]
-    read: int
+    def __init__(self, eqn: core.JaxprEqn):
+        self.primitive = eqn.primitive
+        self.params = eqn.params
+        params = []
+        for name in sorted(eqn.params):
+            value = eqn.params[name]
+            params.append((name, type(value), _hashable(value)))
+        self._key = self.primitive, tuple(params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Operation) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def apply(self, *operands: Any) -> Sequence[Any]:
+        """Evaluates the equation, and returns its results."""
+        if self.primitive in PRODUCTS:
+            return [multiplied(self.primitive, self.params, *operands)]
+        results = self.primitive.bind(*operands, **self.params)
+        return results if self.primitive.multiple_results else [results]
+
+
+def _hashable(value: Any) -> Any:
+    """Returns a value itself, or what is equal for the same object alone."""
+    try:
+        hash(value)
+    except TypeError:
+        return Fixed(value)
+    return value
+
+
+class Arranged(NamedTuple):
+    """A parameter as a step of a chunk reads it.
+
+    Attributes:
+        leaf: Its place among the parameters that the chunk reads.
+        steps: What arranges it, first to last; None for a slice along the first axis.
+        places: For each slice the place of its position in the array of all positions.
+    """
+
+    leaf: int
+    steps: tuple[Operation | None, ...]
+    places: tuple[int, ...]
+
+
+class Given(NamedTuple):
+    """A constant that is given to a chunk as an array.
+
+    Attributes:
+        number: Its place among these.
+    """
+
+    number: int
+
+
+class Number(NamedTuple):
+    """A single number of the program, which is compiled with it.
+
+    Attributes:
+        dtype: Its dtype, or that of a Python number: compared, as 1 and 1.0 are equal.
+        digits: Its digits: compared in place of the value, as those of 0 and -0 differ.
+        value: The value.
+    """
+
+    dtype: Any
+    digits: bytes
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Number) and self[:2] == other[:2]
+
+    def __hash__(self) -> int:
+        return hash(self[:2])
+
+
+class ChunkStep(NamedTuple):
+    """A step of a chunk: see `Step`, whose attributes are resolved here.
+
+    Attributes:
+        kind: The kind of the step.
+        operation: What an equation does, None for other kinds.
+        operands: What it reads.
+        results: The numbers of the slots that it makes, in the chunk.
+        place: The place of the position of a slice in the array of all positions.
+    """
+
+    kind: StepKind
+    operation: Operation | None
+    operands: tuple[Slot | Arranged | Given | Number, ...]
+    results: tuple[int, ...]
+    place: int | None
+
+
+class ChunkProgram(NamedTuple):
+    """What a chunk does in one network.
+
+    Attributes:
+        steps: The steps.
+        made: The numbers of the slots that it makes for others.
+    """
+
+    steps: tuple[ChunkStep, ...]
     made: tuple[int, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("chunk",))
-def run_chunk(
-    chunk: Chunk,
-    leaves: list[tuple[Array, ...]],
-    slots: list[tuple[Array, ...]],
-    positions: Int[Array, " n"],
-) -> list[tuple[Array, ...]]:
-    """Evaluates a chunk in every network.
+class Chunk(NamedTuple):
+    """Some steps in a row.
 
-    Args:
-        chunk: The chunk.
-        leaves: The parameters that it reads, each in all networks.
-        slots: The arrays that it reads, each in all networks.
-        positions: The positions of the slices that it takes.
-
-    Returns:
-        The arrays that it makes for others, each in all networks.
+    Attributes:
+        programs: What they do in each network.
+        constants: The constants that each of these is given.
     """
-    made = []
-    for number, network in enumerate(chunk.networks):
-        own_leaves = [leaf[number] for leaf in leaves]
-        env = dict(enumerate([slot[number] for slot in slots]))
-        for step in chunk.steps:
-            operands = []
-            for reference in step.operands:
-                operands.append(_value(network, reference, own_leaves, env, positions))
-            env.update(zip(step.results, _results(network, step, operands, positions), strict=True))
-        made.append([env[slot] for slot in chunk.made])
-    return list(zip(*made, strict=True))
 
-
-def _value(
-    network: Network,
-    reference: Reference,
-    leaves: Sequence[Array],
-    env: dict[int, Any],
-    positions: Array,
-) -> Any:
-    """Returns what a reference stands for in a network."""
-    if isinstance(reference, Slot):
-        return env[reference.number]
-    if isinstance(reference, Parameter):
-        return arranged(network, leaves[reference.leaf], reference, positions)
-    if isinstance(reference, Constant):
-        return value_of_constant(network, reference)
-    return reference.value
-
-
-def _results(network: Network, step: Step, operands: list[Any], positions: Array) -> Sequence[Any]:
-    """Evaluates a step in a network."""
-    if step.kind == "equation":
-        eqn = network.equations[step.path].eqn
-        if eqn.primitive in PRODUCTS:
-            return [multiplied(eqn.primitive, eqn.params, *operands)]
-        results = eqn.primitive.bind(*operands, **eqn.params)
-        return results if eqn.primitive.multiple_results else [results]
-    if step.kind == "copy":
-        return [jnp.asarray(operands[0])]
-    if step.kind == "slice":
-        assert step.index is not None, "a slice has a position"
-        return [jax.lax.dynamic_index_in_dim(operands[0], positions[step.index], keepdims=False)]
-    if step.kind == "stack":
-        return [jnp.stack(operands)]
-    which, *branches = operands
-    return [jax.lax.select_n(branch_taken(which, len(branches)), *branches)]
-
-
-def branch_taken(which: Array, count: int) -> Int[Array, ""]:
-    """Returns which branch a `cond` takes, whose index may be out of range.
-
-    Args:
-        which: The index, an integer or a boolean.
-        count: How many branches there are.
-
-    Returns:
-        The number of the branch.
-    """
-    return jnp.clip(jnp.asarray(which).astype(jnp.int32), 0, count - 1)
-
-
-# --- chunks
+    programs: tuple[ChunkProgram, ...]
+    constants: tuple[tuple[Any, ...], ...]
 
 
 class ChunkCall(NamedTuple):
@@ -274,33 +282,173 @@ def chunk_of(
                 slots.setdefault(reference.number, len(slots))
     read = tuple(slots)
     leaves: dict[int, int] = {}
-    positions: list[int] = []
-    local_steps = []
     for step in steps:
-        operands = []
         for reference in step.operands:
-            operands.append(_localised(reference, slots, leaves, positions))
-        results = tuple([slots.setdefault(slot, len(slots)) for slot in step.results])
-        index = step.index
-        if index is not None:
-            positions.append(index)
-            index = len(positions) - 1
-        local_steps.append(step._replace(operands=tuple(operands), results=results, index=index))
+            if isinstance(reference, Parameter):
+                leaves.setdefault(reference.leaf, len(leaves))
+        for slot in step.results:
+            slots.setdefault(slot, len(slots))
     made = tuple([slot for slot in slots if slot in made_here and slot in needed_later])
     local_made = tuple([slots[slot] for slot in made])
-    chunk = Chunk(tuple(networks), tuple(local_steps), len(read), local_made)
+    programs, constants = [], []
+    positions: list[int] = []
+    for network in networks:
+        resolver = _Resolver(network, slots, leaves)
+        resolved = tuple([resolver.resolved(step) for step in steps])
+        programs.append(ChunkProgram(resolved, local_made))
+        constants.append(tuple(resolver.constants))
+        positions = resolver.positions
+    chunk = Chunk(tuple(programs), tuple(constants))
     return ChunkCall(chunk, tuple(leaves), read, made, tuple(positions))
 
 
-def _localised(
-    reference: Reference, slots: dict[int, int], leaves: dict[int, int], positions: list[int]
-) -> Reference:
-    """Numbers what a reference stands for as its chunk does, and notes the positions of slices."""
-    if isinstance(reference, Slot):
-        return Slot(slots[reference.number])
-    if isinstance(reference, Parameter):
-        places = tuple(range(len(positions), len(positions) + len(reference.indices)))
-        positions.extend(reference.indices)
-        leaf = leaves.setdefault(reference.leaf, len(leaves))
-        return Parameter(leaf, reference.steps, places)
-    return reference
+class _Resolver:
+    """Resolves steps in a network, and numbers what they read as their chunk does.
+
+    Attributes:
+        network: The network.
+        slots: From the slots of the program to those of the chunk.
+        leaves: From the positions of parameters to their places in the chunk.
+        constants: The constants that were met, which become arguments.
+        positions: The positions of the slices that were met.
+    """
+
+    def __init__(self, network: Network, slots: dict[int, int], leaves: dict[int, int]):
+        self.network = network
+        self.slots = slots
+        self.leaves = leaves
+        self.constants: list[Any] = []
+        self.positions: list[int] = []
+
+    def resolved(self, step: Step) -> ChunkStep:
+        """Resolves a step."""
+        operands = tuple([self._operand(reference) for reference in step.operands])
+        results = tuple([self.slots[slot] for slot in step.results])
+        operation = self._operation(step.path) if step.kind == "equation" else None
+        place = None if step.index is None else self._place(step.index)
+        return ChunkStep(step.kind, operation, operands, results, place)
+
+    def _operand(self, reference: Reference) -> Slot | Arranged | Given | Number:
+        if isinstance(reference, Slot):
+            return Slot(self.slots[reference.number])
+        if isinstance(reference, Parameter):
+            steps = [None if path is None else self._operation(path) for path in reference.steps]
+            places = tuple([self._place(index) for index in reference.indices])
+            return Arranged(self.leaves[reference.leaf], tuple(steps), places)
+        if isinstance(reference, Constant):
+            value = value_of_constant(self.network, reference)
+        else:
+            value = reference.value
+        if isinstance(value, bool | int | float | complex | np.generic):
+            dtype = type(value) if not isinstance(value, np.generic) else value.dtype
+            return Number(dtype, np.asarray(value).tobytes(), value)
+        self.constants.append(value)
+        return Given(len(self.constants) - 1)
+
+    def _operation(self, path: Path) -> Operation:
+        return Operation(self.network.equations[path].eqn)
+
+    def _place(self, index: int) -> int:
+        self.positions.append(index)
+        return len(self.positions) - 1
+
+
+# --- evaluation
+
+
+def run_chunk(
+    call: ChunkCall, leaves: list[tuple[Array, ...]], slots: list[tuple[Array, ...]]
+) -> list[tuple[Array, ...]]:
+    """Evaluates a chunk in every network.
+
+    Args:
+        call: The chunk at its place.
+        leaves: The parameters that it reads, each in all networks.
+        slots: The arrays that it reads, each in all networks.
+
+    Returns:
+        The arrays that it makes for others, each in all networks.
+    """
+    positions: Any = np.asarray(call.positions, np.int32)
+    made = []
+    for number, (program, constants) in enumerate(zip(*call.chunk, strict=True)):
+        own_leaves = [leaf[number] for leaf in leaves]
+        own_slots = [slot[number] for slot in slots]
+        made.append(run_program(program, own_leaves, own_slots, constants, positions))
+    return list(zip(*made, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("program",))
+def run_program(
+    program: ChunkProgram,
+    leaves: Sequence[Array],
+    slots: Sequence[Array],
+    constants: Sequence[Any],
+    positions: Int[Array, " n"],
+) -> list[Array]:
+    """Evaluates a chunk in one network.
+
+    Args:
+        program: What the chunk does in the network.
+        leaves: The parameters that it reads.
+        slots: The arrays that it reads.
+        constants: The constants that it is given.
+        positions: The positions of the slices that it takes.
+
+    Returns:
+        The arrays that it makes for others.
+    """
+    env = dict(enumerate(slots))
+
+    def value(operand: Slot | Arranged | Given | Number) -> Any:
+        if isinstance(operand, Slot):
+            return env[operand.number]
+        if isinstance(operand, Arranged):
+            return _arranged(leaves[operand.leaf], operand, positions)
+        return constants[operand.number] if isinstance(operand, Given) else operand.value
+
+    for step in program.steps:
+        operands = [value(operand) for operand in step.operands]
+        env.update(zip(step.results, _results(step, operands, positions), strict=True))
+    return [env[slot] for slot in program.made]
+
+
+def _arranged(leaf: Array, arranged: Arranged, positions: Int[Array, " n"]) -> Array:
+    """Arranges a parameter as a step reads it."""
+    places = iter(arranged.places)
+    for operation in arranged.steps:
+        if operation is None:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, positions[next(places)], 0, keepdims=False)
+        else:
+            (leaf,) = operation.apply(leaf)
+    return leaf
+
+
+def _results(step: ChunkStep, operands: list[Any], positions: Array) -> Sequence[Any]:
+    """Evaluates a step."""
+    if step.operation is not None:
+        return step.operation.apply(*operands)
+    if step.kind == "copy":
+        return [jnp.asarray(operands[0])]
+    if step.kind == "slice":
+        assert step.place is not None, "a slice has a position"
+        return [jax.lax.dynamic_index_in_dim(operands[0], positions[step.place], keepdims=False)]
+    if step.kind == "stack":
+        return [jnp.stack(operands)]
+    which, *branches = operands
+    return [jax.lax.select_n(branch_taken(which, len(branches)), *branches)]
+
+
+def branch_taken(which: Array, count: int) -> Int[Array, ""]:
+    """Returns which branch a `cond` takes, whose index may be out of range.
+
+    Args:
+        which: The index, an integer or a boolean.
+        count: How many branches there are.
+
+    Returns:
+        The number of the branch.
+    """
+    xp = array_module(which)
+    number = xp.asarray(which).astype(np.int32)
+    return xp.clip(number, 0, count - 1)

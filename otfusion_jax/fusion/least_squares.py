@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from otfusion_jax.common.arguments import require_flag, require_number
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.fusion.linear_form import LinearForm
+from otfusion_jax.fusion.linear_form import product as multiply
 from otfusion_jax.fusion.normal_equations import (
     CentredSums,
     NormalEquations,
@@ -134,13 +135,10 @@ class LeastSquares(AbstractRepair):
     def summed(self, product: Product) -> "_Sums":
         """See `AbstractRepair.summed`."""
         form = product.form
-        missing = -form.compute_wide(product.features, product.leaf)
-        if product.wanted is not None:
-            missing += form.widened(product.wanted)
-        else:
-            for weight, features in zip(product.weights, product.model_features, strict=True):
-                missing += weight.astype(missing.dtype) * form.widened(features)
-        rows, columns = form.rows(product.features), form.columns(missing)
+        rows = form.rows(product.features)
+        columns = form.columns(_target(product))
+        # In float32 or wider: nothing is rounded on the way.
+        columns = columns - multiply(rows, form.matrix(form.widened(product.leaf)))
         # Without units there is nothing to restore.
         sums = CentredSums.of if product.units else NormalSums.of
         # At activations nothing but a mean is, which these sums have.
@@ -152,7 +150,8 @@ class LeastSquares(AbstractRepair):
         count = form.count_samples(product.features)
         if count < _HELD_OUT:
             count = rows.shape[1]
-        edge = (count - count // _HELD_OUT) * (rows.shape[1] // max(count, 1))
+        rows_of_one = rows.shape[1] // max(count, 1)
+        edge = (count - count // _HELD_OUT) * rows_of_one
         fitted = sums(rows[:, :edge], columns[:, :edge])
         held_out = sums(rows[:, edge:], columns[:, edge:])
         return _Sums((fitted, held_out), units)
@@ -196,6 +195,18 @@ class LeastSquares(AbstractRepair):
         return Corrected(leaf.astype(correctable.leaf.dtype), shifts, chosen)
 
 
+def _target(product: Product) -> Array:
+    """Returns the features that are wanted of a product, in float32 or wider."""
+    form = product.form
+    if product.wanted is not None:
+        return form.widened(product.wanted)
+    wanted: Any = 0
+    for weight, features in zip(product.weights, product.model_features, strict=True):
+        features = form.widened(features)
+        wanted = wanted + weight.astype(features.dtype) * features
+    return wanted
+
+
 class _Sums(NamedTuple):
     """What least squares have to know of a product.
 
@@ -229,13 +240,14 @@ def _intercept(form: LinearForm, change: Array, part: Part, sums: CentredSums) -
     """Returns what a bias has to add for the mean of what is wanted, behind a change."""
     moved = sums.mean_times(form.matrix(change))
     by_units = _by_units(form, change, part, sums.missing_mean - moved)
-    return jnp.mean(by_units, axis=-1)
+    return array_module(by_units).mean(by_units, axis=-1)
 
 
 def _by_units(form: LinearForm, leaf: Array, part: Part, columns: Array) -> Array:
     """Brings a number for each column of a matrix to the units, each with those of its weights."""
-    shape = jax.eval_shape(form.matrix, leaf).shape
-    by_weight = form.transposed_matrix(leaf)(jnp.broadcast_to(columns[:, None], shape))
+    shape = form.matrix_shape(leaf)
+    spread = array_module(columns).broadcast_to(columns[:, None], shape)
+    by_weight = form.transposed_matrix(leaf)(spread)
     (member,) = part.members
     return units_of(by_weight, member.location, part.group)
 
@@ -243,12 +255,13 @@ def _by_units(form: LinearForm, leaf: Array, part: Part, columns: Array) -> Arra
 def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) -> UnitStatistics:
     """Returns the mean and the deviation that units have with a parameter."""
     matrix = form.matrix(leaf)
-    highest = jax.lax.Precision.HIGHEST
-    squares = jnp.sum(matrix * jnp.matmul(sums.gram, matrix, precision=highest), axis=1)
-    variances = jnp.maximum(squares / jnp.maximum(sums.count, 1), 0)
+    xp = array_module(matrix)
+    squares = xp.sum(matrix * multiply(sums.gram, matrix), axis=1)
+    variances = xp.maximum(squares / xp.maximum(sums.count, 1), 0)
     # Several columns may be one unit.
     means = _by_units(form, leaf, part, sums.mean_times(matrix))
     variances = _by_units(form, leaf, part, variances)
-    mean = jnp.mean(means, axis=-1)
-    variance = jnp.mean(variances + (means - mean[..., None]) ** 2, axis=-1)
-    return UnitStatistics(mean, jnp.sqrt(variance))
+    mean = xp.mean(means, axis=-1)
+    between = (means - mean[..., None]) ** 2
+    variance = xp.mean(variances + between, axis=-1)
+    return UnitStatistics(mean, xp.sqrt(variance))

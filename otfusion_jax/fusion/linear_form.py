@@ -10,6 +10,7 @@ A `LinearForm` names no equation and no parameter, so that equal layers share wh
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as P
-from jaxtyping import Array, Inexact
+from jaxtyping import Inexact, Shaped
 
+from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.tracing.jaxprs import equations_within
 
 PRODUCTS = (P.dot_general_p, P.conv_general_dilated_p)
@@ -91,18 +94,7 @@ class LinearForm:
 
     def widened(self, array: Array) -> Array:
         """Returns a parameter or features in the precision that sums are taken in."""
-        return array.astype(self._wide(array.dtype))
-
-    def compute_wide(self, features: Array, parameter: Array) -> Array:
-        """Returns what `compute` does in float32 or wider: nothing is rounded on the way."""
-        arranged = self.arrange_wide(self.widened(parameter))
-        first, second = self._operands(self.widened(features), self.widened(arranged))
-        highest = jax.lax.Precision.HIGHEST
-        options = {
-            "preferred_element_type": self._wide(self.dtype),
-            "precision": (highest, highest),
-        }
-        return multiplied(self.primitive, dict(self.params) | options, first, second)
+        return array_module(array).asarray(array, self._wide(array.dtype))
 
     def arrange_wide(self, parameter: Array) -> Array:
         """Arranges a parameter of float32 or wider, without the casts to less."""
@@ -110,7 +102,10 @@ class LinearForm:
             options = dict(params)
             if primitive is P.convert_element_type_p:
                 options["new_dtype"] = self._wide(options["new_dtype"])
-            parameter = primitive.bind(parameter, **options)
+            if array_module(parameter) is np:
+                parameter = _arranged_by_numpy(primitive, options, parameter)
+            else:
+                parameter = primitive.bind(parameter, **options)
         return parameter
 
     def rows(self, features: Array) -> Inexact[Array, "groups samples width"]:
@@ -141,7 +136,7 @@ class LinearForm:
             return _fronted(outputs, tuple(range(start)), tuple(units), others_first=True)
         return _columns(outputs, params)
 
-    def matrix(self, parameter: Array) -> Inexact[Array, "groups width units"]:
+    def matrix(self, parameter: Array) -> Shaped[Array, "groups width units"]:
         """Returns a parameter of float32 or wider as the matrix that multiplies the rows."""
         arranged = self.arrange_wide(parameter)
         if self.primitive is P.dot_general_p:
@@ -152,12 +147,24 @@ class LinearForm:
     def is_rearranged(self, parameter: Array) -> bool:
         """Whether `matrix` has every entry of a parameter once: its transpose undoes it."""
         # Nothing on the way into a product leaves entries out, but they may be repeated.
-        return jax.eval_shape(self.matrix, parameter).size == parameter.size
+        return math.prod(self.matrix_shape(parameter)) == parameter.size
+
+    def matrix_shape(self, parameter: Array) -> tuple[int, ...]:
+        """Returns the shape of `matrix`."""
+        return _shape_of_matrix(self, parameter.shape, parameter.dtype)
 
     def transposed_matrix(self, like: Array) -> Callable[[Array], Array]:
         """Returns the transpose of `matrix`, for parameters of the shape and dtype of one."""
+        if array_module(like) is np:
+            return functools.partial(_added_up, self._places(like), like)
         transpose = jax.linear_transpose(self.matrix, like)
         return lambda matrix: transpose(matrix)[0]
+
+    def _places(self, parameter: Any) -> Any:
+        """Returns the place in a parameter of each entry of its matrix, by NumPy."""
+        without_casts = [step for step in self.steps if step[0] is not P.convert_element_type_p]
+        form = dataclasses.replace(self, steps=tuple(without_casts))
+        return form.matrix(np.arange(parameter.size).reshape(parameter.shape))
 
     def _operands(self, features: Array, parameter: Array) -> tuple[Array, Array]:
         return (features, parameter) if self.position == 1 else (parameter, features)
@@ -179,6 +186,12 @@ class LinearForm:
         if jnp.issubdtype(dtype, jnp.complexfloating):
             return jnp.dtype(jnp.complex128 if is_double else jnp.complex64)
         return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_of_matrix(form: LinearForm, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+    # To trace it takes longer than all that NumPy computes for a small parameter.
+    return jax.eval_shape(form.matrix, jax.ShapeDtypeStruct(shape, dtype)).shape
 
 
 def form_of(eqn: core.JaxprEqn, position: int, arranging: Sequence[core.JaxprEqn]) -> LinearForm:
@@ -261,14 +274,16 @@ def row_gram(rows: Inexact[Array, "groups samples width"]) -> Inexact[Array, "gr
         The inner products, symmetric or Hermitian.
     """
     width = rows.shape[-1]
-    if width < _BANDED_WIDTH:
+    # Of a product with itself NumPy takes one half.
+    if width < _BANDED_WIDTH or array_module(rows) is np:
         return _transposed_product(rows, rows)
     edges = [width * band // _BANDS for band in range(_BANDS + 1)]
     gram = jnp.zeros((len(rows), width, width), rows.dtype)
     for start, stop in zip(edges, edges[1:], strict=False):
         band = _transposed_product(rows[..., start:stop], rows[..., start:])
         gram = gram.at[:, start:stop, start:].set(band)
-        below = jnp.conj(jnp.swapaxes(band[..., stop - start :], -1, -2))
+        beside = band[..., stop - start :]
+        below = jnp.conj(jnp.swapaxes(beside, -1, -2))
         gram = gram.at[:, stop:, start:stop].set(below)
     return gram
 
@@ -288,35 +303,82 @@ def rows_times(
     return _transposed_product(rows, columns)
 
 
+def product(first: Array, second: Array) -> Array:
+    """Multiplies stacks of matrices, real or complex, in full precision.
+
+    Args:
+        first: `[groups, n, d]`.
+        second: `[groups, d, m]`.
+
+    Returns:
+        The products, `[groups, n, m]`.
+    """
+    if array_module(first, second) is np:
+        return np.matmul(first, second)
+    return jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST)
+
+
 def _transposed_product(first: Array, second: Array) -> Array:
+    if array_module(first, second) is np:
+        return np.matmul(first.conj().swapaxes(1, 2), second)
     numbers = (((1,), (1,)), ((0,), (0,)))
     highest = jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(jnp.conj(first), second, numbers, precision=highest)
 
 
+def _arranged_by_numpy(primitive: Any, params: dict[str, Any], array: Any) -> Any:
+    """Evaluates one of `ARRANGEMENTS` (see `side_by_side`) by NumPy."""
+    if primitive is P.convert_element_type_p:
+        return np.asarray(array, params["new_dtype"])
+    if primitive is P.transpose_p:
+        return array.transpose(params["permutation"])
+    if primitive is P.broadcast_in_dim_p:
+        shape, there = params["shape"], params["broadcast_dimensions"]
+        absent = [axis for axis in range(len(shape)) if axis not in there]
+        return np.broadcast_to(np.expand_dims(array, absent), shape)
+    if primitive is P.reshape_p:
+        return array.reshape(params["new_sizes"])
+    if primitive is P.squeeze_p:
+        return np.squeeze(array, params["dimensions"])
+    # A copy, or one that only says where an array is.
+    return array
+
+
+def _added_up(places: Any, like: Any, matrix: Any) -> Any:
+    """Adds up the entries of a matrix that are of one entry of a parameter, by NumPy."""
+    found = np.zeros(like.size, matrix.dtype)
+    if matrix.size == like.size:
+        found[places] = matrix
+    else:
+        np.add.at(found, places, matrix)
+    return found.reshape(like.shape)
+
+
 def _fronted(
     array: Array, batch: Sequence[int], chosen: Sequence[int], others_first: bool
-) -> Inexact[Array, "batch rows columns"]:
+) -> Shaped[Array, "batch rows columns"]:
     """Makes three axes of all: the batch, the axes chosen, and the others, before or after them."""
     others = [axis for axis in range(array.ndim) if axis not in (*batch, *chosen)]
     order = (others, chosen) if others_first else (chosen, others)
     sizes = [math.prod([array.shape[axis] for axis in axes]) for axes in (batch, *order)]
-    return jnp.transpose(array, (*batch, *order[0], *order[1])).reshape(sizes)
+    return array.transpose((*batch, *order[0], *order[1])).reshape(sizes)
 
 
 def _columns(outputs: Array, params: dict[str, Any]) -> Inexact[Array, "groups samples units"]:
     """Brings what comes out of a convolution to where patches times a matrix have it."""
-    outputs = jnp.transpose(outputs, params["dimension_numbers"].out_spec)
+    outputs = outputs.transpose(params["dimension_numbers"].out_spec)
     groups = params["feature_group_count"]  # [samples, units, *space]
-    by_group = outputs.reshape(outputs.shape[0], groups, -1, math.prod(outputs.shape[2:]))
+    samples, _, *space = outputs.shape
+    by_group = outputs.reshape(samples, groups, -1, math.prod(space))
     return by_group.transpose(1, 0, 3, 2).reshape(groups, -1, by_group.shape[2])
 
 
-def _kernel_matrix(kernel: Array, params: dict[str, Any]) -> Inexact[Array, "groups width units"]:
+def _kernel_matrix(kernel: Array, params: dict[str, Any]) -> Shaped[Array, "groups width units"]:
     """Returns the kernel of a convolution as the matrix that multiplies patches."""
-    kernel = jnp.transpose(kernel, params["dimension_numbers"].rhs_spec)
+    kernel = kernel.transpose(params["dimension_numbers"].rhs_spec)
     groups = params["feature_group_count"]  # [groups, units, channels, offsets]
-    by_group = kernel.reshape(groups, kernel.shape[0] // groups, kernel.shape[1], -1)
+    units, channels = kernel.shape[:2]
+    by_group = kernel.reshape(groups, units // groups, channels, -1)
     return by_group.transpose(0, 3, 2, 1).reshape(groups, -1, by_group.shape[1])
 
 
@@ -329,11 +391,11 @@ def _patches(
     """
     samples, channels, *space = params["dimension_numbers"].lhs_spec
     # The channels last, so that a patch is made of whole rows of memory.
-    image = jnp.transpose(image, (samples, *space, channels))
+    image = image.transpose((samples, *space, channels))
     edges = [(0, 0, 0)]
     for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
-        edges.append((low, high, dilation - 1))
-    image = jax.lax.pad(image, jnp.zeros((), image.dtype), [*edges, (0, 0, 0)])
+        edges.append((int(low), int(high), int(dilation) - 1))
+    image = _padded(image, [*edges, (0, 0, 0)])
     ranges_by_axis = []
     for length, size, stride, dilation in zip(
         image.shape[1:-1],
@@ -350,4 +412,25 @@ def _patches(
     for ranges in itertools.product(*ranges_by_axis):
         part = image[(slice(None), *ranges)]
         parts.append(part.reshape(-1, groups, image.shape[-1] // groups))
-    return jnp.concatenate(parts, axis=-1).transpose(1, 0, 2)
+    patches = array_module(image).concatenate(parts, axis=-1)
+    return patches.transpose(1, 0, 2)
+
+
+def _padded(image: Array, edges: Sequence[tuple[int, int, int]]) -> Array:
+    """Pads an array by zeros: before and behind each axis, or less than none, and in between."""
+    if array_module(image) is not np:
+        return jax.lax.pad(image, jnp.zeros((), image.dtype), edges)
+    shape, there, kept = [], [], []
+    for size, (low, high, between) in zip(image.shape, edges, strict=True):
+        length = max(size + (size - 1) * between, 0)
+        # What is padded by less than nothing is cut off in the end.
+        before = max(low, 0)
+        behind = max(high, 0)
+        shape.append(before + length + behind)
+        there.append(slice(before, before + length, 1 + between))
+        first = max(-low, 0)
+        last = shape[-1] - max(-high, 0)
+        kept.append(slice(first, max(first, last)))
+    padded: Any = np.zeros(shape, image.dtype)
+    padded[tuple(there)] = image
+    return padded[tuple(kept)]

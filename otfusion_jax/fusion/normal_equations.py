@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Inexact
 
-from otfusion_jax.common.host import Array
-from otfusion_jax.common.linear_systems import solve_positive_definite
+from otfusion_jax.common.host import Array, array_module, cond, fori_loop, mapped
+from otfusion_jax.common.linear_systems import solve_by_steps, solve_positive_definite
 from otfusion_jax.common.scaling import all_scaled, common_exponent
-from otfusion_jax.fusion.linear_form import LinearForm, row_gram, rows_times
+from otfusion_jax.fusion.linear_form import LinearForm, product, row_gram, rows_times
 
 _CONSTANT = 16
 """A feature that varies by no more than so many roundings of its mean is taken for constant."""
@@ -45,7 +46,8 @@ class NormalSums(NamedTuple):
     @staticmethod
     def of(rows: Array, missing: Array) -> "NormalSums":
         """Takes the sums of some rows and of what is missing from them."""
-        return NormalSums(row_gram(rows), rows_times(rows, missing), jnp.any(rows != 0))
+        is_any = array_module(rows).any(rows != 0)
+        return NormalSums(row_gram(rows), rows_times(rows, missing), is_any)
 
     def plus(self, other: "NormalSums") -> "NormalSums":
         """Returns the sums of the rows of both."""
@@ -75,11 +77,12 @@ class CentredSums(NamedTuple):
     @staticmethod
     def of(rows: Array, missing: Array) -> "CentredSums":
         """Takes the sums of some rows and of what is missing from them."""
-        count = jnp.asarray(rows.shape[1], rows.real.dtype)
+        xp = array_module(rows, missing)
+        count = xp.asarray(rows.shape[1], rows.real.dtype)
         # Of fewer samples than one is held out of, none are: their mean is 0.
         number = max(rows.shape[1], 1)
-        row_mean = jnp.sum(rows, axis=1) / number
-        missing_mean = jnp.sum(missing, axis=1) / number
+        row_mean = xp.sum(rows, axis=1) / number
+        missing_mean = xp.sum(missing, axis=1) / number
         centred = NormalSums.of(
             rows - row_mean[:, None],
             missing - missing_mean[:, None],
@@ -90,14 +93,15 @@ class CentredSums(NamedTuple):
             missing_mean,
             centred.gram,
             centred.right_side,
-            jnp.any(rows != 0),
+            xp.any(rows != 0),
         )
 
     def plus(self, other: "CentredSums") -> "CentredSums":
         """Returns the sums of the rows of both, by the formula that `Moments.plus` has."""
         count = self.count + other.count
         # Counts are real where rows are complex.
-        share = (other.count / jnp.maximum(count, 1)).astype(self.gram.dtype)
+        number = array_module(count).maximum(count, 1)
+        share = (other.count / number).astype(self.gram.dtype)
         row_step = other.row_mean - self.row_mean
         missing_step = other.missing_mean - self.missing_mean
         between = self.count.astype(share.dtype) * share
@@ -114,8 +118,7 @@ class CentredSums(NamedTuple):
 
     def mean_times(self, matrix: Array) -> Array:
         """Returns the mean of the rows times a matrix, `[groups, units]`."""
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum("gw,gwu->gu", self.row_mean, matrix, precision=highest)
+        return product(self.row_mean[:, None], matrix)[:, 0]
 
     def uncentred(self) -> NormalSums:
         """Returns the sums with means."""
@@ -130,31 +133,34 @@ class CentredSums(NamedTuple):
 
     def centred(self) -> NormalSums:
         """Returns the sums without means: the equations of a parameter that a bias follows."""
-        squares = jnp.diagonal(self.gram, axis1=-2, axis2=-1).real
+        xp = array_module(self.gram)
+        squares = xp.diagonal(self.gram, axis1=-2, axis2=-1).real
         epsilon = jnp.finfo(squares.dtype).eps
-        rounding = _CONSTANT * epsilon * jnp.abs(self.row_mean)
+        rounding = _CONSTANT * epsilon * abs(self.row_mean)
         # What is left of a constant is rounding, and would be divided by its own square.
         varies = squares > self.count * rounding**2
         kept = varies.astype(self.gram.dtype)
         gram = self.gram * _outer(kept, kept)
         right_side = self.right_side * kept[..., None]
         # Nothing is left of constant features, but also of those whose squares are out of range.
-        has_no_squares = jnp.all(squares == 0)
-        is_lost = has_no_squares & jnp.all(self.row_mean * self.row_mean == 0)
-        is_any = jnp.any(varies) | (self.is_any & is_lost)
+        has_no_squares = xp.all(squares == 0)
+        is_lost = has_no_squares & xp.all(self.row_mean * self.row_mean == 0)
+        is_any = xp.any(varies) | (self.is_any & is_lost)
         return NormalSums(gram, right_side, is_any)
 
 
 def _outer(first: Array, second: Array) -> Array:
     """Multiplies each number of one vector with each of another, for each of some groups."""
-    return jnp.conj(first)[..., :, None] * second[..., None, :]
+    return first.conj()[..., :, None] * second[..., None, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormalEquations:
-    """Normal equations of a change of a parameter, in the shape that it has.
+    """Normal equations of a change of a parameter.
 
     With A, which makes features of the parameter, they are (AᵀA + penalty) change = Aᵀ missing.
+    Where the matrix of the parameter has each of its entries once they are solved for the matrix:
+    what takes one to the other changes no length, and need not be gone through in every step.
 
     Attributes:
         form: The product.
@@ -181,16 +187,19 @@ class NormalEquations:
         sides = [sums.gram, sums.right_side]
         # In a branch of its own. XLA would else work the power out anew wherever it meets one of
         # the sides: of small parameters, that is half of the program.
-        gram, right_side = jax.lax.cond(
-            exponent == 0, lambda: sides, lambda: all_scaled(sides, -exponent)
-        )
+        gram, right_side = cond(exponent == 0, lambda: sides, lambda: all_scaled(sides, -exponent))
         return NormalEquations(form, leaf, NormalSums(gram, right_side, sums.is_any), steps)
 
     @functools.cached_property
     def is_factorised(self) -> bool:
         """Whether systems are solved by Cholesky factors: they are the same for all units."""
         is_real = not jnp.issubdtype(self.leaf.dtype, jnp.complexfloating)
-        return self.steps is None and is_real and self.form.is_rearranged(self.leaf)
+        return self.steps is None and is_real and self.is_rearranged
+
+    @functools.cached_property
+    def is_rearranged(self) -> bool:
+        """Whether they are equations of the matrix of the parameter."""
+        return self.form.is_rearranged(self.leaf)
 
     @property
     def most_steps(self) -> int:
@@ -202,26 +211,30 @@ class NormalEquations:
         return self.form.transposed_matrix(self.leaf)
 
     def normal(self, change: Array) -> Array:
-        """Returns AᵀA times a change of the parameter."""
-        highest = jax.lax.Precision.HIGHEST
-        matrix = self.form.matrix(change)
-        return self._transpose(jnp.matmul(self.sums.gram, matrix, precision=highest))
+        """Returns AᵀA times a change."""
+        if self.is_rearranged:
+            return product(self.sums.gram, change)
+        return self._transpose(product(self.sums.gram, self.form.matrix(change)))
 
     @functools.cached_property
     def right_side(self) -> Array:
         """Aᵀ times what is missing from the features."""
-        return self._transpose(self.sums.right_side)
+        sums = self.sums.right_side
+        return sums if self.is_rearranged else self._transpose(sums)
 
     @functools.cached_property
     def mean_eigenvalue(self) -> Float[Array, ""]:
         """The mean eigenvalue of AᵀA."""
-        if self.form.is_rearranged(self.leaf):
+        if self.is_rearranged:
             # Every unit has the inner products of its group for itself.
             gram = self.sums.gram
-            return jnp.mean(jnp.trace(gram, axis1=-2, axis2=-1).real) / gram.shape[-1]
+            xp = array_module(gram)
+            traces = xp.trace(gram, axis1=-2, axis2=-1)
+            return xp.mean(traces.real) / gram.shape[-1]
         # Hutchinson's estimate: of random z, z · Aᵀ A z is the trace of AᵀA on average. Divided by
         # |z|² it is the mean eigenvalue.
-        random = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)
+        drawn = jax.random.normal(jax.random.key(0), self.leaf.shape, self.leaf.dtype)
+        random = array_module(self.leaf).asarray(drawn)
         return _inner_product(random, self.normal(random)) / _squared_length(random)
 
     def solved(self, ridge: Any) -> Array:
@@ -231,32 +244,33 @@ class NormalEquations:
             ridge: The penalty, in units of the mean eigenvalue.
 
         Returns:
-            The change of the parameter; NaN where numbers are out of range.
+            The change of the parameter, in its shape; NaN where numbers are out of range.
         """
         penalty = ridge * self.mean_eigenvalue
         right_side = self.right_side
+        xp = array_module(right_side)
 
         def penalised_normal(change: Array) -> Array:
             return self.normal(change) + penalty.astype(change.dtype) * change
 
         def by_steps() -> Array:
-            found, _ = jax.scipy.sparse.linalg.cg(
-                penalised_normal, right_side, maxiter=self.most_steps
-            )
-            return found
+            return solve_by_steps(penalised_normal, right_side, self.most_steps)
 
         if self.is_factorised:
             by_factor = self.solved_by_factor(ridge)
             # Without a penalty, what has no features leaves no factor.
-            change = jax.lax.cond(jnp.all(jnp.isfinite(by_factor)), lambda: by_factor, by_steps)
+            change = cond(xp.all(xp.isfinite(by_factor)), lambda: by_factor, by_steps)
         else:
             change = by_steps()
         # Where numbers are out of range, conjugate gradients stop before their first step. To
         # return the average, unchanged, would hide it.
         first_step = _inner_product(right_side, penalised_normal(right_side))
-        is_finite = jnp.isfinite(_squared_length(right_side)) & jnp.isfinite(first_step)
+        is_right = xp.isfinite(_squared_length(right_side))
+        is_finite = is_right & xp.isfinite(first_step)
         vanishes = (self.mean_eigenvalue == 0) & self.sums.is_any
-        return jnp.where(is_finite & ~vanishes, change, jnp.nan)
+        if self.is_rearranged:
+            change = self._transpose(change)
+        return xp.where(is_finite & ~vanishes, change, xp.asarray(np.nan, change.dtype))
 
     def solved_by_factor(self, ridge: Any) -> Array:
         """Solves the equations by Cholesky factors: of `gram + penalty`, one for each group.
@@ -265,13 +279,13 @@ class NormalEquations:
             ridge: The penalty, in units of the mean eigenvalue.
 
         Returns:
-            The change of the parameter; not finite where the sum is not positive definite.
+            The change of the matrix; not finite where the sum is not positive definite.
         """
         gram = self.sums.gram
         penalty = ridge * self.mean_eigenvalue
-        gram += penalty * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-        # The matrix has each entry of the parameter once: its transpose brings them back.
-        return self._transpose(jax.vmap(solve_positive_definite)(gram, self.sums.right_side))
+        identity = array_module(gram).eye(gram.shape[-1], dtype=gram.dtype)
+        gram = gram + penalty * identity[None]
+        return mapped(solve_positive_definite, gram, self.sums.right_side)
 
     def solved_for_each(self, ridges: Float[Array, " n"]) -> Inexact[Array, "n ..."]:
         """Solves the equations for several ridges: see `solved`.
@@ -280,19 +294,27 @@ class NormalEquations:
             ridges: The penalties, in units of the mean eigenvalue.
 
         Returns:
-            The change of the parameter for each of them, `[n, ...]`; not finite where there is
-            none.
+            The change for each of them, `[n, ...]`; not finite where there is none.
         """
         if self.is_factorised:
             # One after the other by one program, or XLA would compile a factorisation for each.
-            return jax.lax.map(self.solved_by_factor, ridges)
+            return mapped(self.solved_by_factor, ridges, loop=_one_after_the_other)
         shifts = ridges * self.mean_eigenvalue
         return shifted_solutions(self.normal, self.right_side, shifts, self.most_steps)
 
 
+def _one_after_the_other(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return functools.partial(jax.lax.map, function)
+
+
 def _inner_product(x: Array, y: Array) -> Array:
     """Takes the real part of the inner product, which is that of twice as many real numbers."""
-    return jnp.real(jnp.sum(jnp.conj(x) * y))
+    xp = array_module(x, y)
+    if xp is np:
+        # Without an array of the products.
+        return xp.real(xp.vdot(x, y))
+    products = jnp.conj(x) * y
+    return jnp.real(jnp.sum(products))
 
 
 def _squared_length(x: Array) -> Array:
@@ -315,17 +337,18 @@ def chosen_ridge(
     Returns:
         The best of the ridges; of equal ones the first.
     """
-    choices = jnp.asarray(ridges, fitted.mean_eigenvalue.dtype)
+    xp = array_module(fitted.mean_eigenvalue)
+    choices = xp.asarray(ridges, fitted.mean_eigenvalue.dtype)
     right_side = held_out.right_side
 
     def error(change: Array) -> Float[Array, ""]:
         # |A change - missing|², less what no change makes a difference to.
         return _inner_product(change, held_out.normal(change) - 2 * right_side)
 
-    errors = jax.lax.map(error, fitted.solved_for_each(choices))
+    errors = mapped(error, fitted.solved_for_each(choices), loop=_one_after_the_other)
     # What is not finite is the worst: `argmin` would take it.
-    found = jnp.nan_to_num(errors, nan=jnp.inf)
-    return choices[jnp.argmin(found)]
+    found = xp.nan_to_num(errors, nan=np.inf)
+    return choices[xp.argmin(found)]
 
 
 def shifted_solutions(
@@ -355,10 +378,11 @@ def shifted_solutions(
         """Shapes a number for each system to be multiplied with the arrays of all."""
         return numbers.reshape(-1, *[1] * right_side.ndim).astype(right_side.dtype)
 
-    least = jnp.min(shifts)
+    xp = array_module(right_side, shifts)
+    least = xp.min(shifts)
     above = shifts - least
-    ones = jnp.ones_like(shifts)
-    all_directions = jnp.stack([right_side] * len(shifts))
+    ones = xp.ones_like(shifts)
+    all_directions = xp.stack([right_side] * len(shifts))
 
     def step(_: Any, state: Any) -> Any:
         solutions, directions, residual, direction, scale, last_scale, last_length, last_turn = (
@@ -381,13 +405,14 @@ def shifted_solutions(
         direction = residual + turn.astype(direction.dtype) * direction
         return solutions, directions, residual, direction, next_scale, scale, length, turn
 
-    one = jnp.ones((), shifts.dtype)
-    zeros = jnp.zeros_like(all_directions)
+    one = xp.ones((), shifts.dtype)
+    zeros = xp.zeros_like(all_directions)
     start = (zeros, all_directions, right_side, right_side, ones, ones, one, 0 * one)
-    return jax.lax.fori_loop(0, steps, step, start)[0]
+    return fori_loop(steps, step, start)[0]
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
     """Divides; 0 where there is nothing to divide by, as of a system that is solved."""
+    xp = array_module(numerator, denominator)
     is_zero = denominator == 0
-    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
+    return xp.where(is_zero, 0, numerator / xp.where(is_zero, 1, denominator))

@@ -9,11 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array
-
-from otfusion_jax.common.host import accumulation_dtype
+from otfusion_jax.common.host import Array, accumulation_dtype, array_module, mapped
 from otfusion_jax.fusion.repair_methods import Moments, UnitStatistics
 from otfusion_jax.fusion.side_by_side import GroupView, Network
 from otfusion_jax.symmetry.groups import Group, Member, Plans, Role
@@ -144,10 +140,13 @@ class NetworkUnits(NamedTuple):
         Of units that are rotated these are the moments after the move, else those before: how far a
         mixture of units spreads depends on all of them together.
         """
-        units = jnp.swapaxes(units_of(features, self.location, self.group), -1, -2)
+        units = units_of(features, self.location, self.group).swapaxes(-1, -2)
         units = units.astype(accumulation_dtype(units.dtype))
         if self.group.rotates:
-            units = jax.vmap(functools.partial(self._moved, plans), in_axes=-2, out_axes=-2)(units)
+            # Moved as features of a batch of samples: each axis in front of the units is one more.
+            samples_first = array_module(units).moveaxis(units, -2, 0)
+            moved = mapped(functools.partial(self._moved, plans), samples_first)
+            units = array_module(moved).moveaxis(moved, 0, -2)
         return Moments.of(units)
 
     def statistics(self, plans: Plans, moments: Moments) -> UnitStatistics:
@@ -157,7 +156,8 @@ class NetworkUnits(NamedTuple):
         """
         if self.group.rotates:
             return UnitStatistics(moments.mean, moments.deviation)
-        mean, deviation = self._moved(plans, moments.mean), self._moved(plans, moments.deviation)
+        mean = self._moved(plans, moments.mean)
+        deviation = self._moved(plans, moments.deviation)
         return UnitStatistics(mean, deviation)
 
     def _moved(self, plans: Plans, numbers: Array) -> Array:

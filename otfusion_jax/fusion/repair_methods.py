@@ -9,13 +9,13 @@ that follows should add.
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Float, Inexact
 
-from otfusion_jax.common.host import Array, accumulation_dtype
+from otfusion_jax.common.host import Array, accumulation_dtype, array_module
 from otfusion_jax.common.scaling import deviation
 from otfusion_jax.fusion.linear_form import LinearForm
 from otfusion_jax.symmetry.groups import Group, Member, Role
@@ -51,8 +51,10 @@ class Moments(NamedTuple):
     @staticmethod
     def of(units: Inexact[Array, "*batch samples units"]) -> "Moments":
         """Takes the moments of some samples."""
-        count = jnp.asarray(units.shape[-2], units.real.dtype)
-        return Moments(count, jnp.mean(units, axis=-2), deviation(units, axis=-2))
+        xp = array_module(units)
+        count = xp.asarray(units.shape[-2], units.real.dtype)
+        mean = xp.mean(units, axis=-2)
+        return Moments(count, mean, deviation(units, axis=-2))
 
     def plus(self, other: "Moments") -> "Moments":
         """Returns the moments of the samples of both.
@@ -62,13 +64,16 @@ class Moments(NamedTuple):
             variances, COMPSTAT 1982. Deviations are added as lengths are, so that no square is out
             of range.
         """
+        xp = array_module(self.mean, other.mean)
         count = self.count + other.count
-        share = other.count / jnp.maximum(count, 1)
+        share = other.count / xp.maximum(count, 1)
         difference = other.mean - self.mean  # complex where units are, and nothing else here is
-        within = jnp.hypot(jnp.sqrt(1 - share) * self.deviation, jnp.sqrt(share) * other.deviation)
-        between = jnp.sqrt(share * (1 - share)) * jnp.abs(difference)
+        own = xp.sqrt(1 - share) * self.deviation
+        others = xp.sqrt(share) * other.deviation
+        within = xp.hypot(own, others)
+        between = xp.sqrt(share * (1 - share)) * abs(difference)
         mean = self.mean + share.astype(difference.dtype) * difference
-        return Moments(count, mean, jnp.hypot(within, between))
+        return Moments(count, mean, xp.hypot(within, between))
 
 
 class Product(NamedTuple):
@@ -156,7 +161,7 @@ class Corrected(NamedTuple):
 class AbstractRepair(abc.ABC):
     """How a parameter of the average is corrected. Subclasses are frozen, hashable dataclasses.
 
-    All of it is traced: called under `jax.jit`.
+    Methods are given arrays of JAX, traced, or on a CPU known ones of NumPy: see `common.host`.
 
     Attributes:
         needs_units: Whether the method corrects nothing where there are no units of groups.
@@ -273,14 +278,16 @@ def restored(
         The parameter, and what a bias has to add for the mean that the units have in the models.
     """
     means, deviations = zip(*part.statistics(theirs), strict=True)
+    xp = array_module(leaf, *means)
     weights = weights.astype(deviations[0].dtype)
-    target_mean = jnp.tensordot(weights.astype(means[0].dtype), jnp.stack(means), axes=1)
-    target_deviation = jnp.tensordot(weights, jnp.stack(deviations), axes=1)
+    weights_of_means = weights.astype(means[0].dtype)
+    target_mean = xp.tensordot(weights_of_means, xp.stack(means), axes=1)
+    target_deviation = xp.tensordot(weights, xp.stack(deviations), axes=1)
     # A unit that never varies cannot be made to, whatever it is multiplied by.
     varies = ours.deviation > 0
-    scale = jnp.where(varies, target_deviation / jnp.where(varies, ours.deviation, 1), 1)
+    scale = xp.where(varies, target_deviation / xp.where(varies, ours.deviation, 1), 1)
     for member in part.members:
-        leaf = combine_units(jnp.multiply, leaf, member, part.group, scale)
+        leaf = combine_units(operator.mul, leaf, member, part.group, scale)
     # scale * x + shift has the mean that is wanted.
     return leaf, target_mean - scale.astype(ours.mean.dtype) * ours.mean
 
@@ -316,7 +323,7 @@ def combine_units(
     """Combines a parameter with one number per unit.
 
     Args:
-        operation: The operation: a function of two arrays, as `jnp.add`.
+        operation: The operation: a function of two arrays, as `operator.add`.
         leaf: The parameter.
         member: Where the units are in it.
         group: The group of the units.

@@ -17,6 +17,7 @@ more than allowed; of the first batch, always.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, array_module, as_jax, as_numpy, program
 from otfusion_jax.fusion.activation_tails import wanted_features
 from otfusion_jax.fusion.corrections import Correction, Occurrence, Piece
 from otfusion_jax.fusion.flat_program import ChunkCall, branch_taken, run_chunk
@@ -172,7 +173,7 @@ def _outputs(
     return tuple(outputs)
 
 
-@functools.partial(jax.jit, static_argnames=("site", "branches"))
+@program(static_argnames=("site", "branches"))
 def _summed(
     site: Site,
     branches: tuple[tuple[int, int], ...],
@@ -213,24 +214,30 @@ def _summed(
         units.append(tuple(moments))
     piece = _sliced(leaf, positions)
     in_models = tuple(moved)
-    product = Product(piece, site.forms[-1], features, in_models, weights, wanted, tuple(units))
+    form = site.forms[-1]
+    product = Product(piece, form, features, in_models, weights, wanted, tuple(units))
     sums = site.method.summed(product)
     if not branches:
         return sums
-    is_taken = jnp.asarray(True)
+    is_taken: Any = True
     for (branch, count), chosen in zip(branches, choices, strict=True):
         for which in chosen:
-            is_taken &= branch_taken(which, count) == branch
-    # What a branch computes that is not taken may be anything.
-    return jax.tree.map(lambda x: jnp.where(is_taken, x, jnp.zeros_like(x)), sums)
+            is_taken = is_taken & (branch_taken(which, count) == branch)
+
+    def if_taken(array: Array) -> Array:
+        # What a branch computes that is not taken may be anything.
+        xp = array_module(array)
+        return xp.where(is_taken, array, xp.zeros_like(array))
+
+    return jax.tree.map(if_taken, sums)
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
+@program(static_argnames=("method",))
 def _added(method: AbstractRepair, one: Any, other: Any) -> Any:
     return method.added(one, other)
 
 
-@functools.partial(jax.jit, static_argnames=("site",))
+@program(static_argnames=("site",))
 def _corrected(
     site: Site,
     leaf: Array,
@@ -265,7 +272,7 @@ def _statistics(
     return tuple(statistics)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "members"))
+@program(static_argnames=("group", "members"))
 def _shifted(
     group: Group,
     members: tuple[Member, ...],
@@ -276,14 +283,17 @@ def _shifted(
     """Adds to a bias what is to be added to the units that lie along its axes."""
     piece = _sliced(bias, positions)
     for member in members:
-        piece = combine_units(jnp.add, piece, member, group, amount)
+        piece = combine_units(operator.add, piece, member, group, amount)
     return _with_slice(bias, positions, piece)
 
 
 def _sliced(leaf: Array, positions: Int[Array, " n"]) -> Array:
     """Takes a slice along the first axes."""
     for number in range(len(positions)):
-        leaf = jax.lax.dynamic_index_in_dim(leaf, positions[number], 0, keepdims=False)
+        if array_module(leaf) is np:
+            leaf = leaf[positions[number]]
+        else:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, positions[number], 0, keepdims=False)
     return leaf
 
 
@@ -291,7 +301,11 @@ def _with_slice(leaf: Array, positions: Int[Array, " n"], piece: Array) -> Array
     """Puts a slice along the first axes in its place."""
     if not len(positions):
         return piece
-    return leaf.at[tuple(positions)].set(piece)
+    if not isinstance(leaf, np.ndarray):
+        return leaf.at[tuple(positions)].set(piece)
+    whole = leaf.copy()
+    whole[tuple(positions)] = piece
+    return whole
 
 
 # --- the passes
@@ -402,7 +416,7 @@ class RepairRun:
         """Runs a chunk, and adds what it makes to the slots."""
         leaves = [self._in_all_networks(leaf) for leaf in call.leaves]
         read = [slots[slot] for slot in call.slots]
-        made = run_chunk(call.chunk, leaves, read, _as_positions(call.positions))
+        made = run_chunk(call, leaves, read)
         slots.update(zip(call.results, made, strict=True))
 
     def _summed(self, prepared: Prepared, number: int, occurrence: Occurrence, slots: Slots) -> Any:
@@ -419,27 +433,18 @@ class RepairRun:
         if tail is not None:
             on_the_way = [self._in_all_networks(leaf) for leaf in tail.call.leaves]
             wanted = wanted_features(tail, on_the_way, outputs, slots, self.weights)
-        return _summed(
-            site,
-            tuple([(condition.branch, condition.count) for condition in conditions]),
-            leaves[-1],
-            positions,
-            features[-1],
-            outputs,
-            wanted,
-            [slots[condition.which] for condition in conditions],
-            self.plans,
-            self.weights,
-        )
+        branches = tuple([(condition.branch, condition.count) for condition in conditions])
+        choices = [slots[condition.which] for condition in conditions]
+        arrays = leaves[-1], positions, features[-1], outputs, wanted, choices
+        return _summed(site, branches, *as_numpy((*arrays, self.plans, self.weights)))
 
     def _correct(self, prepared: Prepared, number: int, sums: Any) -> None:
         """Corrects a parameter, and the biases that follow."""
         correction, site = prepared.plan.corrections[number], prepared.sites[number]
         average = self.parts_of_networks[-1]
         leaf, indices = correction.piece
-        corrected = _corrected(
-            site, average[leaf], _as_positions(indices), sums, self.plans, self.weights
-        )
+        arrays = average[leaf], _as_positions(indices), sums, self.plans, self.weights
+        corrected = as_jax(_corrected(site, *as_numpy(arrays)))
         average[leaf] = corrected.leaf
         if corrected.ridge is not None:
             self.ridges[correction.piece] = corrected.ridge
@@ -448,9 +453,8 @@ class RepairRun:
             for receiver, members in zip(correction.receivers, part.receivers, strict=True):
                 if amount is not None and members:
                     leaf, indices = receiver.piece
-                    positions = _as_positions(indices)
-                    own = receiver.sign * amount
-                    average[leaf] = _shifted(part.group, members, average[leaf], positions, own)
+                    arrays = average[leaf], _as_positions(indices), receiver.sign * amount
+                    average[leaf] = as_jax(_shifted(part.group, members, *as_numpy(arrays)))
 
     def _in_all_networks(self, leaf: int) -> tuple[Array, ...]:
         return tuple([parts[leaf] for parts in self.parts_of_networks])

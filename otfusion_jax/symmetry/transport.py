@@ -323,7 +323,10 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
         Float `[*batch, m]`. For a new unit that is produced, the mean over the old ones that map to
         it; otherwise the sum of their shares.
     """
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    xp = array_module(numbers)
+    product = xp.einsum
+    if xp is jnp:
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     if group.outer in plans:
         outer_plan = plans[group.outer]
         if not is_permutation(outer_plan):
@@ -331,12 +334,12 @@ def moved_units(group: Group, plans: Plans, numbers: Array, role: Role, outer_ro
             weights = _unit_weights(group, plans[group.name], role)
             return product("...gn,...gh,...ghnm->...hm", numbers, outer_weights, weights)
         # What is inside of an index goes along with it.
-        numbers = jnp.take_along_axis(numbers, outer_plan[..., None], axis=-2)
+        numbers = xp.take_along_axis(numbers, outer_plan[..., None], axis=-2)
     if group.name not in plans:
         return numbers
     plan = plans[group.name]
     if is_permutation(plan):
-        return jnp.take_along_axis(numbers, plan, axis=-1)
+        return xp.take_along_axis(numbers, plan, axis=-1)
     weights = _unit_weights(group, plan, role)
     return product("...n,...nm->...m", numbers, weights)
 
@@ -362,7 +365,9 @@ def _as_coupling(plan: Array) -> Array:
         return plan
     # P[i, j] = 1/n where unit i comes to position j.
     n = plan.shape[-1]
-    return jax.nn.one_hot(plan, n, axis=-2) / n
+    units = array_module(plan).arange(n)
+    is_there = units[:, None] == plan[..., None, :]
+    return is_there.astype(jax.dtypes.canonicalize_dtype(float)) / n
 
 
 def _weights(plan: Array, role: Role) -> Array:

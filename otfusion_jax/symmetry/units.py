@@ -5,8 +5,6 @@ batch may lie on the same axis or on others. Here they come to the front, in an 
 size, rest]`, and go back.
 """
 
-import jax.numpy as jnp
-
 from otfusion_jax.common.host import Array, array_module
 from otfusion_jax.symmetry.blocks import BlockDim, Blocks, fronted
 from otfusion_jax.symmetry.groups import Group
@@ -70,11 +68,12 @@ def with_units(array: Array, location: UnitLocation, group: Group, units: Array)
         # This undoes `fronted`: the last axis has the other dimensions of one block after another.
         axes = [block.dims.index(dim) for dim in front]
         new_axes = range(len(axes))
-        shape = jnp.moveaxis(block.array, axes, new_axes).shape
+        xp = array_module(block.array, units)
+        shape = xp.moveaxis(block.array, axes, new_axes).shape
         width = block.array.size // units[..., 0].size
         stop = start + width
         vectors = units[..., start:stop].reshape(shape)
-        moved_back = jnp.moveaxis(vectors, new_axes, axes)
+        moved_back = xp.moveaxis(vectors, new_axes, axes)
         blocks[key] = block._replace(array=moved_back)
         start = stop
     return partition.join(blocks)
