@@ -142,13 +142,17 @@ def by_descent_from_correlations(pair: Pair) -> PyTree:
 def by_features(pair: Pair) -> PyTree:
     """Moves A by the features of residual streams and hidden units, and by the weights of heads.
 
+    All that surrounds heads is in place by then, so that what they write tells as much as what they
+    read.
+
     Args:
         pair: The models, in canonical form.
 
     Returns:
         A, moved.
     """
-    return _by_grams(pair, grams_beside_heads(pair), otf.ForwardPass(), metric=None)
+    method = otf.ForwardPass(members="all")
+    return _by_grams(pair, grams_beside_heads(pair), method, metric=None)
 
 
 def by_descent_from_features(pair: Pair) -> PyTree:
@@ -181,7 +185,7 @@ def by_learned_rotations(pair: Pair) -> PyTree:
         network.symmetry,
         pair.a,
         pair.b,
-        method=otf.ForwardPass(),
+        method=otf.ForwardPass(members="all"),
         grams=grams_beside_heads(pair),
         leaf_weight=counts,
     )

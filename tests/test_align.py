@@ -343,6 +343,39 @@ def test_impossible_leaf_weights_are_named(value):
         otf.align(symmetry_of("mlp"), source, target, leaf_weight=weight)
 
 
+@pytest.mark.parametrize("value", [1e-80, 1e80])
+def test_leaf_weights_out_of_range_are_named(value):
+    source, target = one_pair()
+
+    def weight(path):
+        return value if path == "1/bias" else 1.0
+
+    with pytest.raises(ValueError, match=r"out of range .*:\n  1/bias: "):
+        otf.align(symmetry_of("mlp"), source, target, leaf_weight=weight)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("weight", [3.0, 1e-16, 1e10])
+def test_a_weight_of_all_leaves_changes_no_plan_in_half_precision(dtype, weight):
+    source, target = jax.tree.map(lambda x: x.astype(dtype), one_pair())
+    symmetry = otf.trace_symmetry(ref.network, source, normal(2, 5).astype(dtype))
+    alone = otf.align(symmetry, source, target)
+    found = otf.align(symmetry, source, target, leaf_weight=lambda _: weight)
+    jax.tree.map(assert_array_equal, found.plans, alone.plans)
+    assert_allclose(found.objective, weight * alone.objective, rtol=1e-5)
+
+
+def test_improvements_are_told_from_rounding_by_the_precision():
+    with jax.enable_x64(True):
+        source = jax.tree.map(lambda x: np.asarray(x, np.float64) + 1000, one_pair()[0])
+        symmetry = otf.trace_symmetry(ref.network, source, np.ones((2, 5)))
+        plans = symmetry.random(jax.random.key(3))
+        target = otf.transport(symmetry, plans, source)
+        method = otf.CoordinateDescent(starts=("identity",))
+        found = otf.align(symmetry, source, target, method=method)
+        assert found.history[-1] < 1e-6 * found.history[0]
+
+
 # --- precision, and weights whose squares are out of range
 
 

@@ -1,5 +1,7 @@
 """Compares scaling by powers of two with NumPy's, which knows subnormal numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,11 @@ def test_zeros_have_no_exponent():
     assert exponent(jnp.zeros(3)) == 0
     assert exponent(jnp.zeros(0)) == 0
     assert common_exponent([]) == 0
+
+
+def test_subnormal_numbers_have_a_common_exponent_where_they_are_traced():
+    x: Any = np.asarray([1e-41, -3e-40], np.float32)
+    assert jax.jit(lambda x: common_exponent([x]))(x) == common_exponent([x]) == -131
 
 
 def test_arrays_of_several_precisions_have_a_common_exponent():

@@ -30,9 +30,10 @@ from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.plans import is_orthogonal, is_permutation
 
-ROUNDING = 1e-6
-"""How much better a plan must be, relative to the norms of what is compared, to be an improvement.
-Without it, plans that are equal up to rounding would replace each other for ever."""
+ROUNDINGS = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-13}
+"""How much better a plan must be, relative to the norms of what is compared, to be an improvement,
+by the precision of what is summed up. Without it, plans that are equal up to rounding would replace
+each other for ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +284,8 @@ class DescentSweep(AbstractSweep):
             # What was minimised is not the objective.
             old_distance = self.problem.distance(state.plans)
             new_distance = self.problem.distance(state.plans | plans)
-            better = better & (new_distance < (1 - ROUNDING) * old_distance)
+            shorter = (1 - ROUNDINGS[old_distance.dtype]) * old_distance
+            better = better & (new_distance < shorter)
         # A problem without a solution must not pass for one that is solved.
         for solution in solutions:
             better = better | ~self.problem.xp.isfinite(solution.value)
@@ -311,4 +313,4 @@ def _is_better(grams: list[Gram], old_plans: list[Array], new_plans: list[Array]
     for group_grams in grams:
         source_sq_norm = source_sq_norm + group_grams.source_sq_norms.sum()
         target_sq_norm = target_sq_norm + group_grams.target_sq_norms.sum()
-    return gain > ROUNDING * (source_sq_norm * target_sq_norm) ** 0.5
+    return gain > ROUNDINGS[gain.dtype] * (source_sq_norm * target_sq_norm) ** 0.5

@@ -12,11 +12,12 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from otfusion_jax.averaging.statistics import AllBut, running_statistics
 from otfusion_jax.common.arguments import kind_of
-from otfusion_jax.common.host import Array, array_module, loaded
+from otfusion_jax.common.host import Array, accumulation_dtype, array_module, loaded
 from otfusion_jax.common.lazy import LazyArray
 from otfusion_jax.common.scaling import all_scaled
 from otfusion_jax.common.typing import PyTree
@@ -39,7 +40,8 @@ def leaf_weights(
         One weight per leaf; None if `leaf_weight` is None and there are no such statistics.
 
     Raises:
-        ValueError: If weights are negative or not finite. Every one is listed by key path.
+        ValueError: If weights are negative or not finite, or if their roots are out of range. Every
+            one is listed by key path.
         TypeError: If weights are no numbers. Every one is listed by key path.
     """
     if leaf_weight is None:
@@ -49,6 +51,7 @@ def leaf_weights(
     weights = []
     wrong = []
     strange = []
+    extreme = []
     for leaf in symmetry.leaves:
         weight = leaf_weight(leaf.path)
         # A comparison of the path is a weight, too: True counts and False does not.
@@ -62,6 +65,8 @@ def leaf_weights(
         # NaN is not below 0 either.
         if not (weight >= 0 and math.isfinite(weight)):
             wrong.append(f"  {leaf.path}: {weight}")
+        elif weight and leaf.moves and not _has_root(weight, leaf.dtype):
+            extreme.append(f"  {leaf.path}: {weight}")
     if strange:
         raise TypeError(
             "these leaf weights are no numbers; leaf_weight must return one for every key path, as "
@@ -69,7 +74,19 @@ def leaf_weights(
         )
     if wrong:
         raise ValueError("these leaf weights are negative or not finite:\n" + "\n".join(wrong))
+    if extreme:
+        raise ValueError(
+            "the square roots of these leaf weights, which parameters are multiplied by, are out "
+            "of range in the precision of the parameters; give smaller or larger ones:\n"
+            + "\n".join(extreme)
+        )
     return tuple(weights)
+
+
+def _has_root(weight: float, dtype: np.dtype) -> bool:
+    """Whether the square root of a weight is a number that parameters can be multiplied by."""
+    info = jnp.finfo(accumulation_dtype(dtype))
+    return float(info.tiny) <= math.sqrt(weight) <= float(info.max)
 
 
 def counted_by_default(symmetry: Symmetry, model: PyTree) -> AllBut | None:
@@ -120,9 +137,11 @@ def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ..
     for array, part, leaf in zip(arrays, symmetry.parts, symmetry.leaf_of, strict=True):
         # w |x - y|² = |√w x - √w y|²: distances, cosines and overlaps are all weighted by this.
         if part.moves and weights[leaf] != 1:
-            times = functools.partial(_times, array, math.sqrt(weights[leaf]), part.dtype)
+            # Roots of weights are no numbers of half precision, and products may be out of range.
+            wide = accumulation_dtype(part.dtype)
+            times = functools.partial(_times, array, math.sqrt(weights[leaf]), wide)
             is_lazy = isinstance(array, LazyArray)
-            array = LazyArray(array.shape, array.dtype, times) if is_lazy else times()
+            array = LazyArray(array.shape, wide, times) if is_lazy else times()
         scaled.append(array)
     return scaled
 
@@ -130,7 +149,7 @@ def weighted(symmetry: Symmetry, arrays: Sequence[Any], weights: tuple[float, ..
 def _times(array: Any, factor: float, dtype: np.dtype) -> Array:
     """Multiplies a parameter, which is read first if it is lazy."""
     array = loaded(array)
-    return array * array_module(array).asarray(factor, dtype)
+    return array.astype(dtype) * array_module(array).asarray(factor, dtype)
 
 
 def rescaled(leaves: Sequence[Leaf], arrays: Sequence[Any], exponent: Array) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from otfusion_jax.common.typing import PyTree
 
@@ -77,7 +78,7 @@ def require_function(fn: Any, call: str) -> None:
 
 
 def require_arrays(tree: PyTree, name: str) -> None:
-    """Refuses shapes in place of arrays.
+    """Refuses shapes in place of arrays, and arrays without values.
 
     Args:
         tree: Parameters or inputs, a pytree.
@@ -86,17 +87,34 @@ def require_arrays(tree: PyTree, name: str) -> None:
     Raises:
         TypeError: If there are leaves of type `jax.ShapeDtypeStruct`. Every one is listed by its
             key path.
+        ValueError: If arrays are masked, or have been deleted, listed likewise.
     """
-    shapes = []
+    shapes, useless = [], []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        reason = _why_useless(leaf)
+        if reason or isinstance(leaf, jax.ShapeDtypeStruct):
             key_path = jax.tree_util.keystr(path, simple=True, separator="/")
-            shapes.append(f"  {key_path}: a ShapeDtypeStruct")
+            if reason:
+                useless.append(f"  {key_path}: {reason}")
+            else:
+                shapes.append(f"  {key_path}: a ShapeDtypeStruct")
+    if useless:
+        raise ValueError(f"{name} has arrays without values:\n" + "\n".join(useless))
     if shapes:
         raise TypeError(
             f"{name} has shapes in place of arrays; only trace_symmetry takes these, here values "
             "are needed:\n" + "\n".join(shapes)
         )
+
+
+def _why_useless(leaf: Any) -> str | None:
+    """Says why an array has no values that could be used, or not all."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return "a masked array; fill in what is missing"
+    is_known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    if is_known and leaf.is_deleted():
+        return "deleted, as is what a jitted function is given by donate_argnums; keep a copy"
+    return None
 
 
 def require_batches(batches: Any) -> None:

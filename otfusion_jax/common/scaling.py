@@ -85,8 +85,7 @@ def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
     for array in arrays:
         parts = [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
         for part in parts:
-            magnitudes = abs(part)
-            largest.append(array_module(part).max(magnitudes, initial=0))
+            largest.append(_largest(part))
     if not largest:
         return jnp.zeros((), jnp.int32)
     # Narrower dtypes have no larger range than float32.
@@ -96,6 +95,16 @@ def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
             dtype = jnp.float64
     widened = [magnitude.astype(dtype) for magnitude in largest]
     return exponent(array_module(*widened).stack(widened))
+
+
+def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Takes the largest magnitude, by its bits where subnormal numbers would be taken for zero."""
+    if array_module(x) is np:
+        return np.max(abs(x), initial=0)
+    if x.dtype != jnp.float64:
+        x = x.astype(jnp.float32)
+    largest_bits = jnp.max(_magnitude_bits(x), initial=0)
+    return lax.bitcast_convert_type(largest_bits, x.dtype)
 
 
 # --- multiplication

@@ -89,7 +89,8 @@ class Task:
     @functools.cached_property
     def by_features(self) -> list[Alignment]:
         """How each model but the last is matched to the last by its features."""
-        return self.aligned(ForwardPass(), self.grams)
+        # Heads have weights alone, and around them all is in place: what they write says as much.
+        return self.aligned(ForwardPass(members="all"), self.grams)
 
     def aligned(
         self,

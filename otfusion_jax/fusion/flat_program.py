@@ -340,8 +340,10 @@ class _Resolver:
         else:
             value = reference.value
         if isinstance(value, bool | int | float | complex | np.generic):
-            dtype = type(value) if not isinstance(value, np.generic) else value.dtype
-            return Number(dtype, np.asarray(value).tobytes(), value)
+            # Of a Python number it has to be known that it is one: its precision follows others.
+            dtype = value.dtype if isinstance(value, np.generic) else type(value)
+            digits = np.asarray(value).tobytes()
+            return Number(dtype, digits, value)
         self.constants.append(value)
         return Given(len(self.constants) - 1)
 

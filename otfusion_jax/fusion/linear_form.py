@@ -360,8 +360,11 @@ def _fronted(
     """Makes three axes of all: the batch, the axes chosen, and the others, before or after them."""
     others = [axis for axis in range(array.ndim) if axis not in (*batch, *chosen)]
     order = (others, chosen) if others_first else (chosen, others)
-    sizes = [math.prod([array.shape[axis] for axis in axes]) for axes in (batch, *order)]
-    return array.transpose((*batch, *order[0], *order[1])).reshape(sizes)
+    sizes = []
+    for axes in (batch, *order):
+        sizes.append(math.prod([array.shape[axis] for axis in axes]))
+    arranged = array.transpose((*batch, *order[0], *order[1]))
+    return arranged.reshape(sizes)
 
 
 def _columns(outputs: Array, params: dict[str, Any]) -> Inexact[Array, "groups samples units"]:

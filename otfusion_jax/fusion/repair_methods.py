@@ -254,7 +254,8 @@ def added_moments(
     """Adds up the moments of some samples and of others, as `Product.units` has them."""
     added = []
     for parts in zip(one, other, strict=True):
-        added.append(tuple([first.plus(second) for first, second in zip(*parts, strict=True)]))
+        pairs = zip(*parts, strict=True)
+        added.append(tuple([first.plus(second) for first, second in pairs]))
     return tuple(added)
 
 

@@ -121,7 +121,9 @@ def site_of(plan: RepairPlan, correction: Correction, method: AbstractRepair) ->
     roles: list[Role] = []
     for group, view in views:
         roles.append(role_of_units(group, leaf, view.location.index))
-    movers = [mover_of(network, average, path, roles) for network in plan.networks[:-1]]
+    movers = []
+    for network in plan.networks[:-1]:
+        movers.append(mover_of(network, average, path, roles))
     parts = []
     if method.looks_at_units(correction.owns_bias):
         for number in innermost(views):
@@ -257,7 +259,8 @@ def _corrected(
         has_bias = site.owns_bias and any(part.receivers)
         parts.append(Part(part.group, part.members, has_bias, statistics))
     piece = _sliced(leaf, positions)
-    correctable = Correctable(piece, site.forms[-1], weights, tuple(parts), site.has_tail)
+    form = site.forms[-1]
+    correctable = Correctable(piece, form, weights, tuple(parts), site.has_tail)
     corrected = Corrected(*site.method.correct(correctable, sums))
     return corrected._replace(leaf=_with_slice(leaf, positions, corrected.leaf))
 
@@ -468,8 +471,15 @@ class RepairRun:
 
 def _byte_count(kept: _Kept) -> int:
     """Returns how much memory arrays take; what all networks share counts once."""
-    arrays = {id(array): array for slot in kept.slots.values() for array in slot}
-    return sum(np.size(array) * _item_size(array) for array in arrays.values())
+    # An array that all networks share is held once.
+    arrays = {}
+    for slot in kept.slots.values():
+        for array in slot:
+            arrays[id(array)] = array
+    total = 0
+    for array in arrays.values():
+        total += np.size(array) * _item_size(array)
+    return total
 
 
 def _item_size(array: Any) -> int:

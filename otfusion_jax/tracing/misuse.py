@@ -21,7 +21,12 @@ from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.programs import Together
 
-_NEEDING_VALUES = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
+_NEEDING_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 """What JAX raises where Python asks for a value of an array that is traced."""
 
 
