@@ -34,6 +34,9 @@ from benchmarks.timing import later_seconds
 
 IDENTITY = "identity"
 
+_BATCH = 64
+"""How many samples a repair looks at."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -44,7 +47,8 @@ class Case:
         network: Makes the network.
         call: `"forward"` and `"identity"` (`align` by Algorithm 1, and by descent from the
             identity), `"align"` and `"fuse"` with their defaults, `"rotate"` (`fuse` with
-            rotations), or `"check"`.
+            rotations), `"check"`, `"repair"` (by least squares) or `"restore"` (of statistics),
+            both of the plain average, on one batch.
         planted: Whether the second network is the first, permuted.
         peer: Whose code is timed on the same arrays.
         once: Whether the second call is left out.
@@ -73,8 +77,11 @@ CASES = {
         "ViT, 12 blocks of 192, `fuse` with rotations", lambda: vit(head_units=48), "rotate"
     ),
     "vit-check": Case("ViT, `check_symmetry`", vit, "check"),
+    "vit-repair": Case("ViT, `repair`", vit, "repair"),
+    "vit-statistics": Case("ViT, `repair` of statistics", vit, "restore"),
     "resnet-small-align": Case("ResNet18 x 1/8, `align`", lambda: resnet18(8), "align"),
     "resnet-small-fuse": Case("ResNet18 x 1/8, `fuse`", lambda: resnet18(8), "fuse"),
+    "resnet-small-repair": Case("ResNet18 x 1/8, `repair`", lambda: resnet18(8), "repair"),
     "resnet-align": Case("ResNet18, `align`", resnet18, "align"),
     "resnet-fuse": Case("ResNet18, `fuse`", resnet18, "fuse"),
     "mlp-align": Case(
@@ -134,7 +141,9 @@ def time_case(case: Case, weights: list[str] | None) -> dict[str, Any]:
     symmetry = otf.trace_symmetry(apply, a, x)
     if case.planted:
         b = otf.transport(symmetry, symmetry.random(jax.random.key(0)), a)
-    jax.block_until_ready((a, b))
+    drawn = np.random.default_rng(0).normal(size=(_BATCH, *size[1:]))
+    seen = jnp.asarray(drawn, jnp.float32)
+    jax.block_until_ready((a, b, seen))
     identity = otf.CoordinateDescent(starts=(IDENTITY,))
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: otf.align(symmetry, a, b, method=otf.ForwardPass()),
@@ -143,6 +152,8 @@ def time_case(case: Case, weights: list[str] | None) -> dict[str, Any]:
         "fuse": lambda: otf.fuse(symmetry, [a, b]),
         "rotate": lambda: otf.fuse(symmetry.with_rotations(), [a, b]),
         "check": lambda: otf.check_symmetry(symmetry, apply, a, x),
+        "repair": lambda: otf.repair(symmetry, apply, [a, b], seen, method=otf.LeastSquares()),
+        "restore": lambda: otf.repair(symmetry, apply, [a, b], seen),
     }
 
     def call() -> Any:

@@ -5,10 +5,12 @@ equations. They serve every ridge (`normal_equations`).
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from otfusion_jax.common.arguments import require_flag, require_number
 from otfusion_jax.common.host import Array, array_module
@@ -232,7 +234,10 @@ def _part_to_restore(correctable: Correctable) -> Part | None:
     if not form.is_rearranged(form.widened(leaf)):
         return None
     (member,) = part.members
-    units = jax.eval_shape(lambda array: units_of(array, member.location, part.group), leaf)
+    find_units = functools.partial(units_of, location=member.location, group=part.group)
+    # To trace it takes longer than to do it.
+    is_known = array_module(leaf) is np
+    units = find_units(leaf) if is_known else jax.eval_shape(find_units, leaf)
     return part if units.size == leaf.size else None
 
 
