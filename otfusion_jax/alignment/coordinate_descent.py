@@ -30,7 +30,7 @@ from otfusion_jax.solvers.base import Solution
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.plans import is_orthogonal, is_permutation
 
-ROUNDINGS = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-13}
+ROUNDINGS: dict[np.dtype, float] = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-13}
 """How much better a plan must be, relative to the norms of what is compared, to be an improvement,
 by the precision of what is summed up. Without it, plans that are equal up to rounding would replace
 each other for ever."""

@@ -125,8 +125,8 @@ class Operation:
     """
 
     def __init__(self, eqn: core.JaxprEqn):
-        self.primitive = eqn.primitive
-        self.params = eqn.params
+        self.primitive: Any = eqn.primitive
+        self.params: dict[str, Any] = eqn.params
         params = []
         for name in sorted(eqn.params):
             value = eqn.params[name]
