@@ -151,8 +151,13 @@ def by_features(pair: Pair) -> PyTree:
     Returns:
         A, moved.
     """
-    method = otf.ForwardPass(members="all")
-    return _by_grams(pair, grams_beside_heads(pair), method, metric=None)
+    return otf.transport(pair.network.symmetry, _matched_by_features(pair), pair.a)
+
+
+def _matched_by_features(pair: Pair) -> otf.Alignment:
+    """Aligns A as `by_features` moves it."""
+    grams = grams_beside_heads(pair)
+    return _aligned_by_grams(pair, grams, otf.ForwardPass(members="all"), metric=None)
 
 
 def by_descent_from_features(pair: Pair) -> PyTree:
@@ -181,14 +186,7 @@ def by_learned_rotations(pair: Pair) -> PyTree:
         A, moved.
     """
     network = pair.network
-    start = otf.align(
-        network.symmetry,
-        pair.a,
-        pair.b,
-        method=otf.ForwardPass(members="all"),
-        grams=grams_beside_heads(pair),
-        leaf_weight=counts,
-    )
+    start = _matched_by_features(pair)
 
     # There is nothing between tokens.
     mixes = jnp.issubdtype(pair.images.dtype, jnp.floating)
@@ -257,9 +255,18 @@ def _by_grams(
     method: otf.AbstractMethod,
     metric: costs.CostFn | None,
 ) -> PyTree:
-    symmetry = pair.network.symmetry
-    plans = otf.align(
-        symmetry,
+    aligned = _aligned_by_grams(pair, grams, method, metric)
+    return otf.transport(pair.network.symmetry, aligned, pair.a)
+
+
+def _aligned_by_grams(
+    pair: Pair,
+    grams: dict[str, otf.Gram],
+    method: otf.AbstractMethod,
+    metric: costs.CostFn | None,
+) -> otf.Alignment:
+    return otf.align(
+        pair.network.symmetry,
         pair.a,
         pair.b,
         method=method,
@@ -267,7 +274,6 @@ def _by_grams(
         grams=grams,
         leaf_weight=counts,
     )
-    return otf.transport(symmetry, plans, pair.a)
 
 
 def batches_of(images: Array) -> list[Array]:

@@ -56,12 +56,9 @@ def exponent(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Exp
         largest: Any = largest_magnitude(x, axis)
         _, k = np.frexp(largest)
         return k
-    x = lax.stop_gradient(x)
-    if x.dtype != jnp.float64:
-        x = x.astype(jnp.float32)
+    x = _widened(x)
     info = jnp.finfo(x.dtype)
-    # Magnitudes are in the order of their bits, read as integers.
-    largest_bits = jnp.max(_magnitude_bits(x), axis=axis, initial=0)
+    largest_bits = _largest_bits(x, axis)
     biased_exponent = (largest_bits >> info.nmant).astype(jnp.int32)
     bit_length = (info.bits - lax.clz(largest_bits)).astype(jnp.int32)
     of_normal = biased_exponent + info.minexp
@@ -100,11 +97,20 @@ def common_exponent(arrays: Iterable[Numbers]) -> Exponent:
 def _largest(x: Float[Array, "..."]) -> Float[Array, ""]:
     """Takes the largest magnitude, by its bits where subnormal numbers would be taken for zero."""
     if array_module(x) is np:
-        return np.max(abs(x), initial=0)
-    if x.dtype != jnp.float64:
-        x = x.astype(jnp.float32)
-    largest_bits = jnp.max(_magnitude_bits(x), initial=0)
-    return lax.bitcast_convert_type(largest_bits, x.dtype)
+        return largest_magnitude(x)
+    x = _widened(x)
+    return lax.bitcast_convert_type(_largest_bits(x), x.dtype)
+
+
+def _widened(x: Array) -> Array:
+    """Returns numbers in float32 or float64, which exponents are read off, without gradient."""
+    x = lax.stop_gradient(x)
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _largest_bits(x: Array, axis: tuple[int, ...] | None = None) -> Array:
+    """Takes the largest of the bits of magnitudes: read as integers, they are in the same order."""
+    return jnp.max(_magnitude_bits(x), axis=axis, initial=0)
 
 
 # --- multiplication

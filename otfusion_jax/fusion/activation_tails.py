@@ -9,10 +9,10 @@ Between the two are biases, batch normalisation in inference and a residual that
 is an affine function of the features, unit by unit. It is found in the flat program (`tail_of`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -20,7 +20,14 @@ from jax.extend import core
 from jax.extend.core import primitives as P
 from jaxtyping import Float
 
-from otfusion_jax.common.host import Array, accumulation_dtype, array_module, as_numpy, program
+from otfusion_jax.common.host import (
+    Array,
+    accumulation_dtype,
+    array_module,
+    as_numpy,
+    filled_like,
+    program,
+)
 from otfusion_jax.fusion.corrections import Correction, overlap
 from otfusion_jax.fusion.flat_program import (
     ChunkCall,
@@ -31,7 +38,7 @@ from otfusion_jax.fusion.flat_program import (
     Slot,
     Step,
     chunk_of,
-    run_chunk,
+    run_in_network,
     value_of_constant,
 )
 from otfusion_jax.fusion.side_by_side import Network
@@ -288,37 +295,36 @@ def wanted_features(
     Returns:
         The features, of float32 or wider.
     """
-    read = {slot: others[slot] for slot in tail.others}
-    nothing = jax.tree.map(_full_like, read)
-    zeros = tuple([_full_like(output) for output in outputs])
-    ones = tuple([_full_like(output, 1) for output in outputs])
-    before_relu = _before_relu(tail, leaves, outputs, read)
-    # What comes before the ReLU is factor * product + rest. The factor is taken without what is
-    # added on the way, beside which it may be small.
-    rest = _before_relu(tail, leaves, zeros, read)[-1]
-    at_zero = _before_relu(tail, leaves, zeros, nothing)[-1]
-    at_one = _before_relu(tail, leaves, ones, nothing)[-1]
-    return _wanted(*as_numpy((outputs, before_relu, rest, at_zero, at_one, weights)))
-
-
-def _full_like(array: Any, value: int = 0) -> Any:
-    """Makes an array of one number throughout, without a program where the other is known."""
-    array = as_numpy(array)
-    return array_module(array).full_like(array, value)
+    read = []
+    before_relu = []
+    for number, output in enumerate(outputs):
+        read = [others[slot][number] for slot in tail.others]
+        before_relu.append(_before_relu(tail, number, leaves, output, read))
+    # In the average, which is last, it is factor * product + rest. The factor is taken without what
+    # is added on the way, beside which it may be small.
+    of_average = functools.partial(_before_relu, tail, len(outputs) - 1, leaves)
+    ours, added = as_numpy((outputs[-1], read))
+    zeros, ones = filled_like(ours, 0.0), filled_like(ours, 1.0)
+    nothing = [filled_like(array, 0.0) for array in added]
+    at_zero, at_one = of_average(zeros, nothing), of_average(ones, nothing)
+    found = outputs, tuple(before_relu), of_average(zeros, read), at_zero, at_one
+    return _wanted(*as_numpy((*found, weights)))
 
 
 def _before_relu(
     tail: Tail,
+    number: int,
     leaves: list[tuple[Array, ...]],
-    product: tuple[Array, ...],
-    others: dict[int, tuple[Array, ...]],
-) -> tuple[Array, ...]:
-    """Returns what the ReLU reads in each network, of what the product puts out."""
+    product: Array,
+    others: list[Array],
+) -> Array:
+    """Returns what the ReLU reads in a network, of what the product puts out and of the others."""
     # Between the two there may be nothing.
     if not tail.call.results:
         return product
-    slots = [product if slot == tail.product else others[slot] for slot in tail.call.slots]
-    (found,) = run_chunk(tail.call, leaves, slots)
+    arrays = dict(zip(tail.others, others, strict=True)) | {tail.product: product}
+    slots = [arrays[slot] for slot in tail.call.slots]
+    (found,) = run_in_network(tail.call, number, leaves, slots)
     return found
 
 

@@ -34,7 +34,7 @@ class Slot(NamedTuple):
     """An array that the caller or a step makes.
 
     Attributes:
-        number: Its number in the program, or in a chunk.
+        number: Its number in the program, or in a chunk, which numbers those of its own.
     """
 
     number: int
@@ -56,11 +56,10 @@ class Parameter(NamedTuple):
     """A parameter in some arrangement.
 
     Attributes:
-        leaf: The position of the parameter among the parts of the symmetry; in a chunk, among those
-            that the chunk reads.
+        leaf: The position of the parameter among the parts of the symmetry.
         steps: What arranges it, first to last: the path of an equation, or None for a slice along
             the first axis, which is what an iteration gets.
-        indices: The position of each slice; in a chunk, its place in the array of all positions.
+        indices: The position of each slice.
     """
 
     leaf: int
@@ -70,7 +69,7 @@ class Parameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fixed:
-    """A value that is the same in all networks, compared by identity.
+    """A value that is the same wherever it is read, compared by identity.
 
     Attributes:
         value: The value.
@@ -96,7 +95,7 @@ class Step(NamedTuple):
         path: The path of the equation that it comes of.
         operands: What it reads.
         results: The numbers of the slots that it makes.
-        index: The position of a slice; in a chunk, its place in the array of all positions.
+        index: The position of a slice.
     """
 
     kind: StepKind
@@ -132,12 +131,14 @@ class Operation:
             value = eqn.params[name]
             params.append((name, type(value), _hashable(value)))
         self._key = self.primitive, tuple(params)
+        # Asked for at every call of what is compiled.
+        self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Operation) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def apply(self, *operands: Any) -> Sequence[Any]:
         """Evaluates the equation, and returns its results."""
@@ -371,13 +372,33 @@ def run_chunk(
     Returns:
         The arrays that it makes for others, each in all networks.
     """
-    positions: Any = np.asarray(call.positions, np.int32)
     made = []
-    for number, (program, constants) in enumerate(zip(*call.chunk, strict=True)):
-        own_leaves = [leaf[number] for leaf in leaves]
+    for number in range(len(call.chunk.programs)):
         own_slots = [slot[number] for slot in slots]
-        made.append(run_program(program, own_leaves, own_slots, constants, positions))
+        made.append(run_in_network(call, number, leaves, own_slots))
     return list(zip(*made, strict=True))
+
+
+def run_in_network(
+    call: ChunkCall, number: int, leaves: list[tuple[Array, ...]], slots: list[Array]
+) -> list[Array]:
+    """Evaluates a chunk in one network.
+
+    Args:
+        call: The chunk at its place.
+        number: The number of the network.
+        leaves: The parameters that it reads, each in all networks.
+        slots: The arrays that it reads, in this network.
+
+    Returns:
+        The arrays that it makes for others.
+    """
+    chunk = call.chunk
+    own_leaves = [leaf[number] for leaf in leaves]
+    positions: Any = np.asarray(call.positions, np.int32)
+    return run_program(
+        chunk.programs[number], own_leaves, slots, chunk.constants[number], positions
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("program",))
@@ -388,7 +409,7 @@ def run_program(
     constants: Sequence[Any],
     positions: Int[Array, " n"],
 ) -> list[Array]:
-    """Evaluates a chunk in one network.
+    """Evaluates what a chunk does in a network, compiled.
 
     Args:
         program: What the chunk does in the network.

@@ -14,8 +14,7 @@ import numpy as np
 
 from otfusion_jax.common.arguments import require_flag, require_number
 from otfusion_jax.common.host import Array, array_module
-from otfusion_jax.fusion.linear_form import LinearForm
-from otfusion_jax.fusion.linear_form import product as multiply
+from otfusion_jax.fusion.linear_form import LinearForm, matrix_product
 from otfusion_jax.fusion.normal_equations import (
     CentredSums,
     NormalEquations,
@@ -140,7 +139,7 @@ class LeastSquares(AbstractRepair):
         rows = form.rows(product.features)
         columns = form.columns(_target(product))
         # In float32 or wider: nothing is rounded on the way.
-        columns = columns - multiply(rows, form.matrix(form.widened(product.leaf)))
+        columns = columns - matrix_product(rows, form.matrix(form.widened(product.leaf)))
         # Without units there is nothing to restore.
         sums = CentredSums.of if product.units else NormalSums.of
         # At activations nothing but a mean is, which these sums have.
@@ -261,7 +260,7 @@ def _statistics(form: LinearForm, leaf: Array, part: Part, sums: CentredSums) ->
     """Returns the mean and the deviation that units have with a parameter."""
     matrix = form.matrix(leaf)
     xp = array_module(matrix)
-    squares = xp.sum(matrix * multiply(sums.gram, matrix), axis=1)
+    squares = xp.sum(matrix * matrix_product(sums.gram, matrix), axis=1)
     variances = xp.maximum(squares / xp.maximum(sums.count, 1), 0)
     # Several columns may be one unit.
     means = _by_units(form, leaf, part, sums.mean_times(matrix))

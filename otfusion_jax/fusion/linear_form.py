@@ -303,7 +303,7 @@ def rows_times(
     return _transposed_product(rows, columns)
 
 
-def product(first: Array, second: Array) -> Array:
+def matrix_product(first: Array, second: Array) -> Array:
     """Multiplies stacks of matrices, real or complex, in full precision.
 
     Args:
@@ -321,6 +321,7 @@ def product(first: Array, second: Array) -> Array:
 def _transposed_product(first: Array, second: Array) -> Array:
     if array_module(first, second) is np:
         return np.matmul(first.conj().swapaxes(1, 2), second)
+    # Without a transposition, which XLA would sum up in another order.
     numbers = (((1,), (1,)), ((0,), (0,)))
     highest = jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(jnp.conj(first), second, numbers, precision=highest)

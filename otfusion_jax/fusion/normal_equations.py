@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Inexact
 from otfusion_jax.common.host import Array, array_module, cond, fori_loop, mapped
 from otfusion_jax.common.linear_systems import solve_by_steps, solve_positive_definite
 from otfusion_jax.common.scaling import all_scaled, common_exponent
-from otfusion_jax.fusion.linear_form import LinearForm, product, row_gram, rows_times
+from otfusion_jax.fusion.linear_form import LinearForm, matrix_product, row_gram, rows_times
 
 _CONSTANT = 16
 """A feature that varies by no more than so many roundings of its mean is taken for constant."""
@@ -118,7 +118,7 @@ class CentredSums(NamedTuple):
 
     def mean_times(self, matrix: Array) -> Array:
         """Returns the mean of the rows times a matrix, `[groups, units]`."""
-        return product(self.row_mean[:, None], matrix)[:, 0]
+        return matrix_product(self.row_mean[:, None], matrix)[:, 0]
 
     def uncentred(self) -> NormalSums:
         """Returns the sums with means."""
@@ -213,8 +213,8 @@ class NormalEquations:
     def normal(self, change: Array) -> Array:
         """Returns AᵀA times a change."""
         if self.is_rearranged:
-            return product(self.sums.gram, change)
-        return self._transpose(product(self.sums.gram, self.form.matrix(change)))
+            return matrix_product(self.sums.gram, change)
+        return self._transpose(matrix_product(self.sums.gram, self.form.matrix(change)))
 
     @functools.cached_property
     def right_side(self) -> Array:

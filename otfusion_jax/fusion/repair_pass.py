@@ -292,11 +292,10 @@ def _shifted(
 
 def _sliced(leaf: Array, positions: Int[Array, " n"]) -> Array:
     """Takes a slice along the first axes."""
+    if array_module(leaf) is np:
+        return leaf[tuple(positions)]
     for number in range(len(positions)):
-        if array_module(leaf) is np:
-            leaf = leaf[positions[number]]
-        else:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, positions[number], 0, keepdims=False)
+        leaf = jax.lax.dynamic_index_in_dim(leaf, positions[number], 0, keepdims=False)
     return leaf
 
 
@@ -471,7 +470,6 @@ class RepairRun:
 
 def _byte_count(kept: _Kept) -> int:
     """Returns how much memory arrays take; what all networks share counts once."""
-    # An array that all networks share is held once.
     arrays = {}
     for slot in kept.slots.values():
         for array in slot:
