@@ -226,7 +226,18 @@ def grams_beside_heads(pair: Pair) -> dict[str, otf.Gram]:
     groups = pair.network.symmetry.groups
     heads = {group.outer for group in groups}
     grams = {}
-    for name, gram in activation_grams(pair, len(pair.images)).items():
+    network = pair.network
+    found = otf.feature_gram(
+        network.symmetry,
+        network.apply,
+        pair.a,
+        pair.b,
+        batches_of(pair.images),
+        at="activation",
+        center=True,
+        by_sensitivity=True,
+    )
+    for name, gram in found.items():
         group = pair.network.symmetry[name]
         if group.rotates and not group.batch:
             grams[name] = gram

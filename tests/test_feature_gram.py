@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from arrays import normal
+from arrays import normal, normals
 from numpy.testing import assert_allclose
 from pairs import FORWARD
 
@@ -117,3 +119,141 @@ def test_a_tuple_of_batches_that_are_tuples_of_inputs_is_one_of_batches():
     found = otf.feature_gram(symmetry, ref.network, a, b, ((x[:7],), (x[7:],)))
     expected = otf.feature_gram(symmetry, ref.network, a, b, [x])
     assert_allclose(found["0/kernel"].cross, expected["0/kernel"].cross, rtol=1e-4, atol=1e-4)
+
+
+# --- samples weighed by what the outputs owe to them
+
+
+def squared_derivatives(rest, features) -> np.ndarray:
+    """The squared norm of the derivative by the features of each sample, of one output each."""
+    gradient = np.asarray(jax.grad(lambda h: rest(h).sum())(features))
+    return (gradient**2).reshape(-1, gradient.shape[-1]).sum(-1)
+
+
+def weighed_covariance(weights, u, v):
+    """Covariances of the columns of two arrays, times the sum of the weights."""
+    flat = [np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (u, v)]
+    u, v = (x - np.average(x, axis=0, weights=weights) for x in flat)
+    return (u * weights[:, None]).T @ v
+
+
+def recurrent(params, x):
+    """A state that is carried along, and read at its end; one output."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ params["in"] + h @ params["back"])
+        return h, None
+
+    start = jnp.zeros((x.shape[0], 4)) + x[:, 0] @ params["start"]
+    h, _ = jax.lax.scan(step, start, jnp.swapaxes(x, 0, 1))
+    return h @ params["out"]
+
+
+def test_samples_count_by_the_derivative_of_the_outputs():
+    params = normals({"first": (5, 6), "second": (6, 4), "out": (4, 1)}, 0)
+    other = normals({"first": (5, 6), "second": (6, 4), "out": (4, 1)}, 1)
+
+    def from_second(params, h):
+        return jnp.tanh(h @ params["second"]) @ params["out"]
+
+    def fn(params, x):
+        return from_second(params, jnp.tanh(x @ params["first"]))
+
+    x = normal(30, 5, seed=2)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    hidden = [jnp.tanh(x @ net["first"]) for net in (params, other)]
+    weights = []
+    for net, h in zip((params, other), hidden, strict=True):
+        weights.append(squared_derivatives(functools.partial(from_second, net), h))
+    # Of one output for each input, every random sum has the derivative's square itself.
+    expected = weighed_covariance(sum(weights) / 2, *hidden)
+    gram = functools.partial(otf.feature_gram, symmetry, fn, params, other, at="activation")
+    for batches in ([x], [x[:11], x[11:]]):
+        found = gram(batches, center=True, by_sensitivity=True)["first"]
+        assert_allclose(found.cross, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_count_by_derivatives_inside_of_loops():
+    shapes = {"in": (3, 4), "back": (4, 4), "start": (3, 4), "out": (4, 1)}
+    params, x = normals(shapes, 0), normal(10, 5, 3, seed=2)
+    symmetry = otf.trace_symmetry(recurrent, params, x)
+    (name,) = symmetry
+    found = otf.feature_gram(
+        symmetry, recurrent, params, params, [x], at="activation", by_sensitivity=True
+    )[name]
+    # The state is read by each step, and by the outputs at its end.
+    states, weights = [], []
+    h = x[:, 0] @ params["start"]
+    for t in range(6):
+
+        def rest(state, t=t):
+            # What the product at step t owes to the state, and nothing else does.
+            for later in range(t, 5):
+                state = jnp.tanh(x[:, later] @ params["in"] + state @ params["back"])
+            return state @ params["out"]
+
+        states.append(h)
+        weights.append(squared_derivatives(rest, h))
+        if t < 5:
+            h = jnp.tanh(x[:, t] @ params["in"] + h @ params["back"])
+    u = np.concatenate(states)
+    expected = (u * np.concatenate(weights)[:, None]).T @ u
+    assert_allclose(found.cross, expected, rtol=1e-4, atol=1e-4)
+
+
+def first_token(params, x):
+    return jax.nn.relu(x @ params["in"])[:, 0] @ params["out"]
+
+
+def test_places_that_nothing_reads_do_not_count():
+    params, other = (normals({"in": (5, 6), "out": (6, 3)}, seed) for seed in range(2))
+    x = normal(8, 4, 5, seed=2)
+    symmetry = otf.trace_symmetry(first_token, params, x)
+    gram = functools.partial(otf.feature_gram, symmetry, first_token, params, other)
+    found = gram([x], at="preactivation", by_sensitivity=True)["in"]
+    again = gram([x.at[:, 1:].multiply(100)], at="preactivation", by_sensitivity=True)["in"]
+    assert_allclose(found.cross, again.cross, rtol=1e-6)
+    assert abs(np.asarray(found.cross)).max() > 0.1
+
+
+def test_groups_that_outputs_do_not_depend_on_are_left_out():
+    def stopped(params, x):
+        h = jax.nn.relu(jax.lax.stop_gradient(x @ params["in"]))
+        return jax.nn.relu(h @ params["on"]) @ params["out"]
+
+    params, x = normals({"in": (5, 6), "on": (6, 4), "out": (4, 3)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(stopped, params, x)
+    found = otf.feature_gram(symmetry, stopped, params, params, [x], by_sensitivity=True)
+    assert set(found) == {"on"}
+    assert set(symmetry) == {"in", "on"}
+
+
+def test_random_sums_are_drawn_anew_for_each_batch_and_alike_for_the_same_key():
+    symmetry, a, b, x, _ = setting()
+    gram = functools.partial(otf.feature_gram, symmetry, ref.network, a, b, by_sensitivity=True)
+    once, again = gram([x, x]), gram([x, x], key=jax.random.key(0))
+    other = gram([x, x], key=jax.random.key(1))
+    single = gram([x])
+    for name, products in once.items():
+        np.testing.assert_array_equal(products.cross, again[name].cross)
+        assert not np.allclose(products.cross, other[name].cross, rtol=1e-6)
+        assert not np.allclose(products.cross, 2 * single[name].cross, rtol=1e-6)
+
+
+def test_what_has_no_derivative_is_named():
+    def looping(params, x):
+        h = jax.nn.relu(x @ params["in"])
+        h = jax.lax.while_loop(lambda h: h.sum() < 10, lambda h: 2 * h, h)
+        return h @ params["out"]
+
+    params, x = normals({"in": (5, 6), "out": (6, 3)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(looping, params, x)
+    with pytest.raises(ValueError, match="can't be derived by its features"):
+        otf.feature_gram(symmetry, looping, params, params, [x], by_sensitivity=True)
+
+    def with_root(params, x):
+        return jnp.sqrt(jax.nn.relu(x @ params["in"])) @ params["out"]
+
+    symmetry = otf.trace_symmetry(with_root, params, x)
+    with pytest.raises(FloatingPointError, match="in: the derivative of the outputs"):
+        otf.feature_gram(symmetry, with_root, params, params, [x], by_sensitivity=True)

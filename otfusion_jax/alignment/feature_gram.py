@@ -10,13 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
+from otfusion_jax.common.arguments import checked_key
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
 from otfusion_jax.symmetry.correspondence import match_groups, target_names
+from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.activations import (
     At,
@@ -24,6 +28,7 @@ from otfusion_jax.tracing.activations import (
     features,
     refuse_inputs_of_one_batch,
 )
+from otfusion_jax.tracing.sensitivities import features_with_sensitivities
 
 
 def feature_gram(
@@ -38,6 +43,8 @@ def feature_gram(
     at: At = "preactivation",
     center: bool = False,
     intra: bool = False,
+    by_sensitivity: bool = False,
+    key: Array | None = None,
 ) -> dict[str, Gram]:
     """Accumulates the inner products of activations over batches of inputs.
 
@@ -59,15 +66,25 @@ def feature_gram(
             covariances of the inner products.
         intra: Whether to take the inner products within each model as well, which quadratic
             solvers (`GromovWasserstein`) need.
+        by_sensitivity: Whether a sample (an input at a place: a token, a pixel) counts by how much
+            the outputs depend on it, in place of all alike: by the squared norm of their derivative
+            by the features there, averaged over both models. What a difference of features changes
+            in the outputs is then, to first order and whatever its direction, what is compared; and
+            a place that nothing reads does not count. It takes about five times as long.
+        key: The source of randomness for derivatives, which are taken of a few random sums of the
+            outputs; `jax.random.key(0)` if None.
 
     Returns:
         The inner products by the names of groups, ready for `align(..., grams=...)`. Signed groups
         are left out if it is not known whether what is read changes its sign with the units: the
-        preactivations of an LSTM, some of which belong to gates.
+        preactivations of an LSTM, some of which belong to gates. By sensitivity, so are groups that
+        the outputs do not depend on.
 
     Raises:
         ValueError: If there are no batches, if the networks differ in more than widths, or if
-            `features` raises it.
+            `features` raises it; by sensitivity, also if the function can't be derived in reverse
+            mode.
+        FloatingPointError: If a derivative is not finite.
         TypeError: If the batches are a single array, a dict, or a tuple of arrays, which may be one
             batch of several inputs; or if `features` raises it.
     """
@@ -83,32 +100,95 @@ def feature_gram(
     name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
     left_out = _of_unknown_signs(symmetry, at)
+    key = checked_key(key)
     # Sums over batches: none is kept, and they may come from a generator.
     totals: dict[str, _Sums] = {}
-    for batch in batches_of(batches):
-        source_features = features(symmetry, fn, source, *batch, at=at)
-        target_features = features(onto, target_fn, target, *batch, at=at)
+    for number, batch in enumerate(batches_of(batches)):
+        if by_sensitivity:
+            own_key = jax.random.fold_in(key, number)
+            source_read = features_with_sensitivities(symmetry, fn, source, batch, at, own_key)
+            target_read = features_with_sensitivities(onto, target_fn, target, batch, at, own_key)
+        else:
+            source_read = features(symmetry, fn, source, *batch, at=at), None
+            target_read = features(onto, target_fn, target, *batch, at=at), None
         for group in symmetry.groups:
             if group.name in left_out:
                 continue
-            # Features are [*batch, samples, units]; a unit is a vector of samples.
-            source_units = jnp.swapaxes(source_features[group.name], -1, -2)
-            target_units = jnp.swapaxes(target_features[name_in_target[group.name]], -1, -2)
-            sums = _Sums(
-                unit_gram(source_units, target_units, group, intra),
-                as_real(source_units).sum(-1),
-                as_real(target_units).sum(-1),
-                source_units.shape[-1],
-            )
+            of_source = _read_of(source_read, group.name)
+            of_target = _read_of(target_read, name_in_target[group.name])
+            sums = _sums_of(group, of_source, of_target, intra)
             if group.name in totals:
                 sums = jax.tree.map(jnp.add, totals[group.name], sums)
             totals[group.name] = sums
+    if by_sensitivity:
+        _drop_unread(symmetry, totals)
     grams = {}
     # Means are known only after the last batch, so that they are subtracted from the sums.
     for name, sums in totals.items():
         gram = _centered(sums) if center else sums.gram
         grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
     return grams
+
+
+def _read_of(
+    read: tuple[dict[str, Array], dict[str, Array] | None], name: str
+) -> tuple[Array, Array | None]:
+    """Returns the units of a group, a vector of samples each, and the sensitivities of samples."""
+    activations, sensitivities = read
+    # Features are [*batch, samples, units].
+    units = jnp.swapaxes(activations[name], -1, -2)
+    return units, None if sensitivities is None else sensitivities[name]
+
+
+def _sums_of(
+    group: Group,
+    of_source: tuple[Array, Array | None],
+    of_target: tuple[Array, Array | None],
+    intra: bool,
+) -> "_Sums":
+    """Sums up what one batch says about a group, each sample by how much it counts."""
+    source_units, source_sensitivities = of_source
+    target_units, target_sensitivities = of_target
+    if source_sensitivities is None or target_sensitivities is None:
+        return _Sums(
+            unit_gram(source_units, target_units, group, intra),
+            as_real(source_units).sum(-1),
+            as_real(target_units).sum(-1),
+            jnp.asarray(source_units.shape[-1], jnp.int32),
+        )
+    if group.outer is not None:
+        # Which head is which is not known yet, so that a sample counts alike in all of them.
+        source_sensitivities = source_sensitivities.mean(-2, keepdims=True)
+        target_sensitivities = target_sensitivities.mean(-2, keepdims=True)
+    weights = (source_sensitivities + target_sensitivities) / 2
+    # Units are vectors of samples. The square root is for either side of an inner product.
+    roots = jnp.sqrt(weights)[..., None, :]
+    source_units, target_units = roots * source_units, roots * target_units
+    return _Sums(
+        unit_gram(source_units, target_units, group, intra),
+        as_real(roots * source_units).sum(-1),
+        as_real(roots * target_units).sum(-1),
+        weights.sum(-1),
+    )
+
+
+def _drop_unread(symmetry: Symmetry, totals: dict[str, "_Sums"]) -> None:
+    """Leaves out groups that the outputs do not depend on, with all that are matched with them."""
+    unread = set()
+    for name, sums in totals.items():
+        # Inside of `jax.jit` there are no values to look at.
+        if isinstance(sums.count, Tracer):
+            continue
+        counts = np.asarray(sums.count)
+        if not np.all(np.isfinite(counts)):
+            raise FloatingPointError(
+                f"{name}: the derivative of the outputs by its features is not finite, or its "
+                "square overflows; leave by_sensitivity out, or scale the outputs"
+            )
+        if not np.all(counts > 0):
+            unread.add(name)
+    for name in _with_trees(symmetry, unread):
+        totals.pop(name, None)
 
 
 def _of_unknown_signs(symmetry: Symmetry, at: At) -> set[str]:
@@ -122,12 +202,17 @@ def _of_unknown_signs(symmetry: Symmetry, at: At) -> set[str]:
         met = group.having("consumes" if at == "activation" else "produces")
         if group.signed and not (met and all(member.odd for member in met)):
             unknown.add(group.name)
-    # What is nested is compared together with what is around it.
-    roots = {symmetry[name].outer or name for name in unknown}
+    return _with_trees(symmetry, unknown)
+
+
+def _with_trees(symmetry: Symmetry, names: set[str]) -> set[str]:
+    """Adds what groups are compared together with: what is around them, and nested in that."""
+    roots = {symmetry[name].outer or name for name in names}
+    together = set()
     for group in symmetry.groups:
         if group.outer in roots or group.name in roots:
-            unknown.add(group.name)
-    return unknown
+            together.add(group.name)
+    return together
 
 
 @jax.tree_util.register_dataclass
@@ -139,26 +224,30 @@ class _Sums:
         gram: The inner products.
         source_sum: The sum of each of the source's units over the samples.
         target_sum: The sum of each of the target's units over the samples.
-        count: The number of samples.
+        count: The number of samples, an integer; or the sum of what they count, float `[*batch]`.
+            If there is a group around, its axis has size 1 here.
     """
 
     gram: Gram
     source_sum: Array
     target_sum: Array
-    count: Any
+    count: Array
 
 
 def _centered(sums: _Sums) -> Gram:
     """Returns the inner products of activations less their means: Σxy - (Σx)(Σy) / count."""
-    gram, a, b = sums.gram, sums.source_sum, sums.target_sum
-    count = jnp.maximum(jnp.asarray(sums.count, gram.cross.dtype), 1)
+    gram = sums.gram
+    count = sums.count.astype(gram.cross.dtype)
+    # Without samples there are no means.
+    root = jnp.sqrt(jnp.where(count > 0, count, 1))[..., None]
+    a, b = sums.source_sum / root, sums.target_sum / root
     intra = gram.intra
     if intra is not None:
-        intra = intra[0] - all_products(a) / count, intra[1] - all_products(b) / count
+        intra = intra[0] - all_products(a), intra[1] - all_products(b)
     # Rounding must not make squared norms negative.
     return Gram(
-        jnp.maximum(gram.source_sq_norms - a * a / count, 0),
-        jnp.maximum(gram.target_sq_norms - b * b / count, 0),
-        gram.cross - gram.pairwise(a, b) / count,
+        jnp.maximum(gram.source_sq_norms - a * a, 0),
+        jnp.maximum(gram.target_sq_norms - b * b, 0),
+        gram.cross - gram.pairwise(a, b),
         intra,
     )

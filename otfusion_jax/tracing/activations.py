@@ -8,7 +8,7 @@ models can run side by side.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -76,6 +76,29 @@ def features(
             do not fit.
         TypeError: For arguments in another order or of a wrong kind, and shapes in place of arrays.
     """
+    function, inputs = checked_program(symmetry, fn, params, inputs, at)
+    return _features(symmetry, function, at, params, inputs)
+
+
+def checked_program(
+    symmetry: Symmetry, fn: Program, params: PyTree, inputs: tuple[PyTree, ...], at: At
+) -> tuple[Callable[..., Any], tuple[PyTree, ...]]:
+    """Checks the arguments of `features`.
+
+    Args:
+        symmetry: The argument of this name.
+        fn: The argument of this name.
+        params: The argument of this name.
+        inputs: The argument of this name.
+        at: The argument of this name.
+
+    Returns:
+        The program as one function, and its inputs.
+
+    Raises:
+        ValueError: As `features`, but for functions of another symmetry.
+        TypeError: As `features`.
+    """
     if at not in ("preactivation", "activation"):
         raise ValueError(f"at is {at!r}; it must be 'preactivation' or 'activation'")
     require_symmetry(symmetry, _CALL)
@@ -83,7 +106,7 @@ def features(
     require_params_first(symmetry, params, inputs, _CALL)
     require_model(symmetry, params)
     check_inputs(inputs)
-    return _features(symmetry, function, at, params, inputs)
+    return function, inputs
 
 
 @functools.partial(jax.jit, static_argnames=("symmetry", "fn", "at"))
@@ -92,29 +115,78 @@ def _features(
 ) -> dict[str, Array]:
     """Evaluates the traced program; `features` has checked the arguments."""
     traced = retrace(symmetry, fn, params, inputs)
-    views = traced.preactivations if at == "preactivation" else traced.activations
-    recorder = _Recorder(_sites_by_path(views.values()), {})
+    views = views_at(traced, at)
     arguments = [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)]
-    interpret(traced.jaxpr, arguments, (), recorder.step)
+    _, arrays = record(traced, views, arguments, {})
+    return by_group(symmetry, views, arrays)
+
+
+def views_at(traced: Trace, at: At) -> dict[str, tuple[View, ...]]:
+    """Returns where the features of each group can be read.
+
+    Args:
+        traced: The trace of the network.
+        at: Where to read them, see `features`.
+
+    Returns:
+        The views of each group, in dataflow order; groups that no input reaches have none.
+    """
+    return traced.preactivations if at == "preactivation" else traced.activations
+
+
+def record(
+    traced: Trace,
+    views: dict[str, tuple[View, ...]],
+    arguments: list[Any],
+    probes: dict[Site, Array],
+) -> tuple[list[Any], dict[Site, Array]]:
+    """Evaluates a traced program, and keeps the arrays at the sites of some views.
+
+    Args:
+        traced: The trace of the program.
+        views: The views of each group.
+        arguments: The arguments of the jaxpr.
+        probes: Arrays that are added at some of these sites. The derivative by one of them is what
+            the results owe to what is read there, by nothing but the equation that reads it.
+
+    Returns:
+        The results, and the arrays at the sites.
+    """
+    sites = set()
+    for views_of_group in views.values():
+        for view in views_of_group:
+            sites.add(view.site)
+    wanted: dict[Path, list[Site]] = {}
+    for site in sorted(sites):
+        wanted.setdefault(site.path, []).append(site)
+    recorder = _Recorder(wanted, probes, {})
+    results = interpret(traced.jaxpr, arguments, (), recorder.step)
+    return results, recorder.arrays
+
+
+def by_group(
+    symmetry: Symmetry, views: dict[str, tuple[View, ...]], arrays: dict[Site, Array]
+) -> dict[str, Float[Array, "*batch samples units"]]:
+    """Brings what was read at sites into the order of the groups' units.
+
+    Args:
+        symmetry: The symmetry of the program.
+        views: The views of each group.
+        arrays: The arrays at the sites of these views.
+
+    Returns:
+        The features of each group, as `features` returns them.
+    """
     activations = {}
     for group in symmetry.groups:
         samples = []
         for view in views.get(group.name, ()):
-            samples.append(samples_of(recorder.arrays[view.site], view, group))
+            samples.append(samples_of(arrays[view.site], view, group))
         if not samples:
             # No input reaches the group.
             samples.append(jnp.zeros((*group.batch, 0, group.size)))
         activations[group.name] = jnp.concatenate(samples, axis=-2)
     return activations
-
-
-def _sites_by_path(views_of_groups: Iterable[Sequence[View]]) -> dict[Path, list[Site]]:
-    """Returns the sites of views by the path of their equation."""
-    sites: dict[Path, list[Site]] = {}
-    for views in views_of_groups:
-        for view in views:
-            sites.setdefault(view.site.path, []).append(view.site)
-    return sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,45 +195,61 @@ class _Recorder:
 
     Attributes:
         wanted: The sites by the path of their equation.
+        probes: What is added at some of these sites.
         arrays: The arrays that have been met at these sites; filled by `step`.
     """
 
     wanted: dict[Path, list[Site]]
+    probes: dict[Site, Array]
     arrays: dict[Site, Array]
 
     def step(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
         """Evaluates an equation: a `Step` of `interpret`."""
+        operands = self._read("in", path, operands)
         # A scan in which nothing is wanted is evaluated in one piece.
         if eqn.primitive is P.scan_p and self._is_wanted_within(path):
             results = self._scan(eqn, path, operands)
         else:
             bound = eqn.primitive.bind(*operands, **eqn.params)
             results = bound if eqn.primitive.multiple_results else [bound]
+        return self._read("out", path, results)
+
+    def _read(self, side: Literal["in", "out"], path: Path, values: list[Any]) -> list[Any]:
+        """Keeps the operands or the results that are wanted, and returns all, with their probes."""
+        values = list(values)
         for site in self.wanted.get(path, ()):
-            values = operands if site.side == "in" else results
+            if site.side != side:
+                continue
+            if site in self.probes:
+                values[site.position] = values[site.position] + self.probes[site]
             self.arrays[site] = values[site.position]
-        return results
+        return values
 
     def _is_wanted_within(self, path: Path) -> bool:
         """Whether a site lies in the body of the scan at a path."""
-        return any(wanted_path[: len(path)] == path for wanted_path in self.wanted)
+        return any(_is_within(wanted_path, path) for wanted_path in self.wanted)
 
     def _scan(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
         """Evaluates a scan, and keeps arrays of each iteration, stacked along a new first axis."""
         consts, init, xs = scan_operands(eqn, operands)
+        probes = {}
+        for site, probe in self.probes.items():
+            if _is_within(site.path, path):
+                probes[site] = probe
 
-        def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], Any]:
+        def step(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
             # What is traced inside of a loop must leave it as a result, so the body has a recorder
             # of its own.
-            inside = _Recorder(self.wanted, {})
-            arguments = [*consts, *carry, *slices]
+            of_iteration, probes_of_iteration = slices
+            inside = _Recorder(self.wanted, probes_of_iteration, {})
+            arguments = [*consts, *carry, *of_iteration]
             results = interpret(eqn.params["jaxpr"], arguments, path, inside.step)
             return results[: len(init)], (results[len(init) :], inside.arrays)
 
         carry, (results, stacked) = jax.lax.scan(
             step,
             init,
-            xs,
+            (xs, probes),
             length=eqn.params["length"],
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
@@ -170,6 +258,11 @@ class _Recorder:
         # which is the order that `Site` promises.
         self.arrays.update(stacked)
         return [*carry, *results]
+
+
+def _is_within(path: Path, outer: Path) -> bool:
+    """Whether an equation is that at a path, or lies inside of it."""
+    return path[: len(outer)] == outer
 
 
 def interpret(

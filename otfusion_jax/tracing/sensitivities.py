@@ -1,0 +1,115 @@
+"""How much the outputs of a network depend on its features, sample by sample.
+
+A sample is a place as much as an input: of a transformer that reads its answer off one token, the
+last layer computes the other tokens for nothing. Where units are compared by their features, such
+places should not count, and others should by what a difference there does to the outputs.
+
+The derivative of one random sum of the outputs has the squared size that the derivatives of all
+outputs have on average. So a few of these, by reverse mode, do for any number of outputs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from otfusion_jax.common.typing import PyTree
+from otfusion_jax.symmetry.symmetry import Symmetry
+from otfusion_jax.tracing.activations import (
+    At,
+    by_group,
+    checked_program,
+    record,
+    retrace,
+    views_at,
+)
+from otfusion_jax.tracing.programs import Program
+from otfusion_jax.tracing.records import Site
+
+# How many random sums of the outputs are derived.
+_SUMS = 4
+
+
+class GradientError(ValueError):
+    """A program has no gradient with respect to its features."""
+
+
+def features_with_sensitivities(
+    symmetry: Symmetry, fn: Program, params: PyTree, inputs: tuple[PyTree, ...], at: At, key: Array
+) -> tuple[
+    dict[str, Float[Array, "*batch samples units"]], dict[str, Float[Array, "*batch samples"]]
+]:
+    """Evaluates a network, and how much its outputs depend on the activations of every group.
+
+    Args:
+        symmetry: The symmetry that was traced with this function.
+        fn: The function that was traced.
+        params: The parameters.
+        inputs: A batch of inputs.
+        at: Where features are read, see `features`.
+        key: The source of randomness, a key of JAX.
+
+    Returns:
+        The features, as `features` returns them. And for each sample the squared norm of the
+        derivative of all outputs by the features of that sample, as they are read at its place: an
+        estimate by a few random sums of the outputs, which is never negative, and 0 where they do
+        not depend on them. Outputs that are no floating-point numbers do not count.
+
+    Raises:
+        GradientError: If the function can't be derived in reverse mode.
+        ValueError: As `features`.
+        TypeError: As `features`.
+    """
+    function, inputs = checked_program(symmetry, fn, params, inputs, at)
+    return _evaluated(symmetry, function, at, params, inputs, key)
+
+
+@functools.partial(jax.jit, static_argnames=("symmetry", "fn", "at"))
+def _evaluated(
+    symmetry: Symmetry,
+    fn: Callable[..., Any],
+    at: At,
+    params: PyTree,
+    inputs: tuple[PyTree, ...],
+    key: Array,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    traced = retrace(symmetry, fn, params, inputs)
+    views = views_at(traced, at)
+    arguments = [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)]
+
+    def outputs_of(probes: dict[Site, Array]) -> tuple[list[Array], dict[Site, Array]]:
+        results, arrays = record(traced, views, arguments, probes)
+        return [x for x in results if jnp.issubdtype(x.dtype, jnp.inexact)], arrays
+
+    _, shapes = jax.eval_shape(outputs_of, {})
+    zeros = {site: jnp.zeros(shape.shape, shape.dtype) for site, shape in shapes.items()}
+
+    def sensitivities(derivative: Callable[..., Any], outputs: list[Array], key: Array) -> Any:
+        signs = []
+        for number, output in enumerate(outputs):
+            own_key = jax.random.fold_in(key, number)
+            signs.append(jax.random.rademacher(own_key, output.shape, output.dtype))
+        (gradients,) = derivative(signs)
+        squares = {}
+        for name, gradient in by_group(symmetry, views, gradients).items():
+            # In float32 at least: squares of small numbers are smaller still.
+            wide = abs(gradient).astype(jnp.promote_types(gradient.real.dtype, jnp.float32))
+            squares[name] = jnp.sum(wide * wide, axis=-1)
+        return squares
+
+    try:
+        outputs, derivative, arrays = jax.vjp(outputs_of, zeros, has_aux=True)
+        of_sums = functools.partial(sensitivities, derivative, outputs)
+        squares = jax.lax.map(of_sums, jax.random.split(key, _SUMS))
+    except Exception as error:
+        # Its values have been traced above, so that it is the derivative that fails: each
+        # primitive that has none says so by an error of its own kind.
+        raise GradientError(
+            "the outputs of this function can't be derived by its features, which is what they "
+            f"are weighed by: {error}"
+        ) from error
+    means = jax.tree.map(lambda x: jnp.mean(x, axis=0), squares)
+    return by_group(symmetry, views, arrays), means
