@@ -272,11 +272,14 @@ def test_one_group_is_procrustes_of_scipy():
     assert found.objective < 0.9 * permuted.objective
 
 
-def test_features_start_where_weights_do():
+@pytest.mark.parametrize("by_sensitivity", [False, True], ids=["all alike", "by sensitivity"])
+def test_features_start_where_weights_do(by_sensitivity: bool):
     fn, symmetry, _, inputs = network("vit")
     a, b, _ = planted("vit", 5)
     many = normal(64, 5, 7, seed=4)
-    grams = otf.feature_gram(symmetry, fn, a, b, [many], at="activation", center=True)
+    grams = otf.feature_gram(
+        symmetry, fn, a, b, [many], at="activation", center=True, by_sensitivity=by_sensitivity
+    )
     found = otf.align(symmetry, a, b, method=otf.ForwardPass(), grams=grams)
     moved = otf.transport(symmetry, found, a)
     assert distance(moved, b) < 1e-6 * distance(a, b)

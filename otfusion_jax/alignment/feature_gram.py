@@ -234,13 +234,19 @@ class _Sums:
     count: Array
 
 
+def _spread(numbers: Array, units: Array) -> Array:
+    """Brings numbers, one for all units or one for each of the batch, in front of units."""
+    return jnp.broadcast_to(numbers, units.shape[:-1])[..., None]
+
+
 def _centered(sums: _Sums) -> Gram:
     """Returns the inner products of activations less their means: Σxy - (Σx)(Σy) / count."""
     gram = sums.gram
     count = sums.count.astype(gram.cross.dtype)
     # Without samples there are no means.
-    root = jnp.sqrt(jnp.where(count > 0, count, 1))[..., None]
-    a, b = sums.source_sum / root, sums.target_sum / root
+    root = jnp.sqrt(jnp.where(count > 0, count, 1))
+    a = sums.source_sum / _spread(root, sums.source_sum)
+    b = sums.target_sum / _spread(root, sums.target_sum)
     intra = gram.intra
     if intra is not None:
         intra = intra[0] - all_products(a), intra[1] - all_products(b)
