@@ -84,13 +84,24 @@ def activation_grams(pair: Pair, samples: int) -> dict[str, otf.Gram]:
 
 
 def _grams(
-    pair: Pair, samples: int, at: Literal["preactivation", "activation"], center: bool
+    pair: Pair,
+    samples: int,
+    at: Literal["preactivation", "activation"],
+    center: bool,
+    by_sensitivity: bool = False,
 ) -> dict[str, otf.Gram]:
     """Compares the units of both models on some of the pair's images, batch by batch."""
     network = pair.network
     batches = batches_of(pair.images[:samples])
     return otf.feature_gram(
-        network.symmetry, network.apply, pair.a, pair.b, batches, at=at, center=center
+        network.symmetry,
+        network.apply,
+        pair.a,
+        pair.b,
+        batches,
+        at=at,
+        center=center,
+        by_sensitivity=by_sensitivity,
     )
 
 
@@ -215,7 +226,8 @@ def by_learned_rotations(pair: Pair) -> PyTree:
 def grams_beside_heads(pair: Pair) -> dict[str, otf.Gram]:
     """Compares what residual streams and hidden units put out, minus its mean.
 
-    Heads are left out, and what is in them: their weights tell more.
+    Each place of an image counts by how much the outputs depend on it. Heads are left out, and what
+    is in them: their weights tell more.
 
     Args:
         pair: The models, in canonical form.
@@ -226,17 +238,7 @@ def grams_beside_heads(pair: Pair) -> dict[str, otf.Gram]:
     groups = pair.network.symmetry.groups
     heads = {group.outer for group in groups}
     grams = {}
-    network = pair.network
-    found = otf.feature_gram(
-        network.symmetry,
-        network.apply,
-        pair.a,
-        pair.b,
-        batches_of(pair.images),
-        at="activation",
-        center=True,
-        by_sensitivity=True,
-    )
+    found = _grams(pair, len(pair.images), "activation", center=True, by_sensitivity=True)
     for name, gram in found.items():
         group = pair.network.symmetry[name]
         if group.rotates and not group.batch:

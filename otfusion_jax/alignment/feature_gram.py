@@ -100,12 +100,11 @@ def feature_gram(
     name_in_target = target_names(match_groups(symmetry, onto), onto)
     target_fn = fn if target_fn is None else target_fn
     left_out = _of_unknown_signs(symmetry, at)
-    key = checked_key(key)
     # Sums over batches: none is kept, and they may come from a generator.
     totals: dict[str, _Sums] = {}
     for number, batch in enumerate(batches_of(batches)):
         if by_sensitivity:
-            own_key = jax.random.fold_in(key, number)
+            own_key = jax.random.fold_in(checked_key(key), number)
             source_read = features_with_sensitivities(symmetry, fn, source, batch, at, own_key)
             target_read = features_with_sensitivities(onto, target_fn, target, batch, at, own_key)
         else:

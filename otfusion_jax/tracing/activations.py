@@ -86,11 +86,11 @@ def checked_program(
     """Checks the arguments of `features`.
 
     Args:
-        symmetry: The argument of this name.
-        fn: The argument of this name.
-        params: The argument of this name.
-        inputs: The argument of this name.
-        at: The argument of this name.
+        symmetry: The symmetry that was traced with this function.
+        fn: The function that was traced, or the list of functions and inputs.
+        params: The parameters.
+        inputs: The inputs; none if they come with the functions.
+        at: Where features are read.
 
     Returns:
         The program as one function, and its inputs.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.activations import (
@@ -76,6 +77,7 @@ def _evaluated(
     inputs: tuple[PyTree, ...],
     key: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Evaluates the program; `features_with_sensitivities` has checked the arguments."""
     traced = retrace(symmetry, fn, params, inputs)
     views = views_at(traced, at)
     arguments = [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)]
@@ -87,23 +89,14 @@ def _evaluated(
     _, shapes = jax.eval_shape(outputs_of, {})
     zeros = {site: jnp.zeros(shape.shape, shape.dtype) for site, shape in shapes.items()}
 
-    def sensitivities(derivative: Callable[..., Any], outputs: list[Array], key: Array) -> Any:
-        signs = []
-        for number, output in enumerate(outputs):
-            own_key = jax.random.fold_in(key, number)
-            signs.append(jax.random.rademacher(own_key, output.shape, output.dtype))
-        (gradients,) = derivative(signs)
-        squares = {}
-        for name, gradient in by_group(symmetry, views, gradients).items():
-            # In float32 at least: squares of small numbers are smaller still.
-            wide = abs(gradient).astype(jnp.promote_types(gradient.real.dtype, jnp.float32))
-            squares[name] = jnp.sum(wide * wide, axis=-1)
-        return squares
-
     try:
         outputs, derivative, arrays = jax.vjp(outputs_of, zeros, has_aux=True)
-        of_sums = functools.partial(sensitivities, derivative, outputs)
-        squares = jax.lax.map(of_sums, jax.random.split(key, _SUMS))
+
+        def squares_of_a_sum(key: Array) -> dict[str, Array]:
+            (gradients,) = derivative(_random_signs(outputs, key))
+            return _squared_norms(by_group(symmetry, views, gradients))
+
+        squares = jax.lax.map(squares_of_a_sum, jax.random.split(key, _SUMS))
     except Exception as error:
         # Its values have been traced above, so that it is the derivative that fails: each
         # primitive that has none says so by an error of its own kind.
@@ -113,3 +106,23 @@ def _evaluated(
         ) from error
     means = jax.tree.map(lambda x: jnp.mean(x, axis=0), squares)
     return by_group(symmetry, views, arrays), means
+
+
+def _random_signs(outputs: list[Array], key: Array) -> list[Array]:
+    """Draws a sign for every number of the outputs, each output by a key of its own."""
+    signs = []
+    for number, output in enumerate(outputs):
+        own_key = jax.random.fold_in(key, number)
+        signs.append(jax.random.rademacher(own_key, output.shape, output.dtype))
+    return signs
+
+
+def _squared_norms(gradients: dict[str, Array]) -> dict[str, Float[Array, "*batch samples"]]:
+    """Takes the squared norm of what is of each sample, in float32 or wider."""
+    squares = {}
+    for name, gradient in gradients.items():
+        magnitudes = abs(gradient)
+        # Squares of small numbers are smaller still.
+        magnitudes = magnitudes.astype(accumulation_dtype(magnitudes.dtype))
+        squares[name] = jnp.sum(magnitudes * magnitudes, axis=-1)
+    return squares
