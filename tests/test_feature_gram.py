@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 from arrays import normal, normals
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from pairs import FORWARD
 
 import otfusion_jax as otf
@@ -214,6 +214,90 @@ def test_places_that_nothing_reads_do_not_count():
     again = gram([x.at[:, 1:].multiply(100)], at="preactivation", by_sensitivity=True)["in"]
     assert_allclose(found.cross, again.cross, rtol=1e-6)
     assert abs(np.asarray(found.cross)).max() > 0.1
+    # Not even what is no number.
+    unknown = gram([x.at[:, 1:].set(np.nan)], at="preactivation", by_sensitivity=True)["in"]
+    assert_allclose(unknown.cross, found.cross, rtol=1e-6)
+
+
+@jax.custom_jvp
+def step(h):
+    """A step, whose derivative is taken to be that of a logistic function."""
+    return jnp.heaviside(h, 0.5)
+
+
+@step.defjvp
+def _(primals, tangents):
+    (h,), (tangent,) = primals, tangents
+    return step(h), tangent * jax.nn.sigmoid(h)
+
+
+@jax.custom_vjp
+def doubled_until_large(h):
+    return jax.lax.while_loop(lambda h: abs(h).sum() < 10, lambda h: 2 * h, h)
+
+
+doubled_until_large.defvjp(lambda h: (doubled_until_large(h), h), lambda h, g: (g * (1 + h * h),))
+
+
+@pytest.mark.parametrize("nonlinearity", [jax.nn.relu, step, doubled_until_large])
+def test_functions_have_the_derivatives_that_they_say(nonlinearity):
+    def fn(params, x):
+        return nonlinearity(x @ params["in"]) @ params["out"]
+
+    params, other = (normals({"in": (5, 6), "out": (6, 1)}, seed) for seed in range(2))
+    # Zeros are where relu has two derivatives.
+    x = normal(8, 5, seed=2).at[3:].set(0)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    found = otf.feature_gram(symmetry, fn, params, other, [x], center=True, by_sensitivity=True)
+    h, weights = [], []
+    for net in (params, other):
+        h.append(x @ net["in"])
+        weights.append(squared_derivatives(lambda h, net=net: nonlinearity(h) @ net["out"], h[-1]))
+    expected = weighed_covariance(sum(weights) / 2, *h)
+    assert_allclose(found["in"].cross, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_of_many_outputs_all_count_and_both_parts_of_complex_ones():
+    def from_hidden(params, h):
+        spectrum = jnp.fft.rfft(h @ params["out"])
+        return {"spectrum": 1j * spectrum, "sum": h.sum(-1), "sign": jnp.int32(h.sum(-1) > 0)}
+
+    def fn(params, x):
+        return from_hidden(params, jax.nn.relu(x @ params["in"]))
+
+    params, x = normals({"in": (5, 6), "out": (6, 5)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    h = jax.nn.relu(x @ params["in"])
+
+    def parts(h):
+        outputs = from_hidden(params, h)
+        return outputs["spectrum"].real, outputs["spectrum"].imag, outputs["sum"]
+
+    weights = np.zeros(8)
+    for jacobian in jax.vmap(jax.jacrev(parts))(h):
+        weights += (np.asarray(jacobian) ** 2).reshape(8, -1).sum(-1)
+    expected = weighed_covariance(weights, h, h)
+    gram = functools.partial(otf.feature_gram, symmetry, fn, params, params, at="activation")
+    crosses = []
+    for seed in range(60):
+        key = jax.random.key(seed)
+        crosses.append(gram([x], center=True, by_sensitivity=True, key=key)["in"].cross)
+    # Random sums are right on average: of 240 draws, the error is a few hundredths.
+    assert_allclose(np.mean(crosses, axis=0), expected, atol=0.1 * abs(expected).max())
+
+
+def test_sensitivities_of_half_precision_are_promoted_by_no_one_else():
+    def fn(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    params, x = normals({"in": (5, 6), "out": (6, 1)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    expected = otf.feature_gram(symmetry, fn, params, params, [x], by_sensitivity=True)["in"]
+    half, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, x))
+    symmetry = otf.trace_symmetry(fn, half, x)
+    with jax.numpy_dtype_promotion("strict"):
+        found = otf.feature_gram(symmetry, fn, half, half, [x], by_sensitivity=True)["in"]
+    assert_allclose(found.cross, expected.cross, rtol=0.1, atol=0.1)
 
 
 def test_groups_that_outputs_do_not_depend_on_are_left_out():
@@ -226,6 +310,22 @@ def test_groups_that_outputs_do_not_depend_on_are_left_out():
     found = otf.feature_gram(symmetry, stopped, params, params, [x], by_sensitivity=True)
     assert set(found) == {"on"}
     assert set(symmetry) == {"in", "on"}
+
+
+def test_groups_of_which_one_index_is_not_read_are_left_out():
+    def branches(params, x):
+        h = jnp.tanh(jnp.einsum("nd,ldk->nlk", x, params["in"]))
+        h = h * jnp.asarray([[[1.0], [0.0], [1.0]]])
+        return jnp.einsum("nlk,lko->no", h, params["out"])
+
+    params, x = normals({"in": (3, 5, 6), "out": (3, 6, 2)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(branches, params, x)
+    assert set(symmetry) == {"in"}
+    gram = functools.partial(otf.feature_gram, symmetry, branches, params, params, [x])
+    assert gram(by_sensitivity=True) == {}
+    # What is matched without values stays, and says nothing of that index.
+    traced = jax.jit(lambda: gram(by_sensitivity=True))()["in"]
+    assert_array_equal(abs(traced.cross).max((1, 2)) > 0, [True, False, True])
 
 
 def test_random_sums_are_drawn_anew_for_each_batch_and_alike_for_the_same_key():
@@ -252,8 +352,27 @@ def test_what_has_no_derivative_is_named():
         otf.feature_gram(symmetry, looping, params, params, [x], by_sensitivity=True)
 
     def with_root(params, x):
-        return jnp.sqrt(jax.nn.relu(x @ params["in"])) @ params["out"]
+        return jnp.sqrt(jnp.maximum(x @ params["in"], 0)) @ params["out"]
 
     symmetry = otf.trace_symmetry(with_root, params, x)
     with pytest.raises(FloatingPointError, match="in: the derivative of the outputs"):
         otf.feature_gram(symmetry, with_root, params, params, [x], by_sensitivity=True)
+    # Outputs so small that squares are 0 are not those that depend on nothing.
+    tiny = {**params, "out": params["out"] * 1e-24}
+    symmetry = otf.trace_symmetry(first_token, tiny, x[:, None])
+    with pytest.raises(FloatingPointError, match="its square is out of range"):
+        otf.feature_gram(symmetry, first_token, tiny, tiny, [x[:, None]], by_sensitivity=True)
+
+
+@pytest.mark.parametrize("by_sensitivity", [False, True])
+def test_functions_with_other_numbers_of_samples_are_named(by_sensitivity):
+    symmetry, a, b, x, _ = setting()
+
+    def of_half(params, x):
+        return ref.network(params, x[::2])
+
+    gram = functools.partial(otf.feature_gram, symmetry, ref.network, a, b, [x])
+    with pytest.raises(ValueError, match="0/kernel: the source has 20 samples .* the target 10"):
+        gram(target_fn=of_half, by_sensitivity=by_sensitivity)
+    with pytest.raises(TypeError, match="key is 3"):
+        any_otf.feature_gram(symmetry, ref.network, a, b, [x], key=3)

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
 from otfusion_jax.common.arguments import checked_key
+from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
@@ -72,19 +73,22 @@ def feature_gram(
             in the outputs is then, to first order and whatever its direction, what is compared; and
             a place that nothing reads does not count. It takes about five times as long.
         key: The source of randomness for derivatives, which are taken of a few random sums of the
-            outputs; `jax.random.key(0)` if None.
+            outputs; `jax.random.key(0)` if None. Only by sensitivity is anything drawn.
 
     Returns:
         The inner products by the names of groups, ready for `align(..., grams=...)`. Signed groups
         are left out if it is not known whether what is read changes its sign with the units: the
         preactivations of an LSTM, some of which belong to gates. By sensitivity, so are groups that
-        the outputs do not depend on.
+        the outputs do not depend on, at one index of their batch or more, and all that are matched
+        together with these. Inside of `jax.jit` values cannot be looked at: there such groups stay,
+        with inner products that are 0, and derivatives that are not finite give NaN.
 
     Raises:
         ValueError: If there are no batches, if the networks differ in more than widths, or if
             `features` raises it; by sensitivity, also if the function can't be derived in reverse
             mode.
-        FloatingPointError: If a derivative is not finite.
+        FloatingPointError: If a derivative is not finite, or the squares of all derivatives by a
+            group's features are out of range.
         TypeError: If the batches are a single array, a dict, or a tuple of arrays, which may be one
             batch of several inputs; or if `features` raises it.
     """
@@ -93,6 +97,7 @@ def feature_gram(
     if onto is None:
         onto = symmetry
     require_symmetry(onto, call)
+    key = checked_key(key)
     refuse_inputs_of_one_batch(batches)
     # What comes after a scale is other features than those that are to be rotated.
     require_canonical(symmetry, source, "the source")
@@ -104,7 +109,7 @@ def feature_gram(
     totals: dict[str, _Sums] = {}
     for number, batch in enumerate(batches_of(batches)):
         if by_sensitivity:
-            own_key = jax.random.fold_in(checked_key(key), number)
+            own_key = jax.random.fold_in(key, number)
             source_read = features_with_sensitivities(symmetry, fn, source, batch, at, own_key)
             target_read = features_with_sensitivities(onto, target_fn, target, batch, at, own_key)
         else:
@@ -115,6 +120,7 @@ def feature_gram(
                 continue
             of_source = _read_of(source_read, group.name)
             of_target = _read_of(target_read, name_in_target[group.name])
+            _require_as_many_samples(group, of_source[0], of_target[0])
             sums = _sums_of(group, of_source, of_target, intra)
             if group.name in totals:
                 sums = jax.tree.map(jnp.add, totals[group.name], sums)
@@ -162,13 +168,29 @@ def _sums_of(
     weights = (source_sensitivities + target_sensitivities) / 2
     # Units are vectors of samples. The square root is for either side of an inner product.
     roots = jnp.sqrt(weights)[..., None, :]
-    source_units, target_units = roots * source_units, roots * target_units
+    source_units, target_units = _scaled(source_units, roots), _scaled(target_units, roots)
     return _Sums(
         unit_gram(source_units, target_units, group, intra),
-        as_real(roots * source_units).sum(-1),
-        as_real(roots * target_units).sum(-1),
+        as_real(_scaled(source_units, roots)).sum(-1),
+        as_real(_scaled(target_units, roots)).sum(-1),
         weights.sum(-1),
     )
+
+
+def _scaled(units: Array, roots: Array) -> Array:
+    """Scales the samples of all units; what does not count is 0 even if it is not finite."""
+    dtype = accumulation_dtype(units.dtype)
+    return jnp.where(roots > 0, units.astype(dtype), 0) * roots.astype(dtype)
+
+
+def _require_as_many_samples(group: Group, source_units: Array, target_units: Array) -> None:
+    """Refuses features of two functions that do not belong to the same inputs."""
+    n, m = source_units.shape[-1], target_units.shape[-1]
+    if n != m:
+        raise ValueError(
+            f"{group.name}: the source has {n} samples of its features and the target {m}, so that "
+            "they can't be compared; give a target_fn that treats the inputs of a batch alike"
+        )
 
 
 def _drop_unread(symmetry: Symmetry, totals: dict[str, "_Sums"]) -> None:
@@ -182,7 +204,7 @@ def _drop_unread(symmetry: Symmetry, totals: dict[str, "_Sums"]) -> None:
         if not np.all(np.isfinite(counts)):
             raise FloatingPointError(
                 f"{name}: the derivative of the outputs by its features is not finite, or its "
-                "square overflows; leave by_sensitivity out, or scale the outputs"
+                "square is out of range; leave by_sensitivity out, or scale the outputs"
             )
         if not np.all(counts > 0):
             unread.add(name)

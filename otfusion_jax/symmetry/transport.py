@@ -92,8 +92,9 @@ def transport(
     Returns:
         New parameters of the same structure, lazy where the parameters are (see `LazyArray`), and
         with their shardings. Integers, booleans and keys are passed on. Inside
-        `jax.jit` values cannot be looked at: there the scales of a model that is not in canonical
-        form become NaN, where groups rotate.
+        `jax.jit` values cannot be looked at: there a matrix that is no rotation and masses that are
+        no coupling are taken as they are, and the function changes; the scales of a model that is
+        not in canonical form become NaN, where groups rotate.
 
     Raises:
         ValueError: If plans are of unknown groups, of wrong shapes, or known not to be permutations

@@ -1,9 +1,7 @@
 """The activations of each group, read off the jaxpr that the symmetry was read from.
 
 No hooks and no surgery on the model: the traced function is evaluated equation by equation on real
-inputs, and the arrays at the sites where a group's features can be read are kept. `interpret` is
-this evaluation; what is done with an equation is up to a function that it is given, so that several
-models can run side by side.
+inputs, and the arrays at the sites where a group's features can be read are kept.
 """
 
 import dataclasses
@@ -24,7 +22,7 @@ from otfusion_jax.symmetry.checks import require_model, require_symmetry
 from otfusion_jax.symmetry.groups import Group
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.units import units_of
-from otfusion_jax.tracing.jaxprs import body, scan_operands
+from otfusion_jax.tracing.jaxprs import body, evaluated, scan_operands
 from otfusion_jax.tracing.misuse import find_foreign_input, require_params_first
 from otfusion_jax.tracing.programs import Program, as_function
 from otfusion_jax.tracing.records import Site
@@ -37,12 +35,6 @@ At = Literal["preactivation", "activation"]
 Path = tuple[int, ...]
 """The indices of the calls and scans that a jaxpr lies in, outermost first; of an equation its
 index in the jaxpr last."""
-
-Step = Callable[[core.JaxprEqn, Path, list[Any]], list[Any]]
-"""From an equation, its path and its operands to its results."""
-
-Enter = Callable[[Path, list[Any]], list[Any]]
-"""From the path and the operands of a call to what its body is evaluated on."""
 
 _CALL = "features(symmetry, fn, params, *inputs)"
 
@@ -147,7 +139,9 @@ def record(
         views: The views of each group.
         arguments: The arguments of the jaxpr.
         probes: Arrays that are added at some of these sites. The derivative by one of them is what
-            the results owe to what is read there, by nothing but the equation that reads it.
+            the results owe to what is read there, by nothing but the equation that reads it. A
+            function with a derivative of its own (`jax.custom_jvp`, `jax.custom_vjp`) has it here
+            too, unless a site lies inside of it.
 
     Returns:
         The results, and the arrays at the sites.
@@ -159,8 +153,12 @@ def record(
     wanted: dict[Path, list[Site]] = {}
     for site in sorted(sites):
         wanted.setdefault(site.path, []).append(site)
-    recorder = _Recorder(wanted, probes, {})
-    results = interpret(traced.jaxpr, arguments, (), recorder.step)
+    around: set[Path] = set()
+    for path in wanted:
+        for length in range(1, len(path)):
+            around.add(path[:length])
+    recorder = _Recorder(wanted, around, probes, {})
+    results = recorder.evaluate(traced.jaxpr, arguments, ())
     return results, recorder.arrays
 
 
@@ -191,27 +189,53 @@ def by_group(
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder:
-    """Evaluates equations, and keeps the arrays at some sites.
+    """Evaluates a jaxpr, and keeps the arrays at some sites.
 
     Attributes:
         wanted: The sites by the path of their equation.
+        around: The paths of the scans and calls that these lie in.
         probes: What is added at some of these sites.
-        arrays: The arrays that have been met at these sites; filled by `step`.
+        arrays: The arrays that have been met at these sites; filled by `evaluate`.
     """
 
     wanted: dict[Path, list[Site]]
+    around: set[Path]
     probes: dict[Site, Array]
     arrays: dict[Site, Array]
 
-    def step(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
-        """Evaluates an equation: a `Step` of `interpret`."""
+    def evaluate(self, jaxpr: core.ClosedJaxpr, args: list[Any], path: Path) -> list[Any]:
+        """Evaluates a jaxpr, equation by equation.
+
+        Args:
+            jaxpr: The jaxpr.
+            args: Its arguments.
+            path: The path of the jaxpr; `()` for the outermost.
+
+        Returns:
+            The results.
+        """
+        env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+        env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+            results = self._equation(eqn, (*path, index), list(map(read, eqn.invars)))
+            env.update(zip(eqn.outvars, results, strict=True))
+        return list(map(read, jaxpr.jaxpr.outvars))
+
+    def _equation(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
         operands = self._read("in", path, operands)
-        # A scan in which nothing is wanted is evaluated in one piece.
-        if eqn.primitive is P.scan_p and self._is_wanted_within(path):
+        # A scan or call in which nothing is wanted is evaluated in one piece, by rules of its own.
+        if path not in self.around:
+            results = evaluated(eqn, operands)
+        elif eqn.primitive is P.scan_p:
             results = self._scan(eqn, path, operands)
         else:
-            bound = eqn.primitive.bind(*operands, **eqn.params)
-            results = bound if eqn.primitive.multiple_results else [bound]
+            inner = body(eqn)
+            assert inner is not None, "sites lie in scans and calls alone"
+            results = self.evaluate(inner, operands, path)
         return self._read("out", path, results)
 
     def _read(self, side: Literal["in", "out"], path: Path, values: list[Any]) -> list[Any]:
@@ -225,10 +249,6 @@ class _Recorder:
             self.arrays[site] = values[site.position]
         return values
 
-    def _is_wanted_within(self, path: Path) -> bool:
-        """Whether a site lies in the body of the scan at a path."""
-        return any(_is_within(wanted_path, path) for wanted_path in self.wanted)
-
     def _scan(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
         """Evaluates a scan, and keeps arrays of each iteration, stacked along a new first axis."""
         consts, init, xs = scan_operands(eqn, operands)
@@ -241,9 +261,9 @@ class _Recorder:
             # What is traced inside of a loop must leave it as a result, so the body has a recorder
             # of its own.
             of_iteration, probes_of_iteration = slices
-            inside = _Recorder(self.wanted, probes_of_iteration, {})
+            inside = _Recorder(self.wanted, self.around, probes_of_iteration, {})
             arguments = [*consts, *carry, *of_iteration]
-            results = interpret(eqn.params["jaxpr"], arguments, path, inside.step)
+            results = inside.evaluate(eqn.params["jaxpr"], arguments, path)
             return results[: len(init)], (results[len(init) :], inside.arrays)
 
         carry, (results, stacked) = jax.lax.scan(
@@ -261,48 +281,8 @@ class _Recorder:
 
 
 def _is_within(path: Path, outer: Path) -> bool:
-    """Whether an equation is that at a path, or lies inside of it."""
-    return path[: len(outer)] == outer
-
-
-def interpret(
-    jaxpr: core.ClosedJaxpr,
-    args: list[Any],
-    path: Path,
-    step: Step,
-    enter: Enter | None = None,
-) -> list[Any]:
-    """Evaluates a jaxpr and the bodies of its calls, equation by equation.
-
-    Args:
-        jaxpr: The jaxpr.
-        args: Its arguments, of any type that `step` understands.
-        path: The path of the jaxpr; `()` for the outermost.
-        step: What evaluates an equation. Constants come to it as they are in the jaxpr.
-        enter: What turns the operands of a call into the arguments of its body; None if they are
-            passed on as they are.
-
-    Returns:
-        The results, of the type that `step` returns.
-    """
-    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-        eqn_path = (*path, index)
-        operands = [read(atom) for atom in eqn.invars]
-        inner = body(eqn)
-        if inner is None:
-            results = step(eqn, eqn_path, operands)
-        else:
-            # Sites lie inside of calls, too. So a call is not bound, and its own `jit` is lost.
-            arguments = operands if enter is None else enter(eqn_path, operands)
-            results = interpret(inner, arguments, eqn_path, step, enter)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+    """Whether an equation lies inside of that at a path."""
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def retrace(

@@ -138,6 +138,23 @@ def equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
     return found
 
 
+def evaluated(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates an equation.
+
+    Args:
+        eqn: The equation. A call is made as a call, and derived by its own rule if it has one.
+        operands: Its operands, known or traced.
+
+    Returns:
+        Its results.
+    """
+    given = eqn.primitive.get_bind_params(eqn.params)
+    # In JAX 0.7, bodies come as functions, in front of the operands.
+    functions, params = ((), given) if isinstance(given, dict) else given
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
 # --- operands and parameters
 
 

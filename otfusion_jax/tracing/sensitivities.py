@@ -57,7 +57,8 @@ def features_with_sensitivities(
         The features, as `features` returns them. And for each sample the squared norm of the
         derivative of all outputs by the features of that sample, as they are read at its place: an
         estimate by a few random sums of the outputs, which is never negative, and 0 where they do
-        not depend on them. Outputs that are no floating-point numbers do not count.
+        not depend on them. NaN for a group that the outputs depend on by so little that the squares
+        are 0. Integers among the outputs do not count.
 
     Raises:
         GradientError: If the function can't be derived in reverse mode.
@@ -109,11 +110,18 @@ def _evaluated(
 
 
 def _random_signs(outputs: list[Array], key: Array) -> list[Array]:
-    """Draws a sign for every number of the outputs, each output by a key of its own."""
+    """Draws a sign for every number of the outputs, each output by a key of its own.
+
+    The real and the imaginary part of a complex one have a sign each.
+    """
     signs = []
     for number, output in enumerate(outputs):
         own_key = jax.random.fold_in(key, number)
-        signs.append(jax.random.rademacher(own_key, output.shape, output.dtype))
+        if jnp.iscomplexobj(output):
+            parts = jax.random.rademacher(own_key, (2, *output.shape), output.real.dtype)
+            signs.append(jax.lax.complex(*parts))
+        else:
+            signs.append(jax.random.rademacher(own_key, output.shape, output.dtype))
     return signs
 
 
@@ -124,5 +132,8 @@ def _squared_norms(gradients: dict[str, Array]) -> dict[str, Float[Array, "*batc
         magnitudes = abs(gradient)
         # Squares of small numbers are smaller still.
         magnitudes = magnitudes.astype(accumulation_dtype(magnitudes.dtype))
-        squares[name] = jnp.sum(magnitudes * magnitudes, axis=-1)
+        of_samples = jnp.sum(magnitudes * magnitudes, axis=-1)
+        # What is too small to be squared must not pass for what nothing depends on.
+        is_lost = jnp.any(magnitudes > 0) & ~jnp.any(of_samples > 0)
+        squares[name] = jnp.where(is_lost, jnp.nan, of_samples)
     return squares
