@@ -238,9 +238,10 @@ def as_real(x: Array) -> Array:
 
 def _squared_distance(grams: Gram) -> Array:
     """|x - y|² = |x|² + |y|² - 2 x·y, which rounding must not make negative."""
-    # Subtracted in place: of a large group, every array that is held at once counts.
-    squared = grams.source_sq_norms[..., :, None] + grams.target_sq_norms[..., None, :]
-    squared -= 2 * grams.cross
+    # Added in place: of a large group, every array that is held at once counts.
+    squared = -2 * grams.cross
+    squared += grams.source_sq_norms[..., :, None]
+    squared += grams.target_sq_norms[..., None, :]
     return array_module(squared).maximum(squared, 0)
 
 

@@ -432,10 +432,9 @@ class Symmetry(Mapping[str, Group]):
         for group in self.groups:
             shape = (*group.batch, group.size)
             order = np.arange(group.size, dtype=np.int32)
-            # For each shape `jnp.broadcast_to` and `jnp.asarray` would compile a program.
-            plan = np.broadcast_to(order, shape)
-            plans[group.name] = jax.device_put(plan)
-        return plans
+            plans[group.name] = np.broadcast_to(order, shape)
+        # For each shape `jnp.broadcast_to` and `jnp.asarray` would compile a program.
+        return jax.device_put(plans)
 
     def random(self, key: Array) -> Plans:
         """Draws a uniform permutation of every group, or a matrix of those that have one.
