@@ -186,6 +186,34 @@ def test_the_same_under_jit_and_the_loss_is_taken_at_t():
         np.testing.assert_allclose(loss(otf.interpolate(moved, b, 0.3), x), value, rtol=1e-4)
 
 
+def test_arrays_that_a_loss_brings_along_are_data():
+    symmetry, a, b, batches, _ = pair()
+    traced = []
+
+    def distance(teacher, params, x):
+        traced.append(x)
+        return jnp.mean(jnp.square(ref.network(teacher, x) - ref.network(params, x)))
+
+    def learn(teacher):
+        loss = jax.tree_util.Partial(distance, teacher)
+        return otf.learn_alignment(symmetry, loss, a, b, batches[:4], start=symmetry.identity())
+
+    first = learn(b)
+    count = len(traced)
+    second = learn(a)
+    assert len(traced) == count
+    assert not np.allclose(first.history, second.history, rtol=0.1)
+    expected = otf.learn_alignment(
+        symmetry,
+        lambda params, x: distance(a, params, x),
+        a,
+        b,
+        batches[:4],
+        start=symmetry.identity(),
+    )
+    np.testing.assert_allclose(second.history, expected.history, rtol=1e-5)
+
+
 def test_groups_inside_of_others_are_learned():
     case = CASES["attention"]()
     symmetry = otf.trace_symmetry(case.fn, case.params, *case.inputs)

@@ -83,6 +83,8 @@ def test_permutations_are_found_without_data():
     x = data()
     close(net(merged.params, x), net(a, x))
     assert merged.report.chosen.start != "as they are"
+    assert str(merged) == str(merged.report)
+    assert repr(merged).startswith("<Merged: 2 models, weights, permutations, then nothing, score")
     assert merged.report.held_out > 0
     assert merged.symmetry == symmetry()
     for model in merged.models:

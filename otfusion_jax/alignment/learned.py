@@ -102,7 +102,10 @@ def learn_alignment(
 
     Args:
         symmetry: The symmetry of both models.
-        loss: The loss, a differentiable function `loss(params, batch)` to a scalar.
+        loss: The loss, a differentiable function `loss(params, batch)` to a scalar. Arrays that it
+            looks at may come in a `jax.tree_util.Partial(function, *arrays)`, which calls
+            `function(*arrays, params, batch)`: with others of the same shapes, nothing is compiled
+            anew.
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         batches: The batches that `loss` takes, of one shape. Either stacked, each leaf
@@ -181,6 +184,8 @@ def learn_alignment(
     if optimizer is None:
         assert total is not None
         optimizer = _adam(total)
+    if not isinstance(loss, jax.tree_util.Partial):
+        loss = jax.tree_util.Partial(loss)
     descent = LossDescent(symmetry, source, target, position, loss, solver, optimizer)
     weights = leaf_weights(symmetry, leaf_weight, source)
     if state is not None:

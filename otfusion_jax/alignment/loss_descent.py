@@ -6,7 +6,6 @@ programs here go on from a state: by one batch, or by a stack of batches in one 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -61,19 +60,21 @@ class LearningState:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("source", "target", "t"),
-    meta_fields=("symmetry", "loss", "solver", "optimizer"),
+    data_fields=("source", "target", "t", "loss"),
+    meta_fields=("symmetry", "solver", "optimizer"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossDescent:
     """Gradient descent on the loss of the fused model, in the costs: a pytree of the two models.
+
+    What the loss brings along is data, too: with another's, no program is compiled anew.
 
     Attributes:
         symmetry: The symmetry of both models.
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         t: Where between the moved source (0) and the target (1) the loss is taken.
-        loss: The loss of parameters on a batch.
+        loss: The loss of parameters on a batch, a `jax.tree_util.Partial`.
         solver: What makes soft plans of costs; None if there are none to be learned.
         optimizer: The optimizer.
     """
@@ -82,7 +83,7 @@ class LossDescent:
     source: PyTree
     target: PyTree
     t: Array
-    loss: Callable[[PyTree, PyTree], Array]
+    loss: jax.tree_util.Partial
     solver: Sinkhorn | None
     optimizer: optax.GradientTransformation
 

@@ -53,6 +53,8 @@ class Task:
         weights: How much each of them counts, float `[K]`.
         leaf_weight: How much each parameter counts, see `align`.
         samples: The inputs to fit to; None if there are none.
+        most_samples: How many there are at most where the same is learned from others, so that one
+            program can serve all.
         objective: What a learned alignment descends on; None without inputs.
         mixes: Whether it descends on mixtures of inputs.
         key: The source of randomness.
@@ -64,6 +66,7 @@ class Task:
     weights: Float[Array, " k"]
     leaf_weight: Callable[[str], Any] | None
     samples: Samples | None
+    most_samples: int
     objective: Objective | None
     mixes: bool
     key: Array
@@ -176,6 +179,36 @@ def _by_features_then_weights(task: Task) -> list[PyTree]:
     return task.moved(task.aligned(from_features, task.grams))
 
 
+@dataclasses.dataclass(frozen=True)
+class _DistanceOfAnswers:
+    """The loss that rotations are learned by: how far a model answers from all models.
+
+    A dataclass and no closure, because equal ones have to be one function to `jax.jit`.
+
+    Attributes:
+        objective: What measures it.
+        mixes: Whether it is measured on mixtures of two inputs.
+    """
+
+    objective: Objective
+    mixes: bool
+
+    def __call__(
+        self,
+        models: list[PyTree],
+        weights: Float[Array, " k"],
+        inputs: tuple[PyTree, ...],
+        params: PyTree,
+        chosen: tuple[Array, Array],
+    ) -> Float[Array, ""]:
+        """Takes the loss of parameters on inputs at some positions, mixed by a seed."""
+        positions, seed = chosen
+        batch = jax.tree.map(lambda array: array[positions], inputs)
+        if self.mixes:
+            batch = mixup(batch, jax.random.key(seed))
+        return self.objective(params, models, weights, batch)
+
+
 def _by_learned_rotations(task: Task) -> list[PyTree]:
     """Turns units on from where features have them, until the average answers as the models do.
 
@@ -185,15 +218,9 @@ def _by_learned_rotations(task: Task) -> list[PyTree]:
     samples, objective = task.samples, task.objective
     assert samples is not None
     assert objective is not None
-    inputs = samples.on_device()
-
-    def loss(params: PyTree, chosen: tuple[Array, Array]) -> Array:
-        positions, seed = chosen
-        batch = jax.tree.map(lambda array: array[positions], inputs)
-        if task.mixes:
-            batch = mixup(batch, jax.random.key(seed))
-        return objective(params, task.models, task.weights, batch)
-
+    inputs = samples.on_device(task.most_samples)
+    distance = _DistanceOfAnswers(objective, task.mixes)
+    loss = jax.tree_util.Partial(distance, task.models, task.weights, inputs)
     size = min(_LEARNING_BATCH_SIZE, samples.count)
     moved = task.moved(task.by_features)
     others = len(moved) - 1

@@ -189,7 +189,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merged:
-    """One model of several.
+    """One model of several. `print(merged)` shows the report, and not the parameters.
 
     Attributes:
         params: The parameters, a pytree of the models' structure and shapes.
@@ -203,6 +203,19 @@ class Merged:
     report: Report
     symmetry: Symmetry
     models: list[PyTree]
+
+    def __repr__(self) -> str:
+        """One line; `str` has the table of the report."""
+        chosen = self.report.chosen
+        ways = f"{chosen.start}, {chosen.units}, then {chosen.repair}"
+        return f"<Merged: {self.report.models} models, {ways}, score {_number(chosen.score)}>"
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str:
+        """Shows the table of the report in a notebook."""
+        return self.report._repr_html_()
 
 
 _FIRST_NUMBER = 4

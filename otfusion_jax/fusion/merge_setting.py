@@ -63,6 +63,12 @@ class Known(NamedTuple):
         """Whether inputs were given, and not drawn."""
         return self.whole is not None
 
+    @property
+    def most(self) -> int:
+        """How many inputs are fitted to at most, once those to choose by are fitted to as well."""
+        counts = [samples.count for samples in (self.fit, self.whole) if samples is not None]
+        return max(counts, default=0)
+
     def exchanged(self) -> "Known":
         """Returns the same with what is fitted to and what is chosen by exchanged."""
         return self._replace(fit=self.held_out, held_out=self.fit)
@@ -157,6 +163,7 @@ class Setting:
             self.shares,
             self.leaf_weight,
             self.known.fit,
+            self.known.most,
             self.objective,
             self.mixes,
             jax.random.fold_in(self.key, 1),

@@ -45,9 +45,23 @@ class Samples:
             chosen = slice(first, first + self.batch_size)
             yield jax.tree.map(lambda array, chosen=chosen: jnp.asarray(array[chosen]), self.inputs)
 
-    def on_device(self) -> tuple[PyTree, ...]:
-        """Returns all inputs as arrays of JAX."""
-        return jax.tree.map(jnp.asarray, self.inputs)
+    def on_device(self, least: int = 0) -> tuple[PyTree, ...]:
+        """Returns all inputs as arrays of JAX.
+
+        Args:
+            least: How many samples each array has at least; zeros follow those that there are.
+
+        Returns:
+            The inputs.
+        """
+        missing = max(least - self.count, 0)
+
+        def padded(array: np.ndarray) -> Array:
+            if missing:
+                array = np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)])
+            return jnp.asarray(array)
+
+        return jax.tree.map(padded, self.inputs)
 
 
 def are_continuous(inputs: PyTree) -> bool:
