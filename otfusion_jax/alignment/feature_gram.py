@@ -1,22 +1,29 @@
 """Inner products of activations, to match units by what they compute instead of by their weights.
 
 Both models are run on the same batches of inputs. Of a unit's activations nothing is kept but the
-sums that a `Gram` needs, so memory does not grow with the number of samples.
+sums that a `Gram` needs, so memory does not grow with the number of samples. Where values are known
+and lie on a CPU, NumPy takes the sums, which differ in shape from group to group: to compile them
+would take longer than the models.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
 
 from otfusion_jax.alignment.costs import Gram, all_products, as_real, unit_gram
 from otfusion_jax.common.arguments import checked_key
-from otfusion_jax.common.host import accumulation_dtype
+from otfusion_jax.common.host import (
+    Array,
+    accumulation_dtype,
+    array_module,
+    as_jax,
+    as_numpy,
+)
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import require_canonical
 from otfusion_jax.symmetry.checks import require_symmetry
@@ -115,6 +122,7 @@ def feature_gram(
         else:
             source_read = features(symmetry, fn, source, *batch, at=at), None
             target_read = features(onto, target_fn, target, *batch, at=at), None
+        source_read, target_read = as_numpy((source_read, target_read))
         for group in symmetry.groups:
             if group.name in left_out:
                 continue
@@ -123,7 +131,7 @@ def feature_gram(
             _require_as_many_samples(group, of_source[0], of_target[0])
             sums = _sums_of(group, of_source, of_target, intra)
             if group.name in totals:
-                sums = jax.tree.map(jnp.add, totals[group.name], sums)
+                sums = jax.tree.map(operator.add, totals[group.name], sums)
             totals[group.name] = sums
     if by_sensitivity:
         _drop_unread(symmetry, totals)
@@ -132,7 +140,7 @@ def feature_gram(
     for name, sums in totals.items():
         gram = _centered(sums) if center else sums.gram
         grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
-    return grams
+    return as_jax(grams)
 
 
 def _read_of(
@@ -141,10 +149,12 @@ def _read_of(
     """Returns the units of a group, a vector of samples each, and the sensitivities of samples."""
     activations, sensitivities = read
     # Features are [*batch, samples, units].
-    units = jnp.swapaxes(activations[name], -1, -2)
+    units = activations[name].swapaxes(-1, -2)
     return units, None if sensitivities is None else sensitivities[name]
 
 
+# What is out of range shows in the result, as it does where JAX computes it.
+@np.errstate(all="ignore")
 def _sums_of(
     group: Group,
     of_source: tuple[Array, Array | None],
@@ -154,12 +164,13 @@ def _sums_of(
     """Sums up what one batch says about a group, each sample by how much it counts."""
     source_units, source_sensitivities = of_source
     target_units, target_sensitivities = of_target
+    xp = array_module(source_units, target_units)
     if source_sensitivities is None or target_sensitivities is None:
         return _Sums(
             unit_gram(source_units, target_units, group, intra),
             as_real(source_units).sum(-1),
             as_real(target_units).sum(-1),
-            jnp.asarray(source_units.shape[-1], jnp.int32),
+            xp.asarray(source_units.shape[-1], np.int32),
         )
     if group.outer is not None:
         # Which head is which is not known yet, so that a sample counts alike in all of them.
@@ -167,7 +178,7 @@ def _sums_of(
         target_sensitivities = target_sensitivities.mean(-2, keepdims=True)
     weights = (source_sensitivities + target_sensitivities) / 2
     # Units are vectors of samples. The square root is for either side of an inner product.
-    roots = jnp.sqrt(weights)[..., None, :]
+    roots = xp.sqrt(weights)[..., None, :]
     source_units, target_units = _scaled(source_units, roots), _scaled(target_units, roots)
     return _Sums(
         unit_gram(source_units, target_units, group, intra),
@@ -180,7 +191,8 @@ def _sums_of(
 def _scaled(units: Array, roots: Array) -> Array:
     """Scales the samples of all units; what does not count is 0 even if it is not finite."""
     dtype = accumulation_dtype(units.dtype)
-    return jnp.where(roots > 0, units.astype(dtype), 0) * roots.astype(dtype)
+    counted = array_module(units, roots).where(roots > 0, units.astype(dtype), dtype.type(0))
+    return counted * roots.astype(dtype)
 
 
 def _require_as_many_samples(group: Group, source_units: Array, target_units: Array) -> None:
@@ -257,15 +269,17 @@ class _Sums:
 
 def _spread(numbers: Array, units: Array) -> Array:
     """Brings numbers, one for all units or one for each of the batch, in front of units."""
-    return jnp.broadcast_to(numbers, units.shape[:-1])[..., None]
+    return array_module(numbers, units).broadcast_to(numbers, units.shape[:-1])[..., None]
 
 
+@np.errstate(all="ignore")
 def _centered(sums: _Sums) -> Gram:
     """Returns the inner products of activations less their means: Σxy - (Σx)(Σy) / count."""
     gram = sums.gram
+    xp = array_module(gram.cross)
     count = sums.count.astype(gram.cross.dtype)
     # Without samples there are no means.
-    root = jnp.sqrt(jnp.where(count > 0, count, 1))
+    root = xp.sqrt(xp.where(count > 0, count, 1))
     a = sums.source_sum / _spread(root, sums.source_sum)
     b = sums.target_sum / _spread(root, sums.target_sum)
     intra = gram.intra
@@ -273,8 +287,8 @@ def _centered(sums: _Sums) -> Gram:
         intra = intra[0] - all_products(a), intra[1] - all_products(b)
     # Rounding must not make squared norms negative.
     return Gram(
-        jnp.maximum(gram.source_sq_norms - a * a, 0),
-        jnp.maximum(gram.target_sq_norms - b * b, 0),
+        xp.maximum(gram.source_sq_norms - a * a, 0),
+        xp.maximum(gram.target_sq_norms - b * b, 0),
         gram.cross - gram.pairwise(a, b),
         intra,
     )
