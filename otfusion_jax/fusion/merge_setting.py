@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from otfusion_jax.averaging.stacking import in_canonical_form
-from otfusion_jax.common.host import Array
+from otfusion_jax.common.host import Array, as_jax, as_numpy
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.fusion.candidates import Candidate, Task
 from otfusion_jax.fusion.divergence import Objective
@@ -155,7 +155,8 @@ class Setting:
         """Puts the models into the form of a symmetry."""
         models = self.models
         if symmetry.has_form:
-            models = in_canonical_form(symmetry, models, len(models), stacked=False)
+            known = as_numpy(models)
+            models = as_jax(in_canonical_form(symmetry, known, len(models), stacked=False))
         return Task(
             symmetry,
             self.fn,
