@@ -681,6 +681,26 @@ def test_a_step_from_zeros_says_nothing_of_recurrent_weights(fn: Callable):
     assert "meets nothing but constants" in str(symmetry)
 
 
+@pytest.mark.parametrize("derived", [False, True], ids=["forward", "gradient"])
+def test_an_input_that_is_absent_says_as_little_of_its_weights_in_a_gradient(derived: bool):
+    params = draw(both=(8, 6), down=(6, 5), out=(5, 2)) | {"in": inputs(5, 3)}
+
+    def energy(p, x):
+        # In the gradient, the rows that meet zeros make features, which are thrown away.
+        absent = jnp.zeros((len(x), 5))
+        h = jnp.concatenate([x @ p["in"], absent], axis=1)
+        return jnp.tanh(h @ p["both"]) @ p["down"]
+
+    def fn(p, x):
+        step = jax.grad(lambda x: jnp.square(energy(p, x)).sum())(x) if derived else energy(p, x)
+        return jnp.tanh(x + step) @ p["out"]
+
+    with pytest.warns(otf.SymmetryWarning, match="multiplied with constants alone"):
+        symmetry = otf.trace_symmetry(fn, params, inputs(2, 5))
+    moved = {member.path for group in symmetry.groups for member in group.members}
+    assert "both" not in moved
+
+
 def from_ones(p, x):
     h = jnp.ones((2, 8))
     for step in jnp.split(x, len(x) // 2):

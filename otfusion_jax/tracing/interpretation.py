@@ -9,7 +9,7 @@ function may read a parameter in another way.
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -154,10 +154,13 @@ def interpret_traces(
         # Features are read on the inputs given, so that there is no path to them in other jaxprs.
         _interpret_trace(interpreter, trace, param_axes, path=None)
     taken_up = interpreter.variables(interpreter.read)
-    featured = _featured(interpreter, taken_up, has_inputs=_has_inputs(traces))
+    has_inputs = _has_inputs(traces)
+    featured = _featured(interpreter, interpreter.features, taken_up, has_inputs)
     read = _read(interpreter, taken_up, featured)
     unifier = interpreter.unifier
-    dangling = _dangling(unifier, unifier.contracted_with_constants, featured)
+    # In the gradient of what is multiplied with zeros there are features, which nothing reads.
+    featured_and_read = _featured(interpreter, interpreter.read_features, taken_up, has_inputs)
+    dangling = _dangling(unifier, unifier.contracted_with_constants, featured_and_read)
     summed = _dangling(unifier, unifier.contracted_with_numbers, featured)
     return Interpretation(interpreter, param_axes, used, read, dangling, summed)
 
@@ -222,15 +225,18 @@ def _has_inputs(traces: Sequence[ProgramTrace]) -> bool:
     return False
 
 
-def _featured(interpreter: Interpreter, taken_up: set[int], has_inputs: bool) -> set[int]:
+def _featured(
+    interpreter: Interpreter, features: Iterable[Axis], taken_up: set[int], has_inputs: bool
+) -> set[int]:
     """Returns the axis variables along which features vary, or parameters that meet them.
 
     Args:
         interpreter: The interpreter, when it is done.
+        features: The axes of the features.
         taken_up: The axis variables that operations have taken up.
         has_inputs: Whether the function has inputs.
     """
-    featured = interpreter.variables(interpreter.features)
+    featured = interpreter.variables(features)
     # A parameter that is first multiplied with another one, as in a low-rank product, has axes that
     # no feature has. They count, because what is contracted over them goes on to meet features.
     for factor in interpreter.unifier.contracted_parameters:

@@ -53,6 +53,7 @@ class Interpreter:
             dictionary, as an ordered set.
         features: The axes of all values that depend on inputs, as an ordered set.
         read: The axes that an operation took up in whole, as an ordered set.
+        read_features: Those of them that were of values that depend on inputs.
         interactions: What met other indices within an operation.
         regroupings: What was read as other axes.
         selections: What was selected from an axis, while the rest was left out.
@@ -82,6 +83,7 @@ class Interpreter:
         self.values: dict[Axes, None] = {}
         self.features: dict[Axis, None] = {}
         self.read: dict[Axis, None] = {}
+        self.read_features: dict[Axis, None] = {}
         self.interactions: list[Interaction] = []
         self.regroupings: list[Regrouping] = []
         self.selections: list[Selection] = []
@@ -227,6 +229,8 @@ class Interpreter:
             if is_reading:
                 for dim in lost:
                     self.read[value.axes[dim]] = None
+                    if value.kind is Kind.FEATURE:
+                        self.read_features[value.axes[dim]] = None
             if 0 < len(lost) < len(value.axes):
                 context.note_mixing(value, lost)
 
