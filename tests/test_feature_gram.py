@@ -257,6 +257,70 @@ def test_functions_have_the_derivatives_that_they_say(nonlinearity):
     assert_allclose(found["in"].cross, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rule_that_looks_at_other_values_gives_way_to_what_is_computed():
+    def fn(params, x):
+        is_there = (x.sum(-1, keepdims=True) > 0).astype(x.dtype)
+        masked = jax.custom_vjp(lambda h: jnp.tanh(h) * is_there)
+        masked.defvjp(
+            lambda h: (masked(h), h), lambda h, g: (g * is_there * (1 - jnp.tanh(h) ** 2),)
+        )
+        return masked(x @ params["in"]) @ params["out"]
+
+    params, x = normals({"in": (5, 6), "out": (6, 1)}, 0), normal(8, 5, seed=2)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    found = otf.feature_gram(symmetry, fn, params, params, [x], by_sensitivity=True)["in"]
+    h, is_there = x @ params["in"], (x.sum(-1, keepdims=True) > 0).astype(x.dtype)
+    weights = squared_derivatives(lambda h: (jnp.tanh(h) * is_there) @ params["out"], h)
+    assert_allclose(found.cross, (h * weights[:, None]).T @ h, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_say_next_to_nothing_may_come_alone():
+    def fn(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"] * jnp.exp(-x[:, :1])
+
+    params, other = (normals({"in": (5, 6), "out": (6, 1)}, seed) for seed in range(2))
+    # Of one sample the derivative is too small to be squared.
+    x = normal(8, 5, seed=2).at[0, 0].set(60)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    gram = functools.partial(otf.feature_gram, symmetry, fn, params, other, by_sensitivity=True)
+    together = gram([x])["in"].cross
+    alone = gram([x[i : i + 1] for i in range(8)])["in"].cross
+    assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FloatingPointError, match="out of range"):
+        gram([x[:1]])
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
+def test_sums_over_many_samples_lose_no_digits(center):
+    def fn(params, x):
+        return jax.nn.relu(x @ params["in"]) @ params["out"]
+
+    params, x = normals({"in": (5, 6), "out": (6, 1)}, 0), normal(100_000, 5, seed=2) + 1
+    symmetry = otf.trace_symmetry(fn, params, x[:2])
+    gram = functools.partial(otf.feature_gram, symmetry, fn, params, params, [x], at="activation")
+    found = gram(center=center)["in"]
+    # The features themselves are rounded to single precision; their sums are not by much more.
+    h = np.asarray(jax.nn.relu(x @ params["in"]), np.float64)
+    u = h - h.mean(0) if center else h
+    assert_allclose(found.source_sq_norms, (u * u).sum(0), rtol=3e-6)
+    assert_allclose(np.diagonal(found.cross), found.source_sq_norms, rtol=1e-5)
+
+
+def test_groups_come_in_their_order():
+    symmetry, a, b, x, _ = setting()
+    assert list(otf.feature_gram(symmetry, ref.network, a, b, [x])) == list(symmetry)
+    wide = {f"layer_{i}": normal(4, 4, seed=i) for i in range(12)}
+
+    def chain(params, x):
+        for i in range(12):
+            x = jnp.tanh(x @ params[f"layer_{i}"])
+        return x
+
+    symmetry = otf.trace_symmetry(chain, wide, normal(3, 4, seed=0))
+    grams = otf.feature_gram(symmetry, chain, wide, wide, [normal(3, 4, seed=1)])
+    assert list(grams) == list(symmetry.identity()) == list(symmetry)
+
+
 def test_of_many_outputs_all_count_and_both_parts_of_complex_ones():
     def from_hidden(params, h):
         spectrum = jnp.fft.rfft(h @ params["out"])

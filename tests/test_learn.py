@@ -214,6 +214,20 @@ def test_arrays_that_a_loss_brings_along_are_data():
     np.testing.assert_allclose(second.history, expected.history, rtol=1e-5)
 
 
+def test_what_is_no_array_in_a_loss_stays_what_it_is():
+    symmetry, a, b, batches, loss = pair()
+
+    def distance(kind, params, x):
+        assert kind == "mean"
+        return loss(params, x)
+
+    partial = jax.tree_util.Partial(distance, "mean")
+    start = symmetry.identity()
+    found = otf.learn_alignment(symmetry, partial, a, b, batches[:3], start=start)
+    expected = otf.learn_alignment(symmetry, loss, a, b, batches[:3], start=start)
+    chex.assert_trees_all_close(found.history, expected.history)
+
+
 def test_groups_inside_of_others_are_learned():
     case = CASES["attention"]()
     symmetry = otf.trace_symmetry(case.fn, case.params, *case.inputs)

@@ -19,6 +19,7 @@ from flax import nnx
 
 import otfusion_jax as otf
 from otfusion_jax.fusion import candidates, distill, merge_trials, samples
+from otfusion_jax.fusion.merge_setting import Known
 
 SIZES = (6, 12, 10, 4)
 SHAPE = jax.ShapeDtypeStruct((2, SIZES[0]), jnp.float32)
@@ -75,6 +76,24 @@ def rows(merged: otf.Merged) -> dict[tuple[str, str], otf.Trial]:
 
 
 # --- what is found
+
+
+def test_inputs_that_halves_and_all_are_learned_from_are_of_one_size():
+    inputs = (np.arange(12.0, dtype=np.float32).reshape(6, 2),)
+    known = Known(
+        (),
+        samples.Samples(inputs, 6),
+        samples.Samples(inputs, 6),
+        whole=samples.Samples(inputs, 12),
+    )
+    assert known.most == known.exchanged().most == 12
+    # Where there are more, all together are never learned from.
+    assert known._replace(more=samples.Samples(inputs, 9)).most == 6
+    assert known.fit is not None
+    (padded,) = known.fit.on_device(8)
+    np.testing.assert_array_equal(padded[:6], inputs[0])
+    assert padded.shape == (8, 2)
+    assert not np.any(padded[6:])
 
 
 def test_permutations_are_found_without_data():

@@ -9,6 +9,7 @@ vectors are. `ground_cost` makes a cost of them.
 import dataclasses
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ from otfusion_jax.common.host import Array, array_module, inner_product, matmul
 from otfusion_jax.symmetry.groups import Group
 
 # --- inner products
+
+
+_LONGEST_SUM = 512
+"""How many squares NumPy adds up in the precision of the vectors."""
 
 
 @jax.tree_util.register_dataclass
@@ -156,8 +161,12 @@ def gram(
 def _squared_norms(rows: Array) -> Array:
     """Takes `[*batch, n]` from `[*batch, n, d]`."""
     if array_module(rows) is np:
-        # Without an array of the squares.
-        return np.einsum("...d,...d->...", rows, rows)
+        total: Any = np.zeros(rows.shape[:-1])
+        # Without an array of the squares. Of many, each part is rounded as a short sum is.
+        for start in range(0, rows.shape[-1], _LONGEST_SUM):
+            part = rows[..., start : start + _LONGEST_SUM]
+            total += np.einsum("...d,...d->...", part, part)
+        return total.astype(rows.dtype)
     return jnp.sum(rows * rows, -1)
 
 
@@ -239,8 +248,7 @@ def as_real(x: Array) -> Array:
 def _squared_distance(grams: Gram) -> Array:
     """|x - y|² = |x|² + |y|² - 2 x·y, which rounding must not make negative."""
     # Added in place: of a large group, every array that is held at once counts.
-    squared = -2 * grams.cross
-    squared += grams.source_sq_norms[..., :, None]
+    squared = grams.source_sq_norms[..., :, None] - 2 * grams.cross
     squared += grams.target_sq_norms[..., None, :]
     return array_module(squared).maximum(squared, 0)
 

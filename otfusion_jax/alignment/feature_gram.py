@@ -23,6 +23,7 @@ from otfusion_jax.common.host import (
     array_module,
     as_jax,
     as_numpy,
+    sums_over_last,
 )
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.canonical import require_canonical
@@ -37,6 +38,9 @@ from otfusion_jax.tracing.activations import (
     refuse_inputs_of_one_batch,
 )
 from otfusion_jax.tracing.sensitivities import features_with_sensitivities
+
+_LEAST_COUNT = 1e8
+"""By how much the sensitivities of all samples together exceed what is too small to be squared."""
 
 
 def feature_gram(
@@ -130,9 +134,7 @@ def feature_gram(
             of_target = _read_of(target_read, name_in_target[group.name])
             _require_as_many_samples(group, of_source[0], of_target[0])
             sums = _sums_of(group, of_source, of_target, intra)
-            if group.name in totals:
-                sums = jax.tree.map(operator.add, totals[group.name], sums)
-            totals[group.name] = sums
+            totals[group.name] = _added(totals[group.name], sums) if group.name in totals else sums
     if by_sensitivity:
         _drop_unread(symmetry, totals)
     grams = {}
@@ -140,7 +142,8 @@ def feature_gram(
     for name, sums in totals.items():
         gram = _centered(sums) if center else sums.gram
         grams[name] = gram.told_apart(odd=True) if symmetry[name].signed else gram
-    return as_jax(grams)
+    # In the order of the groups: JAX would sort a dict by names.
+    return dict(zip(grams, as_jax(list(grams.values())), strict=True))
 
 
 def _read_of(
@@ -168,8 +171,8 @@ def _sums_of(
     if source_sensitivities is None or target_sensitivities is None:
         return _Sums(
             unit_gram(source_units, target_units, group, intra),
-            as_real(source_units).sum(-1),
-            as_real(target_units).sum(-1),
+            sums_over_last(as_real(source_units)),
+            sums_over_last(as_real(target_units)),
             xp.asarray(source_units.shape[-1], np.int32),
         )
     if group.outer is not None:
@@ -182,10 +185,16 @@ def _sums_of(
     source_units, target_units = _scaled(source_units, roots), _scaled(target_units, roots)
     return _Sums(
         unit_gram(source_units, target_units, group, intra),
-        as_real(_scaled(source_units, roots)).sum(-1),
-        as_real(_scaled(target_units, roots)).sum(-1),
-        weights.sum(-1),
+        sums_over_last(as_real(_scaled(source_units, roots))),
+        sums_over_last(as_real(_scaled(target_units, roots))),
+        sums_over_last(weights),
     )
+
+
+@np.errstate(all="ignore")
+def _added(sums: "_Sums", other: "_Sums") -> "_Sums":
+    """Adds what two parts of the batches say."""
+    return jax.tree.map(operator.add, sums, other)
 
 
 def _scaled(units: Array, roots: Array) -> Array:
@@ -213,7 +222,10 @@ def _drop_unread(symmetry: Symmetry, totals: dict[str, "_Sums"]) -> None:
         if isinstance(sums.count, Tracer):
             continue
         counts = np.asarray(sums.count)
-        if not np.all(np.isfinite(counts)):
+        # Sums of squares that are the smallest number there is, each, tell one sample from another
+        # no more.
+        is_lost = (counts > 0) & (counts < _LEAST_COUNT * np.finfo(counts.dtype).tiny)
+        if is_lost.any() or not np.all(np.isfinite(counts)):
             raise FloatingPointError(
                 f"{name}: the derivative of the outputs by its features is not finite, or its "
                 "square is out of range; leave by_sensitivity out, or scale the outputs"

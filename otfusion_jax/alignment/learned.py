@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -105,7 +106,7 @@ def learn_alignment(
         loss: The loss, a differentiable function `loss(params, batch)` to a scalar. Arrays that it
             looks at may come in a `jax.tree_util.Partial(function, *arrays)`, which calls
             `function(*arrays, params, batch)`: with others of the same shapes, nothing is compiled
-            anew.
+            anew. That needs arrays alone, in pytrees of any kind.
         source: The parameters of the model to be moved.
         target: The parameters of the model to be matched.
         batches: The batches that `loss` takes, of one shape. Either stacked, each leaf
@@ -184,9 +185,7 @@ def learn_alignment(
     if optimizer is None:
         assert total is not None
         optimizer = _adam(total)
-    if not isinstance(loss, jax.tree_util.Partial):
-        loss = jax.tree_util.Partial(loss)
-    descent = LossDescent(symmetry, source, target, position, loss, solver, optimizer)
+    descent = LossDescent(symmetry, source, target, position, _as_data(loss), solver, optimizer)
     weights = leaf_weights(symmetry, leaf_weight, source)
     if state is not None:
         require_state(descent, state, weights)
@@ -200,6 +199,15 @@ def learn_alignment(
     plans, soft = plans_of(descent, now)
     require_learned(plans | soft, history)
     return LearnedAlignment(plans, soft, history, now)
+
+
+def _as_data(loss: Callable[[PyTree, PyTree], Array]) -> jax.tree_util.Partial:
+    """Makes a pytree of a loss, of which nothing is data but the arrays that it brings along."""
+    if isinstance(loss, jax.tree_util.Partial):
+        leaves = jax.tree.leaves(loss)
+        if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            return loss
+    return jax.tree_util.Partial(loss)
 
 
 @functools.lru_cache

@@ -320,6 +320,22 @@ def parts_to_sum(x: Any, y: Any) -> Iterator[tuple[Any, Any]]:
         yield x[part], y[part]
 
 
+def sums_over_last(x: Array) -> Array:
+    """Sums up real numbers along the last axis, however many there are.
+
+    Args:
+        x: The numbers, `[*batch, d]`, of single precision or wider.
+
+    Returns:
+        The sums, `[*batch]`, in the dtype of the numbers.
+    """
+    if array_module(x) is np:
+        # Along an axis that is not the last in memory, NumPy adds one number after the other.
+        total: Any = np.sum(x, axis=-1, dtype=np.float64)
+        return total.astype(x.dtype)
+    return x.sum(-1)
+
+
 def taken(array: Array, index: Array, axis: int, fill: Any = None) -> Array:
     """Takes entries along an axis.
 

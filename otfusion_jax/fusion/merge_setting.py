@@ -65,8 +65,10 @@ class Known(NamedTuple):
 
     @property
     def most(self) -> int:
-        """How many inputs are fitted to at most, once those to choose by are fitted to as well."""
-        counts = [samples.count for samples in (self.fit, self.whole) if samples is not None]
+        """How many inputs are fitted to at most, with those to choose by once all is chosen."""
+        # Where there are more, those that were held out are not fitted to in the end.
+        last = self.whole if self.more is None else None
+        counts = [x.count for x in (self.fit, self.held_out, last) if x is not None]
         return max(counts, default=0)
 
     def exchanged(self) -> "Known":

@@ -428,13 +428,13 @@ class Symmetry(Mapping[str, Group]):
 
     def identity(self) -> Plans:
         """Returns the plans that move nothing, int32 `[*batch, n]` each."""
-        plans = {}
+        orders = []
         for group in self.groups:
             shape = (*group.batch, group.size)
-            order = np.arange(group.size, dtype=np.int32)
-            plans[group.name] = np.broadcast_to(order, shape)
+            orders.append(np.broadcast_to(np.arange(group.size, dtype=np.int32), shape))
         # For each shape `jnp.broadcast_to` and `jnp.asarray` would compile a program.
-        return jax.device_put(plans)
+        plans = jax.device_put(orders)
+        return {group.name: plan for group, plan in zip(self.groups, plans, strict=True)}
 
     def random(self, key: Array) -> Plans:
         """Draws a uniform permutation of every group, or a matrix of those that have one.

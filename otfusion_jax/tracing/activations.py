@@ -24,6 +24,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.units import units_of
 from otfusion_jax.tracing.jaxprs import body, evaluated, scan_operands
 from otfusion_jax.tracing.misuse import find_foreign_input, require_params_first
+from otfusion_jax.tracing.primitives import DERIVED_BY_RULE
 from otfusion_jax.tracing.programs import Program, as_function
 from otfusion_jax.tracing.records import Site
 from otfusion_jax.tracing.trace import Trace, trace
@@ -131,6 +132,7 @@ def record(
     views: dict[str, tuple[View, ...]],
     arguments: list[Any],
     probes: dict[Site, Array],
+    by_rules: bool = False,
 ) -> tuple[list[Any], dict[Site, Array]]:
     """Evaluates a traced program, and keeps the arrays at the sites of some views.
 
@@ -139,9 +141,10 @@ def record(
         views: The views of each group.
         arguments: The arguments of the jaxpr.
         probes: Arrays that are added at some of these sites. The derivative by one of them is what
-            the results owe to what is read there, by nothing but the equation that reads it. A
-            function with a derivative of its own (`jax.custom_jvp`, `jax.custom_vjp`) has it here
-            too, unless a site lies inside of it.
+            the results owe to what is read there, by nothing but the equation that reads it.
+        by_rules: Whether a function with a derivative of its own (`jax.custom_jvp`,
+            `jax.custom_vjp`) keeps it, unless a site lies inside of it. A rule that looks at traced
+            values besides its arguments can't be kept: to derive the results is then an error.
 
     Returns:
         The results, and the arrays at the sites.
@@ -157,7 +160,7 @@ def record(
     for path in wanted:
         for length in range(1, len(path)):
             around.add(path[:length])
-    recorder = _Recorder(wanted, around, probes, {})
+    recorder = _Recorder(wanted, around, by_rules, probes, {})
     results = recorder.evaluate(traced.jaxpr, arguments, ())
     return results, recorder.arrays
 
@@ -194,12 +197,14 @@ class _Recorder:
     Attributes:
         wanted: The sites by the path of their equation.
         around: The paths of the scans and calls that these lie in.
+        by_rules: Whether functions keep derivatives of their own.
         probes: What is added at some of these sites.
         arrays: The arrays that have been met at these sites; filled by `evaluate`.
     """
 
     wanted: dict[Path, list[Site]]
     around: set[Path]
+    by_rules: bool
     probes: dict[Site, Array]
     arrays: dict[Site, Array]
 
@@ -227,15 +232,16 @@ class _Recorder:
 
     def _equation(self, eqn: core.JaxprEqn, path: Path, operands: list[Any]) -> list[Any]:
         operands = self._read("in", path, operands)
-        # A scan or call in which nothing is wanted is evaluated in one piece, by rules of its own.
-        if path not in self.around:
-            results = evaluated(eqn, operands)
-        elif eqn.primitive is P.scan_p:
+        inner = body(eqn)
+        is_around = path in self.around
+        keeps_rule = self.by_rules and eqn.primitive in DERIVED_BY_RULE and not is_around
+        if inner is not None and not keeps_rule:
+            results = self.evaluate(inner, operands, path)
+        elif eqn.primitive is P.scan_p and is_around:
             results = self._scan(eqn, path, operands)
         else:
-            inner = body(eqn)
-            assert inner is not None, "sites lie in scans and calls alone"
-            results = self.evaluate(inner, operands, path)
+            # A scan in which nothing is wanted is evaluated in one piece.
+            results = evaluated(eqn, operands)
         return self._read("out", path, results)
 
     def _read(self, side: Literal["in", "out"], path: Path, values: list[Any]) -> list[Any]:
@@ -261,7 +267,7 @@ class _Recorder:
             # What is traced inside of a loop must leave it as a result, so the body has a recorder
             # of its own.
             of_iteration, probes_of_iteration = slices
-            inside = _Recorder(self.wanted, self.around, probes_of_iteration, {})
+            inside = dataclasses.replace(self, probes=probes_of_iteration, arrays={})
             arguments = [*consts, *carry, *of_iteration]
             results = inside.evaluate(eqn.params["jaxpr"], arguments, path)
             return results[: len(init)], (results[len(init) :], inside.arrays)

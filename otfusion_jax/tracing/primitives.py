@@ -212,5 +212,8 @@ _CALLS = [
 CALLS = list(dict.fromkeys(_CALLS))
 """Primitives that run one jaxpr exactly once, on all of their operands."""
 
+DERIVED_BY_RULE = named("custom_jvp_call custom_vjp_call")
+"""Those of them that have a derivative of their own, which need not be that of the jaxpr."""
+
 HIGHER = internal("hijax", "call_hi_primitive")
 """Primitives whose implementation is a method of a parameter, in terms of other primitives."""

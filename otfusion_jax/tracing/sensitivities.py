@@ -57,8 +57,11 @@ def features_with_sensitivities(
         The features, as `features` returns them. And for each sample the squared norm of the
         derivative of all outputs by the features of that sample, as they are read at its place: an
         estimate by a few random sums of the outputs, which is never negative, and 0 where they do
-        not depend on them. NaN for a group that the outputs depend on by so little that the squares
-        are 0. Integers among the outputs do not count.
+        not depend on them. What is too small to be squared counts as the smallest number there is.
+        Integers among the outputs do not count. Functions are derived by the rules that they have
+        (`jax.custom_jvp`, `jax.custom_vjp`), but for those in which features are read, and where a
+        rule looks at traced values besides its arguments: then by what they compute. (Inside of
+        `jax.jit` that is an error of JAX's.)
 
     Raises:
         GradientError: If the function can't be derived in reverse mode.
@@ -66,14 +69,19 @@ def features_with_sensitivities(
         TypeError: As `features`.
     """
     function, inputs = checked_program(symmetry, fn, params, inputs, at)
-    return _evaluated(symmetry, function, at, params, inputs, key)
+    try:
+        return _evaluated(symmetry, function, at, True, params, inputs, key)
+    except jax.errors.UnexpectedTracerError:
+        # A rule that looks at values of the function's trace can't be used: that trace is over.
+        return _evaluated(symmetry, function, at, False, params, inputs, key)
 
 
-@functools.partial(jax.jit, static_argnames=("symmetry", "fn", "at"))
+@functools.partial(jax.jit, static_argnames=("symmetry", "fn", "at", "by_rules"))
 def _evaluated(
     symmetry: Symmetry,
     fn: Callable[..., Any],
     at: At,
+    by_rules: bool,
     params: PyTree,
     inputs: tuple[PyTree, ...],
     key: Array,
@@ -84,8 +92,9 @@ def _evaluated(
     arguments = [*symmetry.split(params), *jax.tree_util.tree_leaves(inputs)]
 
     def outputs_of(probes: dict[Site, Array]) -> tuple[list[Array], dict[Site, Array]]:
-        results, arrays = record(traced, views, arguments, probes)
-        return [x for x in results if jnp.issubdtype(x.dtype, jnp.inexact)], arrays
+        results, arrays = record(traced, views, arguments, probes, by_rules)
+        outputs = map(jnp.asarray, results)
+        return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)], arrays
 
     _, shapes = jax.eval_shape(outputs_of, {})
     zeros = {site: jnp.zeros(shape.shape, shape.dtype) for site, shape in shapes.items()}
@@ -98,6 +107,8 @@ def _evaluated(
             return _squared_norms(by_group(symmetry, views, gradients))
 
         squares = jax.lax.map(squares_of_a_sum, jax.random.split(key, _SUMS))
+    except jax.errors.UnexpectedTracerError:
+        raise
     except Exception as error:
         # Its values have been traced above, so that it is the derivative that fails: each
         # primitive that has none says so by an error of its own kind.
@@ -134,6 +145,7 @@ def _squared_norms(gradients: dict[str, Array]) -> dict[str, Float[Array, "*batc
         magnitudes = magnitudes.astype(accumulation_dtype(magnitudes.dtype))
         of_samples = jnp.sum(magnitudes * magnitudes, axis=-1)
         # What is too small to be squared must not pass for what nothing depends on.
-        is_lost = jnp.any(magnitudes > 0) & ~jnp.any(of_samples > 0)
-        squares[name] = jnp.where(is_lost, jnp.nan, of_samples)
+        is_read = jnp.any(magnitudes > 0, axis=-1)
+        least = jnp.finfo(magnitudes.dtype).tiny
+        squares[name] = jnp.where(is_read, jnp.maximum(of_samples, least), of_samples)
     return squares
