@@ -23,7 +23,7 @@ from otfusion_jax.symmetry.groups import Group
 # --- inner products
 
 
-_LONGEST_SUM = 512
+_SQUARES_IN_A_SUM = 512
 """How many squares NumPy adds up in the precision of the vectors."""
 
 
@@ -163,8 +163,8 @@ def _squared_norms(rows: Array) -> Array:
     if array_module(rows) is np:
         total: Any = np.zeros(rows.shape[:-1])
         # Without an array of the squares. Of many, each part is rounded as a short sum is.
-        for start in range(0, rows.shape[-1], _LONGEST_SUM):
-            part = rows[..., start : start + _LONGEST_SUM]
+        for start in range(0, rows.shape[-1], _SQUARES_IN_A_SUM):
+            part = rows[..., start : start + _SQUARES_IN_A_SUM]
             total += np.einsum("...d,...d->...", part, part)
         return total.astype(rows.dtype)
     return jnp.sum(rows * rows, -1)

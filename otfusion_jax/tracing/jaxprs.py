@@ -138,17 +138,18 @@ def equations_within(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
     return found
 
 
-def evaluated(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+def evaluated(eqn: core.JaxprEqn, operands: Sequence[Any], **changed_params: Any) -> list[Any]:
     """Evaluates an equation.
 
     Args:
         eqn: The equation. A call is made as a call, and derived by its own rule if it has one.
         operands: Its operands, known or traced.
+        **changed_params: Parameters of the primitive that are others than the equation's.
 
     Returns:
-        Its results.
+        Its results, a list also where there is one alone.
     """
-    given = eqn.primitive.get_bind_params(eqn.params)
+    given = eqn.primitive.get_bind_params(eqn.params | changed_params)
     # In JAX 0.7, bodies come as functions, in front of the operands.
     functions, params = ((), given) if isinstance(given, dict) else given
     results = eqn.primitive.bind(*functions, *operands, **params)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
-from jax.extend.core import JaxprEqn
 from jax.typing import ArrayLike
 
 
@@ -81,22 +80,6 @@ def part_facing(operand: Operand, number: int, pieces: Pieces, axis: int) -> Any
     # It is whole, or in pieces of another kind: two leaves may be split into different numbers.
     start = number * pieces.length
     return lax.slice_in_dim(joined(operand), start, start + pieces.length, axis=axis)
-
-
-def bind(eqn: JaxprEqn, operands: Sequence[Any], **changed_params: Any) -> list[Any]:
-    """Evaluates an equation.
-
-    Args:
-        eqn: The equation.
-        operands: Arrays in place of its operands.
-        **changed_params: Parameters of the primitive that are others than the equation's.
-
-    Returns:
-        The results, a list also where there is one alone.
-    """
-    params = eqn.params | changed_params
-    results = eqn.primitive.bind(*operands, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def collected(results_of_parts: Sequence[Sequence[Any]], axis: int) -> Operands:

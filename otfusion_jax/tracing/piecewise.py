@@ -15,11 +15,11 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as P
 
+from otfusion_jax.tracing.jaxprs import evaluated
 from otfusion_jax.tracing.pieces import (
     Operand,
     Operands,
     Pieces,
-    bind,
     collected,
     first_in_pieces,
     joined,
@@ -48,7 +48,7 @@ def _each_part(eqn: JaxprEqn, operands: Operands, axis: int, **changed_params: A
     pieces = first_in_pieces(operands)
     results_of_parts = []
     for part in pieces.parts:
-        results_of_parts.append(bind(eqn, [part, *operands[1:]], **changed_params))
+        results_of_parts.append(evaluated(eqn, [part, *operands[1:]], **changed_params))
     return collected(results_of_parts, axis)
 
 
@@ -81,7 +81,7 @@ def _elementwise(eqn: JaxprEqn, operands: Operands) -> Operands | None:
             if not _meets_every_part(operand, axis):
                 operand = part_facing(operand, number, pieces, axis)
             part_operands.append(operand)
-        results_of_parts.append(bind(eqn, part_operands))
+        results_of_parts.append(evaluated(eqn, part_operands))
     return collected(results_of_parts, axis)
 
 
@@ -121,7 +121,7 @@ def _dot_general(eqn: JaxprEqn, operands: Operands) -> Operands | None:
         if facing_axis is not None:
             facing_part = part_facing(facing, number, pieces, facing_axis)
         pair = [part, facing_part] if side == 0 else [facing_part, part]
-        results_of_parts.append(bind(eqn, pair))
+        results_of_parts.append(evaluated(eqn, pair))
     return collected(results_of_parts, _axis_of_product(eqn, side, pieces.axis))
 
 
@@ -218,7 +218,7 @@ def _slice(eqn: JaxprEqn, operands: Operands) -> Operands | None:
         return [single_or_pieces(axis, parts)]
     sliced_parts = []
     for part in parts:
-        (sliced,) = bind(eqn, [part], start_indices=starts, limit_indices=ends)
+        (sliced,) = evaluated(eqn, [part], start_indices=starts, limit_indices=ends)
         sliced_parts.append(sliced)
     return [single_or_pieces(axis, sliced_parts)]
 

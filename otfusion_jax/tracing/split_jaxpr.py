@@ -15,8 +15,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
 
 from otfusion_jax.symmetry.symmetry import Symmetry
-from otfusion_jax.tracing.jaxprs import at_source, body, scan_operands, source
-from otfusion_jax.tracing.pieces import Operand, Operands, Pieces, bind, is_any_in_pieces, joined
+from otfusion_jax.tracing.jaxprs import at_source, body, evaluated, scan_operands, source
+from otfusion_jax.tracing.pieces import Operand, Operands, Pieces, is_any_in_pieces, joined
 from otfusion_jax.tracing.piecewise import PIECEWISE
 
 
@@ -97,7 +97,7 @@ def _evaluate_equation(eqn: JaxprEqn, operands: Operands) -> Operands:
     if inner is not None:
         return _evaluate(inner, operands)
     if not is_any_in_pieces(operands):
-        return bind(eqn, operands)
+        return evaluated(eqn, operands)
     if eqn.primitive is P.scan_p:
         return _scan(eqn, operands)
     evaluate_piecewise = PIECEWISE.get(eqn.primitive)
@@ -105,7 +105,7 @@ def _evaluate_equation(eqn: JaxprEqn, operands: Operands) -> Operands:
     if evaluate_piecewise is not None:
         results = evaluate_piecewise(eqn, operands)
     if results is None:
-        results = bind(eqn, _all_joined(operands))
+        results = evaluated(eqn, _all_joined(operands))
     return results
 
 
