@@ -134,7 +134,10 @@ def all_products(numbers: Array) -> Array:
 
 
 def gram(
-    source: Inexact[Array, "*batch n d"], target: Inexact[Array, "*others m d"], intra: bool = False
+    source: Inexact[Array, "*batch n d"],
+    target: Inexact[Array, "*others m d"],
+    intra: bool = False,
+    norms: bool = True,
 ) -> Gram:
     """Takes the inner products of two sets of vectors.
 
@@ -142,6 +145,7 @@ def gram(
         source: The vectors of the source, one per row.
         target: The vectors of the target, one per row.
         intra: Whether to take the inner products within each set as well.
+        norms: Whether to take the squared norms; if not, they are NaN.
 
     Returns:
         The inner products, float32 or float64, whatever the dtype of the vectors. Complex vectors
@@ -153,9 +157,12 @@ def gram(
     within = None
     if intra:
         within = _inner_products(source, source), _inner_products(target, target)
-    return Gram(
-        _squared_norms(source), _squared_norms(target), _inner_products(source, target), within
-    )
+    norms_of = _squared_norms if norms else _unknown_norms
+    return Gram(norms_of(source), norms_of(target), _inner_products(source, target), within)
+
+
+def _unknown_norms(rows: Array) -> Array:
+    return array_module(rows).full(rows.shape[:-1], np.nan, rows.dtype)
 
 
 def _squared_norms(rows: Array) -> Array:
@@ -181,6 +188,7 @@ def unit_gram(
     target: Inexact[Array, "*others m d"],
     group: Group,
     intra: bool = False,
+    norms: bool = True,
 ) -> Gram:
     """Takes the inner products of the units of a group, across the group around it if there is one.
 
@@ -190,17 +198,20 @@ def unit_gram(
             of the batch may have another size than in the source.
         group: The group, of the source.
         intra: Whether to take the inner products within each model as well.
+        norms: Whether to take the squared norms, see `gram`.
 
     Returns:
         The inner products, see `Gram`.
     """
     if group.outer is None:
-        return gram(source, target, intra)
+        return gram(source, target, intra, norms)
     # All units of all heads are compared at once, as if there were no heads.
     *batch, heads, n, width = source.shape
     target_heads, m = target.shape[-3:-1]
     flat = gram(
-        source.reshape(*batch, heads * n, width), target.reshape(*batch, target_heads * m, width)
+        source.reshape(*batch, heads * n, width),
+        target.reshape(*batch, target_heads * m, width),
+        norms=norms,
     )
     within = None
     if intra:
@@ -311,6 +322,22 @@ def ground_cost(metric: costs.CostFn, grams: Gram) -> Float[Array, "*batch n m"]
             "ott.geometry.costs, or solve a cost of your own with otfusion_jax.Exact().solve"
         )
     return METRICS[type(metric)](grams)
+
+
+def assignment_cost(metric: costs.CostFn, grams: Gram) -> Float[Array, "*batch n n"]:
+    """Evaluates a ground metric as far as it tells permutations apart.
+
+    Args:
+        metric: The ground metric, see `ground_cost`.
+        grams: The inner products of the units, of as many in the source as in the target.
+
+    Returns:
+        The costs, less what they have in common in each row and in each column: of squared
+        distances, the squared norms, which need not be known.
+    """
+    if isinstance(metric, costs.SqEuclidean):
+        return -2 * grams.cross
+    return ground_cost(metric, grams)
 
 
 def intra_costs(

@@ -157,10 +157,17 @@ class ForwardSweep(AbstractSweep):
                     measurable = not in_place.waiting and not self.unit_norm
                     if self.measured is not None and measurable:
                         self.measured.note_compared(tree, in_place.members, state.plans)
-            compared = self.problem.compare(tree, state.plans, members)
+            norms = self._needs_norms(tree)
+            compared = self.problem.compare(tree, state.plans, members, norms)
         if self.unit_norm:
             compared = [_normalised(grams) for grams in compared]
         return compared
+
+    def _needs_norms(self, tree: GroupTree) -> bool:
+        """Whether a tree's cost needs norms: not that of permutations by squared distances."""
+        by_distances = isinstance(self.metric, costs.SqEuclidean) and not self.unit_norm
+        is_assignment = self.problem.known and self.problem.assignment_solver(tree) is not None
+        return not (by_distances and is_assignment)
 
     def accept(
         self,

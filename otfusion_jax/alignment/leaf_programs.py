@@ -45,6 +45,7 @@ LEAST_COSINE = 1e-6
         "frozen",
         "ratio",
         "intra",
+        "norms",
         "dtype",
         "layouts",
     )
@@ -60,6 +61,7 @@ def units_compared(
     frozen: tuple[int, ...],
     ratio: float,
     intra: bool,
+    norms: bool,
     dtype: Any,
     layouts: tuple[NamedSharding | None, NamedSharding | None],
 ) -> Gram:
@@ -75,6 +77,7 @@ def units_compared(
         frozen: Which of them stay where they are.
         ratio: What the source's units are multiplied by.
         intra: Whether to take the inner products within each model as well.
+        norms: Whether to take the squared norms, see `gram`.
         dtype: The dtype of the inner products.
         layouts: How both parameters lie on a mesh, as `layout_of` has returned it.
 
@@ -94,7 +97,7 @@ def units_compared(
             source_units, target_units = units_in(some, front), units_in(some_of_target, front)
             if ratio != 1:
                 source_units = source_units * ratio
-            term = unit_gram(source_units, target_units, unit_axis.group, intra)
+            term = unit_gram(source_units, target_units, unit_axis.group, intra, norms)
             total = term if total is None else total + term
         grams = jax.tree.map(lambda x: array_module(x).asarray(x, dtype), total)
         # Where parameters are spread, each device has contracted its part, and these are added up.

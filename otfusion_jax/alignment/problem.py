@@ -46,6 +46,7 @@ from otfusion_jax.common.scaling import common_exponent
 from otfusion_jax.common.sharding import layout_of
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.solvers.base import AbstractSolver
+from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.symmetry.groups import Group, Member, Plans
 from otfusion_jax.symmetry.leaf_structure import UnitAxis
 from otfusion_jax.symmetry.plans import is_identity, is_permutation
@@ -100,7 +101,11 @@ class AlignmentProblem:
     sums: PairSums | None
 
     def compare(
-        self, tree: GroupTree, plans: Plans, members: Sequence[Collection[Member]]
+        self,
+        tree: GroupTree,
+        plans: Plans,
+        members: Sequence[Collection[Member]],
+        norms: bool = True,
     ) -> list[Gram]:
         """Compares the units of a group tree by their weights.
 
@@ -108,6 +113,7 @@ class AlignmentProblem:
             tree: The group tree.
             plans: The plans of all groups so far, under which the source is compared.
             members: For each group of the tree the members to compare by.
+            norms: Whether to take the squared norms of units, see `gram`.
 
         Returns:
             The inner products of the units of each group of the tree. Those of the root leave out
@@ -118,7 +124,7 @@ class AlignmentProblem:
         for group, unit_axes in zip(tree.groups, self.compared_axes(tree, members), strict=True):
             total = None
             for unit_axis in unit_axes:
-                term = self.awaited(self._compare_along(tree, unit_axis, plans))
+                term = self.awaited(self._compare_along(tree, unit_axis, plans, norms))
                 if group.signed:
                     term = told_apart(term, odd=unit_axis.member.odd)
                 total = term if total is None else added(total, term)
@@ -161,10 +167,12 @@ class AlignmentProblem:
             axes.append(group_axes)
         return axes
 
-    def _compare_along(self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans) -> Gram:
+    def _compare_along(
+        self, tree: GroupTree, unit_axis: UnitAxis, plans: Plans, norms: bool
+    ) -> Gram:
         """Compares the units of a group by one member."""
         if self._is_plain(tree, unit_axis, plans):
-            return self._compare_moved(unit_axis, plans)
+            return self._compare_moved(unit_axis, plans, norms)
         group, member = unit_axis.group, unit_axis.member
         root, *nested = tree.groups
         around = tree.root_members_around(member) if nested else []
@@ -193,9 +201,23 @@ class AlignmentProblem:
             frozen=tuple(frozen),
             ratio=ratio,
             intra=self.solver.quadratic,
+            norms=norms,
             dtype=self.dtype,
             layouts=(layout_of(source), layout_of(target)),
         )
+
+    def assignment_solver(self, tree: GroupTree) -> Exact | None:
+        """Returns the solver if it is exact, and a tree is one group that is matched one to one.
+
+        Args:
+            tree: The group tree.
+        """
+        group, *nested = tree.groups
+        same_size = group.size == self.target_groups[group.name].size
+        has_masses = any(group.name in masses for masses in self.marginals)
+        if nested or group.batch or not same_size or has_masses or group.orthogonal:
+            return None
+        return self.solver if isinstance(self.solver, Exact) else None
 
     def _ratio_of(self, unit_axis: UnitAxis) -> float:
         """Returns how much larger a parameter becomes along units that become another number."""
@@ -215,7 +237,7 @@ class AlignmentProblem:
         movable = is_permutation(plans[group.name]) and not self.solver.quadratic
         return self.known and same_widths and alone and movable
 
-    def _compare_moved(self, unit_axis: UnitAxis, plans: Plans) -> Gram:
+    def _compare_moved(self, unit_axis: UnitAxis, plans: Plans, norms: bool) -> Gram:
         """Compares the units of a group by one member, all of which has moved.
 
         To move a parameter is most of the program that compares it. Once it has been moved, it
@@ -234,6 +256,7 @@ class AlignmentProblem:
             frozen=(),
             ratio=1.0,
             intra=False,
+            norms=norms,
             dtype=self.dtype,
             layouts=(layout_of(moved), layout_of(target)),
         )

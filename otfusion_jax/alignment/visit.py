@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 from ott.geometry import costs
 
-from otfusion_jax.alignment.costs import Gram, ground_cost
+from otfusion_jax.alignment.costs import Gram, assignment_cost, ground_cost
 from otfusion_jax.alignment.descent_state import DescentState
 from otfusion_jax.alignment.group_tree import GroupTree
 from otfusion_jax.alignment.problem import AlignmentProblem
 from otfusion_jax.alignment.solve_tree import CostOf, Masses, solve_group_tree
 from otfusion_jax.common.host import Array, array_module, program
 from otfusion_jax.solvers.base import AbstractSolver, Solution
-from otfusion_jax.solvers.exact import Exact
 from otfusion_jax.solvers.padding import solve_assignment
 from otfusion_jax.symmetry.groups import Motion
 
@@ -135,7 +134,7 @@ def _visit_known(
         if sweep.is_settled(tree, state):
             continue
         grams = sweep.compare(tree, state)
-        exact = _assignment_solver(problem, tree)
+        exact = problem.assignment_solver(tree)
         if exact is not None:
             cost = _cost(problem.dtype, sweep.metric, grams[0])
             solutions = [solve_assignment(exact, cost)]
@@ -150,20 +149,10 @@ def _visit_known(
     return state
 
 
-def _assignment_solver(problem: AlignmentProblem, tree: GroupTree) -> Exact | None:
-    """Returns the solver if it is exact, and a tree is one group that is matched one to one."""
-    group, *nested = tree.groups
-    same_size = group.size == problem.target_groups[group.name].size
-    has_masses = any(group.name in masses for masses in problem.marginals)
-    if nested or group.batch or not same_size or has_masses or group.orthogonal:
-        return None
-    return problem.solver if isinstance(problem.solver, Exact) else None
-
-
 @program(static_argnames=("dtype",))
 def _cost(dtype: Any, metric: costs.CostFn, grams: Gram) -> Array:
-    """Takes the ground cost of a group."""
-    return ground_cost(metric, _converted(grams, dtype))
+    """Takes the ground cost of a group that is matched one to one."""
+    return assignment_cost(metric, _converted(grams, dtype))
 
 
 def _converted(tree: Any, dtype: Any) -> Any:
