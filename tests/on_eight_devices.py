@@ -413,6 +413,7 @@ def test_costs_are_contracted_where_the_shards_are(kernel_and_symmetry):
             frozen=(),
             ratio=1.0,
             intra=False,
+            norms=True,
             dtype=jnp.float32,
             layouts=(gate.sharding, gate.sharding),
         )

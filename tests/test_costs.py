@@ -9,8 +9,9 @@ import pytest
 from arrays import normal
 from numpy.testing import assert_allclose, assert_array_equal
 from ott.geometry import costs
+from scipy.optimize import linear_sum_assignment
 
-from otfusion_jax.alignment.costs import METRICS, gram, ground_cost
+from otfusion_jax.alignment.costs import METRICS, assignment_cost, gram, ground_cost
 
 
 def vectors(n, d, seed=0):
@@ -24,6 +25,18 @@ def test_metrics_are_those_of_ott(kind):
     expected = metric.all_pairs(a, b)
     assert expected.shape == (6, 4)
     assert_allclose(ground_cost(metric, gram(a, b)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", METRICS, ids=lambda kind: kind.__name__)
+def test_what_tells_permutations_apart_is_less_by_rows_and_columns(kind):
+    a, b = vectors(6, 5), vectors(6, 5, seed=1)
+    grams = gram(a, b, norms=kind is not costs.SqEuclidean)
+    cost = np.asarray(assignment_cost(kind(), grams))
+    left_out = np.asarray(ground_cost(kind(), gram(a, b))) - cost
+    without_rows = left_out - left_out[:, :1]
+    assert_allclose(without_rows, without_rows[:1].repeat(6, 0), rtol=0, atol=1e-5)
+    _, expected = linear_sum_assignment(kind().all_pairs(a, b))
+    assert_array_equal(linear_sum_assignment(cost)[1], expected)
 
 
 def test_the_metrics_of_the_papers_are_there():

@@ -166,7 +166,9 @@ class ForwardSweep(AbstractSweep):
     def _needs_norms(self, tree: GroupTree) -> bool:
         """Whether a tree's cost needs norms: not that of permutations by squared distances."""
         by_distances = isinstance(self.metric, costs.SqEuclidean) and not self.unit_norm
-        is_assignment = self.problem.known and self.problem.assignment_solver(tree) is not None
+        # Elsewhere norms are part of a larger program, and take little.
+        is_known = self.problem.known and self.problem.xp is np
+        is_assignment = is_known and self.problem.assignment_solver(tree) is not None
         return not (by_distances and is_assignment)
 
     def accept(
