@@ -808,6 +808,8 @@ ORDERS: dict[str, Callable[[jax.Array, int], Any]] = {
     "top_k": lambda x, d: (
         jnp.moveaxis(lax.top_k(jnp.moveaxis(x, d, -1), 2)[0], -1, d) if x.shape[d] > 1 else x
     ),
+    "winner": lambda x, d: x * jax.nn.one_hot(jnp.argmax(x, d), x.shape[d], axis=d, dtype=x.dtype),
+    "all but the least": lambda x, d: x * along(x, jnp.argmin(x, d), d, lax.ne).astype(x.dtype),
     "difference": lambda x, d: x - jnp.roll(x, -1, d),
     "mean": lambda x, d: x + x.mean(d, keepdims=True),
     "max": lambda x, d: x * x.max(d, keepdims=True),
@@ -828,6 +830,14 @@ ORDERS: dict[str, Callable[[jax.Array, int], Any]] = {
     ),
     "associative": lambda x, d: lax.associative_scan(lambda a, b: jnp.tanh(a + b), x, axis=d),
 }
+
+
+def along(x: jax.Array, found: jax.Array, dim: int, compare: Callable) -> jax.Array:
+    """Compares positions along an axis of features with those that were found."""
+    return compare(
+        lax.broadcast_in_dim(found, x.shape, [d for d in range(x.ndim) if d != dim]),
+        lax.broadcasted_iota(found.dtype, x.shape, dim),
+    )
 
 
 def pair(x: jax.Array, dim: int) -> Sequence[jax.Array]:

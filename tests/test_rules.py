@@ -41,6 +41,7 @@ from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 pytestmark = pytest.mark.compatibility
 
 P = core.primitives
+UNIT_BY_UNIT = [*ELEMENTWISE, *primitives.EQUALITY]
 EXACT, BROKEN = 1e-5, 1e-3
 ROWS, UNITS = 4, 6
 X = uniform(ROWS, 5)
@@ -152,7 +153,6 @@ ORDERED = {
     "sort by another": Operation(P.sort_p, lambda h: lax.sort((jnp.sin(9 * h), h), dimension=1)[1]),
     "argmax": Operation(P.argmax_p, lambda h: numbers(jnp.argmax(h, 1, keepdims=True))),
     "argmin": Operation(P.argmin_p, lambda h: numbers(jnp.argmin(h, 1, keepdims=True))),
-    "top_k": Operation(P.top_k_p, lambda h: lax.top_k(h, 3)[0]),
     "top_k positions": Operation(P.top_k_p, lambda h: numbers(lax.top_k(h, 3)[1])),
     "rev": Operation(P.rev_p, lambda h: lax.rev(h, (1,))),
     "iota": Operation(P.iota_p, lambda h: h * lax.broadcasted_iota(jnp.float32, h.shape, 1)),
@@ -703,6 +703,7 @@ PASSED_ON = {
     "min over a name": Operation(P.pmin_p, over_rows(lax.pmin)),
     "reduce": Operation(P.reduce_p, lambda h: reduced(h)[None]),
     "argmax": Operation(P.argmax_p, lambda h: numbers(jnp.argmax(h, 0))[None]),
+    "top_k": Operation(P.top_k_p, lambda h: lax.top_k(h.T, 1)[0].T),
     "squeeze": Operation(P.squeeze_p, lambda h: lax.squeeze(h[:, None], (1,))),
     "bitcast": Operation(BITCAST, lambda h: lax.bitcast_convert_type(bits_of(h), jnp.float32)),
     "stack": Operation(STACK, lambda h: jnp.stack([h, 2 * h], 1)[:, 0]),
@@ -1269,7 +1270,7 @@ def same(a: jax.Array, b: jax.Array) -> bool:
     return all(np.array_equal(part(a), part(b), equal_nan=True) for part in (np.real, np.imag))
 
 
-@pytest.mark.parametrize("primitive", ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("primitive", UNIT_BY_UNIT, ids=str)
 def test_elementwise_primitives_commute_with_permutations(primitive: core.Primitive):
     fn, args, _ = eligible(primitive)
     order = np.roll(np.arange(8), 3)
@@ -1283,7 +1284,7 @@ def test_elementwise_primitives_commute_with_permutations(primitive: core.Primit
         assert not same(one_stays, permuted)
 
 
-@pytest.mark.parametrize("primitive", ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("primitive", UNIT_BY_UNIT, ids=str)
 def test_elementwise_rules_tie_all_operands_and_the_result(primitive: core.Primitive):
     _, _, eqn = eligible(primitive)
     interpreter = Interpreter("raise")
@@ -1396,5 +1397,5 @@ def test_for_every_primitive_a_wrong_rule_is_caught():
     covered = {operation.primitive for table in tables for operation in table.values()}
     covered |= {primitive for _, primitive, _ in TYING.values()}
     covered |= {*REARRANGING, P.conv_general_dilated_p}
-    ruled = {str(p) for p in registry.registered()} - {str(p) for p in ELEMENTWISE}
+    ruled = {str(p) for p in registry.registered()} - {str(p) for p in UNIT_BY_UNIT}
     assert ruled - {str(p) for p in covered} - EXEMPT == set()

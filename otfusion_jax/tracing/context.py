@@ -14,10 +14,17 @@ from collections.abc import Callable, Collection, Sequence
 
 from jax.extend import core
 
-from otfusion_jax.tracing.axis import Axis, Disagreement, Kind, constant, is_constant
+from otfusion_jax.tracing.axis import Axis, Disagreement, Kind, constant, is_constant, size_of
 from otfusion_jax.tracing.equation import EquationContext
+from otfusion_jax.tracing.positions import can_hold, let_go, varies_throughout
 from otfusion_jax.tracing.records import Regrouping
-from otfusion_jax.tracing.values import TracedValue, Values, highest_kind, sizes_of
+from otfusion_jax.tracing.values import (
+    Positions,
+    TracedValue,
+    Values,
+    highest_kind,
+    sizes_of,
+)
 
 _SPARE_ROUNDS = 16
 """A loop's body is interpreted at most this many times more than the loop carries axes."""
@@ -68,6 +75,16 @@ class RuleContext(EquationContext):
             reason: Why it is pinned, for the user to read; see `because`.
         """
         return self.unifier.pinned(size, reason)
+
+    def counted(self, size: int) -> Positions:
+        """Returns positions along a new axis, of which nothing but positions is known.
+
+        For the rules that come with the library: of what others return, positions are pinned.
+
+        Args:
+            size: The number of positions.
+        """
+        return Positions(self.unifier.fresh(size), self.because())
 
     def pass_on(self, axis: Axis, kind: Kind, result_kind: Kind) -> Axis:
         """Passes an axis of an operand on to a result that may depend on more than this operand.
@@ -210,12 +227,56 @@ class RuleContext(EquationContext):
             self.note_consumed(position, value, summed)
         return tied
 
+    # --- positions
+
+    def positions_along(self, value: TracedValue, dim: int, position: int = 0) -> Positions | None:
+        """States that a result has positions along an axis of an operand, found by its numbers.
+
+        For the rules that come with the library: of what others return, positions are pinned.
+
+        Args:
+            value: The operand.
+            dim: The number of the axis.
+            position: The number of the result.
+
+        Returns:
+            What to give to the result. None where the axis had to be pinned: another order of the
+            units could find another one of those that are equal.
+        """
+        axis = value.axes[dim]
+        positions = Positions(axis, self.because_along(dim))
+        aval = self.eqn.outvars[position].aval
+        is_single = self.interpreter.is_distinct(value) and can_hold(aval, positions)
+        if is_single and varies_throughout(self.unifier, value, dim):
+            return positions
+        self.pin(axis, positions.reason)
+        return None
+
+    def compare_positions(self, values: Sequence[TracedValue]) -> None:
+        """States that two operands are compared, each of which may be positions.
+
+        For the rules that come with the library: others are given no positions.
+
+        Args:
+            values: The operands. If both are positions, the axes that they are of move together;
+                otherwise these are pinned.
+        """
+        found = [value.positions for value in values]
+        kinds = [value.kind for value in values]
+        axes = [positions.axis for positions in found if positions is not None]
+        sizes = {size_of(axis) for axis in axes}
+        # Of counts that are compared with counts, units are not known to move at all.
+        if len(axes) == len(values) and len(sizes) == 1 and max(kinds) is not Kind.CONSTANT:
+            self.tie(axes, kinds)
+        else:
+            let_go(self.unifier, list(values))
+
     # --- pins
 
     def pin(self, axis: Axis, reason: str) -> None:
         """States that the positions of an axis may not be permuted, as the order of them matters.
 
-        `argmax` pins the axis that it searches, as it returns positions.
+        `cumsum` pins the axis that it runs along.
 
         Args:
             axis: An axis of an operand. Whatever it is tied to, now or later, is pinned with it.

@@ -23,6 +23,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, Factor, Kind
 from otfusion_jax.tracing.interpreter import Interpreter, OnUnsupported
 from otfusion_jax.tracing.jaxprs import body, live
+from otfusion_jax.tracing.positions import let_go
 from otfusion_jax.tracing.program_traces import ProgramTrace
 from otfusion_jax.tracing.unification import Unifier
 from otfusion_jax.tracing.values import TracedValue
@@ -195,6 +196,7 @@ def _interpret_trace(
     consts = list(map(interpreter.constant, trace.jaxpr.consts))
     outputs = interpreter.run(trace.jaxpr.jaxpr, consts, args, path)
     interpreter.outputs += [output.number for output in outputs]
+    let_go(unifier, outputs)
     for number, output in enumerate(outputs):
         name = "the output" if len(outputs) == 1 else f"output {number}"
         for dim, axis in enumerate(output.axes):

@@ -21,6 +21,7 @@ from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
 from otfusion_jax.tracing.laws import keeps_zero, number_made
+from otfusion_jax.tracing.positions import let_go, makes_distinct, operands_for, results_of
 from otfusion_jax.tracing.records import (
     Interaction,
     Path,
@@ -67,6 +68,7 @@ class Interpreter:
         ones: The numbers of the constants that are 1 throughout.
         numbers: For the numbers of values that are known to be one number throughout, what that is:
             constants of one entry, and what is made of them.
+        distinct: The numbers of the values in which no two numbers are equal but by chance.
         sources: For the numbers of values that depend on parameters alone, the numbers of those
             parameters.
         parameters: For the number of a value that is a parameter, which one it is.
@@ -95,6 +97,7 @@ class Interpreter:
         self.zeros: set[int] = set()
         self.ones: set[int] = set()
         self.numbers: dict[int | None, float] = {}
+        self.distinct: set[int | None] = set()
         self.sources: dict[int | None, frozenset[int]] = {}
         self.parameters: dict[int | None, int] = {}
         self.outputs: list[int | None] = []
@@ -165,16 +168,22 @@ class Interpreter:
         self.unifier.current_equation = context
         calls_before = self.calls
         rule = self._rule(context)
+        is_own = rule.__module__.startswith(_OWN_RULES)
+        primitive = context.eqn.primitive
+        if is_own:
+            operands = operands_for(primitive, self.unifier, operands)
+        else:
+            operands = let_go(self.unifier, operands)
         results = rule(context, operands)
         _check_results(context, results)
+        results = results_of(context, operands, results)
         # What a call reads, the equations within it have read already.
         is_call = self.calls > calls_before
-        is_reading = not is_call and not selects(context.eqn.primitive)
+        is_reading = not is_call and not selects(primitive)
         self._note_lost_axes(context, operands, results, is_reading)
         # What the jaxpr of a call returns has its number, and comes from the equations there. What
         # a rule from elsewhere does with it is not known.
-        is_followed = is_call and rule.__module__.startswith(_OWN_RULES)
-        if is_followed and all(value.number is not None for value in results):
+        if is_call and is_own and all(value.number is not None for value in results):
             return results
         # A rule may pass an operand on as it is: as a result it is another value.
         numbered = [self.numbered(value) for value in results]
@@ -196,6 +205,9 @@ class Interpreter:
         number = number_made(context.eqn, known)
         if number is not None:
             self.numbers[results[0].number] = number
+        are_distinct = list(map(self.is_distinct, operands))
+        if len(results) == 1 and makes_distinct(context, operands, are_distinct, known):
+            self.distinct.add(results[0].number)
 
     def _note_sources(
         self, results: Sequence[TracedValue], operands: Sequence[TracedValue]
@@ -286,6 +298,8 @@ class Interpreter:
     ) -> TracedValue:
         """Numbers a value that is one of several, and records that; see `RuleContext.one_of`."""
         joined = self.numbered(joined)
+        # Where one of them is no positions, the joined value is none.
+        let_go(self.unifier, list(alternatives))
         self.transfers.append(Transfer(context, tuple(alternatives), (joined,), "choice"))
         self._note_sources([joined], alternatives)
         if joined.number is not None and all(map(self.is_zero, alternatives)):
@@ -326,6 +340,10 @@ class Interpreter:
     def is_zero(self, value: TracedValue) -> bool:
         """Whether a value is known to be 0 throughout, as far as it has been gone through."""
         return value.number in self.zeros
+
+    def is_distinct(self, value: TracedValue) -> bool:
+        """Whether numbers of a value are equal by chance alone, see `positions`."""
+        return value.number in self.distinct
 
     def note_again(self, context: RuleContext, before: TracedValue, after: TracedValue) -> None:
         """Records that what a loop carries out goes in again, where another value stood for it."""

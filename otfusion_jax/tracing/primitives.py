@@ -212,6 +212,9 @@ _CALLS = [
 CALLS = list(dict.fromkeys(_CALLS))
 """Primitives that run one jaxpr exactly once, on all of their operands."""
 
+EQUALITY = named("eq ne")
+"""Primitives that say whether two numbers are equal: all that positions may be asked."""
+
 DERIVED_BY_RULE = named("custom_jvp_call custom_vjp_call")
 """Those of them that have a derivative of their own, which need not be that of the jaxpr."""
 

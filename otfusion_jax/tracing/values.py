@@ -13,6 +13,18 @@ Shape = tuple[int, ...]
 """The sizes of an array's axes."""
 
 
+class Positions(NamedTuple):
+    """What it means that numbers are positions; see `positions`.
+
+    Attributes:
+        axis: The axis that they are positions along.
+        reason: Why it is to be pinned if more is done with them than can be followed.
+    """
+
+    axis: Axis
+    reason: str
+
+
 class TracedValue(NamedTuple):
     """What is known of one value of a traced program. Rules take these and return these.
 
@@ -28,11 +40,15 @@ class TracedValue(NamedTuple):
             (`Kind.FEATURE`). The kinds are ordered, and a result has the highest kind of all
             operands that it depends on: `max(x.kind, y.kind)`.
         number: The number that the pass gives to the value. Rules leave it out.
+        positions: Of integers that are positions along an axis of units, which axis that is; None
+            of all others. A rule that does not come with the library is never given any: the axis
+            is pinned before.
     """
 
     axes: Axes
     kind: Kind
     number: int | None = None
+    positions: Positions | None = None
 
     def with_axis(self, dim: int, axis: Axis) -> "TracedValue":
         """Returns this value with another axis in place of one of its own.

@@ -13,6 +13,13 @@ def elementwise(ctx: RuleContext, values: Values) -> Values:
     return [ctx.join(values)]
 
 
+@register_family(primitives.EQUALITY)
+def equality(ctx: RuleContext, values: Values) -> Values:
+    """Operands and result move together; so do the axes of which positions are compared."""
+    ctx.compare_positions(values)
+    return [ctx.join(values)]
+
+
 @register_family(ONE_BY_ONE)
 def one_by_one(ctx: RuleContext, values: Values) -> Values:
     """Each operand is passed on."""

@@ -15,22 +15,20 @@ P = core.primitives
 # Functions of single elements: operands and result move together.
 ELEMENTWISE = named(
     "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt "
-    "ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf "
+    "ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq_to erf "
     "erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow "
-    "is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not "
-    "or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem "
-    "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
-    "sqrt square stop_gradient sub tan tanh xor zeta"
+    "is_finite le le_to lgamma log log1p logistic lt lt_to max min mul neg nextafter not or "
+    "polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round "
+    "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
+    "square stop_gradient sub tan tanh xor zeta"
 )
 ELEMENTWISE += primitives.NEW_ELEMENTWISE
 
 # Each operand is returned as it is.
 ONE_BY_ONE = [*primitives.RELOCATIONS, *primitives.VARYING]
 
-# Axes are dropped; `argmax` and `argmin` return positions, the others do not care about order.
-REDUCTION = named(
-    "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin"
-)
+# Axes are dropped, and their order does not matter.
+REDUCTION = named("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor")
 COLLECTIVE = named("pmax pmin psum") + primitives.SUMMED_OVER_DEVICES
 WINDOW = named("reduce_window_max reduce_window_min reduce_window_sum")
 

@@ -41,19 +41,35 @@ def sort(ctx: RuleContext, values: Values) -> Values:
 
 @register_rule(P.top_k_p)
 def top_k(ctx: RuleContext, values: Values) -> Values:
-    """The ranked axis is pinned; values and indices share the others."""
+    """Ranks are pinned. The ranked axis is, unless its positions are compared with positions."""
     (x,) = values
-    result = _with_pinned(ctx, x, jaxprs.top_k_axis(ctx.eqn))
-    return [result, result]
+    dim = jaxprs.top_k_axis(ctx.eqn)
+    ranks = ctx.fresh_pinned(ctx.shape()[dim], ctx.because_along(dim))
+    largest = x.with_axis(dim, ranks)
+    # The largest are the same numbers in any order of the units.
+    are_positions_used = ctx.used[1]
+    if not are_positions_used:
+        return [largest, largest]
+    positions = ctx.positions_along(x, dim, position=1)
+    return [largest, largest._replace(positions=positions)]
+
+
+@register_rule(P.argmax_p, P.argmin_p)
+def extreme_position(ctx: RuleContext, values: Values) -> Values:
+    """The searched axis is dropped, and pinned unless positions are compared with positions."""
+    (x,) = values
+    (dim,) = ctx.params["axes"]
+    positions = ctx.positions_along(x, dim)
+    return [x.without([dim])._replace(positions=positions)]
 
 
 @register_rule(P.iota_p)
 def iota(ctx: RuleContext, values: Values) -> Values:
-    """Counts along one axis, which is pinned, and is constant along the others."""
+    """Counts along one axis, pinned unless counts are compared with positions; no other varies."""
     dim = ctx.params["dimension"]
-    positions = ctx.fresh_pinned(ctx.shape()[dim], ctx.because())
-    result = ctx.constant_result()
-    return [result.with_axis(dim, positions)]
+    counted = ctx.counted(ctx.shape()[dim])
+    result = ctx.constant_result().with_axis(dim, counted.axis)
+    return [result._replace(positions=counted)]
 
 
 def _with_pinned(ctx: RuleContext, value: TracedValue, dim: int) -> TracedValue:

@@ -11,13 +11,9 @@ from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
 @register_family(REDUCTION)
 def reduction(ctx: RuleContext, values: Values) -> Values:
-    """A reduced axis is dropped: sums and extrema do not care about order, positions do."""
+    """A reduced axis is dropped: sums and extrema do not care about order."""
     (x,) = values
-    reduced = ctx.params["axes"]
-    if ctx.eqn.primitive in (P.argmax_p, P.argmin_p):
-        for dim in reduced:
-            ctx.pin(x.axes[dim], ctx.because(f"over axis {dim}"))
-    return [x.without(reduced)]
+    return [x.without(ctx.params["axes"])]
 
 
 @register_family(COLLECTIVE)
