@@ -2010,6 +2010,9 @@ def _scan(p: Any, *args: Any) -> Values:
         out = _inner(p["jaxpr"], *args[:consts], *carry, *(x[i] for x in args[carries:]))
         carry = out[:count]
         found.append(out[count:])
+    if not found:
+        made = [var.aval for var in getattr(p["jaxpr"], "jaxpr", p["jaxpr"]).outvars[count:]]
+        return [*carry, *(np.zeros((0, *aval.shape), aval.dtype) for aval in made)]
     if p["reverse"]:
         found.reverse()
     return [*carry, *map(np.stack, zip(*found, strict=True))]
