@@ -24,6 +24,10 @@ X = uniform(64, 5)
 Params = dict[str, jax.Array]
 
 
+def traced(fn: Callable, params: Any, *inputs: Any) -> otf.Symmetry:
+    return otf.trace_symmetry(fn, params, *inputs, on_ties="ignore")
+
+
 def change(symmetry: otf.Symmetry, fn: Callable, params: Any, *inputs: Any) -> float:
     """The largest relative change of the outputs under four random elements of the symmetry."""
     before = np.asarray(fn(params, *inputs))
@@ -59,13 +63,8 @@ def k_hot(h: jax.Array) -> jax.Array:
 
 
 def scanned(h: jax.Array) -> jax.Array:
-    """The winners are marked in a loop, which collects them for nobody."""
-
-    def step(_: None, row: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        winner = jnp.argmax(row)
-        return None, (one_hot(winner), winner)
-
-    return lax.scan(step, None, h)[1][0]
+    """The winners are marked in a loop."""
+    return lax.map(lambda row: one_hot(jnp.argmax(row)), h)
 
 
 FOLLOWED: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -95,7 +94,7 @@ def test_units_move_if_their_positions_meet_positions(name: str):
     def fn(p: Params, x: jax.Array) -> jax.Array:
         return FOLLOWED[name](x @ p["in"]) @ p["out"]
 
-    symmetry = otf.trace_symmetry(fn, NET, X)
+    symmetry = traced(fn, NET, X)
     assert [(group.name, group.size) for group in symmetry.groups] == [("in", 6)]
     assert {symmetry.parts[member.leaf].path for member in symmetry["in"].members} == {"in", "out"}
     assert change(symmetry, fn, NET, X) < EXACT
@@ -139,30 +138,60 @@ def test_units_stay_if_more_is_done_with_their_positions(name: str):
     def fn(p: Params, x: jax.Array) -> jax.Array:
         return PINNED[name](x @ p["in"]) @ p["out"]
 
+    symmetry = traced(fn, NET, X)
+    assert symmetry.groups == ()
+    assert ("in", 1) in {(pin.path, pin.axis) for pin in symmetry.pinned}
+
+
+@pytest.mark.parametrize("name", [name for name in FOLLOWED if name != "above a threshold"])
+def test_units_stay_if_ties_are_not_ignored(name: str):
+    def fn(p: Params, x: jax.Array) -> jax.Array:
+        return FOLLOWED[name](x @ p["in"]) @ p["out"]
+
     symmetry = otf.trace_symmetry(fn, NET, X)
     assert symmetry.groups == ()
     assert ("in", 1) in {(pin.path, pin.axis) for pin in symmetry.pinned}
 
 
-TIED: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "cut off": jax.nn.relu,
-    "rounded": jnp.round,
-    "saturated": lambda h: jnp.tanh(20 * h),
-    "in half precision": lambda h: h.astype(jnp.bfloat16),
-    "masked": lambda h: jnp.where(h > 0, h, -jnp.inf),
-    "masked by a product": lambda h: h * numbers(h > 0),
-    "twice": lambda h: jnp.concatenate([h[:, :3], h[:, :3]], -1),
-    "spread": lambda h: jnp.broadcast_to(h[:, :1], h.shape),
-}
-
-
-@pytest.mark.parametrize("name", TIED)
-def test_units_stay_where_several_may_be_the_largest(name: str):
+@pytest.mark.parametrize("bend", [jax.nn.relu, jnp.round, jnp.sign])
+def test_units_above_a_threshold_move_whether_or_not_some_are_equal(bend: Callable):
     def fn(p: Params, x: jax.Array) -> jax.Array:
-        return one_hot(jnp.argmax(TIED[name](x @ p["in"]), -1)) @ p["out"]
+        h = bend(x @ p["in"])
+        return jnp.where(h >= lax.top_k(h, 3)[0][:, -1:], h + 1, 0) @ p["out"]
 
     symmetry = otf.trace_symmetry(fn, NET, X)
-    assert ("out", 0) in {(pin.path, pin.axis) for pin in symmetry.pinned}
+    assert [(group.name, group.size) for group in symmetry.groups] == [("in", 6)]
+    assert change(symmetry, fn, NET, X) < EXACT
+
+
+def test_a_wrong_word_for_ties_is_refused():
+    with pytest.raises(ValueError, match="on_ties is 'pinned'; it must be 'pin' or 'ignore'"):
+        otf.trace_symmetry(lambda p, x: x @ p["in"], NET, X, on_ties="pinned")  # pyright: ignore[reportArgumentType]
+
+
+def test_positions_within_heads_are_not_compared_across_heads():
+    params = normals({"w": (5, 3, 4), "out": (3, 4, 2)})
+
+    def fn(p: Params, x: jax.Array) -> jax.Array:
+        h = jnp.einsum("bd,dhu->bhu", x, p["w"])
+        winners = jnp.argmax(h, -1)
+        agree = numbers(winners[:, :, None] == winners[:, None, :]).sum((1, 2))
+        return jnp.einsum("bhu,huo->bo", jnp.tanh(h), p["out"]) * agree[:, None]
+
+    symmetry = traced(fn, params, X)
+    assert [group.size for group in symmetry.groups] == [3]
+    assert change(symmetry, fn, params, X) < EXACT
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.int8, 200), (jnp.uint8, 300), (jnp.float16, 6)])
+def test_counts_that_run_over_are_no_positions(dtype: Any, size: int):
+    params = normals({"in": (5, size), "out": (size, 3)})
+
+    def fn(p: Params, x: jax.Array) -> jax.Array:
+        found = jnp.argmax(x @ p["in"], -1)[:, None]
+        return numbers(found == lax.iota(dtype, size).astype(jnp.int32)[None]) @ p["out"]
+
+    assert traced(fn, params, X).groups == ()
 
 
 def test_positions_that_are_returned_pin_their_units():
@@ -170,7 +199,7 @@ def test_positions_that_are_returned_pin_their_units():
         h = x @ p["in"]
         return one_hot(jnp.argmax(h, -1)) @ p["out"], lax.top_k(h, 2)[1]
 
-    symmetry = otf.trace_symmetry(fn, NET, X)
+    symmetry = traced(fn, NET, X)
     assert symmetry.groups == ()
     reasons = {pin.reason for pin in symmetry.pinned if pin.path == "in"}
     assert any(reason.startswith("top_k along axis 1") for reason in reasons)
@@ -185,9 +214,27 @@ def test_a_rule_of_ones_own_is_given_no_positions(monkeypatch: pytest.MonkeyPatc
         return [ctx.join(values)]
 
     otf.register_rule(core.primitives.eq_p)(rule)
-    symmetry = otf.trace_symmetry(lambda p, x: k_hot(x @ p["in"]) @ p["out"], NET, X)
+    symmetry = traced(lambda p, x: k_hot(x @ p["in"]) @ p["out"], NET, X)
     assert symmetry.groups == ()
     assert seen == [None, None]
+
+
+def test_a_rule_of_ones_own_gets_no_positions_of_what_it_calls(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    winner_p = core.Primitive("winner")
+    winner_p.def_abstract_eval(lambda h: h.update(shape=h.shape[:1], dtype=np.dtype(np.int32)))
+    body = jax.make_jaxpr(lambda h: jnp.argmax(h, -1))(X @ NET["in"])
+
+    def rule(ctx: RuleContext, values: Values) -> Values:
+        return [ctx.join([value]) for value in ctx.call(body, values)]
+
+    otf.register_rule(winner_p)(rule)
+
+    def fn(p: Params, x: jax.Array) -> jax.Array:
+        h = x @ p["in"]
+        return (h * numbers(winner_p.bind(h) > 2)[:, None]) @ p["out"]
+
+    assert traced(fn, NET, X).groups == ()
 
 
 def test_untied_the_certificate_breaks(monkeypatch: pytest.MonkeyPatch):
@@ -196,7 +243,7 @@ def test_untied_the_certificate_breaks(monkeypatch: pytest.MonkeyPatch):
     def fn(p: Params, x: jax.Array) -> jax.Array:
         return one_hot(jnp.argmax(x @ p["in"], -1)) @ p["out"]
 
-    symmetry = otf.trace_symmetry(fn, NET, X)
+    symmetry = traced(fn, NET, X)
     assert change(symmetry, fn, NET, X) > BROKEN
 
 
@@ -237,7 +284,7 @@ def test_experts_that_a_router_ranks_move_and_their_hidden_units_in_them(gates: 
         return of_gates(gates, p, x)
 
     params = normals(EXPERTS)
-    symmetry = otf.trace_symmetry(fn, params, X)
+    symmetry = traced(fn, params, X)
     hidden, units, experts = sorted(symmetry.groups, key=lambda group: (-group.size, group.batch))
     assert (hidden.size, units.batch, units.size, experts.size) == (8, (4,), 7, 4)
     assert units.outer == experts.name
@@ -278,7 +325,7 @@ def in_layers(p: Params, x: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("fn", [with_capacity, in_layers])
 def test_experts_move_in_larger_networks(fn: Callable):
     params = normals(EXPERTS)
-    symmetry = otf.trace_symmetry(fn, params, X)
+    symmetry = traced(fn, params, X)
     sizes = sorted((*group.batch, group.size) for group in symmetry.groups)
     assert sizes == [(4,), (4, 7), (8,)]
     assert change(symmetry, fn, params, X) < EXACT
@@ -289,11 +336,16 @@ def test_experts_in_another_order_are_found():
         return of_gates(top_two, p, x)
 
     params = normals(EXPERTS)
-    symmetry = otf.trace_symmetry(fn, params, X)
+    symmetry = traced(fn, params, X)
     planted = otf.transport(symmetry, symmetry.random(jax.random.key(1)), params)
-    fused = otf.fuse(symmetry, [params, planted])
-    for name, leaf in planted.items():
-        np.testing.assert_allclose(fused[name], leaf, rtol=0, atol=1e-5)
+    by_features = otf.feature_gram(symmetry, fn, params, planted, [X])
+    for alignment in (
+        otf.align(symmetry, params, planted),
+        otf.align(symmetry, params, planted, grams=by_features),
+    ):
+        moved = otf.transport(symmetry, alignment, params)
+        for name, leaf in planted.items():
+            np.testing.assert_allclose(moved[name], leaf, rtol=0, atol=1e-5)
 
 
 def test_codes_of_a_codebook_move():
@@ -308,6 +360,6 @@ def test_codes_of_a_codebook_move():
         nearest = jax.nn.one_hot(jnp.argmin(distances, -1), 6) @ codes
         return (z + lax.stop_gradient(nearest - z)) @ p["decode"]
 
-    symmetry = otf.trace_symmetry(fn, params, X)
+    symmetry = traced(fn, params, X)
     assert {(group.name, group.size) for group in symmetry.groups} == {("encode", 8), ("codes", 6)}
     assert change(symmetry, fn, params, X) < EXACT

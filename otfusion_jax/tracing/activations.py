@@ -312,10 +312,14 @@ def retrace(
     traced = trace(fn, params, *inputs, on_unsupported="pin")
     found = traced.symmetry.as_free_as(symmetry)
     if found.groups != symmetry.groups:
-        raise ValueError(
-            "this function on these inputs has other groups than the symmetry given; trace it "
-            f"again.\nGiven:\n{symmetry}\nFound:\n{found}"
-        )
+        # Nor does a symmetry tell whether ties were ignored.
+        again = trace(fn, params, *inputs, on_unsupported="pin", on_ties="ignore")
+        if again.symmetry.as_free_as(symmetry).groups != symmetry.groups:
+            raise ValueError(
+                "this function on these inputs has other groups than the symmetry given; trace it "
+                f"again.\nGiven:\n{symmetry}\nFound:\n{found}"
+            )
+        traced, found = again, again.symmetry.as_free_as(symmetry)
     return dataclasses.replace(traced, symmetry=found)
 
 

@@ -76,15 +76,19 @@ class RuleContext(EquationContext):
         """
         return self.unifier.pinned(size, reason)
 
-    def counted(self, size: int) -> Positions:
+    def counted(self, size: int) -> Positions | None:
         """Returns positions along a new axis, of which nothing but positions is known.
 
         For the rules that come with the library: of what others return, positions are pinned.
 
         Args:
             size: The number of positions.
+
+        Returns:
+            The positions; None if the result can't count so far.
         """
-        return Positions(self.unifier.fresh(size), self.because())
+        positions = Positions(self.unifier.fresh(size), self.because())
+        return positions if can_hold(self.eqn.outvars[0].aval, positions) else None
 
     def pass_on(self, axis: Axis, kind: Kind, result_kind: Kind) -> Axis:
         """Passes an axis of an operand on to a result that may depend on more than this operand.
@@ -240,14 +244,14 @@ class RuleContext(EquationContext):
             position: The number of the result.
 
         Returns:
-            What to give to the result. None where the axis had to be pinned: another order of the
-            units could find another one of those that are equal.
+            What to give to the result. None where the axis had to be pinned, as units may be equal,
+            of which another order would find another one.
         """
         axis = value.axes[dim]
         positions = Positions(axis, self.because_along(dim))
         aval = self.eqn.outvars[position].aval
-        is_single = self.interpreter.is_distinct(value) and can_hold(aval, positions)
-        if is_single and varies_throughout(self.unifier, value, dim):
+        is_followed = self.interpreter.on_ties == "ignore" and can_hold(aval, positions)
+        if is_followed and varies_throughout(self.unifier, value, dim):
             return positions
         self.pin(axis, positions.reason)
         return None
@@ -258,15 +262,17 @@ class RuleContext(EquationContext):
         For the rules that come with the library: others are given no positions.
 
         Args:
-            values: The operands. If both are positions, the axes that they are of move together;
-                otherwise these are pinned.
+            values: The operands. If they are positions that were found and counts, the axes that
+                they are of move together; otherwise these are pinned.
         """
         found = [value.positions for value in values]
         kinds = [value.kind for value in values]
         axes = [positions.axis for positions in found if positions is not None]
         sizes = {size_of(axis) for axis in axes}
-        # Of counts that are compared with counts, units are not known to move at all.
-        if len(axes) == len(values) and len(sizes) == 1 and max(kinds) is not Kind.CONSTANT:
+        # Counts are constants. Positions that are compared with each other may be of units that
+        # move in another way for each head, which is nowhere in their axes.
+        is_count = [kind is Kind.CONSTANT for kind in kinds]
+        if len(axes) == len(values) and len(sizes) == 1 and sum(is_count) == 1:
             self.tie(axes, kinds)
         else:
             let_go(self.unifier, list(values))

@@ -23,7 +23,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, Factor, Kind
 from otfusion_jax.tracing.interpreter import Interpreter, OnUnsupported
 from otfusion_jax.tracing.jaxprs import body, live
-from otfusion_jax.tracing.positions import let_go
+from otfusion_jax.tracing.positions import OnTies, let_go
 from otfusion_jax.tracing.program_traces import ProgramTrace
 from otfusion_jax.tracing.unification import Unifier
 from otfusion_jax.tracing.values import TracedValue
@@ -129,7 +129,10 @@ class Interpretation:
 
 
 def interpret_traces(
-    traces: Sequence[ProgramTrace], symmetry: Symmetry, on_unsupported: OnUnsupported
+    traces: Sequence[ProgramTrace],
+    symmetry: Symmetry,
+    on_unsupported: OnUnsupported,
+    on_ties: OnTies,
 ) -> Interpretation:
     """Interprets the jaxprs of a function.
 
@@ -139,11 +142,12 @@ def interpret_traces(
         symmetry: The symmetry that says which parts there are. It needs no groups.
         on_unsupported: What to do about a primitive without a rule in the first jaxpr. In the
             others, which the user has not asked for, it is pinned.
+        on_ties: What to do about positions that depend on the order of equal units.
 
     Returns:
         What is known of the axes of the parts.
     """
-    interpreter = Interpreter(on_unsupported)
+    interpreter = Interpreter(on_unsupported, on_ties)
     used = _used_parameters(traces, len(symmetry.parts))
     param_axes = []
     for leaf, is_used in zip(symmetry.parts, used, strict=True):

@@ -8,6 +8,7 @@ merges less. Whatever a rule cannot express is pinned, and a primitive without a
 (or pins all that it touches, on demand).
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.equation import EquationContext
 from otfusion_jax.tracing.jaxprs import live
 from otfusion_jax.tracing.laws import keeps_zero, number_made
-from otfusion_jax.tracing.positions import let_go, makes_distinct, operands_for, results_of
+from otfusion_jax.tracing.positions import OnTies, let_go, operands_for, results_of
 from otfusion_jax.tracing.records import (
     Interaction,
     Path,
@@ -49,6 +50,7 @@ class Interpreter:
     Attributes:
         unifier: What is known of the axes: what is tied, what is pinned.
         on_unsupported: What to do about a primitive without a rule.
+        on_ties: What to do about positions that depend on the order of equal units.
         loops: The iteration axes of the scans around the equation at hand, outermost first.
         values: The axes of every value, those of the scans around it first. The keys of a
             dictionary, as an ordered set.
@@ -68,7 +70,6 @@ class Interpreter:
         ones: The numbers of the constants that are 1 throughout.
         numbers: For the numbers of values that are known to be one number throughout, what that is:
             constants of one entry, and what is made of them.
-        distinct: The numbers of the values in which no two numbers are equal but by chance.
         sources: For the numbers of values that depend on parameters alone, the numbers of those
             parameters.
         parameters: For the number of a value that is a parameter, which one it is.
@@ -78,9 +79,10 @@ class Interpreter:
         collected: The numbers of values that loops collect.
     """
 
-    def __init__(self, on_unsupported: OnUnsupported) -> None:
+    def __init__(self, on_unsupported: OnUnsupported, on_ties: OnTies = "pin") -> None:
         self.unifier: Unifier = Unifier()
         self.on_unsupported = on_unsupported
+        self.on_ties = on_ties
         self.loops: Axes = ()
         self.values: dict[Axes, None] = {}
         self.features: dict[Axis, None] = {}
@@ -97,7 +99,6 @@ class Interpreter:
         self.zeros: set[int] = set()
         self.ones: set[int] = set()
         self.numbers: dict[int | None, float] = {}
-        self.distinct: set[int | None] = set()
         self.sources: dict[int | None, frozenset[int]] = {}
         self.parameters: dict[int | None, int] = {}
         self.outputs: list[int | None] = []
@@ -147,7 +148,19 @@ class Interpreter:
                     site = Site(eqn_path, "out", position)
                     every_dim = frozenset(range(len(axes)))
                     self.seen.append((site, axes, every_dim))
-        return [self._read(env, atom) for atom in jaxpr.outvars]
+        outputs = [self._read(env, atom) for atom in jaxpr.outvars]
+        if caller is None or self._hands_on_positions(caller):
+            return outputs
+        # What a loop or a branch returns is one of several values, and is nobody's if not used.
+        read = outputs if used is None else itertools.compress(outputs, used)
+        let_go(self.unifier, list(read))
+        return [value._replace(positions=None) for value in outputs]
+
+    def _hands_on_positions(self, caller: EquationContext) -> bool:
+        """Whether an equation returns what its jaxpr does, so that positions stay positions."""
+        primitive = caller.eqn.primitive
+        rule = rule_of(primitive)
+        return primitive in primitives.CALLS and rule is not None and _is_own(rule)
 
     def _read(self, env: dict[core.Var, TracedValue], atom: Any) -> TracedValue:
         """Returns the value of a variable or of a literal."""
@@ -168,7 +181,7 @@ class Interpreter:
         self.unifier.current_equation = context
         calls_before = self.calls
         rule = self._rule(context)
-        is_own = rule.__module__.startswith(_OWN_RULES)
+        is_own = _is_own(rule)
         primitive = context.eqn.primitive
         if is_own:
             operands = operands_for(primitive, self.unifier, operands)
@@ -176,7 +189,7 @@ class Interpreter:
             operands = let_go(self.unifier, operands)
         results = rule(context, operands)
         _check_results(context, results)
-        results = results_of(context, operands, results)
+        results = results_of(context.eqn, self.unifier, operands, results)
         # What a call reads, the equations within it have read already.
         is_call = self.calls > calls_before
         is_reading = not is_call and not selects(primitive)
@@ -205,9 +218,6 @@ class Interpreter:
         number = number_made(context.eqn, known)
         if number is not None:
             self.numbers[results[0].number] = number
-        are_distinct = list(map(self.is_distinct, operands))
-        if len(results) == 1 and makes_distinct(context, operands, are_distinct, known):
-            self.distinct.add(results[0].number)
 
     def _note_sources(
         self, results: Sequence[TracedValue], operands: Sequence[TracedValue]
@@ -341,10 +351,6 @@ class Interpreter:
         """Whether a value is known to be 0 throughout, as far as it has been gone through."""
         return value.number in self.zeros
 
-    def is_distinct(self, value: TracedValue) -> bool:
-        """Whether numbers of a value are equal by chance alone, see `positions`."""
-        return value.number in self.distinct
-
     def note_again(self, context: RuleContext, before: TracedValue, after: TracedValue) -> None:
         """Records that what a loop carries out goes in again, where another value stood for it."""
         self.transfers.append(Transfer(context, (before, after), (), "again"))
@@ -390,6 +396,11 @@ class Interpreter:
                 if unifier.is_free(variable) and not _is_read_alone(variable, kept, readings):
                     left_out.add(variable)
         return left_out
+
+
+def _is_own(rule: Rule) -> bool:
+    """Whether a rule comes with the library."""
+    return rule.__module__.startswith(_OWN_RULES)
 
 
 def _is_read_alone(variable: int, kept: set[int], readings: Sequence[set[int]]) -> bool:

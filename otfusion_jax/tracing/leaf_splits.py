@@ -17,6 +17,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, Sum, factors_of, size_of
 from otfusion_jax.tracing.interpretation import Interpretation, interpret_traces
 from otfusion_jax.tracing.interpreter import OnUnsupported
+from otfusion_jax.tracing.positions import OnTies
 from otfusion_jax.tracing.program_traces import ProgramTrace
 from otfusion_jax.tracing.split_jaxpr import take_parts
 
@@ -36,7 +37,10 @@ class SplitInterpretation(NamedTuple):
 
 
 def interpret_split(
-    traces: Sequence[ProgramTrace], unsplit: Symmetry, on_unsupported: OnUnsupported
+    traces: Sequence[ProgramTrace],
+    unsplit: Symmetry,
+    on_unsupported: OnUnsupported,
+    on_ties: OnTies,
 ) -> SplitInterpretation:
     """Interprets a program, its leaves split where that gives more freedom.
 
@@ -45,18 +49,19 @@ def interpret_split(
             each jaxpr are the leaves.
         unsplit: The leaves, without splits and groups.
         on_unsupported: What to do about a primitive without a rule, see `trace_symmetry`.
+        on_ties: What to do about positions that depend on the order of equal units.
 
     Returns:
         The splits that are worth while, and the interpretation of the program with them.
     """
-    whole = interpret_traces(traces, unsplit, on_unsupported)
+    whole = interpret_traces(traces, unsplit, on_unsupported, on_ties)
     leaf_splits = find_leaf_splits(whole, unsplit)
     while leaf_splits:
         split = dataclasses.replace(unsplit, leaf_splits=leaf_splits)
         traces_of_parts = []
         for trace in traces:
             traces_of_parts.append(ProgramTrace(take_parts(trace.jaxpr, split), trace.inputs))
-        interpretation = interpret_traces(traces_of_parts, split, on_unsupported)
+        interpretation = interpret_traces(traces_of_parts, split, on_unsupported, on_ties)
         kept = _worth_while(interpretation, split)
         if len(kept) == len(leaf_splits):
             return SplitInterpretation(split, traces_of_parts[0].jaxpr, interpretation)

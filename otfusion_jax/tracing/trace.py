@@ -21,6 +21,7 @@ from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.interpreter import OnUnsupported
 from otfusion_jax.tracing.leaf_splits import SplitInterpretation, interpret_split
 from otfusion_jax.tracing.pins import collect_pins
+from otfusion_jax.tracing.positions import OnTies
 from otfusion_jax.tracing.program_traces import ProgramTrace, trace_longer, trace_program
 from otfusion_jax.tracing.programs import Program, as_function
 from otfusion_jax.tracing.views import View, collect_views
@@ -51,6 +52,7 @@ def trace_symmetry(
     params: PyTree,
     *inputs: PyTree,
     on_unsupported: OnUnsupported = "raise",
+    on_ties: OnTies = "pin",
 ) -> Symmetry:
     """Finds the permutation symmetry of a network by tracing it.
 
@@ -75,6 +77,12 @@ def trace_symmetry(
             outputs.
         on_unsupported: What to do about a primitive without a rule: `"raise"` an error, or `"pin"`
             every axis that it touches (the result stays correct and has fewer groups).
+        on_ties: What to do about units whose positions `argmax` or `top_k` find, as a router finds
+            experts. Of units that are equal they find the first, so that `"pin"` leaves these in
+            place. `"ignore"` takes it that no two are equal, and lets experts and the codes of a
+            codebook move where they are chosen by `jax.nn.one_hot` of the positions. It is yours
+            to know: for a token of zeros without a bias, after a saturated sigmoid, or in half
+            precision many are. `check_symmetry` tells for the inputs that it is given.
 
     Returns:
         The symmetry; `print` it.
@@ -108,7 +116,7 @@ permuted
         in      8     0     tied to input 0, axis 1
         out     4     1     tied to the output, axis 1
     """
-    symmetry = trace(fn, params, *inputs, on_unsupported=on_unsupported).symmetry
+    symmetry = trace(fn, params, *inputs, on_unsupported=on_unsupported, on_ties=on_ties).symmetry
     warn_not_used(symmetry)
     return symmetry
 
@@ -118,6 +126,7 @@ def trace(
     params: PyTree,
     *inputs: PyTree,
     on_unsupported: OnUnsupported = "raise",
+    on_ties: OnTies = "pin",
 ) -> Trace:
     """Traces a function, as `trace_symmetry` does, and keeps where features can be read.
 
@@ -126,6 +135,7 @@ def trace(
         params: The parameters.
         *inputs: The inputs of the function.
         on_unsupported: What to do about a primitive without a rule.
+        on_ties: What to do about positions that depend on the order of equal units.
 
     Returns:
         The symmetry, the jaxpr, and the views of each group.
@@ -137,12 +147,14 @@ def trace(
     """
     if on_unsupported not in ("raise", "pin"):
         raise ValueError(f"on_unsupported is {on_unsupported!r}; it must be 'raise' or 'pin'")
+    if on_ties not in ("pin", "ignore"):
+        raise ValueError(f"on_ties is {on_ties!r}; it must be 'pin' or 'ignore'")
     function, inputs = as_function(fn, inputs)
     # It only says what the leaves are. Their splits, the groups and the pins are filled in below.
     unsplit = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     given = trace_program(function, params, inputs)
     longer = trace_longer(function, params, inputs)
-    split, jaxpr, interpretation = _interpret(given, longer, unsplit, on_unsupported)
+    split, jaxpr, interpretation = _interpret(given, longer, unsplit, on_unsupported, on_ties)
     # What is free after this is a group.
     interpretation.pin_what_inputs_do_not_show()
     leaf_axes = list(zip(split.parts, interpretation.expanded_axes(), strict=True))
@@ -162,15 +174,16 @@ def _interpret(
     longer: Sequence[ProgramTrace],
     unsplit: Symmetry,
     on_unsupported: OnUnsupported,
+    on_ties: OnTies,
 ) -> SplitInterpretation:
     """Interprets a function on the inputs given and on longer ones, if that comes to an end."""
     try:
-        return interpret_split([given, *longer], unsplit, on_unsupported)
+        return interpret_split([given, *longer], unsplit, on_unsupported, on_ties)
     except Exception:
         if not longer:
             raise
     # A function that replays what was recorded for other sizes may come to no program at all.
-    return interpret_split([given], unsplit, on_unsupported)
+    return interpret_split([given], unsplit, on_unsupported, on_ties)
 
 
 def _with_views(

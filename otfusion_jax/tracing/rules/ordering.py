@@ -67,9 +67,10 @@ def extreme_position(ctx: RuleContext, values: Values) -> Values:
 def iota(ctx: RuleContext, values: Values) -> Values:
     """Counts along one axis, pinned unless counts are compared with positions; no other varies."""
     dim = ctx.params["dimension"]
-    counted = ctx.counted(ctx.shape()[dim])
-    result = ctx.constant_result().with_axis(dim, counted.axis)
-    return [result._replace(positions=counted)]
+    size = ctx.shape()[dim]
+    counted = ctx.counted(size)
+    axis = ctx.fresh_pinned(size, ctx.because()) if counted is None else counted.axis
+    return [ctx.constant_result().with_axis(dim, axis)._replace(positions=counted)]
 
 
 def _with_pinned(ctx: RuleContext, value: TracedValue, dim: int) -> TracedValue:
