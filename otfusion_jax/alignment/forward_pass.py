@@ -167,9 +167,9 @@ class ForwardSweep(AbstractSweep):
         """Whether a tree's cost needs norms: not that of permutations by squared distances."""
         by_distances = isinstance(self.metric, costs.SqEuclidean) and not self.unit_norm
         # Elsewhere norms are part of a larger program, and take little.
-        is_known = self.problem.known and self.problem.xp is np
-        is_assignment = is_known and self.problem.assignment_solver(tree) is not None
-        return not (by_distances and is_assignment)
+        by_numpy = self.problem.xp is np
+        is_assignment = self.problem.assignment_solver(tree) is not None
+        return not (by_distances and by_numpy and is_assignment)
 
     def accept(
         self,

@@ -7,7 +7,7 @@ inputs, and the arrays at the sites where a group's features can be read are kep
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.symmetry.units import units_of
 from otfusion_jax.tracing.jaxprs import body, evaluated, scan_operands
 from otfusion_jax.tracing.misuse import find_foreign_input, require_params_first
+from otfusion_jax.tracing.positions import OnTies
 from otfusion_jax.tracing.primitives import DERIVED_BY_RULE
 from otfusion_jax.tracing.programs import Program, as_function
 from otfusion_jax.tracing.records import Site
@@ -308,19 +309,19 @@ def retrace(
     Raises:
         ValueError: If this function on these inputs has another symmetry.
     """
-    # Whoever has this symmetry may have pinned on demand, too, which gives the same groups then.
-    traced = trace(fn, params, *inputs, on_unsupported="pin")
-    found = traced.symmetry.as_free_as(symmetry)
-    if found.groups != symmetry.groups:
-        # Nor does a symmetry tell whether ties were ignored.
-        again = trace(fn, params, *inputs, on_unsupported="pin", on_ties="ignore")
-        if again.symmetry.as_free_as(symmetry).groups != symmetry.groups:
-            raise ValueError(
-                "this function on these inputs has other groups than the symmetry given; trace it "
-                f"again.\nGiven:\n{symmetry}\nFound:\n{found}"
-            )
-        traced, found = again, again.symmetry.as_free_as(symmetry)
-    return dataclasses.replace(traced, symmetry=found)
+    others: list[Symmetry] = []
+    # A symmetry does not tell whether ties were ignored.
+    for on_ties in get_args(OnTies):
+        # Whoever has it may have pinned on demand, too, which gives the same groups then.
+        traced = trace(fn, params, *inputs, on_unsupported="pin", on_ties=on_ties)
+        found = traced.symmetry.as_free_as(symmetry)
+        if found.groups == symmetry.groups:
+            return dataclasses.replace(traced, symmetry=found)
+        others.append(found)
+    raise ValueError(
+        "this function on these inputs has other groups than the symmetry given; trace it "
+        f"again.\nGiven:\n{symmetry}\nFound:\n{others[0]}"
+    )
 
 
 def samples_of(array: Array, view: View, group: Group) -> Float[Array, "*batch samples units"]:

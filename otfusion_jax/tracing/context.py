@@ -16,7 +16,7 @@ from jax.extend import core
 
 from otfusion_jax.tracing.axis import Axis, Disagreement, Kind, constant, is_constant, size_of
 from otfusion_jax.tracing.equation import EquationContext
-from otfusion_jax.tracing.positions import can_hold, let_go, varies_throughout
+from otfusion_jax.tracing.positions import let_go, varies_throughout
 from otfusion_jax.tracing.records import Regrouping
 from otfusion_jax.tracing.values import (
     Positions,
@@ -76,19 +76,15 @@ class RuleContext(EquationContext):
         """
         return self.unifier.pinned(size, reason)
 
-    def counted(self, size: int) -> Positions | None:
+    def counted(self, size: int) -> Positions:
         """Returns positions along a new axis, of which nothing but positions is known.
 
         For the rules that come with the library: of what others return, positions are pinned.
 
         Args:
             size: The number of positions.
-
-        Returns:
-            The positions; None if the result can't count so far.
         """
-        positions = Positions(self.unifier.fresh(size), self.because())
-        return positions if can_hold(self.eqn.outvars[0].aval, positions) else None
+        return Positions(self.unifier.fresh(size), self.because())
 
     def pass_on(self, axis: Axis, kind: Kind, result_kind: Kind) -> Axis:
         """Passes an axis of an operand on to a result that may depend on more than this operand.
@@ -233,7 +229,7 @@ class RuleContext(EquationContext):
 
     # --- positions
 
-    def positions_along(self, value: TracedValue, dim: int, position: int = 0) -> Positions | None:
+    def positions_along(self, value: TracedValue, dim: int) -> Positions | None:
         """States that a result has positions along an axis of an operand, found by its numbers.
 
         For the rules that come with the library: of what others return, positions are pinned.
@@ -241,19 +237,16 @@ class RuleContext(EquationContext):
         Args:
             value: The operand.
             dim: The number of the axis.
-            position: The number of the result.
 
         Returns:
             What to give to the result. None where the axis had to be pinned, as units may be equal,
             of which another order would find another one.
         """
-        axis = value.axes[dim]
-        positions = Positions(axis, self.because_along(dim))
-        aval = self.eqn.outvars[position].aval
-        is_followed = self.interpreter.on_ties == "ignore" and can_hold(aval, positions)
-        if is_followed and varies_throughout(self.unifier, value, dim):
-            return positions
-        self.pin(axis, positions.reason)
+        axis, reason = value.axes[dim], self.because_along(dim)
+        is_ignored = self.interpreter.on_ties == "ignore"
+        if is_ignored and varies_throughout(self.unifier, value, dim):
+            return Positions(axis, reason)
+        self.pin(axis, reason)
         return None
 
     def compare_positions(self, values: Sequence[TracedValue]) -> None:

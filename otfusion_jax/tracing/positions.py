@@ -49,7 +49,7 @@ def operands_for(primitive: core.Primitive, unifier: "Unifier", operands: Values
 
 
 def results_of(eqn: core.JaxprEqn, unifier: "Unifier", operands: Values, results: Values) -> Values:
-    """Returns the results of an equation, which are positions where their operand is carried on.
+    """Returns the results of an equation, with what is known of them as positions.
 
     Args:
         eqn: The equation.
@@ -57,16 +57,17 @@ def results_of(eqn: core.JaxprEqn, unifier: "Unifier", operands: Values, results
         operands: The operands, as `operands_for` returned them.
         results: The results of the rule.
     """
-    if eqn.primitive not in _CARRYING:
-        return results
-    positions = operands[0].positions
-    if positions is not None and not can_hold(eqn.outvars[0].aval, positions):
-        let_go(unifier, operands)
-        positions = None
-    return [results[0]._replace(positions=positions)]
+    if eqn.primitive in _CARRYING:
+        results = [results[0]._replace(positions=operands[0].positions)]
+    held = []
+    for value, var in zip(results, eqn.outvars, strict=True):
+        if value.positions is not None and not _can_hold(var.aval, value.positions):
+            (value,) = let_go(unifier, [value])
+        held.append(value)
+    return held
 
 
-def can_hold(aval: Any, positions: Positions) -> bool:
+def _can_hold(aval: Any, positions: Positions) -> bool:
     """Says whether an array of some dtype has positions in it as they are."""
     is_integer = jnp.issubdtype(aval.dtype, np.integer)
     return is_integer and jnp.iinfo(aval.dtype).max >= size_of(positions.axis) - 1

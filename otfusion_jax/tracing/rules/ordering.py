@@ -50,7 +50,7 @@ def top_k(ctx: RuleContext, values: Values) -> Values:
     are_positions_used = ctx.used[1]
     if not are_positions_used:
         return [largest, largest]
-    positions = ctx.positions_along(x, dim, position=1)
+    positions = ctx.positions_along(x, dim)
     return [largest, largest._replace(positions=positions)]
 
 
@@ -67,10 +67,9 @@ def extreme_position(ctx: RuleContext, values: Values) -> Values:
 def iota(ctx: RuleContext, values: Values) -> Values:
     """Counts along one axis, pinned unless counts are compared with positions; no other varies."""
     dim = ctx.params["dimension"]
-    size = ctx.shape()[dim]
-    counted = ctx.counted(size)
-    axis = ctx.fresh_pinned(size, ctx.because()) if counted is None else counted.axis
-    return [ctx.constant_result().with_axis(dim, axis)._replace(positions=counted)]
+    counted = ctx.counted(ctx.shape()[dim])
+    result = ctx.constant_result().with_axis(dim, counted.axis)
+    return [result._replace(positions=counted)]
 
 
 def _with_pinned(ctx: RuleContext, value: TracedValue, dim: int) -> TracedValue:
