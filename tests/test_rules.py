@@ -243,7 +243,7 @@ PINNED = {
     "pure_callback": Operation(PURE_CALLBACK, lambda h: jax.pure_callback(np.fliplr, h, h)),
     "io_callback": Operation(IO_CALLBACK, lambda h: io_callback(np.fliplr, h, h)),
     "ragged_dot": Operation(
-        RAGGED_DOT, lambda h: lax.ragged_dot(h, uniform(2, UNITS, 3), jnp.array([1, 3]))
+        RAGGED_DOT, lambda h: lax.ragged_dot(h.T, uniform(2, ROWS, ROWS), jnp.array([2, 4])).T
     ),
     "gamma numbers": Operation(
         P.random_gamma_p, lambda h: jax.random.gamma(jax.random.key(0), steep(h))

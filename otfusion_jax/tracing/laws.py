@@ -482,10 +482,33 @@ def reduce_sum(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
 @law([P.dot_general_p])
 def dot_general(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
     """Contracted, multiplied along batch axes, passed on along free ones."""
-    contracted, batch = flow.params["dimension_numbers"]
+    return _products(flow, algebra)
+
+
+@law(primitives.RAGGED_DOT)
+def ragged_dot(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """As `dot_general`: there are no units along the rows, nor along groups of them."""
+    if any(map(_varies, flow.standings[2:])):
+        return flow.for_results(algebra.other(flow.standings))
+    return _products(flow, algebra)
+
+
+def dot_dimension_numbers(params: dict[str, Any]) -> Any:
+    """Returns the axes that an equation sums over, and those of its batch, of both operands each.
+
+    Args:
+        params: The parameters of the equation, a `dot_general` or a `ragged_dot_general`.
+    """
+    ragged = params.get("ragged_dot_dimension_numbers")
+    return params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
+
+
+def _products(flow: UnitFlow, algebra: Algebra) -> list[Standing]:
+    """Says how the result of a contraction stands."""
+    contracted, batch = dot_dimension_numbers(flow.params)
     free: list[Standing] = []
     for operand, (dims, over, along) in enumerate(
-        zip(flow.operand_dims, contracted, batch, strict=True)
+        zip(flow.operand_dims[:2], contracted, batch, strict=True)
     ):
         # Each axis that is left goes on as it is. Of several the same is said, or none is right.
         for dim in sorted(set(dims).difference(over, along)):
@@ -544,6 +567,7 @@ SINGLE: tuple[Law, ...] = (
     tie,
     reduce_sum,
     dot_general,
+    ragged_dot,
     conv_general_dilated,
     singular_values,
 )
@@ -553,6 +577,7 @@ SINGLE: tuple[Law, ...] = (
 AXIS_BY_AXIS: tuple[Law, ...] = (
     moving,
     dot_general,
+    ragged_dot,
     conv_general_dilated,
     singular_values,
 )

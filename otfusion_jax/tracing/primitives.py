@@ -157,6 +157,9 @@ NEW_RANDOM = [
 NEW_MATRIX = internal("lax.linalg", "eigh_jacobi geqp3 geqrf ormqr symmetric_product")
 """What decompositions are made of, on which not all versions agree."""
 
+RAGGED_DOT = traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES)
+"""A product of rows with matrices, one for each group of rows, as of tokens with their experts."""
+
 PIVOTS = internal("lax.linalg", "lu_pivots_to_permutation")
 CHOLESKY_UPDATE = internal("lax.linalg", "cholesky_update")
 
@@ -176,7 +179,6 @@ PURE_CALLBACK = traced("pure_callback", lambda x: jax.pure_callback(lambda y: y,
 
 OPAQUE = [
     *traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X),
-    *traced("ragged_dot_general", jax.lax.ragged_dot, _X, _X3, _SIZES),
     *traced("platform_index", lambda x: jax.lax.platform_dependent(x, default=abs), _X),
     *internal("ffi", "ffi_call"),
     *internal("buffer_callback", "buffer_callback"),

@@ -121,6 +121,7 @@ class _Search:
             laws.raised: lambda _, x: self._power(x, self._numbers.get(x[1].value.number)),
             laws.reduce_sum: self._summed,
             laws.dot_general: self._contracted,
+            laws.ragged_dot: self._contracted_by_groups,
             laws.conv_general_dilated: self._convolved,
         }
 
@@ -333,6 +334,18 @@ class _Search:
         contracted, batch = transfer.context.eqn.params["dimension_numbers"]
         pairs = list(zip(*contracted, strict=True))
         return self._through_product(operands, pairs, [set(dims) for dims in batch])
+
+    def _contracted_by_groups(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
+        """Rows are contracted with a matrix for each group of them."""
+        params = transfer.context.eqn.params
+        numbers = params["ragged_dot_dimension_numbers"]
+        contracted, (x_batch, y_batch) = laws.dot_dimension_numbers(params)
+        pairs = list(zip(*contracted, strict=True))
+        others = [
+            {*x_batch, *numbers.lhs_ragged_dimensions},
+            {*y_batch, *numbers.rhs_group_dimensions},
+        ]
+        return self._through_product(operands[:2], pairs, others)
 
     def _convolved(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
         """Channels are contracted with a kernel."""

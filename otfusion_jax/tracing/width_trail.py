@@ -116,7 +116,7 @@ class Trail:
             return powers
         if law is laws.mul or law is laws.div:
             return [self._product(operands, -1 if law is laws.div else 1)]
-        if law is laws.dot_general or law is laws.conv_general_dilated:
+        if law in _PRODUCTS:
             return [self._contracted(transfer)]
         if law is laws.singular_values:
             return [self._of_singular_values(operands[0])] * count
@@ -257,7 +257,9 @@ class Trail:
 
     def _contracted(self, transfer: Transfer) -> Power | None:
         """Two values are contracted, over the units or over other axes."""
-        (x, y), eqn = transfer.operands, transfer.context.eqn
+        # Further operands are numbers of rows.
+        x, y, *_ = transfer.operands
+        eqn = transfer.context.eqn
         total = NOTHING
         for value in (x, y):
             total = total.plus(self._power(value) or NOTHING)
@@ -287,15 +289,19 @@ def _order_along(power: Power, dims: Sequence[int]) -> int:
 
 def _contracted_dims(eqn: core.JaxprEqn) -> list[tuple[int, int]]:
     """Returns the axes of both operands that a contraction sums over, index by index."""
-    numbers = eqn.params["dimension_numbers"]
-    if eqn.primitive.name == "dot_general":
-        return list(zip(*numbers[0], strict=True))
-    return [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
+    if laws.law_of(eqn.primitive) is laws.conv_general_dilated:
+        numbers = eqn.params["dimension_numbers"]
+        return [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
+    contracted, _ = laws.dot_dimension_numbers(eqn.params)
+    return list(zip(*contracted, strict=True))
 
 
 def _all(operands: Sequence[TracedValue]) -> range:
     return range(len(operands))
 
+
+_PRODUCTS: tuple[Law, ...] = (laws.dot_general, laws.ragged_dot, laws.conv_general_dilated)
+"""Laws of what multiplies two operands and sums over axes of both."""
 
 _ALIKE: dict[Law | None, Callable[[Sequence[TracedValue]], Sequence[int]]] = {
     laws.adding: _all,

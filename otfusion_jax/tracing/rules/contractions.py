@@ -2,17 +2,60 @@
 
 from collections.abc import Sequence
 
+from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Kind
 from otfusion_jax.tracing.context import RuleContext
-from otfusion_jax.tracing.registry import register_rule
+from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue, Values
+
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""Axes of the first operand and of the second that are summed over; likewise those of a batch."""
 
 
 @register_rule(P.dot_general_p)
 def dot_general(ctx: RuleContext, values: Values) -> Values:
     """Batch axes are tied, contracted axes too, with opposite roles; free axes pass."""
-    contracted, batch = ctx.params["dimension_numbers"]
+    return _product(ctx, values, ctx.params["dimension_numbers"])
+
+
+@register_family(primitives.RAGGED_DOT)
+def ragged_dot(ctx: RuleContext, values: Values) -> Values:
+    """As `dot_general`; rows, and the groups that they are sorted by, are pinned."""
+    numbers = ctx.params["ragged_dot_dimension_numbers"]
+    contracted, batch = numbers.dot_dimension_numbers
+    (rows,) = numbers.lhs_ragged_dimensions
+    x, y, *sizes = values
+    # Gradients sum over the rows of a group, or have a result for each group.
+    is_ordinary = rows not in (*contracted[0], *batch[0]) and len(numbers.rhs_group_dimensions) == 1
+    if not is_ordinary or any(len(value.axes) != 1 for value in sizes):
+        return ctx.pin_all(values, ctx.because())
+    (groups,) = numbers.rhs_group_dimensions
+    ctx.pin(y.axes[groups], ctx.because("along its groups"))
+    for value in sizes:
+        ctx.pin(value.axes[0], ctx.because("along its groups"))
+    # Rows are told apart by their groups, also those that are equal before.
+    reason = ctx.because_along(rows)
+    numbered = ctx.fresh_pinned(ctx.operand_shape(0)[rows], reason)
+    x = x.with_axis(rows, ctx.tie([x.axes[rows], numbered], [x.kind, x.kind]))
+    return _product(ctx, [x, y], numbers.dot_dimension_numbers, dropped=(groups,))
+
+
+def _product(
+    ctx: RuleContext, values: Values, numbers: DimensionNumbers, dropped: Sequence[int] = ()
+) -> Values:
+    """Contracts two operands.
+
+    Args:
+        ctx: The context of the equation.
+        values: The two operands.
+        numbers: The axes of both that are summed over, and those of both that are kept as one.
+        dropped: The axes of the second that the result does not have.
+
+    Returns:
+        The result: batch axes, then the free axes of both.
+    """
+    contracted, batch = numbers
     over_pairs = list(zip(*contracted, strict=True))
     batch_pairs = list(zip(*batch, strict=True))
     axes = ctx.contract(values, over_pairs, batch_pairs)
@@ -20,7 +63,10 @@ def dot_general(ctx: RuleContext, values: Values) -> Values:
     kind = max(x.kind, y.kind)
     from_parameters: list[range] = []
     for position, value in enumerate(values):
-        free = value.without([*contracted[position], *batch[position]])
+        left_out = [*contracted[position], *batch[position]]
+        if position == 1:
+            left_out.extend(dropped)
+        free = value.without(left_out)
         first = len(axes)
         for axis in free.axes:
             axes.append(ctx.pass_on(axis, value.kind, kind))
