@@ -5,10 +5,12 @@ name, and not at a user's.
 """
 
 import importlib
+import os
 import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,3 +201,15 @@ def test_powers_and_logarithms_of_this_jax_tie_what_they_meet():
     symmetry = otf.trace_symmetry(fn, params, X)
     assert [g.size for g in symmetry.groups] == [6]
     assert otf.check_symmetry(symmetry, fn, params, X) < 1e-5
+
+
+def test_lines_of_packages_that_are_installed_beside_jax_are_named():
+    """As those of jaxopt or jax_md, whose names begin as JAX's own does."""
+    beside = os.path.join(os.path.dirname(os.path.dirname(jax.__file__)), "jax_nets", "net.py")
+    code = "import jax.numpy as jnp\ndef ranked(x):\n    return jnp.sort(x, axis=-1)\n"
+    package: dict[str, Any] = {}
+    exec(compile(code, beside, "exec"), package)
+    params = shapes(**{"in": (5, 8), "out": (8, 3)})
+    symmetry = otf.trace_symmetry(lambda p, x: package["ranked"](x @ p["in"]) @ p["out"], params, X)
+    reasons = {pin.path: pin.reason for pin in symmetry.pinned if pin.size == 8}
+    assert reasons["in"] == "sort along axis 1 at jax_nets/net.py:3 (ranked)"

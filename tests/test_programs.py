@@ -147,10 +147,12 @@ def primitives(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:
 UNSEEN = {
     "collective": "a reduction by another name",
     "all_gather": "needs the devices of a mesh, see `on_eight_devices.py`",
+    "exchange": "likewise",
     "shard_map": "likewise",
     "empty": "appears in the gradients of branches, not of all",
     "bitcast": "no network does this to its features",
     "observer": "returns nothing",
+    "ragged_dot": "a dot_general but for its rows, see `test_ragged.py`",
     "random": "draws at fixed positions, pinned as a constant is",
     "pinned": "ties nothing",
     "pure_callback": "NumPy can't compute what a host does",

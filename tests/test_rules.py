@@ -104,6 +104,11 @@ def noisy(h: jax.Array) -> jax.Array:
     return h * numbers(bits) / 2.0**32
 
 
+def computed(number: int) -> jax.Array:
+    """A number that a program does not tell before it runs."""
+    return lax.optimization_barrier(jnp.int32(number))
+
+
 def written(how: str) -> Callable[[jax.Array], jax.Array]:
     """Writes at two positions of the last axis."""
     return lambda h: getattr(h.at[:, jnp.array([1, 4])], how)(0.3)
@@ -166,7 +171,7 @@ ORDERED = {
     "unstack": Operation(UNSTACK, lambda h: jnp.unstack(h, axis=1)[1][:, None]),
     "dynamic_update_slice": Operation(
         P.dynamic_update_slice_p,
-        lambda h: lax.dynamic_update_slice(h, h.sum(1, keepdims=True), (0, 2)),
+        lambda h: lax.dynamic_update_slice(h, h.sum(1, keepdims=True), (0, computed(2))),
     ),
     "convolution over the units": Operation(P.conv_general_dilated_p, blurred),
     "window sum": Operation(P.reduce_window_sum_p, lambda h: windowed(h, 0.0, lax.add)),
@@ -681,6 +686,8 @@ PASSED_ON = {
     **on_each_device("ppermute", lambda h: lax.ppermute(h, "devices", [(0, 0)])),
     **on_each_device("all_gather", lambda h: lax.all_gather(h, "devices", axis=0, tiled=True)),
     **on_each_device("all_gather_invariant", gathered_alike),
+    **on_each_device("all_to_all", lambda h: lax.all_to_all(h, "devices", 0, 0, tiled=True)),
+    **on_each_device("reduce_scatter", lambda h: lax.psum_scatter(h, "devices", tiled=True)),
     "device_put": Operation(P.device_put_p, lambda h: jax.device_put(h, jax.devices()[0])),
     "sharding_constraint": Operation(
         P.sharding_constraint_p,
@@ -772,6 +779,17 @@ def passing_on(op: Callable) -> tuple[Callable, dict]:
 @pytest.mark.parametrize("name", PASSED_ON)
 def test_units_are_passed_on(name: str):
     fn, params = passing_on(PASSED_ON[name].fn)
+    found_by(fn, params, {"in": {makes("in", 1), takes("out", 0)}})
+
+
+def test_units_pass_by_the_number_of_a_device():
+    def body(h: jax.Array) -> jax.Array:
+        return h * numbers(1 + lax.axis_index("devices"))
+
+    mapped = jax.shard_map(
+        body, mesh=MESH, in_specs=jax.P("devices"), out_specs=jax.P("devices"), check_vma=False
+    )
+    fn, params = passing_on(mapped)
     found_by(fn, params, {"in": {makes("in", 1), takes("out", 0)}})
 
 
@@ -1312,12 +1330,16 @@ EXEMPT = {
     # Takes no arrays, and what it returns does not vary.
     "empty",
     "empty2",
+    # Needs a backend that has several devices to run at all.
+    "ragged_all_to_all",
     # Calls what is written in another language, of which nothing is at hand here.
     "buffer_callback",
     "ffi_call",
     # Between an extended dtype and how it is stored: made when JAX lowers what has one.
     "from_edtype",
     "to_edtype",
+    # Takes no arrays and returns a scalar, the number of a device.
+    "axis_index",
     # Takes no arrays and returns a scalar, which chooses the branch of a `cond`.
     "platform_index",
     # Keys come of them, and whatever makes numbers of keys pins every axis in its turn.

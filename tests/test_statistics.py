@@ -305,6 +305,8 @@ def test_statistics_are_known_by_evidence():
         "batch_stats": {"bn": pair},
         "params": {"prior": pair, "bn": {"scale": jnp.ones(3)}},
         "torch": {"running_mean": jnp.zeros(2), "running_var": jnp.ones(2)},
+        "keras/bn/moving_mean": jnp.zeros(4),
+        "keras/bn/moving_variance": jnp.ones(4),
         "apart": {"mean": jnp.zeros(3), "var": jnp.ones(4)},
         "alone": {"mean": jnp.zeros(3)},
         # A state dict of PyTorch, and Linen's variables, flat.
@@ -316,6 +318,8 @@ def test_statistics_are_known_by_evidence():
     assert otf.running_statistics(tree) == {
         "batch_stats/bn/mean": "batch_stats/bn/mean",
         "batch_stats/bn/var": "batch_stats/bn/mean",
+        "keras/bn/moving_mean": "keras/bn/moving_mean",
+        "keras/bn/moving_variance": "keras/bn/moving_mean",
         "layer1.0.bn1.running_mean": "layer1.0.bn1.running_mean",
         "layer1.0.bn1.running_var": "layer1.0.bn1.running_mean",
         "torch/running_mean": "torch/running_mean",

@@ -31,6 +31,7 @@ class StatisticsWarning(UserWarning):
 _NAMES = (
     (("mean",), ("var",)),
     (("running_mean",), ("running_var",)),
+    (("moving_mean",), ("moving_variance",)),
     (("mean_ema", "average"), ("var_ema", "average")),
 )
 # NNX has the value of a variable one step further down.
@@ -42,9 +43,9 @@ def running_statistics(params: PyTree) -> dict[str, str]:
 
     What looks so is a mean and a variance of one floating-point dtype and one shape beside each
     other, called `mean` and `var` (Linen, NNX; not inside of `params`, where Linen has what is
-    learned), `running_mean` and `running_var`, or `mean_ema/average` and `var_ema/average`
-    (Haiku). The names of a state dict of PyTorch are one key each: `bn1.running_mean`. In a `State`
-    of Equinox it is a pair of arrays of one shape.
+    learned), `running_mean` and `running_var`, `moving_mean` and `moving_variance` (Keras), or
+    `mean_ema/average` and `var_ema/average` (Haiku). The names of a state dict of PyTorch are one
+    key each: `bn1.running_mean`. In a `State` of Equinox it is a pair of arrays of one shape.
 
     Args:
         params: A pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.

@@ -229,6 +229,17 @@ class RuleContext(EquationContext):
 
     # --- positions
 
+    def known_number(self, value: TracedValue) -> float | None:
+        """Returns the number that an operand is throughout, as the start of a slice may be.
+
+        Args:
+            value: The operand.
+
+        Returns:
+            The number; None where the program does not tell it.
+        """
+        return self.interpreter.numbers.get(value.number)
+
     def positions_along(self, value: TracedValue, dim: int) -> Positions | None:
         """States that a result has positions along an axis of an operand, found by its numbers.
 

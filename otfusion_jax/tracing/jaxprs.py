@@ -241,7 +241,8 @@ def source(eqn: core.JaxprEqn) -> str | None:
     traceback = eqn.source_info.traceback
     if traceback is None:
         return None
-    home_of_jax = os.path.dirname(jax.__file__)
+    # To the end of its name: `jaxopt` and `jax_md` are installed beside it.
+    home_of_jax = os.path.join(os.path.dirname(jax.__file__), "")
     for frame in traceback.frames:
         if not frame.file_name.startswith(home_of_jax):
             file = frame.file_name.rpartition("site-packages/")[2]

@@ -123,6 +123,9 @@ VARYING = [*internal("lax.parallel", "ppermute"), *internal("core", "pvary")]
 ALL_GATHER = internal("lax.parallel", "all_gather all_gather_invariant")
 """What puts the parts of an array on all devices together along one of its axes."""
 
+EXCHANGE = internal("lax.parallel", "all_to_all reduce_scatter")
+"""What gives each device parts of what the others have along one of its axes."""
+
 EMPTY = internal("lax.lax", "empty empty2")
 """What makes an array that is not filled yet."""
 
@@ -181,6 +184,7 @@ OPAQUE = [
     *traced("io_callback", lambda x: io_callback(lambda y: y, _X, x), _X),
     *traced("platform_index", lambda x: jax.lax.platform_dependent(x, default=abs), _X),
     *internal("ffi", "ffi_call"),
+    *internal("lax.parallel", "axis_index ragged_all_to_all"),
     *internal("buffer_callback", "buffer_callback"),
     *internal("lax.lax", "from_edtype to_edtype"),
     *internal("lax.scaled_dot", "scaled_dot"),

@@ -1,5 +1,7 @@
 """The certificate of a symmetry: units are moved, and the outputs have to stay what they were."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from otfusion_jax.symmetry.transport import transport
 from otfusion_jax.symmetry.unread_means import with_random_means
 from otfusion_jax.tracing.activations import require_samples
 from otfusion_jax.tracing.misuse import naming_mistakes, require_params_first
-from otfusion_jax.tracing.programs import EntryPoint, Program, entry_points
+from otfusion_jax.tracing.programs import Program, entry_points
 
 _CALL = "check_symmetry(symmetry, fn, params, *inputs)"
 
@@ -78,10 +80,11 @@ def check_symmetry(
             moved = with_random_means(symmetry, moved, key)
         moved_models.append(randomly_scaled(symmetry, moved, key))
     errors = []
-    for entry_point in functions:
-        before = _evaluate(entry_point, params)
-        for moved in moved_models:
-            errors.append(_relative_change(before, _evaluate(entry_point, moved)))
+    for function, inputs_of_fn in functions:
+        with naming_mistakes(function, params, inputs_of_fn):
+            before, *after = _evaluated(function, [params, *moved_models], inputs_of_fn)
+        for outputs in after:
+            errors.append(_relative_change(before, outputs))
     return float(np.max(errors))
 
 
@@ -109,11 +112,17 @@ def _without_fixed_points(plans: Plans) -> Plans:
     return cycles
 
 
-def _evaluate(entry_point: EntryPoint, params: PyTree) -> PyTree:
-    """Evaluates a function, and says what was passed by mistake if that is why it fails."""
-    fn, inputs = entry_point
-    with naming_mistakes(fn, params, inputs):
-        return fn(params, *inputs)
+def _evaluated(
+    fn: Callable[..., PyTree], models: Sequence[PyTree], inputs: Sequence[PyTree]
+) -> list[PyTree]:
+    """Evaluates a function of several models."""
+    # One program for all of them: of operation after operation, each would be compiled.
+    compiled = jax.jit(functools.partial(fn))
+    try:
+        return [compiled(model, *inputs) for model in models]
+    except NotImplementedError:
+        # A primitive of one's own need not say how it is compiled.
+        return [fn(model, *inputs) for model in models]
 
 
 def _relative_change(before: PyTree, after: PyTree) -> float:

@@ -6,6 +6,7 @@ from otfusion_jax.tracing.axis import Axis
 from otfusion_jax.tracing.context import RuleContext
 from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import SCATTER, P
+from otfusion_jax.tracing.rules.segments import write_segment
 from otfusion_jax.tracing.values import TracedValue, Values, highest_kind
 
 
@@ -56,7 +57,7 @@ def gather(ctx: RuleContext, values: Values) -> Values:
 
 @register_family(SCATTER)
 def scatter(ctx: RuleContext, values: Values) -> Values:
-    """Axes written whole are tied to the updates', those written at positions are pinned.
+    """Axes that are written whole, or in a part that is known, are tied, others pinned.
 
     There is one place only at which an axis can be written whole; see `gather`.
     """
@@ -67,6 +68,10 @@ def scatter(ctx: RuleContext, values: Values) -> Values:
     reason = ctx.because()
     dims = _scatter_dims(ctx)
     aligned = set(dims.updates_batch.values())
+    # Of a single index, written along one axis, it may be known what it is.
+    index_vector = ctx.params["dimension_numbers"].scatter_dims_to_operand_dims
+    if ctx.operand_shape(1) != (1,):
+        index_vector = ()
     # Which index and which update comes first matters: they are written to positions.
     for dim, axis in enumerate(index.axes):
         if dim not in dims.index_batch.values():
@@ -92,6 +97,11 @@ def scatter(ctx: RuleContext, values: Values) -> Values:
             tied = ctx.tie(met, [x.kind, updates.kind])
             tied = ctx.pass_on(tied, max(x.kind, updates.kind), kind)
             axes.append(tied)
+            continue
+        if window_dim is not None and index_vector == (dim,):
+            aligned.add(window_dim)
+            axis = write_segment(ctx, (x, dim), (updates, window_dim), index, reason)
+            axes.append(ctx.pass_on(axis, max(x.kind, updates.kind), kind))
             continue
         written_at.append(dim)
         ctx.pin(axis, reason)

@@ -37,6 +37,23 @@ def all_gather(ctx: RuleContext, values: Values) -> Values:
     return [TracedValue(tuple(axes), x.kind)]
 
 
+@register_family(primitives.EXCHANGE)
+def exchange(ctx: RuleContext, values: Values) -> Values:
+    """Axes along which devices exchange parts are pinned, others are passed on."""
+    (x,) = values
+    params = ctx.params
+    if not params["tiled"]:
+        return ctx.pin_all(values, ctx.because("over devices"))
+    names = ("split_axis", "concat_axis", "scatter_dimension")
+    exchanged = {params[name] for name in names if name in params}
+    result = x
+    for dim in sorted(exchanged):
+        reason = ctx.because_along(dim)
+        ctx.pin(x.axes[dim], reason)
+        result = result.with_axis(dim, ctx.fresh_pinned(ctx.shape()[dim], reason))
+    return [result]
+
+
 @register_rule(P.reduce_p)
 def reduce(ctx: RuleContext, values: Values) -> Values:
     """Reduced axes are dropped if order does not matter, else pinned; the others are tied."""

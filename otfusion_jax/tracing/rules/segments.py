@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from otfusion_jax.tracing import primitives
 from otfusion_jax.tracing.axis import Axis, Kind, concatenated, constant, is_constant, size_of
 from otfusion_jax.tracing.context import RuleContext
+from otfusion_jax.tracing.positions import varies_throughout
 from otfusion_jax.tracing.registry import register_family, register_rule
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.values import TracedValue, Values, highest_kind, sizes_of
@@ -180,8 +181,8 @@ def _has_pinned(ctx: RuleContext, axis: Axis) -> bool:
 
 @register_rule(P.dynamic_update_slice_p)
 def dynamic_update_slice(ctx: RuleContext, values: Values) -> Values:
-    """Axes that are updated whole are tied, those updated in part are pinned."""
-    x, update = values[:2]
+    """Axes that are updated whole, or in a part that is known, are tied, others pinned."""
+    x, update, *starts = values
     shape = ctx.operand_shape(0)
     update_shape = ctx.operand_shape(1)
     in_part = [dim for dim, size in enumerate(shape) if update_shape[dim] != size]
@@ -190,14 +191,56 @@ def dynamic_update_slice(ctx: RuleContext, values: Values) -> Values:
     axes: list[Axis] = []
     for dim, axis in enumerate(tied.axes):
         if dim in in_part:
-            reason = ctx.because_along(dim)
-            ctx.pin(x.axes[dim], reason)
-            ctx.pin(update.axes[dim], reason)
-            axis = ctx.fresh_pinned(shape[dim], reason)
+            axis = write_segment(ctx, (x, dim), (update, dim), starts[dim], ctx.because_along(dim))
         else:
             axis = ctx.pass_on(axis, tied.kind, kind)
         axes.append(axis)
     return [TracedValue(tuple(axes), kind)]
+
+
+def write_segment(
+    ctx: RuleContext,
+    written: tuple[TracedValue, int],
+    update: tuple[TracedValue, int],
+    start: TracedValue,
+    reason: str,
+) -> Axis:
+    """Ties an axis to the update of a part of it, where the program knows which part that is.
+
+    Args:
+        ctx: The context of the equation.
+        written: An operand, and the axis along which a part of it is written.
+        update: What is written there, and the axis that goes along that one.
+        start: The position at which it is written.
+        reason: Why axes are pinned where the position is not known.
+
+    Returns:
+        The axis of the result: what is in front, the part, which is tied to the update, and what is
+        behind. A pinned one where the position is computed, or the axis has positions of its own.
+    """
+    (x, dim), (y, update_dim) = written, update
+    axis, update_axis = x.axes[dim], y.axes[update_dim]
+    size, width = size_of(axis), size_of(update_axis)
+    first = ctx.known_number(start)
+    # Positions of an input may be at another place on other inputs, and so may what is a constant.
+    is_of_units = varies_throughout(ctx.unifier, x, dim) and not _has_pinned(ctx, axis)
+    if first is None or not 0 <= first <= size - width or not is_of_units:
+        ctx.pin(axis, reason)
+        ctx.pin(update_axis, reason)
+        return ctx.fresh_pinned(size, reason)
+    kind = max(x.kind, y.kind)
+    before = int(first)
+    sizes = {"before": before, "part": width, "after": size - before - width}
+    present = [name for name, length in sizes.items() if length]
+    segments = ctx.split_axis(axis, [sizes[name] for name in present], reason)
+    axes = []
+    for name, segment in zip(present, segments, strict=True):
+        # What is written over would have stood there, and goes with it.
+        if name == "part":
+            axes.append(ctx.tie([segment, update_axis], [x.kind, y.kind]))
+        else:
+            axes.append(ctx.pass_on(segment, x.kind, kind))
+    return concatenated(axes)
 
 
 @register_rule(P.concatenate_p)
