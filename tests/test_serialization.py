@@ -168,8 +168,8 @@ LOCATION = (*MEMBER, "location")
     ("change", "message"),
     [
         (edit("format", value="x"), "no saved symmetry"),
-        (edit("version", value=4), "version 4 .* reads versions 1 to 3"),
-        (edit("version", value="2"), "version '2' .* reads versions 1 to 3"),
+        (edit("version", value=5), "version 5 .* reads versions 1 to 4"),
+        (edit("version", value="2"), "version '2' .* reads versions 1 to 4"),
         (edit("freedoms", 0, "stretch", "produced", value=1), "produced is 1, expected a number w"),
         (
             edit("freedoms", 0, "stretch", "produced", value=1e9),

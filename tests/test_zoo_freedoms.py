@@ -49,7 +49,7 @@ EXPECTED = {
     "ensemble_by_vmap": {PERMUTED: 1, SCALED: 2},
     # What a softmax, a sum with a constant, or another nonlinearity looks at is permuted.
     "split_attention": {PERMUTED: 2, SCALED: 1},
-    "film": {SCALED: 2, PERMUTED: 1},
+    "film": {SCALED: 2, SIGNED: 1},
     "vae": {SCALED: 2, PERMUTED: 1},
     "maxout": {PERMUTED: 2},
     # A batch norm in use may turn its units around; the ReLU behind it is scaled.
@@ -64,7 +64,7 @@ EXPECTED = {
     "low_rank": {SCALED: 2, LINEAR: 1},
     "residual_layers_scanned": {LINEAR: 1, SCALED: 1},
     "shared_layer_fori": {LINEAR: 1, SCALED: 1},
-    "wavenet": {LINEAR: 1, PERMUTED: 2, SCALED: 1},
+    "wavenet": {LINEAR: 1, SIGNED: 2, SCALED: 1},
     "two_towers": {SCALED: 2, ROTATED: 1},
     # An embedding that is tied makes and reads the stream by one matrix: at most orthogonal.
     "tied_embedding": {ROTATED: 1, SCALED: 1},
@@ -103,23 +103,23 @@ EXPECTED = {
     # Patches are merged side by side, each with a copy of the units.
     "swin_windows_and_patch_merging": {BOTH: 1, PERMUTED: 1, ROTATED: 1, LINEAR: 1, SCALED: 1},
     # Rotary positions pin queries and keys; the gate of the hidden layer looks at each unit.
-    "llama": {FREE_STREAM: 1, PERMUTED: 3, LINEAR: 1},
+    "llama": {FREE_STREAM: 1, PERMUTED: 2, SIGNED: 1, LINEAR: 1},
     # A norm of queries with a scale for each dimension leaves signs and these scales.
     "qk_norm_linen": {LINEAR: 2, PERMUTED: 1, BOTH: 1},
     "qk_norm_with_fused_biases": {LINEAR: 2, PERMUTED: 1, BOTH: 1},
     "mlp_mixer": {BOTH: 1, PERMUTED: 2},
-    # The cells of an LSTM and the states of a GRU are odd, where gates have kernels of their own.
+    # The cells of an LSTM and the states of a GRU are odd, also where gates share a kernel.
     "lstm_linen": {SIGNED: 1},
     "lstm_nnx": {SIGNED: 1},
     "gru_stacked_linen": {SIGNED: 2},
     "gru_bidirectional_linen": {SIGNED: 2},
-    "lstm_equinox": {PERMUTED: 1},
-    "lstm_haiku_unrolled": {PERMUTED: 1},
-    "conv_lstm_linen": {PERMUTED: 1},
-    "gru_nnx": {PERMUTED: 1},
-    "gru_haiku": {SCALED: 1, PERMUTED: 1},
-    "gru_equinox": {PERMUTED: 1},
-    "gated_linear_unit": {PERMUTED: 2},
+    "lstm_equinox": {SIGNED: 1},
+    "lstm_haiku_unrolled": {SIGNED: 1},
+    "conv_lstm_linen": {SIGNED: 1},
+    "gru_nnx": {SIGNED: 1},
+    "gru_haiku": {SCALED: 1, SIGNED: 1},
+    "gru_equinox": {SIGNED: 1},
+    "gated_linear_unit": {PERMUTED: 1, SIGNED: 1},
     # Linear in its state, unit by unit.
     "state_space_model": {BOTH: 2},
     "fixed_point_while": {SIGNED: 1},

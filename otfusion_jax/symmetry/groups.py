@@ -232,9 +232,13 @@ class Scaling:
         degrees: The position of each parameter in `Symmetry.parts`, its axis, and the power of the
             scale by which its units are multiplied: 1 for weights that produce the units of a
             ReLU, -1 for those that consume them. Of signs the powers are all 1.
+        segments: Of signs alone, where the units lie several times along an axis, as gates side by
+            side do, those of the times that change: the position of the parameter, its axis, and
+            the first position along it.
     """
 
     degrees: tuple[tuple[int, int, int], ...]
+    segments: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
 
 FORMAT = "otfusion_jax.Symmetry"
-VERSION = 3
+VERSION = 4
 # Trees are walked by recursion, here and in JAX.
 _MOST_LEVELS = 200
 _TOP = "the tree of parameters"
@@ -189,6 +189,25 @@ def _upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
             # What is no object is named where it is read.
             entries.append({**entry, **fields} if isinstance(entry, dict) else entry)
         upgraded[name] = entries
+    if version < 4 and isinstance(record["freedoms"], list):
+        upgraded["freedoms"] = list(map(_with_segments, upgraded["freedoms"]))
+    return upgraded
+
+
+def _with_segments(freedom: Any) -> Any:
+    """Adds to the scalings of a freedom that none speaks of segments."""
+    # What is of another kind is named where it is read.
+    if not isinstance(freedom, dict):
+        return freedom
+    upgraded = dict(freedom)
+    for name in ("scales", "signs"):
+        if not isinstance(freedom.get(name), list):
+            continue
+        scalings = []
+        for scaling in freedom[name]:
+            is_object = isinstance(scaling, dict)
+            scalings.append({**scaling, "segments": []} if is_object else scaling)
+        upgraded[name] = scalings
     return upgraded
 
 

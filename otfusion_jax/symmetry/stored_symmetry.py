@@ -260,3 +260,8 @@ def _require_scaling(scaling: Scaling, parts: Sequence[Leaf], entry: _Entry) -> 
         entry.require_part(leaf, parts, ".degrees")
         entry.require_axis(axis, parts[leaf].shape, ".degrees")
         entry.require(abs(power) <= _MOST_AXES, ".degrees", power, "a power")
+    for leaf, axis, start in scaling.segments:
+        entry.require_part(leaf, parts, ".segments")
+        entry.require_axis(axis, parts[leaf].shape, ".segments")
+        is_inside = 0 <= start < parts[leaf].shape[axis]
+        entry.require(is_inside, ".segments", start, "a position along the axis")

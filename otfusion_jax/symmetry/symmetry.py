@@ -380,10 +380,12 @@ class Symmetry(Mapping[str, Group]):
             if group.name not in signs_of or group.orthogonal:
                 groups.append(group)
                 continue
-            turned = {(leaf, axis) for leaf, axis, _ in signs_of[group.name][0].degrees}
+            signs = signs_of[group.name][0]
+            turned = {(leaf, axis) for leaf, axis, _ in signs.degrees}
             members = []
             for member in group.members:
-                odd = (member.leaf, member.axis) in turned
+                segment = member.leaf, member.axis, member.location.index.start
+                odd = segment in signs.segments or (member.leaf, member.axis) in turned
                 members.append(dataclasses.replace(member, odd=odd))
             groups.append(dataclasses.replace(group, members=tuple(members), signed=True))
         return dataclasses.replace(self, groups=tuple(groups))

@@ -78,7 +78,7 @@ def find_freedoms(
         if group.name in outer_names:
             # Mixed heads would have no units of their own, which move in another way in each.
             freedoms.append(Freedom(group.name, rotates=False, reason="others nested in it"))
-        elif (coarse := _too_coarse(group, parts)) is not None:
+        elif (coarse := too_coarse(group, parts)) is not None:
             freedoms.append(Freedom(group.name, rotates=False, reason=coarse))
         else:
             freedom = _freedom_of(program, variable, group, parts)
@@ -117,8 +117,32 @@ def _is_linear(group: Group, freedom: Freedom, scales: Sequence[Scaling]) -> boo
     return True
 
 
-def _too_coarse(group: Group, parts: Sequence[Leaf]) -> str | None:
-    """Says which parameter of a group rounds too much to be mixed or scaled; None if none does."""
+def find_signs(
+    interpretation: Interpretation, collected: CollectedGroups
+) -> dict[str, tuple[Scaling, ...]]:
+    """Finds how the units of each group may change their signs, and nothing else.
+
+    Args:
+        interpretation: The finished interpretation.
+        collected: The groups that were read off it.
+
+    Returns:
+        For each group by name what `Freedom.signs` has.
+    """
+    program = _Program(interpretation, collected)
+    signs = {}
+    for variable, name in collected.names.items():
+        signs[name] = program.scalings(variable, Signs())
+    return signs
+
+
+def too_coarse(group: Group, parts: Sequence[Leaf]) -> str | None:
+    """Says which parameter of a group rounds too much to be mixed or scaled; None if none does.
+
+    Args:
+        group: The group.
+        parts: The parts of the parameters.
+    """
     for member in group.members:
         leaf = parts[member.leaf]
         if not rounds_finely(leaf.dtype):
@@ -204,6 +228,7 @@ class _Program:
         self._dataflow = Dataflow(self._interpreter)
         self._widths = Widths(self._interpreter, self._dataflow, self._occurrences)
         self.shifted = self._find_shifted()
+        self._zero_beside = self._find_zero_beside()
         for transfer in self._interpreter.transfers:
             self._add(transfer)
 
@@ -250,6 +275,31 @@ class _Program:
             else:
                 used_otherwise |= parameters
         return {key: found for key, found in shifted.items() if key not in used_otherwise}
+
+    def _find_zero_beside(self) -> set[int | None]:
+        """Finds the values that are zeros beside something that has no room for units.
+
+        The state that a recurrent network starts from is such, beside the first input.
+
+        Returns:
+            The numbers of these values.
+        """
+        found = set()
+        for transfer in self._interpreter.transfers:
+            is_concatenation = transfer.context.eqn.primitive is P.concatenate_p
+            if is_concatenation and all(map(self._is_zero_or_full, transfer.operands)):
+                found.update([value.number for value in transfer.results])
+        return found
+
+    def _is_zero_or_full(self, value: TracedValue) -> bool:
+        """Whether a value is 0 throughout, or varies along all of its axes."""
+        if self._interpreter.is_zero(value):
+            return True
+        for axis in value.axes:
+            for factor in factors_of(self._interpreter.unifier.expand(axis)):
+                if factor.variable is None and factor.size > 1:
+                    return False
+        return True
 
     def rotations(self, variable: int, ones: Collection[int]) -> Rotations:
         """Asks whether units may be rotated.
@@ -546,7 +596,7 @@ class _Program:
         algebra: Algebra,
     ) -> Standing:
         """Returns how an operand stands, of which the units lie along some axes."""
-        if self._interpreter.is_zero(value):
+        if self._interpreter.is_zero(value) or (not dims and value.number in self._zero_beside):
             return ZERO
         standing = standings.get(value.number) if value.number is not None else None
         if not isinstance(standing, PerAxis):

@@ -149,6 +149,18 @@ def _axis_of_product(eqn: JaxprEqn, side: int, axis: int) -> int:
     return left.ndim - len(contracted[0]) + free_before
 
 
+def _conv_general_dilated(eqn: JaxprEqn, operands: Operands) -> Operands | None:
+    """Pieces of a kernel along its output channels give pieces of the result along its channels."""
+    numbers = eqn.params["dimension_numbers"]
+    image, kernel = operands
+    is_grouped = eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1
+    if is_grouped or not isinstance(kernel, Pieces) or kernel.axis != numbers.rhs_spec[0]:
+        return None
+    whole = joined(image)
+    results_of_parts = [evaluated(eqn, [whole, part]) for part in kernel.parts]
+    return collected(results_of_parts, numbers.out_spec[1])
+
+
 # --- one operand
 
 
@@ -257,6 +269,7 @@ PIECEWISE: dict[Primitive, Piecewise] = {
     **dict.fromkeys(UNSTACK, _unstack),
     P.broadcast_in_dim_p: _broadcast_in_dim,
     P.concatenate_p: _concatenate,
+    P.conv_general_dilated_p: _conv_general_dilated,
     P.dot_general_p: _dot_general,
     P.reshape_p: _reshape,
     P.slice_p: _slice,

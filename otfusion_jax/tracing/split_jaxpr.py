@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
@@ -20,12 +21,14 @@ from otfusion_jax.tracing.pieces import Operand, Operands, Pieces, is_any_in_pie
 from otfusion_jax.tracing.piecewise import PIECEWISE
 
 
-def take_parts(jaxpr: ClosedJaxpr, symmetry: Symmetry) -> ClosedJaxpr:
+def take_parts(jaxpr: ClosedJaxpr, symmetry: Symmetry, *, keeps_apart: bool = False) -> ClosedJaxpr:
     """Makes arguments of the parts of leaves.
 
     Args:
         jaxpr: The jaxpr of a function whose first arguments are the leaves of the parameters.
         symmetry: The symmetry that says which leaves fall into which parts. It needs no groups.
+        keeps_apart: Whether arrays of one shape that the program puts side by side stay in pieces
+            as well, as the kernels of gates do that are applied at once.
 
     Returns:
         The same function of the parts of all leaves, and of the other arguments as they were.
@@ -35,7 +38,7 @@ def take_parts(jaxpr: ClosedJaxpr, symmetry: Symmetry) -> ClosedJaxpr:
 
     def run(parts: list[Any], inputs: list[Any]) -> list[Any]:
         leaves = _leaves_in_pieces(parts, symmetry)
-        outputs = _evaluate(jaxpr, [*leaves, *inputs])
+        outputs = _evaluate(jaxpr, [*leaves, *inputs], keeps_apart)
         return _all_joined(outputs)
 
     return jax.make_jaxpr(run)(parts, inputs)
@@ -63,7 +66,7 @@ def _leaves_in_pieces(parts: list[Any], symmetry: Symmetry) -> Operands:
     return leaves
 
 
-def _evaluate(jaxpr: ClosedJaxpr, args: Operands) -> Operands:
+def _evaluate(jaxpr: ClosedJaxpr, args: Operands, keeps_apart: bool) -> Operands:
     """Evaluates a jaxpr on arrays, some of which are in pieces."""
     env: dict[Any, Operand] = {}
     env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
@@ -75,7 +78,7 @@ def _evaluate(jaxpr: ClosedJaxpr, args: Operands) -> Operands:
     for eqn in jaxpr.jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         with _same_source(eqn):
-            results = _evaluate_equation(eqn, operands)
+            results = _evaluate_equation(eqn, operands, keeps_apart)
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -91,15 +94,18 @@ def _same_source(eqn: JaxprEqn) -> contextlib.AbstractContextManager[None]:
     return at_source(eqn)
 
 
-def _evaluate_equation(eqn: JaxprEqn, operands: Operands) -> Operands:
+def _evaluate_equation(eqn: JaxprEqn, operands: Operands, keeps_apart: bool) -> Operands:
     """Evaluates an equation piece by piece where that is possible, else on whole arrays."""
     inner = body(eqn)
     if inner is not None:
-        return _evaluate(inner, operands)
-    if not is_any_in_pieces(operands):
+        return _evaluate(inner, operands, keeps_apart)
+    if keeps_apart and eqn.primitive is P.concatenate_p and _are_alike(operands):
+        return [Pieces(eqn.params["dimension"], tuple(operands))]
+    is_cut = is_any_in_pieces(operands)
+    if eqn.primitive is P.scan_p and (is_cut or keeps_apart):
+        return _scan(eqn, operands, keeps_apart)
+    if not is_cut:
         return evaluated(eqn, operands)
-    if eqn.primitive is P.scan_p:
-        return _scan(eqn, operands)
     evaluate_piecewise = PIECEWISE.get(eqn.primitive)
     results = None
     if evaluate_piecewise is not None:
@@ -109,12 +115,18 @@ def _evaluate_equation(eqn: JaxprEqn, operands: Operands) -> Operands:
     return results
 
 
+def _are_alike(operands: Operands) -> bool:
+    """Whether several operands are whole arrays of one shape."""
+    shapes = {jnp.shape(joined(operand)) for operand in operands}
+    return len(operands) > 1 and len(shapes) == 1 and not is_any_in_pieces(operands)
+
+
 def _all_joined(operands: Operands) -> list[Any]:
     """Returns operands or results as whole arrays."""
     return [joined(operand) for operand in operands]
 
 
-def _scan(eqn: JaxprEqn, operands: Operands) -> Operands:
+def _scan(eqn: JaxprEqn, operands: Operands, keeps_apart: bool) -> Operands:
     """Evaluates a loop: pieces enter its body as such; what it hands on is put together.
 
     Operands of which each iteration gets a slice come to the body in pieces, too, unless it is the
@@ -138,7 +150,8 @@ def _scan(eqn: JaxprEqn, operands: Operands) -> Operands:
         slices_in_pieces: Operands = []
         for axis, parts in zip(axes_of_slices, slices, strict=True):
             slices_in_pieces.append(parts[0] if axis is None else Pieces(axis, parts))
-        outputs = _evaluate(eqn.params["jaxpr"], [*consts, *carry, *slices_in_pieces])
+        operands_of_body = [*consts, *carry, *slices_in_pieces]
+        outputs = _evaluate(eqn.params["jaxpr"], operands_of_body, keeps_apart)
         # A loop hands on arrays: each iteration has to give what the next one takes.
         arrays = _all_joined(outputs)
         return arrays[: len(carry)], arrays[len(carry) :]

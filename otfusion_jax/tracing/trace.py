@@ -24,6 +24,7 @@ from otfusion_jax.tracing.pins import collect_pins
 from otfusion_jax.tracing.positions import OnTies
 from otfusion_jax.tracing.program_traces import ProgramTrace, trace_longer, trace_program
 from otfusion_jax.tracing.programs import Program, as_function
+from otfusion_jax.tracing.side_by_side import with_signs_of_segments
 from otfusion_jax.tracing.views import View, collect_views
 
 
@@ -154,7 +155,8 @@ def trace(
     unsplit = Symmetry((), (), leaves_of(params), jax.tree_util.tree_structure(params))
     given = trace_program(function, params, inputs)
     longer = trace_longer(function, params, inputs)
-    split, jaxpr, interpretation = _interpret(given, longer, unsplit, on_unsupported, on_ties)
+    traces, interpreted = _interpret(given, longer, unsplit, on_unsupported, on_ties)
+    split, jaxpr, interpretation = interpreted
     # What is free after this is a group.
     interpretation.pin_what_inputs_do_not_show()
     leaf_axes = list(zip(split.parts, interpretation.expanded_axes(), strict=True))
@@ -166,6 +168,9 @@ def trace(
         pinned=pins,
         freedoms=find_freedoms(interpretation, collected, split.parts),
     )
+    symmetry = with_signs_of_segments(
+        symmetry, interpretation, collected, traces, on_unsupported, on_ties
+    )
     return _with_views(symmetry, jaxpr, interpretation, collected)
 
 
@@ -175,15 +180,20 @@ def _interpret(
     unsplit: Symmetry,
     on_unsupported: OnUnsupported,
     on_ties: OnTies,
-) -> SplitInterpretation:
-    """Interprets a function on the inputs given and on longer ones, if that comes to an end."""
+) -> tuple[list[ProgramTrace], SplitInterpretation]:
+    """Interprets a function on the inputs given and on longer ones, if that comes to an end.
+
+    Returns:
+        The traces that were interpreted, and the interpretation.
+    """
+    traces = [given, *longer]
     try:
-        return interpret_split([given, *longer], unsplit, on_unsupported, on_ties)
+        return traces, interpret_split(traces, unsplit, on_unsupported, on_ties)
     except Exception:
         if not longer:
             raise
     # A function that replays what was recorded for other sizes may come to no program at all.
-    return interpret_split([given], unsplit, on_unsupported, on_ties)
+    return [given], interpret_split([given], unsplit, on_unsupported, on_ties)
 
 
 def _with_views(
