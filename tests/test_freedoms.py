@@ -216,6 +216,33 @@ def twice(ctx, values):
     return ctx.call(jaxpr, values)
 
 
+BRANCH = STREAM | {"up": (D, 7), "down": (7, D), "gamma": (D,)}
+DEEP = BRANCH | {"b": (D,), "scale": (D,), "bias": (D,), "up_2": (D, 7), "down_2": (7, D)}
+DEEP |= {"gamma_2": (D,), "scale_2": (D,), "last": (D,)}
+
+
+def branch(p, h):
+    """What is added to a stream, times a number for each unit, as LayerScale has them."""
+    return p["gamma"] * (jnp.tanh(h @ p["up"]) @ p["down"])
+
+
+def deep(norm, first=0):
+    """Two branches with a scale in front and behind, to which a number may be added."""
+
+    def middle(p, h):
+        at = {key: first + p[key] if first else p[key] for key in ("gamma", "scale", "scale_2")}
+        y = norm(h) * at["scale"] + p["bias"]
+        h = h + at["gamma"] * (jnp.tanh(y @ p["up"]) @ p["down"] + p["b"])
+        y = norm(h) * at["scale_2"]
+        h = h + (jnp.tanh(y @ p["up_2"]) @ p["down_2"]) * p["gamma_2"]
+        return norm(h) * p["last"]
+
+    return on_stream(middle)
+
+
+DEEP_SCALES = ("gamma", "gamma_2", "last", "scale", "scale_2")
+
+
 def spectrally_normed(h):
     """Divides by the largest singular value, as a matrix of rows and columns has it."""
     return h / jnp.linalg.norm(h, 2)
@@ -265,6 +292,22 @@ CLAIMS = {
         ),
         SCALED,
         folds=("scale",),
+    ),
+    "a scale behind a branch, and one in front of the output": Claim(
+        on_stream(lambda p, h: (h + branch(p, h)) * p["scale"]),
+        BRANCH | {"scale": (D,)},
+        folds=("gamma", "scale"),
+    ),
+    "scales in front of branches and behind": Claim(deep(rms), DEEP, folds=DEEP_SCALES),
+    "scales around a LayerNorm": Claim(deep(layer_norm), DEEP, True, DEEP_SCALES),
+    "scales in front and behind that start from 0": Claim(deep(rms, 1), DEEP, folds=DEEP_SCALES),
+    "one scale in front and behind": Claim(
+        on_stream(lambda p, h: (h + branch(p, rms(h) * p["gamma"])) * p["gamma"]),
+        BRANCH,
+        folds=("gamma",),
+    ),
+    "a vector that is normed, times a scale": Claim(
+        on_stream(lambda p, h: h + rms(p["bias"]) * p["scale"]), NORM, folds=("scale",)
     ),
     "batch statistics that are subtracted": Claim(on_stream(lambda p, h: h - jnp.mean(h, 0))),
     "half precision": Claim(
@@ -471,6 +514,23 @@ REFUSALS = {
         ),
         NORM,
     ),
+    "two scales behind the same weights": Refusal(
+        on_stream(
+            lambda p, h: (h + branch(p, h) + p["bias"] * branch(p | {"gamma": 1}, h)) * p["scale"]
+        ),
+        BRANCH | NORM,
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
+    "a scale behind a branch, and a bias at once": Refusal(
+        on_stream(lambda p, h: rms((h + branch(p, h)) * p["scale"]) + p["gamma"]),
+        BRANCH | {"scale": (D,)},
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
+    "a scale behind a branch, and a nonlinearity": Refusal(
+        on_stream(lambda p, h: jnp.tanh(h + branch(p, h)) * p["scale"]),
+        BRANCH | {"scale": (D,)},
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
     "a scale that 1 is added to, and that is read as it is": Refusal(
         on_stream(lambda p, h: rms(h) * (1 + p["scale"]) + rms(h) * p["scale"]), SCALED
     ),
@@ -634,7 +694,8 @@ def layered(
             added, collected = block(p, h, layer)
             return h + added, collected
 
-        h, collected = lax.scan(body, x @ p["embed"], {k: p[k] for k in ("scales", "up", "down")})
+        stacked = ("scales", "up", "down", "gammas", "b")
+        h, collected = lax.scan(body, x @ p["embed"], {k: p[k] for k in stacked if k in p})
         return rms(after(p, h, collected)) * p["last"] @ p["read"]
 
     return fn
@@ -648,6 +709,13 @@ def hidden(y: jax.Array, layer: Any) -> jax.Array:
     return jnp.tanh(y @ layer["up"]) @ layer["down"]
 
 
+def hidden_at_each(y: jax.Array, layer: Any) -> jax.Array:
+    """A hidden layer with weights of its own for each row."""
+    return jnp.einsum(
+        "tk,tkd->td", jnp.tanh(jnp.einsum("td,tdk->tk", y, layer["up"])), layer["down"]
+    )
+
+
 def test_scales_of_stacked_layers_are_folded_layer_by_layer():
     fn = layered(lambda p, h, layer: (hidden(normed(h, layer), layer), None))
     params = drawn(LAYERS)
@@ -659,6 +727,63 @@ def test_scales_of_stacked_layers_are_folded_layer_by_layer():
     expected = params["up"] * params["scales"][:, :, None]
     np.testing.assert_allclose(canonical["up"], expected, rtol=1e-6)
     assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_of_stacked_layers_are_folded_in_front_and_behind():
+    fn = layered(
+        lambda p, h, layer: (layer["gammas"] * (hidden(normed(h, layer), layer) + layer["b"]), None)
+    )
+    params = drawn(LAYERS | {"gammas": (3, D), "b": (3, D)})
+    # As some are that start from 0, or are pruned.
+    params["gammas"] = params["gammas"].at[1, 2].set(0)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    folds = {fold.path: fold.layered for fold in symmetry.freedoms[0].folds}
+    assert folds == {"gammas": True, "scales": True, "last": False}
+    canonical = otf.canonicalize(symmetry, params)
+    for name in folds:
+        np.testing.assert_array_equal(canonical[name], 1)
+    expected = params["down"] * params["gammas"][:, None]
+    mean = expected.mean(-1, keepdims=True) if symmetry.freedoms[0].unread_means else 0
+    np.testing.assert_allclose(canonical["down"], expected - mean, rtol=1e-6)
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_of_stacked_layers_for_each_position_stay():
+    fn = layered(lambda p, h, layer: (hidden_at_each(normed(h, layer), layer), None))
+    params = drawn(
+        LAYERS | {"scales": (3, ROWS, D), "up": (3, ROWS, D, 7), "down": (3, ROWS, 7, D)}
+    )
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not symmetry["embed"].rotates
+    assert not symmetry.freedoms[0].rotates
+    np.testing.assert_array_equal(otf.canonicalize(symmetry, params)["scales"], params["scales"])
+
+
+def test_the_scale_of_a_branch_goes_into_its_weights_whatever_the_names():
+    def fn(p, x):
+        h = x @ p["a"]
+        h = h + p["scale"] * (jnp.tanh(h @ p["b"]) @ p["c"])
+        return (h * p["last"]) @ p["d"]
+
+    shapes = {"a": (3, D), "b": (D, 7), "c": (7, D), "d": (D, 4), "scale": (D,), "last": (D,)}
+    params = drawn(shapes)
+    params["scale"] = params["scale"].at[0].set(0)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    # Divided out of all else that is added, it could not be 0.
+    canonical = otf.canonicalize(symmetry, params)
+    np.testing.assert_array_equal(canonical["c"], params["c"] * params["scale"])
+    np.testing.assert_array_equal(canonical["a"], params["a"])
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_models_with_scales_in_front_and_behind_are_fused():
+    fn, params = deep(rms), drawn(DEEP)
+    symmetry = otf.trace_symmetry(fn, params, X).with_rotations()
+    again = otf.canonicalize(symmetry, params)
+    moved = otf.transport(symmetry, symmetry.random(jax.random.key(0)), again)
+    assert change(fn, params, otf.fuse(symmetry, [params, moved])) < EXACT
+    once_more = otf.canonicalize(symmetry, again)
+    jax.tree.map(np.testing.assert_array_equal, once_more, again)
 
 
 def test_scales_that_1_is_added_to_become_0():

@@ -86,6 +86,16 @@ def test_keys_splits_and_empty_nodes_are_kept():
     assert read.leaves == symmetry.leaves
 
 
+def test_folds_of_a_scale_that_is_used_twice_are_kept():
+    params = {"in": jnp.ones((4, 6)), "scale": jnp.ones(6), "out": jnp.ones((6, 3))}
+    symmetry = otf.trace_symmetry(
+        lambda p, x: x @ p["in"] * p["scale"][None] ** 2 @ p["out"], params, jnp.ones((2, 4))
+    )
+    (fold,) = symmetry.freedoms[0].folds
+    assert [power for _, power in fold.others] == [-2]
+    assert otf.Symmetry.from_json(symmetry.to_json()) == symmetry
+
+
 def test_another_process_reads_it():
     symmetry = small()
     script = (

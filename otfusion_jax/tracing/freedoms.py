@@ -135,30 +135,62 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     # The fold of units that are nested would be another one at each index of what is around them.
     if group.batch or not plain.in_the_way:
         return permuted
-    candidates = set()
-    for number in plain.in_the_way:
-        if _is_vector_of(parts[number], group) or program.is_sliced(number):
-            candidates.add(number)
-    without = program.rotations(variable, candidates)
+    candidates, without = _in_the_way(program, variable, group, parts)
     if without.refused is not None:
         return Freedom(group.name, rotates=False, reason=without.refused)
+    folds = _folds_of(program, variable, group, parts, candidates)
+    if len(folds) < len(candidates):
+        # Of two factors it is enough if one is a scale that can be 1.
+        without = program.rotations(variable, {fold.leaf for fold in folds})
+    return permuted if without.refused is not None else _rotating(group, without, folds)
+
+
+def _in_the_way(
+    program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]
+) -> tuple[set[int], Rotations]:
+    """Finds the scales without which units could be rotated, and what they may do then.
+
+    Behind the first that is in the way nothing is known of a value any more. So the next, as the
+    scale of a normalisation that comes after the scale of a branch, is seen once that one is 1.
+    """
+    candidates: set[int] = set()
+    while True:
+        rotations = program.rotations(variable, candidates)
+        found = set()
+        for number in rotations.in_the_way - candidates:
+            if _is_vector_of(parts[number], group) or program.has_layers(number, group, parts):
+                found.add(number)
+        if rotations.refused is None or not found:
+            return candidates, rotations
+        candidates |= found
+
+
+def _folds_of(
+    program: "_Program",
+    variable: int,
+    group: Group,
+    parts: Sequence[Leaf],
+    candidates: Collection[int],
+) -> tuple[Fold, ...]:
+    """Finds how scales can be made 1; those that can't be are left out.
+
+    Each fold leaves all the other scales as they are, so that one can be made after the other.
+    """
     scales, standings = program.scales(variable)
-    solved = scales.degrees_with(candidates)
     folds = []
-    for number in sorted(candidates):
-        if number not in solved:
-            return permuted
+    for number, degrees in sorted(scales.degrees_with(candidates).items()):
         layered = not _is_vector_of(parts[number], group)
-        if layered and not program.stays_in_a_layer(variable, standings, solved[number]):
-            return permuted
-        others = {leaf: degree for leaf, degree in solved[number].items() if leaf != number}
-        shift = int(number in program.shifted)
-        for leaf in others:
-            if leaf in program.shifted or not _holds_multiples(parts[leaf], parts[number]):
-                return permuted
-        path = parts[number].path
+        if layered and not program.stays_in_a_layer(variable, standings, degrees):
+            continue
+        others = {leaf: degree for leaf, degree in degrees.items() if leaf != number}
+        if any(
+            leaf in program.shifted or not _holds_multiples(parts[leaf], parts[number])
+            for leaf in others
+        ):
+            continue
+        path, shift = parts[number].path, int(number in program.shifted)
         folds.append(Fold(number, path, tuple(sorted(others.items())), layered, shift))
-    return _rotating(group, without, tuple(folds))
+    return tuple(folds)
 
 
 def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Freedom:
@@ -403,8 +435,11 @@ class _Program:
         units = self._units(variable, group)
         return unread_means(self._interpreter, self._dataflow, units, parameters, level, zeros)
 
-    def is_sliced(self, parameter: int) -> bool:
-        """Whether a loop takes slices of a parameter, one in each iteration."""
+    def has_layers(self, parameter: int, group: Group, parts: Sequence[Leaf]) -> bool:
+        """Whether a loop takes a slice in each iteration that has one number for each unit."""
+        _, *rest = parts[parameter].shape or (1,)
+        if [size for size in rest if size > 1] != [group.size]:
+            return False
         sliced = {number for number, _ in self._interpreter.sliced}
         numbers = self._interpreter.parameters
         return any(numbers[number] == parameter for number in sliced if number in numbers)
