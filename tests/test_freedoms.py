@@ -226,6 +226,10 @@ def branch(p, h):
     return p["gamma"] * (jnp.tanh(h @ p["up"]) @ p["down"])
 
 
+def form(p, x, y):
+    return jnp.einsum("ti,ij,tj->t", x, p["m"], y)
+
+
 def deep(norm, first=0):
     """Two branches with a scale in front and behind, to which a number may be added."""
 
@@ -308,6 +312,41 @@ CLAIMS = {
     ),
     "a vector that is normed, times a scale": Claim(
         on_stream(lambda p, h: h + rms(p["bias"]) * p["scale"]), NORM, folds=("scale",)
+    ),
+    "a scale in front of weights back to the stream": Claim(
+        on_stream(lambda p, h: h + (h * p["scale"]) @ p["m"]), SQUARE | SCALED, folds=("scale",)
+    ),
+    "scales on both sides of weights back to the stream": Claim(
+        on_stream(
+            lambda p, h: rms(h) + ((layer_norm(h) * p["scale"] + p["bias"]) @ p["m"].T) * p["last"]
+        ),
+        SQUARE | NORM | {"last": (D,)},
+        True,
+        ("last", "scale"),
+    ),
+    "one scale on both sides of weights back to the stream": Claim(
+        on_stream(lambda p, h: rms(h) + ((rms(h) * p["scale"]) @ p["m"]) * p["scale"]),
+        SQUARE | SCALED,
+        folds=("scale",),
+    ),
+    "scales of a bilinear form": Claim(
+        on_stream(lambda p, h: form(p, h * p["scale"], h * p["bias"])[:, None] * h),
+        SQUARE | NORM,
+        folds=("bias", "scale"),
+    ),
+    "a scale in a loop that goes round": Claim(
+        on_stream(
+            lambda p, h: repeated(
+                lambda c: c / 2 + (c * p["scale"]) @ p["m"] + h, jnp.zeros((ROWS, D))
+            )
+        ),
+        SQUARE | SCALED,
+        folds=("scale",),
+    ),
+    "a scale in front of a convolution back to the stream": Claim(
+        on_images(lambda p, h: h + conv(rms(h) * p["scale"], p["next"]) * p["last"]),
+        IMAGES | {"next": (3, 3, D, D), "scale": (D,), "last": (D,)},
+        folds=("last", "scale"),
     ),
     "batch statistics that are subtracted": Claim(on_stream(lambda p, h: h - jnp.mean(h, 0))),
     "half precision": Claim(
@@ -513,6 +552,28 @@ REFUSALS = {
             lambda p, h: rms(h) * p["scale"] + repeated(lambda c: c * c * p["bias"], p["scale"])
         ),
         NORM,
+    ),
+    "two scales in front of the same weights back to the stream": Refusal(
+        on_stream(
+            lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + (rms(h) * p["bias"]) @ p["m"]
+        ),
+        SQUARE | NORM,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of weights and of their transpose": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + layer_norm(h) @ p["m"].T),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of weights whose rows are added, too": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + p["m"].sum(0)),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of spectrally normed weights": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ spectrally_normed(p["m"])),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
     ),
     "two scales behind the same weights": Refusal(
         on_stream(
@@ -745,6 +806,23 @@ def test_scales_of_stacked_layers_are_folded_in_front_and_behind():
     expected = params["down"] * params["gammas"][:, None]
     mean = expected.mean(-1, keepdims=True) if symmetry.freedoms[0].unread_means else 0
     np.testing.assert_allclose(canonical["down"], expected - mean, rtol=1e-6)
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_of_stacked_layers_go_into_weights_back_to_the_stream():
+    def fn(p, x):
+        def body(h, layer):
+            return h + ((rms(h) * layer["scales"]) @ layer["w"].T) * layer["gammas"], None
+
+        h, _ = lax.scan(body, x @ p["embed"], {k: p[k] for k in ("scales", "w", "gammas")})
+        return h @ p["read"]
+
+    params = drawn(STREAM | {"scales": (3, D), "gammas": (3, D), "w": (3, D, D)})
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert all(fold.layered for fold in symmetry.freedoms[0].folds)
+    canonical = otf.canonicalize(symmetry, params)
+    expected = params["gammas"][:, :, None] * params["w"] * params["scales"][:, None]
+    np.testing.assert_allclose(canonical["w"], expected, rtol=1e-6)
     assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
 
 

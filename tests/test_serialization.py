@@ -92,8 +92,29 @@ def test_folds_of_a_scale_that_is_used_twice_are_kept():
         lambda p, x: x @ p["in"] * p["scale"][None] ** 2 @ p["out"], params, jnp.ones((2, 4))
     )
     (fold,) = symmetry.freedoms[0].folds
-    assert [power for _, power in fold.others] == [-2]
+    assert [power for _, _, power in fold.others] == [-2]
     assert otf.Symmetry.from_json(symmetry.to_json()) == symmetry
+
+
+def test_folds_of_an_earlier_version_are_read():
+    symmetry = small()
+    record = json.loads(symmetry.to_json())
+    count = 0
+    for freedom in record["freedoms"]:
+        for fold in freedom["folds"]:
+            fold["others"] = [[leaf, power] for leaf, _, power in fold["others"]]
+            count += len(fold["others"])
+    assert count
+    read = otf.Symmetry.from_json(json.dumps(record | {"version": 3}))
+    assert read == symmetry
+    with pytest.raises(ValueError, match=r"folds\[0\]\.others\[0\] has 2 entries, expected 3"):
+        otf.Symmetry.from_json(json.dumps(record))
+    # What is damaged is named, in an earlier version too.
+    for damaged in (3, [3], [[[], -1]], [["x"]], [[10**6, -1]]):
+        freedom = next(freedom for freedom in record["freedoms"] if freedom["folds"])
+        freedom["folds"][0]["others"] = damaged
+        with pytest.raises(ValueError, match=r"freedoms\[\d\]\.folds\[0\]"):
+            otf.Symmetry.from_json(json.dumps(record | {"version": 3}))
 
 
 def test_another_process_reads_it():
@@ -178,8 +199,8 @@ LOCATION = (*MEMBER, "location")
     ("change", "message"),
     [
         (edit("format", value="x"), "no saved symmetry"),
-        (edit("version", value=4), "version 4 .* reads versions 1 to 3"),
-        (edit("version", value="2"), "version '2' .* reads versions 1 to 3"),
+        (edit("version", value=5), "version 5 .* reads versions 1 to 4"),
+        (edit("version", value="2"), "version '2' .* reads versions 1 to 4"),
         (edit("freedoms", 0, "stretch", "produced", value=1), "produced is 1, expected a number w"),
         (
             edit("freedoms", 0, "stretch", "produced", value=1e9),
@@ -219,6 +240,7 @@ LOCATION = (*MEMBER, "location")
         (edit("tree", value={"set": []}), "tree is {'set': \\[\\]}, expected a dict"),
         (edit("tree", "dict", "more", value=1), "tree/more is 1, expected 0"),
         (edit("freedoms", 0, "folds", 0, "leaf", value=-1), r"folds\[0\]\.leaf is -1"),
+        (edit("freedoms", 0, "folds", 0, "others", 0, value=[1, 9, -1]), r"\.others is 9, expec"),
     ],
 )
 def test_each_wrong_field_is_named(change: Callable[[Any], Any], message: str):

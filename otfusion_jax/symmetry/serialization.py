@@ -5,6 +5,7 @@ by field against the annotations of the dataclasses, and then as a whole against
 it speaks of (`stored_symmetry`), since the text may come from anywhere.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from otfusion_jax.symmetry.symmetry import Symmetry
 
 FORMAT = "otfusion_jax.Symmetry"
-VERSION = 3
+VERSION = 4
 # Trees are walked by recursion, here and in JAX.
 _MOST_LEVELS = 200
 _TOP = "the tree of parameters"
@@ -189,7 +190,27 @@ def _upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
             # What is no object is named where it is read.
             entries.append({**entry, **fields} if isinstance(entry, dict) else entry)
         upgraded[name] = entries
+    if version < 4:
+        _add_axes_of_folds(upgraded)
     return upgraded
+
+
+def _add_axes_of_folds(record: dict[str, Any]) -> None:
+    """Says along which axis folds change parameters, which had the units along a single one."""
+    # What is damaged is named where it is read.
+    with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError):
+        axes = {}
+        for group in record["groups"]:
+            for member in group["members"]:
+                place = group["name"], member["leaf"]
+                axes[place] = member["location"]["axis"]
+        for freedom in record["freedoms"]:
+            name = freedom["group"]
+            for fold in freedom["folds"]:
+                for other in fold["others"]:
+                    # Of a group that was left out nothing is folded, along whichever axis.
+                    axis = axes.get((name, other[0]), 0)
+                    other.insert(1, axis)
 
 
 def _parsed(text: str) -> Any:

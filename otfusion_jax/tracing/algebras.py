@@ -253,8 +253,8 @@ class Scales(Algebra):
         solutions: list[Degree] = []
         for unknown in unknowns:
             if unknown not in parameters and unknown not in pivots:
-                solution = _whole(_solution(unknown, pivots))
-                solutions.append({**solution})
+                solution = _solution(unknown, pivots)
+                solutions.append({**_whole(solution)})
         return solutions
 
 
@@ -437,7 +437,8 @@ def _plainest(solution: Degree, idle: Sequence[Degree]) -> Degree:
 
 def _effort(degrees: Degree) -> tuple[int, int]:
     """Says how many parameters a fold divides, and how many it changes."""
-    return sum(degree > 0 for degree in degrees.values()), len(degrees)
+    divided = [degree for degree in degrees.values() if degree > 0]
+    return len(divided), len(degrees)
 
 
 def _sparser(

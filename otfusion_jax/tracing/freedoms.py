@@ -176,20 +176,26 @@ def _folds_of(
 
     Each fold leaves all the other scales as they are, so that one can be made after the other.
     """
-    scales, standings = program.scales(variable)
+    scales, unknowns, standings = program.scales(variable)
+    numbers = []
+    for number, (leaf, _) in enumerate(unknowns):
+        if leaf in candidates:
+            numbers.append(number)
     folds = []
-    for number, degrees in sorted(scales.degrees_with(candidates).items()):
-        layered = not _is_vector_of(parts[number], group)
-        if layered and not program.stays_in_a_layer(variable, standings, degrees):
+    for number, degrees in sorted(scales.degrees_with(numbers).items()):
+        scale, _ = unknowns[number]
+        layered = not _is_vector_of(parts[scale], group)
+        if layered and not program.stays_in_a_layer(variable, unknowns, standings, degrees):
             continue
-        others = {leaf: degree for leaf, degree in degrees.items() if leaf != number}
-        if any(
-            leaf in program.shifted or not _holds_multiples(parts[leaf], parts[number])
-            for leaf in others
-        ):
-            continue
-        path, shift = parts[number].path, int(number in program.shifted)
-        folds.append(Fold(number, path, tuple(sorted(others.items())), layered, shift))
+        others = []
+        for other, degree in degrees.items():
+            leaf, axis = unknowns[other]
+            if leaf != scale:
+                others.append((leaf, axis, degree))
+        if all(program.holds_multiples(leaf, scale, parts) for leaf, *_ in others):
+            shift = int(scale in program.shifted)
+            fold = Fold(scale, parts[scale].path, tuple(sorted(others)), layered, shift)
+            folds.append(fold)
     return tuple(folds)
 
 
@@ -216,12 +222,6 @@ def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
         if taking != dtype and jnp.finfo(taking).bits <= jnp.finfo(dtype).bits:
             return False
     return True
-
-
-def _holds_multiples(leaf: Leaf, scale: Leaf) -> bool:
-    """Whether a parameter can be multiplied by a scale: one that is real not by complex numbers."""
-    is_complex = [jnp.issubdtype(part.dtype, jnp.complexfloating) for part in (leaf, scale)]
-    return is_complex[0] or not is_complex[1]
 
 
 class _Program:
@@ -304,27 +304,53 @@ class _Program:
             self._follow(transfer, variable, standings, rotations)
         return rotations
 
-    def scales(self, variable: int) -> tuple[Scales, dict[int, Standing]]:
+    def scales(self, variable: int) -> tuple[Scales, list[tuple[int, int]], dict[int, Standing]]:
         """Asks how parameters may be scaled unit by unit.
 
         Args:
             variable: The axis variable of the group.
 
         Returns:
-            The equations between the degrees of parameters, and for each value by its number what
-            its degree is made of.
+            The equations between degrees; the parameter and the axis that each of the unknowns is
+            the degree of; and for each value by its number what its degree is made of.
         """
-        standings: dict[int, Standing] = {}
-        for number, parameter in self._parameters(variable):
-            axes = self._param_axes[parameter]
-            count = sum(self._occurrences(axis).count(variable) for axis in axes)
-            # Of units along two axes each is scaled twice, which one degree does not say.
-            if count == 1:
-                standings[number] = {parameter: 1}
         scales = Scales()
+        unknowns, standings = self._degrees(variable, as_sums=True)
         for transfer in self._transfers_of[variable]:
             self._follow(transfer, variable, standings, scales)
-        return scales, standings
+        return scales, unknowns, standings
+
+    def _degrees(
+        self, variable: int, *, as_sums: bool
+    ) -> tuple[list[tuple[int, int]], dict[int, Standing]]:
+        """Gives the parameters degrees, one for each axis that the units lie along.
+
+        Args:
+            variable: The axis variable of the group.
+            as_sums: Whether it is the sum that has a degree of a parameter that 1 is added to.
+
+        Returns:
+            The parameter and the axis that each of the unknowns is the degree of; and how
+            parameters stand, by their numbers.
+        """
+        # Where units lie along one axis twice, as gates side by side, these are not told apart, and
+        # have none.
+        unknowns: list[tuple[int, int]] = []
+        standings: dict[int, Standing] = {}
+        for number, parameter in self._parameters(variable, as_sums=as_sums):
+            dims = self._dims_of(self._param_axes[parameter], variable)
+            if len(set(dims)) < len(dims):
+                continue
+            along = []
+            for dim in dims:
+                place = parameter, dim
+                if place not in unknowns:
+                    unknowns.append(place)
+                unknown = unknowns.index(place)
+                along.append((dim, {unknown: 1}))
+            _, of_first = along[0]
+            standings[number] = of_first if len(along) == 1 else PerAxis(tuple(along))
+        return unknowns, standings
 
     def scalings(self, variable: int, algebra: PositiveScales | Signs) -> tuple[Scaling, ...]:
         """Finds how parameters may be scaled unit by unit, by positive numbers or by signs.
@@ -336,22 +362,9 @@ class _Program:
         Returns:
             Independent scalings, from which all others are combined.
         """
-        # Of units along two axes of a parameter, as of recurrent weights, each axis has a degree.
-        # Where they lie along one axis twice, as gates side by side, these are not told apart, and
-        # have none.
-        unknowns: list[tuple[int, int]] = []
-        standings: dict[int, Standing] = {}
         # Of what 1 is added to, the parameter itself is scaled, and not the sum: there is no such
         # scaling, as the equation of the sum says.
-        for number, parameter in self._parameters(variable, as_sums=False):
-            dims = self._dims_of(self._param_axes[parameter], variable)
-            along = []
-            for dim in dims if len(set(dims)) == len(dims) else ():
-                if (parameter, dim) not in unknowns:
-                    unknowns.append((parameter, dim))
-                along.append((dim, {unknowns.index((parameter, dim)): 1}))
-            if along:
-                standings[number] = along[0][1] if len(along) == 1 else PerAxis(tuple(along))
+        unknowns, standings = self._degrees(variable, as_sums=False)
         for transfer in self._transfers_of[variable]:
             self._follow(transfer, variable, standings, algebra)
         scalings = []
@@ -435,6 +448,17 @@ class _Program:
         units = self._units(variable, group)
         return unread_means(self._interpreter, self._dataflow, units, parameters, level, zeros)
 
+    def holds_multiples(self, parameter: int, scale: int, parts: Sequence[Leaf]) -> bool:
+        """Whether a parameter can be multiplied by a scale: one that is real not by complex ones.
+
+        What 1 is added to can't either, as the sum would have to be multiplied.
+        """
+        if parameter in self.shifted:
+            return False
+        if jnp.issubdtype(parts[parameter].dtype, jnp.complexfloating):
+            return True
+        return not jnp.issubdtype(parts[scale].dtype, jnp.complexfloating)
+
     def has_layers(self, parameter: int, group: Group, parts: Sequence[Leaf]) -> bool:
         """Whether a loop takes a slice in each iteration that has one number for each unit."""
         _, *rest = parts[parameter].shape or (1,)
@@ -445,7 +469,11 @@ class _Program:
         return any(numbers[number] == parameter for number in sliced if number in numbers)
 
     def stays_in_a_layer(
-        self, variable: int, standings: dict[int, Standing], degrees: dict[int, int]
+        self,
+        variable: int,
+        unknowns: Sequence[tuple[int, int]],
+        standings: dict[int, Standing],
+        degrees: dict[int, int],
     ) -> bool:
         """Whether a scaling can have other scales in each iteration of a loop.
 
@@ -454,12 +482,13 @@ class _Program:
 
         Args:
             variable: The axis variable of the group.
+            unknowns: The parameter and the axis that each of the unknowns is the degree of.
             standings: For each value by its number what its degree is made of.
-            degrees: The degrees of the parameters that are scaled.
+            degrees: The degrees that are not 0, by their unknowns.
         """
         scaled = set()
         for number, standing in standings.items():
-            if sum(count * degrees.get(leaf, 0) for leaf, count in standing.items()):
+            if _is_scaled(standing, degrees):
                 scaled.add(number)
         loops = set()
         for transfer in self._transfers_of[variable]:
@@ -473,7 +502,7 @@ class _Program:
         for number, of_loop in self._interpreter.sliced:
             if of_loop == loop and number in self._interpreter.parameters:
                 slices.add(self._interpreter.parameters[number])
-        return set(degrees) <= slices
+        return {unknowns[number][0] for number in degrees} <= slices
 
     def _values(self, variable: int, without: Collection[int]) -> list[tuple[TracedValue, int]]:
         """Returns the parameters with these units but for some, as values, and which they are."""
@@ -614,6 +643,17 @@ class _Program:
             if _count(expanded, variable) or _count(expanded, None) >= size:
                 return True
         return False
+
+
+def _is_scaled(standing: Standing, degrees: dict[int, int]) -> bool:
+    """Whether a value with some degrees is multiplied by a power of the scale, along any axis."""
+    if isinstance(standing, PerAxis):
+        return any(_is_scaled(along, degrees) for _, along in standing.standings)
+    power = 0
+    for unknown, count in standing.items():
+        degree = degrees.get(unknown, 0)
+        power += count * degree
+    return power != 0
 
 
 def _loop_around(transfer: Transfer) -> int | None:
