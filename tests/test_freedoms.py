@@ -826,6 +826,58 @@ def test_scales_of_stacked_layers_go_into_weights_back_to_the_stream():
     assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
 
 
+ENSEMBLE = {key: (2, *shape) for key, shape in DEEP.items()}
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("norm", [rms, layer_norm])
+def test_scales_of_an_ensemble_are_folded_network_by_network(norm: Callable[..., Any]):
+    of_one = deep(norm, 1)
+    fn = jax.vmap(of_one, (0, None))
+    params = drawn(ENSEMBLE)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    (freedom,) = [freedom for freedom in symmetry.freedoms if freedom.group == "embed"]
+    assert freedom.rotates
+    assert tuple(fold.path for fold in freedom.folds) == DEEP_SCALES
+    canonical = otf.canonicalize(symmetry, params)
+    assert change(fn, params, canonical) < EXACT
+    alone = {key: leaf[1] for key, leaf in params.items()}
+    alone = otf.canonicalize(otf.trace_symmetry(of_one, alone, X), alone)
+    np.testing.assert_allclose(canonical["down"][1], alone["down"], rtol=1e-5, atol=1e-6)
+    again = otf.canonicalize(symmetry, canonical)
+    jax.tree.map(np.testing.assert_array_equal, again, canonical)
+    rotating = symmetry.with_rotations()
+    assert otf.Symmetry.from_json(rotating.to_json()) == rotating
+    assert otf.check_symmetry(rotating, fn, params, X) < EXACT
+    moved = otf.transport(rotating, rotating.random(jax.random.key(0)), canonical)
+    assert change(fn, params, otf.fuse(rotating, [params, moved])) < EXACT
+
+
+def networks_mixed(p, y):
+    return y + jnp.einsum("erd,ef->frd", y, p["mix"])
+
+
+@pytest.mark.parametrize(
+    "after", [lambda p, y: jnp.roll(y, 1, 0), lambda p, y: y + y.sum(0), networks_mixed]
+)
+def test_scales_of_an_ensemble_whose_networks_meet_stay(after: Callable[..., Any]):
+    def fn(p, x):
+        h = jnp.einsum("ri,eid->erd", x, p["embed"])
+        return jnp.einsum("erd,edo->ero", after(p, rms(h) * p["scale"][:, None]), p["read"])
+
+    params = drawn({key: (2, *shape) for key, shape in SCALED.items()} | {"mix": (2, 2)})
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not any(freedom.rotates for freedom in symmetry.freedoms)
+    assert otf.check_symmetry(symmetry, fn, params, X) < EXACT
+    # Rotated network by network, and the scales in the weights that read them, it is another one.
+    params["scale"] = jnp.ones_like(params["scale"])
+    moved = dict(params)
+    for key, axis in (("embed", 1), ("read", 0)):
+        turned = along(params[key][1], (axis,), orthogonal(D, False))
+        moved[key] = params[key].at[1].set(turned)
+    assert change(fn, params, moved) > BROKEN
+
+
 def test_scales_of_stacked_layers_for_each_position_stay():
     fn = layered(lambda p, h, layer: (hidden_at_each(normed(h, layer), layer), None))
     params = drawn(

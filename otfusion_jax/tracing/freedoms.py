@@ -132,8 +132,7 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     if plain.refused is None:
         return _rotating(group, plain, ())
     permuted = Freedom(group.name, rotates=False, reason=plain.refused)
-    # The fold of units that are nested would be another one at each index of what is around them.
-    if group.batch or not plain.in_the_way:
+    if not plain.in_the_way:
         return permuted
     candidates, without = _in_the_way(program, variable, group, parts)
     if without.refused is not None:
@@ -158,7 +157,8 @@ def _in_the_way(
         rotations = program.rotations(variable, candidates)
         found = set()
         for number in rotations.in_the_way - candidates:
-            if _is_vector_of(parts[number], group) or program.has_layers(number, group, parts):
+            is_scale = _is_scale_of(parts[number], group)
+            if is_scale or (not group.batch and program.has_layers(number, group, parts)):
                 found.add(number)
         if rotations.refused is None or not found:
             return candidates, rotations
@@ -184,14 +184,19 @@ def _folds_of(
     folds = []
     for number, degrees in sorted(scales.degrees_with(numbers).items()):
         scale, _ = unknowns[number]
-        layered = not _is_vector_of(parts[scale], group)
-        if layered and not program.stays_in_a_layer(variable, unknowns, standings, degrees):
+        has_layers = not _is_scale_of(parts[scale], group)
+        if has_layers and not program.stays_in_a_layer(variable, unknowns, standings, degrees):
             continue
+        layered = has_layers or bool(group.batch)
         others = []
+        changed = set()
         for other, degree in degrees.items():
             leaf, axis = unknowns[other]
+            changed.add(leaf)
             if leaf != scale:
                 others.append((leaf, axis, degree))
+        if group.batch and not changed <= _leading_with_batch(group):
+            continue
         if all(program.holds_multiples(leaf, scale, parts) for leaf, *_ in others):
             shift = int(scale in program.shifted)
             fold = Fold(scale, parts[scale].path, tuple(sorted(others)), layered, shift)
@@ -208,6 +213,31 @@ def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Fr
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
     """Whether a parameter has one number for each unit, and nothing else."""
     return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
+
+
+def _is_scale_of(leaf: Leaf, group: Group) -> bool:
+    """Whether a parameter has one number for each unit, at each index of what is around them."""
+    units = (*group.batch, group.size)
+    sizes = [size for size in units if size > 1]
+    return leaf.moves and [size for size in leaf.shape if size > 1] == sizes
+
+
+def _leading_with_batch(group: Group) -> set[int]:
+    """Returns the parameters whose first axis is what is around the units, as of an ensemble.
+
+    The units at each index of it are others, which move by themselves, and so they are multiplied
+    by other scales. The units of heads are left out, which change places with all they have.
+    """
+    leading = set()
+    if group.outer is not None or len(group.batch) != 1:
+        return leading
+    for member in group.members:
+        (batch,) = member.location.batch
+        axis, length, _ = batch
+        is_whole = group.batch == (length,)
+        if axis == 0 and is_whole and member.axis > 0:
+            leading.add(member.leaf)
+    return leading
 
 
 def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
