@@ -77,7 +77,7 @@ def with_gains(symmetry: otf.Symmetry, params: dict[str, Any]) -> dict[str, Any]
             shape = params[fold.path].shape
             draw = functools.partial(drawn, f"target {fold.path}", shape)
             changed[fold.path] = otf.LazyArray(shape, BFLOAT16, draw)
-            for number, _ in fold.others:
+            for number, *_ in fold.others:
                 name = symmetry.parts[number].path
                 reader = changed[name]
                 divide = functools.partial(divided, reader, draw())

@@ -216,6 +216,37 @@ def twice(ctx, values):
     return ctx.call(jaxpr, values)
 
 
+BRANCH = STREAM | {"up": (D, 7), "down": (7, D), "gamma": (D,)}
+DEEP = BRANCH | {"b": (D,), "scale": (D,), "bias": (D,), "up_2": (D, 7), "down_2": (7, D)}
+DEEP |= {"gamma_2": (D,), "scale_2": (D,), "last": (D,)}
+
+
+def branch(p, h):
+    """What is added to a stream, times a number for each unit, as LayerScale has them."""
+    return p["gamma"] * (jnp.tanh(h @ p["up"]) @ p["down"])
+
+
+def form(p, x, y):
+    return jnp.einsum("ti,ij,tj->t", x, p["m"], y)
+
+
+def deep(norm, first=0):
+    """Two branches with a scale in front and behind, to which a number may be added."""
+
+    def middle(p, h):
+        at = {key: first + p[key] if first else p[key] for key in ("gamma", "scale", "scale_2")}
+        y = norm(h) * at["scale"] + p["bias"]
+        h = h + at["gamma"] * (jnp.tanh(y @ p["up"]) @ p["down"] + p["b"])
+        y = norm(h) * at["scale_2"]
+        h = h + (jnp.tanh(y @ p["up_2"]) @ p["down_2"]) * p["gamma_2"]
+        return norm(h) * p["last"]
+
+    return on_stream(middle)
+
+
+DEEP_SCALES = ("gamma", "gamma_2", "last", "scale", "scale_2")
+
+
 def spectrally_normed(h):
     """Divides by the largest singular value, as a matrix of rows and columns has it."""
     return h / jnp.linalg.norm(h, 2)
@@ -265,6 +296,57 @@ CLAIMS = {
         ),
         SCALED,
         folds=("scale",),
+    ),
+    "a scale behind a branch, and one in front of the output": Claim(
+        on_stream(lambda p, h: (h + branch(p, h)) * p["scale"]),
+        BRANCH | {"scale": (D,)},
+        folds=("gamma", "scale"),
+    ),
+    "scales in front of branches and behind": Claim(deep(rms), DEEP, folds=DEEP_SCALES),
+    "scales around a LayerNorm": Claim(deep(layer_norm), DEEP, True, DEEP_SCALES),
+    "scales in front and behind that start from 0": Claim(deep(rms, 1), DEEP, folds=DEEP_SCALES),
+    "one scale in front and behind": Claim(
+        on_stream(lambda p, h: (h + branch(p, rms(h) * p["gamma"])) * p["gamma"]),
+        BRANCH,
+        folds=("gamma",),
+    ),
+    "a vector that is normed, times a scale": Claim(
+        on_stream(lambda p, h: h + rms(p["bias"]) * p["scale"]), NORM, folds=("scale",)
+    ),
+    "a scale in front of weights back to the stream": Claim(
+        on_stream(lambda p, h: h + (h * p["scale"]) @ p["m"]), SQUARE | SCALED, folds=("scale",)
+    ),
+    "scales on both sides of weights back to the stream": Claim(
+        on_stream(
+            lambda p, h: rms(h) + ((layer_norm(h) * p["scale"] + p["bias"]) @ p["m"].T) * p["last"]
+        ),
+        SQUARE | NORM | {"last": (D,)},
+        True,
+        ("last", "scale"),
+    ),
+    "one scale on both sides of weights back to the stream": Claim(
+        on_stream(lambda p, h: rms(h) + ((rms(h) * p["scale"]) @ p["m"]) * p["scale"]),
+        SQUARE | SCALED,
+        folds=("scale",),
+    ),
+    "scales of a bilinear form": Claim(
+        on_stream(lambda p, h: form(p, h * p["scale"], h * p["bias"])[:, None] * h),
+        SQUARE | NORM,
+        folds=("bias", "scale"),
+    ),
+    "a scale in a loop that goes round": Claim(
+        on_stream(
+            lambda p, h: repeated(
+                lambda c: c / 2 + (c * p["scale"]) @ p["m"] + h, jnp.zeros((ROWS, D))
+            )
+        ),
+        SQUARE | SCALED,
+        folds=("scale",),
+    ),
+    "a scale in front of a convolution back to the stream": Claim(
+        on_images(lambda p, h: h + conv(rms(h) * p["scale"], p["next"]) * p["last"]),
+        IMAGES | {"next": (3, 3, D, D), "scale": (D,), "last": (D,)},
+        folds=("last", "scale"),
     ),
     "batch statistics that are subtracted": Claim(on_stream(lambda p, h: h - jnp.mean(h, 0))),
     "half precision": Claim(
@@ -471,6 +553,45 @@ REFUSALS = {
         ),
         NORM,
     ),
+    "two scales in front of the same weights back to the stream": Refusal(
+        on_stream(
+            lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + (rms(h) * p["bias"]) @ p["m"]
+        ),
+        SQUARE | NORM,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of weights and of their transpose": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + layer_norm(h) @ p["m"].T),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of weights whose rows are added, too": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ p["m"] + p["m"].sum(0)),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
+    ),
+    "a scale in front of spectrally normed weights": Refusal(
+        on_stream(lambda p, h: rms(h) + (rms(h) * p["scale"]) @ spectrally_normed(p["m"])),
+        SQUARE | SCALED,
+        ALONG | {"m": (0, 1)},
+    ),
+    "two scales behind the same weights": Refusal(
+        on_stream(
+            lambda p, h: (h + branch(p, h) + p["bias"] * branch(p | {"gamma": 1}, h)) * p["scale"]
+        ),
+        BRANCH | NORM,
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
+    "a scale behind a branch, and a bias at once": Refusal(
+        on_stream(lambda p, h: rms((h + branch(p, h)) * p["scale"]) + p["gamma"]),
+        BRANCH | {"scale": (D,)},
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
+    "a scale behind a branch, and a nonlinearity": Refusal(
+        on_stream(lambda p, h: jnp.tanh(h + branch(p, h)) * p["scale"]),
+        BRANCH | {"scale": (D,)},
+        ALONG | {"up": (0,), "down": (1,)},
+    ),
     "a scale that 1 is added to, and that is read as it is": Refusal(
         on_stream(lambda p, h: rms(h) * (1 + p["scale"]) + rms(h) * p["scale"]), SCALED
     ),
@@ -634,7 +755,8 @@ def layered(
             added, collected = block(p, h, layer)
             return h + added, collected
 
-        h, collected = lax.scan(body, x @ p["embed"], {k: p[k] for k in ("scales", "up", "down")})
+        stacked = ("scales", "up", "down", "gammas", "b")
+        h, collected = lax.scan(body, x @ p["embed"], {k: p[k] for k in stacked if k in p})
         return rms(after(p, h, collected)) * p["last"] @ p["read"]
 
     return fn
@@ -648,6 +770,13 @@ def hidden(y: jax.Array, layer: Any) -> jax.Array:
     return jnp.tanh(y @ layer["up"]) @ layer["down"]
 
 
+def hidden_at_each(y: jax.Array, layer: Any) -> jax.Array:
+    """A hidden layer with weights of its own for each row."""
+    return jnp.einsum(
+        "tk,tkd->td", jnp.tanh(jnp.einsum("td,tdk->tk", y, layer["up"])), layer["down"]
+    )
+
+
 def test_scales_of_stacked_layers_are_folded_layer_by_layer():
     fn = layered(lambda p, h, layer: (hidden(normed(h, layer), layer), None))
     params = drawn(LAYERS)
@@ -659,6 +788,132 @@ def test_scales_of_stacked_layers_are_folded_layer_by_layer():
     expected = params["up"] * params["scales"][:, :, None]
     np.testing.assert_allclose(canonical["up"], expected, rtol=1e-6)
     assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_of_stacked_layers_are_folded_in_front_and_behind():
+    fn = layered(
+        lambda p, h, layer: (layer["gammas"] * (hidden(normed(h, layer), layer) + layer["b"]), None)
+    )
+    params = drawn(LAYERS | {"gammas": (3, D), "b": (3, D)})
+    # As some are that start from 0, or are pruned.
+    params["gammas"] = params["gammas"].at[1, 2].set(0)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    folds = {fold.path: fold.layered for fold in symmetry.freedoms[0].folds}
+    assert folds == {"gammas": True, "scales": True, "last": False}
+    canonical = otf.canonicalize(symmetry, params)
+    for name in folds:
+        np.testing.assert_array_equal(canonical[name], 1)
+    expected = params["down"] * params["gammas"][:, None]
+    mean = expected.mean(-1, keepdims=True) if symmetry.freedoms[0].unread_means else 0
+    np.testing.assert_allclose(canonical["down"], expected - mean, rtol=1e-6)
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_scales_of_stacked_layers_go_into_weights_back_to_the_stream():
+    def fn(p, x):
+        def body(h, layer):
+            return h + ((rms(h) * layer["scales"]) @ layer["w"].T) * layer["gammas"], None
+
+        h, _ = lax.scan(body, x @ p["embed"], {k: p[k] for k in ("scales", "w", "gammas")})
+        return h @ p["read"]
+
+    params = drawn(STREAM | {"scales": (3, D), "gammas": (3, D), "w": (3, D, D)})
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert all(fold.layered for fold in symmetry.freedoms[0].folds)
+    canonical = otf.canonicalize(symmetry, params)
+    expected = params["gammas"][:, :, None] * params["w"] * params["scales"][:, None]
+    np.testing.assert_allclose(canonical["w"], expected, rtol=1e-6)
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+ENSEMBLE = {key: (2, *shape) for key, shape in DEEP.items()}
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("norm", [rms, layer_norm])
+def test_scales_of_an_ensemble_are_folded_network_by_network(norm: Callable[..., Any]):
+    of_one = deep(norm, 1)
+    fn = jax.vmap(of_one, (0, None))
+    params = drawn(ENSEMBLE)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    (freedom,) = [freedom for freedom in symmetry.freedoms if freedom.group == "embed"]
+    assert freedom.rotates
+    assert tuple(fold.path for fold in freedom.folds) == DEEP_SCALES
+    canonical = otf.canonicalize(symmetry, params)
+    assert change(fn, params, canonical) < EXACT
+    alone = {key: leaf[1] for key, leaf in params.items()}
+    alone = otf.canonicalize(otf.trace_symmetry(of_one, alone, X), alone)
+    np.testing.assert_allclose(canonical["down"][1], alone["down"], rtol=1e-5, atol=1e-6)
+    again = otf.canonicalize(symmetry, canonical)
+    jax.tree.map(np.testing.assert_array_equal, again, canonical)
+    rotating = symmetry.with_rotations()
+    assert otf.Symmetry.from_json(rotating.to_json()) == rotating
+    assert otf.check_symmetry(rotating, fn, params, X) < EXACT
+    moved = otf.transport(rotating, rotating.random(jax.random.key(0)), canonical)
+    assert change(fn, params, otf.fuse(rotating, [params, moved])) < EXACT
+
+
+def networks_mixed(p, y):
+    return y + jnp.einsum("erd,ef->frd", y, p["mix"])
+
+
+@pytest.mark.parametrize(
+    "after", [lambda p, y: jnp.roll(y, 1, 0), lambda p, y: y + y.sum(0), networks_mixed]
+)
+def test_scales_of_an_ensemble_whose_networks_meet_stay(after: Callable[..., Any]):
+    def fn(p, x):
+        h = jnp.einsum("ri,eid->erd", x, p["embed"])
+        return jnp.einsum("erd,edo->ero", after(p, rms(h) * p["scale"][:, None]), p["read"])
+
+    params = drawn({key: (2, *shape) for key, shape in SCALED.items()} | {"mix": (2, 2)})
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not any(freedom.rotates for freedom in symmetry.freedoms)
+    assert otf.check_symmetry(symmetry, fn, params, X) < EXACT
+    # Rotated network by network, and the scales in the weights that read them, it is another one.
+    params["scale"] = jnp.ones_like(params["scale"])
+    moved = dict(params)
+    for key, axis in (("embed", 1), ("read", 0)):
+        turned = along(params[key][1], (axis,), orthogonal(D, False))
+        moved[key] = params[key].at[1].set(turned)
+    assert change(fn, params, moved) > BROKEN
+
+
+def test_scales_of_stacked_layers_for_each_position_stay():
+    fn = layered(lambda p, h, layer: (hidden_at_each(normed(h, layer), layer), None))
+    params = drawn(
+        LAYERS | {"scales": (3, ROWS, D), "up": (3, ROWS, D, 7), "down": (3, ROWS, 7, D)}
+    )
+    symmetry = otf.trace_symmetry(fn, params, X)
+    assert not symmetry["embed"].rotates
+    assert not symmetry.freedoms[0].rotates
+    np.testing.assert_array_equal(otf.canonicalize(symmetry, params)["scales"], params["scales"])
+
+
+def test_the_scale_of_a_branch_goes_into_its_weights_whatever_the_names():
+    def fn(p, x):
+        h = x @ p["a"]
+        h = h + p["scale"] * (jnp.tanh(h @ p["b"]) @ p["c"])
+        return (h * p["last"]) @ p["d"]
+
+    shapes = {"a": (3, D), "b": (D, 7), "c": (7, D), "d": (D, 4), "scale": (D,), "last": (D,)}
+    params = drawn(shapes)
+    params["scale"] = params["scale"].at[0].set(0)
+    symmetry = otf.trace_symmetry(fn, params, X)
+    # Divided out of all else that is added, it could not be 0.
+    canonical = otf.canonicalize(symmetry, params)
+    np.testing.assert_array_equal(canonical["c"], params["c"] * params["scale"])
+    np.testing.assert_array_equal(canonical["a"], params["a"])
+    assert otf.check_symmetry(symmetry.with_rotations(), fn, params, X) < EXACT
+
+
+def test_models_with_scales_in_front_and_behind_are_fused():
+    fn, params = deep(rms), drawn(DEEP)
+    symmetry = otf.trace_symmetry(fn, params, X).with_rotations()
+    again = otf.canonicalize(symmetry, params)
+    moved = otf.transport(symmetry, symmetry.random(jax.random.key(0)), again)
+    assert change(fn, params, otf.fuse(symmetry, [params, moved])) < EXACT
+    once_more = otf.canonicalize(symmetry, again)
+    jax.tree.map(np.testing.assert_array_equal, once_more, again)
 
 
 def test_scales_that_1_is_added_to_become_0():

@@ -86,6 +86,37 @@ def test_keys_splits_and_empty_nodes_are_kept():
     assert read.leaves == symmetry.leaves
 
 
+def test_folds_of_a_scale_that_is_used_twice_are_kept():
+    params = {"in": jnp.ones((4, 6)), "scale": jnp.ones(6), "out": jnp.ones((6, 3))}
+    symmetry = otf.trace_symmetry(
+        lambda p, x: x @ p["in"] * p["scale"][None] ** 2 @ p["out"], params, jnp.ones((2, 4))
+    )
+    (fold,) = symmetry.freedoms[0].folds
+    assert [power for _, _, power in fold.others] == [-2]
+    assert otf.Symmetry.from_json(symmetry.to_json()) == symmetry
+
+
+def test_folds_of_an_earlier_version_are_read():
+    symmetry = small()
+    record = json.loads(symmetry.to_json())
+    count = 0
+    for freedom in record["freedoms"]:
+        for fold in freedom["folds"]:
+            fold["others"] = [[leaf, power] for leaf, _, power in fold["others"]]
+            count += len(fold["others"])
+    assert count
+    read = otf.Symmetry.from_json(json.dumps(record | {"version": 3}))
+    assert read == symmetry
+    with pytest.raises(ValueError, match=r"folds\[0\]\.others\[0\] has 2 entries, expected 3"):
+        otf.Symmetry.from_json(json.dumps(record))
+    # What is damaged is named, in an earlier version too.
+    for damaged in (3, [3], [[[], -1]], [["x"]], [[10**6, -1]]):
+        freedom = next(freedom for freedom in record["freedoms"] if freedom["folds"])
+        freedom["folds"][0]["others"] = damaged
+        with pytest.raises(ValueError, match=r"freedoms\[\d\]\.folds\[0\]"):
+            otf.Symmetry.from_json(json.dumps(record | {"version": 3}))
+
+
 def test_another_process_reads_it():
     symmetry = small()
     script = (
@@ -209,6 +240,7 @@ LOCATION = (*MEMBER, "location")
         (edit("tree", value={"set": []}), "tree is {'set': \\[\\]}, expected a dict"),
         (edit("tree", "dict", "more", value=1), "tree/more is 1, expected 0"),
         (edit("freedoms", 0, "folds", 0, "leaf", value=-1), r"folds\[0\]\.leaf is -1"),
+        (edit("freedoms", 0, "folds", 0, "others", 0, value=[1, 9, -1]), r"\.others is 9, expec"),
     ],
 )
 def test_each_wrong_field_is_named(change: Callable[[Any], Any], message: str):

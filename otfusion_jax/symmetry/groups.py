@@ -172,18 +172,19 @@ class Fold:
 
     Attributes:
         leaf: The position of the parameter in `Symmetry.parts`. It has one number for each unit, or
-            one for each unit of each layer. The scale is this parameter plus `shift`.
+            one for each unit of each layer or batch. The scale is this parameter plus `shift`.
         path: The key path of the parameter.
-        others: The positions of the other parameters that change, each with the power of the scale
-            by which its units are divided: -1 for weights that read the units, which are then
-            multiplied by the scale, and 1 for what is added to them.
-        layered: Whether the first axis of all of these are the layers that a `scan` goes over.
+        others: The positions of the other parameters that change, each with an axis that the units
+            lie along, and the power of the scale by which these are divided: -1 for weights that
+            read the units, which are then multiplied by the scale, and 1 for what is added to them.
+        layered: Whether the first axis of all of these are the layers that a `scan` goes over, or
+            the batch of the group, and there is another scale at each index of it.
         shift: 1 where the function adds 1 to the parameter before it multiplies, otherwise 0.
     """
 
     leaf: int
     path: str
-    others: tuple[tuple[int, int], ...]
+    others: tuple[tuple[int, int, int], ...]
     layered: bool = False
     shift: int = 0
 

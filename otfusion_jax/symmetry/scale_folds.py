@@ -47,10 +47,11 @@ def folded(symmetry: Symmetry, params: PyTree, name: str) -> PyTree:
     # In the order of the groups: a parameter that several folds divide is divided by each.
     for group, fold in folds:
         scale = arrays[fold.leaf]
-        for leaf, degree in fold.others:
+        for other in fold.others:
+            leaf, *_ = other
             array = arrays[leaf]
             divide = functools.partial(
-                _without_scale, symmetry, group, fold, leaf, degree, array, scale, name
+                _without_scale, symmetry, group, fold, other, array, scale, name
             )
             # A part of a leaf has been read with it, and is not lazy even where its scale is.
             arrays[leaf] = as_lazy_as(array, divide)
@@ -62,19 +63,19 @@ def _without_scale(
     symmetry: Symmetry,
     group: str,
     fold: Fold,
-    leaf: int,
-    degree: int,
+    other: tuple[int, int, int],
     array: Any,
     scale: Any,
     name: str,
 ) -> Array:
-    """Divides one parameter by a power of a scale; both are read first if they are lazy."""
+    """Divides one axis of a parameter by a power of a scale; both are read if they are lazy."""
+    leaf, axis, degree = other
     array, scale = loaded(array), loaded(scale)
     if fold.shift:
         scale = scale + fold.shift
     axes = []
     for number, unit_axis in enumerate(symmetry.leaf_structures[leaf].unit_axes):
-        if unit_axis.group.name == group:
+        if (unit_axis.group.name, unit_axis.member.axis) == (group, axis):
             axes.append(number)
     structure = symmetry.numbered_leaves[leaf].structure
     divided = _divided(structure, array, scale, tuple(axes), degree, layered=fold.layered)

@@ -5,6 +5,7 @@ by field against the annotations of the dataclasses, and then as a whole against
 it speaks of (`stored_symmetry`), since the text may come from anywhere.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -189,26 +190,37 @@ def _upgraded(record: dict[str, Any], version: int) -> dict[str, Any]:
             # What is no object is named where it is read.
             entries.append({**entry, **fields} if isinstance(entry, dict) else entry)
         upgraded[name] = entries
-    if version < 4 and isinstance(record["freedoms"], list):
-        upgraded["freedoms"] = list(map(_with_segments, upgraded["freedoms"]))
+    if version < 4:
+        _add_axes_of_folds(upgraded)
+        _add_segments(upgraded)
     return upgraded
 
 
-def _with_segments(freedom: Any) -> Any:
-    """Adds to the scalings of a freedom that none speaks of segments."""
-    # What is of another kind is named where it is read.
-    if not isinstance(freedom, dict):
-        return freedom
-    upgraded = dict(freedom)
-    for name in ("scales", "signs"):
-        if not isinstance(freedom.get(name), list):
-            continue
-        scalings = []
-        for scaling in freedom[name]:
-            is_object = isinstance(scaling, dict)
-            scalings.append({**scaling, "segments": []} if is_object else scaling)
-        upgraded[name] = scalings
-    return upgraded
+def _add_axes_of_folds(record: dict[str, Any]) -> None:
+    """Says along which axis folds change parameters, which had the units along a single one."""
+    # What is damaged is named where it is read.
+    with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError):
+        axes = {}
+        for group in record["groups"]:
+            for member in group["members"]:
+                place = group["name"], member["leaf"]
+                axes[place] = member["location"]["axis"]
+        for freedom in record["freedoms"]:
+            name = freedom["group"]
+            for fold in freedom["folds"]:
+                for other in fold["others"]:
+                    # Of a group that was left out nothing is folded, along whichever axis.
+                    axis = axes.get((name, other[0]), 0)
+                    other.insert(1, axis)
+
+
+def _add_segments(record: dict[str, Any]) -> None:
+    """Says of scalings that none speaks of segments."""
+    # What is damaged is named where it is read.
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        for freedom in record["freedoms"]:
+            for scaling in (*freedom["scales"], *freedom["signs"]):
+                scaling["segments"] = []
 
 
 def _parsed(text: str) -> Any:

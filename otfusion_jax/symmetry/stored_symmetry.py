@@ -224,9 +224,10 @@ def _require_fold(fold: Fold, parts: Sequence[Leaf], entry: _Entry) -> None:
     entry.require_part(fold.leaf, parts)
     path = parts[fold.leaf].path
     entry.require(fold.path == path, ".path", fold.path, repr(path))
-    for leaf, power in fold.others:
+    for leaf, axis, power in fold.others:
         entry.require_part(leaf, parts, ".others")
-        entry.require(power in (-1, 1), ".others", power, "-1 or 1")
+        entry.require_axis(axis, parts[leaf].shape, ".others")
+        entry.require(0 < abs(power) <= _MOST_AXES, ".others", power, "a power")
     entry.require(fold.shift in (0, 1), ".shift", fold.shift, "0 or 1")
 
 

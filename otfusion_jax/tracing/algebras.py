@@ -13,7 +13,7 @@ alone, which a ReLU passes on, and `Signs` of 1 and -1, for which degrees count 
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -235,18 +235,27 @@ class Scales(Algebra):
             out.
         """
         pivots, rest = _eliminated(self.equations, parameters)
+        idle = _sparser(self._idle(parameters, pivots), _combined)
         solved = {}
         for parameter in parameters:
             if any(parameter in row for row in rest):
                 continue
-            degrees = {parameter: Fraction(1)}
-            # Unknowns that are still free are 0, so that few parameters are scaled.
-            for unknown, row in pivots.items():
-                if parameter in row:
-                    degrees[unknown] = -row[parameter]
+            degrees = _plainest(_solution(parameter, pivots), idle)
             if all(degree.denominator == 1 for degree in degrees.values()):
                 solved[parameter] = {number: int(degree) for number, degree in degrees.items()}
         return solved
+
+    def _idle(
+        self, parameters: Collection[int], pivots: Mapping[int, "_Row"]
+    ) -> list[dict[int, int | Fraction]]:
+        """Returns independent solutions in which some parameters have degree 0."""
+        unknowns = dict.fromkeys(itertools.chain(*self.equations))
+        solutions: list[Degree] = []
+        for unknown in unknowns:
+            if unknown not in parameters and unknown not in pivots:
+                solution = _solution(unknown, pivots)
+                solutions.append({**_whole(solution)})
+        return solutions
 
 
 class PositiveScales(Scales):
@@ -279,15 +288,7 @@ class PositiveScales(Scales):
         """
         # Each unknown that no equation determines is a scaling of its own, with the others at 0.
         pivots, _ = _eliminated(self.equations, ())
-        solutions: list[Degree] = []
-        for free in unknowns:
-            if free in pivots:
-                continue
-            degrees: Degree = {free: Fraction(1)}
-            for unknown, row in pivots.items():
-                if free in row:
-                    degrees[unknown] = -row[free]
-            solutions.append(degrees)
+        solutions = [_solution(free, pivots) for free in unknowns if free not in pivots]
         return [_whole(solution) for solution in _sparser(solutions, _combined)]
 
 
@@ -398,6 +399,46 @@ def _eliminate(row: _Row, pivot_row: _Row, unknown: int) -> None:
         row[other] = row.get(other, Fraction(0)) - factor * count
         if not row[other]:
             del row[other]
+
+
+def _solution(free: int, pivots: Mapping[int, _Row]) -> Degree:
+    """Returns the solution in which one unknown that is free has degree 1, and the others 0."""
+    degrees: Degree = {free: Fraction(1)}
+    for unknown, row in pivots.items():
+        if free in row:
+            degrees[unknown] = -row[free]
+    return degrees
+
+
+def _plainest(solution: Degree, idle: Sequence[Degree]) -> Degree:
+    """Adds solutions to one as long as it becomes plainer.
+
+    A scale of a branch is multiplied into its last weights so, and not divided out of all else
+    that is added to the residual stream, which is as right, but can't be done where it is 0.
+
+    Args:
+        solution: The solution.
+        idle: What may be added or subtracted.
+
+    Returns:
+        The solution in which the fewest parameters are multiplied by a positive power, which is
+        what a fold divides, and then the fewest at all, as far as single steps lead there.
+    """
+    is_done = False
+    while not is_done:
+        is_done = True
+        for other in idle:
+            for candidate in _combined(solution, other):
+                if _effort(candidate) < _effort(solution):
+                    solution = candidate
+                    is_done = False
+    return solution
+
+
+def _effort(degrees: Degree) -> tuple[int, int]:
+    """Says how many parameters a fold divides, and how many it changes."""
+    divided = [degree for degree in degrees.values() if degree > 0]
+    return len(divided), len(degrees)
 
 
 def _sparser(

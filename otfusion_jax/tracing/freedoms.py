@@ -156,33 +156,76 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     if plain.refused is None:
         return _rotating(group, plain, ())
     permuted = Freedom(group.name, rotates=False, reason=plain.refused)
-    # The fold of units that are nested would be another one at each index of what is around them.
-    if group.batch or not plain.in_the_way:
+    if not plain.in_the_way:
         return permuted
-    candidates = set()
-    for number in plain.in_the_way:
-        if _is_vector_of(parts[number], group) or program.is_sliced(number):
-            candidates.add(number)
-    without = program.rotations(variable, candidates)
+    candidates, without = _in_the_way(program, variable, group, parts)
     if without.refused is not None:
         return Freedom(group.name, rotates=False, reason=without.refused)
-    scales, standings = program.scales(variable)
-    solved = scales.degrees_with(candidates)
+    folds = _folds_of(program, variable, group, parts, candidates)
+    if len(folds) < len(candidates):
+        # Of two factors it is enough if one is a scale that can be 1.
+        without = program.rotations(variable, {fold.leaf for fold in folds})
+    return permuted if without.refused is not None else _rotating(group, without, folds)
+
+
+def _in_the_way(
+    program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]
+) -> tuple[set[int], Rotations]:
+    """Finds the scales without which units could be rotated, and what they may do then.
+
+    Behind the first that is in the way nothing is known of a value any more. So the next, as the
+    scale of a normalisation that comes after the scale of a branch, is seen once that one is 1.
+    """
+    candidates: set[int] = set()
+    while True:
+        rotations = program.rotations(variable, candidates)
+        found = set()
+        for number in rotations.in_the_way - candidates:
+            is_scale = _is_scale_of(parts[number], group)
+            if is_scale or (not group.batch and program.has_layers(number, group, parts)):
+                found.add(number)
+        if rotations.refused is None or not found:
+            return candidates, rotations
+        candidates |= found
+
+
+def _folds_of(
+    program: "_Program",
+    variable: int,
+    group: Group,
+    parts: Sequence[Leaf],
+    candidates: Collection[int],
+) -> tuple[Fold, ...]:
+    """Finds how scales can be made 1; those that can't be are left out.
+
+    Each fold leaves all the other scales as they are, so that one can be made after the other.
+    """
+    scales, unknowns, standings = program.scales(variable)
+    numbers = []
+    for number, (leaf, _) in enumerate(unknowns):
+        if leaf in candidates:
+            numbers.append(number)
     folds = []
-    for number in sorted(candidates):
-        if number not in solved:
-            return permuted
-        layered = not _is_vector_of(parts[number], group)
-        if layered and not program.stays_in_a_layer(variable, standings, solved[number]):
-            return permuted
-        others = {leaf: degree for leaf, degree in solved[number].items() if leaf != number}
-        shift = int(number in program.shifted)
-        for leaf in others:
-            if leaf in program.shifted or not _holds_multiples(parts[leaf], parts[number]):
-                return permuted
-        path = parts[number].path
-        folds.append(Fold(number, path, tuple(sorted(others.items())), layered, shift))
-    return _rotating(group, without, tuple(folds))
+    for number, degrees in sorted(scales.degrees_with(numbers).items()):
+        scale, _ = unknowns[number]
+        has_layers = not _is_scale_of(parts[scale], group)
+        if has_layers and not program.stays_in_a_layer(variable, unknowns, standings, degrees):
+            continue
+        layered = has_layers or bool(group.batch)
+        others = []
+        changed = set()
+        for other, degree in degrees.items():
+            leaf, axis = unknowns[other]
+            changed.add(leaf)
+            if leaf != scale:
+                others.append((leaf, axis, degree))
+        if group.batch and not changed <= _leading_with_batch(group):
+            continue
+        if all(program.holds_multiples(leaf, scale, parts) for leaf, *_ in others):
+            shift = int(scale in program.shifted)
+            fold = Fold(scale, parts[scale].path, tuple(sorted(others)), layered, shift)
+            folds.append(fold)
+    return tuple(folds)
 
 
 def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Freedom:
@@ -194,6 +237,31 @@ def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Fr
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
     """Whether a parameter has one number for each unit, and nothing else."""
     return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
+
+
+def _is_scale_of(leaf: Leaf, group: Group) -> bool:
+    """Whether a parameter has one number for each unit, at each index of what is around them."""
+    units = (*group.batch, group.size)
+    sizes = [size for size in units if size > 1]
+    return leaf.moves and [size for size in leaf.shape if size > 1] == sizes
+
+
+def _leading_with_batch(group: Group) -> set[int]:
+    """Returns the parameters whose first axis is what is around the units, as of an ensemble.
+
+    The units at each index of it are others, which move by themselves, and so they are multiplied
+    by other scales. The units of heads are left out, which change places with all they have.
+    """
+    leading = set()
+    if group.outer is not None or len(group.batch) != 1:
+        return leading
+    for member in group.members:
+        (batch,) = member.location.batch
+        axis, length, _ = batch
+        is_whole = group.batch == (length,)
+        if axis == 0 and is_whole and member.axis > 0:
+            leading.add(member.leaf)
+    return leading
 
 
 def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
@@ -208,12 +276,6 @@ def _hold_offset(offset: Offset, parts: Sequence[Leaf]) -> bool:
         if taking != dtype and jnp.finfo(taking).bits <= jnp.finfo(dtype).bits:
             return False
     return True
-
-
-def _holds_multiples(leaf: Leaf, scale: Leaf) -> bool:
-    """Whether a parameter can be multiplied by a scale: one that is real not by complex numbers."""
-    is_complex = [jnp.issubdtype(part.dtype, jnp.complexfloating) for part in (leaf, scale)]
-    return is_complex[0] or not is_complex[1]
 
 
 class _Program:
@@ -322,27 +384,53 @@ class _Program:
             self._follow(transfer, variable, standings, rotations)
         return rotations
 
-    def scales(self, variable: int) -> tuple[Scales, dict[int, Standing]]:
+    def scales(self, variable: int) -> tuple[Scales, list[tuple[int, int]], dict[int, Standing]]:
         """Asks how parameters may be scaled unit by unit.
 
         Args:
             variable: The axis variable of the group.
 
         Returns:
-            The equations between the degrees of parameters, and for each value by its number what
-            its degree is made of.
+            The equations between degrees; the parameter and the axis that each of the unknowns is
+            the degree of; and for each value by its number what its degree is made of.
         """
-        standings: dict[int, Standing] = {}
-        for number, parameter in self._parameters(variable):
-            axes = self._param_axes[parameter]
-            count = sum(self._occurrences(axis).count(variable) for axis in axes)
-            # Of units along two axes each is scaled twice, which one degree does not say.
-            if count == 1:
-                standings[number] = {parameter: 1}
         scales = Scales()
+        unknowns, standings = self._degrees(variable, as_sums=True)
         for transfer in self._transfers_of[variable]:
             self._follow(transfer, variable, standings, scales)
-        return scales, standings
+        return scales, unknowns, standings
+
+    def _degrees(
+        self, variable: int, *, as_sums: bool
+    ) -> tuple[list[tuple[int, int]], dict[int, Standing]]:
+        """Gives the parameters degrees, one for each axis that the units lie along.
+
+        Args:
+            variable: The axis variable of the group.
+            as_sums: Whether it is the sum that has a degree of a parameter that 1 is added to.
+
+        Returns:
+            The parameter and the axis that each of the unknowns is the degree of; and how
+            parameters stand, by their numbers.
+        """
+        # Where units lie along one axis twice, as gates side by side, these are not told apart, and
+        # have none.
+        unknowns: list[tuple[int, int]] = []
+        standings: dict[int, Standing] = {}
+        for number, parameter in self._parameters(variable, as_sums=as_sums):
+            dims = self._dims_of(self._param_axes[parameter], variable)
+            if len(set(dims)) < len(dims):
+                continue
+            along = []
+            for dim in dims:
+                place = parameter, dim
+                if place not in unknowns:
+                    unknowns.append(place)
+                unknown = unknowns.index(place)
+                along.append((dim, {unknown: 1}))
+            _, of_first = along[0]
+            standings[number] = of_first if len(along) == 1 else PerAxis(tuple(along))
+        return unknowns, standings
 
     def scalings(self, variable: int, algebra: PositiveScales | Signs) -> tuple[Scaling, ...]:
         """Finds how parameters may be scaled unit by unit, by positive numbers or by signs.
@@ -354,22 +442,9 @@ class _Program:
         Returns:
             Independent scalings, from which all others are combined.
         """
-        # Of units along two axes of a parameter, as of recurrent weights, each axis has a degree.
-        # Where they lie along one axis twice, as gates side by side, these are not told apart, and
-        # have none.
-        unknowns: list[tuple[int, int]] = []
-        standings: dict[int, Standing] = {}
         # Of what 1 is added to, the parameter itself is scaled, and not the sum: there is no such
         # scaling, as the equation of the sum says.
-        for number, parameter in self._parameters(variable, as_sums=False):
-            dims = self._dims_of(self._param_axes[parameter], variable)
-            along = []
-            for dim in dims if len(set(dims)) == len(dims) else ():
-                if (parameter, dim) not in unknowns:
-                    unknowns.append((parameter, dim))
-                along.append((dim, {unknowns.index((parameter, dim)): 1}))
-            if along:
-                standings[number] = along[0][1] if len(along) == 1 else PerAxis(tuple(along))
+        unknowns, standings = self._degrees(variable, as_sums=False)
         for transfer in self._transfers_of[variable]:
             self._follow(transfer, variable, standings, algebra)
         scalings = []
@@ -453,14 +528,32 @@ class _Program:
         units = self._units(variable, group)
         return unread_means(self._interpreter, self._dataflow, units, parameters, level, zeros)
 
-    def is_sliced(self, parameter: int) -> bool:
-        """Whether a loop takes slices of a parameter, one in each iteration."""
+    def holds_multiples(self, parameter: int, scale: int, parts: Sequence[Leaf]) -> bool:
+        """Whether a parameter can be multiplied by a scale: one that is real not by complex ones.
+
+        What 1 is added to can't either, as the sum would have to be multiplied.
+        """
+        if parameter in self.shifted:
+            return False
+        if jnp.issubdtype(parts[parameter].dtype, jnp.complexfloating):
+            return True
+        return not jnp.issubdtype(parts[scale].dtype, jnp.complexfloating)
+
+    def has_layers(self, parameter: int, group: Group, parts: Sequence[Leaf]) -> bool:
+        """Whether a loop takes a slice in each iteration that has one number for each unit."""
+        _, *rest = parts[parameter].shape or (1,)
+        if [size for size in rest if size > 1] != [group.size]:
+            return False
         sliced = {number for number, _ in self._interpreter.sliced}
         numbers = self._interpreter.parameters
         return any(numbers[number] == parameter for number in sliced if number in numbers)
 
     def stays_in_a_layer(
-        self, variable: int, standings: dict[int, Standing], degrees: dict[int, int]
+        self,
+        variable: int,
+        unknowns: Sequence[tuple[int, int]],
+        standings: dict[int, Standing],
+        degrees: dict[int, int],
     ) -> bool:
         """Whether a scaling can have other scales in each iteration of a loop.
 
@@ -469,12 +562,13 @@ class _Program:
 
         Args:
             variable: The axis variable of the group.
+            unknowns: The parameter and the axis that each of the unknowns is the degree of.
             standings: For each value by its number what its degree is made of.
-            degrees: The degrees of the parameters that are scaled.
+            degrees: The degrees that are not 0, by their unknowns.
         """
         scaled = set()
         for number, standing in standings.items():
-            if sum(count * degrees.get(leaf, 0) for leaf, count in standing.items()):
+            if _is_scaled(standing, degrees):
                 scaled.add(number)
         loops = set()
         for transfer in self._transfers_of[variable]:
@@ -488,7 +582,7 @@ class _Program:
         for number, of_loop in self._interpreter.sliced:
             if of_loop == loop and number in self._interpreter.parameters:
                 slices.add(self._interpreter.parameters[number])
-        return set(degrees) <= slices
+        return {unknowns[number][0] for number in degrees} <= slices
 
     def _values(self, variable: int, without: Collection[int]) -> list[tuple[TracedValue, int]]:
         """Returns the parameters with these units but for some, as values, and which they are."""
@@ -629,6 +723,17 @@ class _Program:
             if _count(expanded, variable) or _count(expanded, None) >= size:
                 return True
         return False
+
+
+def _is_scaled(standing: Standing, degrees: dict[int, int]) -> bool:
+    """Whether a value with some degrees is multiplied by a power of the scale, along any axis."""
+    if isinstance(standing, PerAxis):
+        return any(_is_scaled(along, degrees) for _, along in standing.standings)
+    power = 0
+    for unknown, count in standing.items():
+        degree = degrees.get(unknown, 0)
+        power += count * degree
+    return power != 0
 
 
 def _loop_around(transfer: Transfer) -> int | None:
