@@ -277,7 +277,7 @@ class AxisVariables:
             sizes: The sizes of the segments, which add up to the factor's.
 
         Returns:
-            The axis of each segment.
+            The axis of each segment. One of size 1 is a single position.
 
         Raises:
             Disagreement: If the variable is itself a segment of a segment, and so on, too often.
@@ -294,10 +294,7 @@ class AxisVariables:
             raise Disagreement(f"more than {MAX_SEGMENT_DEPTH} splits one in another", (factor,))
         variables = [self._new_variable(size, segment_depth=depth) for size in sizes]
         self._segments[factor.variable] = tuple(variables)
-        segments: list[Axis] = []
-        for part in self._parts(factor, variables):
-            segments.append((part,) if part.size > 1 else ())
-        return segments
+        return [(part,) for part in self._parts(factor, variables)]
 
     def _parts(self, factor: Factor, variables: Sequence[int]) -> tuple[Factor, ...]:
         """Returns the parts of a factor, each with the role that it inherits."""
