@@ -209,6 +209,61 @@ def test_a_parameter_for_each_channel_after_a_shuffle(name: str):
     assert change(symmetry, fn, params, inputs(4, 3)) < EXACT
 
 
+# --- groups that are taken apart one by one
+
+
+def by_groups(h: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution in three groups, of images of one pixel."""
+    by_pixel = lax.conv_general_dilated(
+        h[:, None, None],
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+    )
+    return by_pixel[:, 0, 0]
+
+
+def in_parts(h: jax.Array) -> jax.Array:
+    first, *others = jnp.split(h, 3, axis=1)
+    return first + sum(others)
+
+
+def by_slices(h: jax.Array) -> jax.Array:
+    return h[:, :5] + h[:, 5:10] * h[:, 10:]
+
+
+APART = {
+    "split": (in_parts, lambda h: h, {"in": (3, 4), "groups": (5,)}),
+    "sliced": (by_slices, lambda h: h, {"in": (3, 4), "groups": (5,)}),
+    "rolled": (in_parts, lambda h: jnp.roll(h, 4, 1), {"in": (4,), "groups": (5,)}),
+    "added up": (
+        in_parts,
+        lambda h: h + jnp.tile(in_parts(h), (1, 3)),
+        {"in": (4,), "groups": (5,)},
+    ),
+    "turned": (in_parts, lambda h: shuffled(h, 3), {"groups": (5,)}),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_units_of_groups_of_which_the_results_are_taken_apart(name: str):
+    """They move in another way in each group, as long as units of one meet none of another."""
+    combine, before, expected = APART[name]
+    params = draw(groups=(1, 1, 4, 15), scale=(12,), shift=(15,), out=(5, 2)) | {
+        "in": inputs(6, 12)
+    }
+
+    def fn(p, x):
+        h = jnp.tanh(before(x @ p["in"] * p["scale"][None]))
+        return combine(jnp.tanh(by_groups(h, p["groups"]) + p["shift"][None])) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert batches(symmetry) == expected
+    assert change(symmetry, fn, params, inputs(4, 6)) < EXACT
+
+
 def test_what_is_sliced_in_a_call_is_not_read_by_the_call():
     params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
     symmetry = otf.trace_symmetry(jax.jit(slimmable(8)), params, inputs(4, 6))

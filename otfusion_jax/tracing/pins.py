@@ -6,13 +6,11 @@ import numpy as np
 
 from otfusion_jax.symmetry.groups import LEFT_OUT, UNREAD, Leaf, Pin
 from otfusion_jax.tracing.axis import Axis, factors_of
+from otfusion_jax.tracing.axis_variables import TAKEN_APART
 from otfusion_jax.tracing.group_collection import LeafAxes
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.occurrences import occurrences
 from otfusion_jax.tracing.unification import Unifier
-
-_SINGLE_POSITIONS = "taken apart into single positions"
-"""Why an axis stays that has no variable left to be pinned: each of its positions is by itself."""
 
 _NOT_READ = (UNREAD, LEFT_OUT)
 """Why an axis stays that these inputs do not show in full."""
@@ -71,7 +69,7 @@ def _pins_of_axis(
     if held:
         yield _pin_of_variable(unifier, leaf, dim, held[0])
     elif size > 1 and not reasons:
-        yield Pin(leaf.path, dim, size, _SINGLE_POSITIONS)
+        yield Pin(leaf.path, dim, size, TAKEN_APART)
     if not selected:
         return
     # Where parts of an axis are not read, all of it stays. Those that are read are not listed.
