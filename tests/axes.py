@@ -57,6 +57,12 @@ def free_variables(unifier: Unifier, axis: Axis) -> list[int]:
     return free
 
 
+def single_positions(unifier: Unifier, axis: Axis) -> set[int]:
+    """The variables of an axis that are of single positions."""
+    found = unifier.variables_of(axis)
+    return {variable for variable in found if unifier.size(variable) == 1}
+
+
 def reasons(unifier: Unifier, axis: Axis) -> set[str | None]:
     """Why the variables of an axis are pinned; None stands for those that are free."""
     found = set()

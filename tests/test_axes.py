@@ -12,6 +12,7 @@ from axes import (
     free_units,
     product,
     reasons,
+    single_positions,
     sizes,
     tie,
     variables,
@@ -240,3 +241,5 @@ def test_axes_that_are_tied_read_the_same(data: st.DataObject):
         units = free_units(unifier, result)
         for at_a, at_b, at_result in zip(units_a, units_b, units, strict=True):
             assert {*at_a, *at_b} == {*at_result}
+        # Single positions are no units, but it matters whether they are read.
+        assert single_positions(unifier, result) == single_positions(unifier, a + b)

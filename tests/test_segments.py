@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from axes import assert_pinned, assert_same, free_units, reasons, sizes, tie, variables
+from axes import (
+    assert_pinned,
+    assert_same,
+    free_units,
+    reasons,
+    single_positions,
+    sizes,
+    tie,
+    variables,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_axes import SIZES, expressions
@@ -109,3 +118,4 @@ def test_pieces_put_together_are_the_axis(data: st.DataObject):
     # Unit by unit, not term by term: a product in the axis may be a sum of products in the pieces.
     whole = concatenated(pieces)
     assert free_units(unifier, whole) == free_units(unifier, axis)
+    assert single_positions(unifier, whole) == single_positions(unifier, axis)

@@ -80,7 +80,8 @@ def test_units_beyond_the_width_in_use_stay():
     assert batches(otf.trace_symmetry(slimmable(16), params, inputs(4, 6))) == {"in": (16,)}
 
 
-def test_the_gradient_of_units_in_use_reads_no_others():
+@pytest.mark.parametrize("width", [8, 15])
+def test_the_gradient_of_units_in_use_reads_no_others(width: int):
     """It multiplies the slopes of all units with zeros where some were left out."""
     params = draw(out=(16, 3)) | {"in": inputs(6, 16)}
 
@@ -92,7 +93,8 @@ def test_the_gradient_of_units_in_use_reads_no_others():
 
         return lambda p, x: jax.grad(energy)(x, p)
 
-    symmetry = otf.trace_symmetry(gradient_at(8), params, inputs(4, 6))
+    symmetry = otf.trace_symmetry(gradient_at(width), params, inputs(4, 6))
+    assert batches(symmetry) == {"out": (3,)}
     assert change(symmetry, gradient_at(16), params, inputs(4, 6)) < EXACT
     whole = otf.trace_symmetry(gradient_at(16), params, inputs(4, 6))
     assert batches(whole) == {"in": (16,), "out": (3,)}
@@ -111,6 +113,155 @@ def test_a_part_at_another_place_is_read_next_time():
     assert batches(symmetry) == {"table": (16,)}
     shifted = lambda p, x: fn(p, x, 4)  # noqa: E731
     assert change(symmetry, shifted, params, jnp.ones(())) < EXACT
+
+
+def beside(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """The units of two layers, one after the other, each with a scale."""
+    return jnp.tanh(jnp.concatenate([x @ p["a"], x @ p["b"]], 1) * p["scale"][None])
+
+
+ONE_AND_SEVEN = {"a": (6, 1), "b": (6, 7), "scale": (8,), "out": (8, 3)}
+
+
+def test_a_single_position_is_read_with_the_units_beside_it():
+    params = draw(**ONE_AND_SEVEN)
+    fn = lambda p, x: beside(p, x) @ p["out"]  # noqa: E731
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert batches(symmetry) == {"b": (7,)}
+    assert change(symmetry, fn, params, inputs(4, 6)) < EXACT
+
+
+def test_a_position_of_an_input_is_read_with_the_units_beside_it():
+    params = draw(layer=(6, 7), scale=(8,), shift=(8,), out=(8, 3))
+
+    def fn(p, x):
+        h = jnp.concatenate([x[:, :1], x @ p["layer"]], 1) * p["scale"][None]
+        return jnp.tanh(h + p["shift"][None]) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert batches(symmetry) == {"layer": (7,)}
+    assert change(symmetry, fn, params, inputs(4, 6)) < EXACT
+
+
+@pytest.mark.parametrize("is_normalised", [False, True])
+def test_a_single_position_that_is_left_out_holds_the_units_beside_it(is_normalised: bool):
+    """As more positions do, even where a mean has taken up all of them."""
+    params = draw(**ONE_AND_SEVEN)
+
+    def fn(p, x, start=1):
+        h = beside(p, x)
+        if is_normalised:
+            h = h - h.mean(1, keepdims=True)
+        return h[:, start:] @ p["out"][start:]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert symmetry.groups == ()
+    pins = {(pin.path, pin.axis, pin.reason) for pin in symmetry.pinned}
+    assert ("scale", 0, "[0:1] left out by a slice on these inputs") in pins
+    assert ("b", 1, "tied to what is in part not read on these inputs") in pins
+    assert ("out", 0, "[0:1] not read on these inputs") in pins
+
+
+def test_learned_tokens_that_attention_reads_are_not_called_unread():
+    params = draw(tokens=(4, 6), embed=(3, 6), queries=(6, 6), keys=(6, 6), out=(6, 5))
+
+    def fn(p, x):
+        h = jnp.concatenate([p["tokens"], x @ p["embed"]])
+        weights = jax.nn.softmax(h @ p["queries"] @ (h @ p["keys"]).T)
+        return (weights @ h)[4:] @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(5, 3))
+    pins = {(pin.path, pin.axis): pin.reason for pin in symmetry.pinned}
+    assert pins["tokens", 0] == "left out by a slice on these inputs"
+
+
+# --- channels that are shuffled
+
+
+def shuffled(h: jax.Array, groups: int) -> jax.Array:
+    """The channels of ShuffleNet: the first of each group, then the second of each."""
+    return h.reshape(len(h), groups, -1).swapaxes(1, 2).reshape(h.shape)
+
+
+SHUFFLED = {
+    "two layers": ((8, 8), 2, {"a": (8,)}),
+    "three layers": ((4, 4, 4), 3, {"a": (4,)}),
+    # The first layer has two rows of four channels.
+    "a layer of two groups": ((8, 4), 3, {"a": (4, 2), "a#2": (4,)}),
+    "a layer of one group, and two of half a group": ((6, 3, 3), 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_a_parameter_for_each_channel_after_a_shuffle(name: str):
+    sizes, groups, expected = SHUFFLED[name]
+    width = sum(sizes)
+    names = "abc"[: len(sizes)]
+    params = draw(scale=(width,), shift=(width,), out=(width, 5))
+    params |= {name: inputs(3, size) for name, size in zip(names, sizes, strict=True)}
+
+    def fn(p, x):
+        h = jnp.concatenate([x @ p[name] for name in names], 1)
+        return jnp.tanh(shuffled(h, groups) * p["scale"][None] + p["shift"][None]) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 3))
+    assert batches(symmetry) == expected
+    assert change(symmetry, fn, params, inputs(4, 3)) < EXACT
+
+
+# --- groups that are taken apart one by one
+
+
+def by_groups(h: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution in three groups, of images of one pixel."""
+    by_pixel = lax.conv_general_dilated(
+        h[:, None, None],
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+    )
+    return by_pixel[:, 0, 0]
+
+
+def in_parts(h: jax.Array) -> jax.Array:
+    first, *others = jnp.split(h, 3, axis=1)
+    return first + sum(others)
+
+
+def by_slices(h: jax.Array) -> jax.Array:
+    return h[:, :5] + h[:, 5:10] * h[:, 10:]
+
+
+APART = {
+    "split": (in_parts, lambda h: h, {"in": (3, 4), "groups": (5,)}),
+    "sliced": (by_slices, lambda h: h, {"in": (3, 4), "groups": (5,)}),
+    "rolled": (in_parts, lambda h: jnp.roll(h, 4, 1), {"in": (4,), "groups": (5,)}),
+    "added up": (
+        in_parts,
+        lambda h: h + jnp.tile(in_parts(h), (1, 3)),
+        {"in": (4,), "groups": (5,)},
+    ),
+    "turned": (in_parts, lambda h: shuffled(h, 3), {"groups": (5,)}),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_units_of_groups_of_which_the_results_are_taken_apart(name: str):
+    """They move in another way in each group, as long as units of one meet none of another."""
+    combine, before, expected = APART[name]
+    params = draw(groups=(1, 1, 4, 15), scale=(12,), shift=(15,), out=(5, 2)) | {
+        "in": inputs(6, 12)
+    }
+
+    def fn(p, x):
+        h = jnp.tanh(before(x @ p["in"] * p["scale"][None]))
+        return combine(jnp.tanh(by_groups(h, p["groups"]) + p["shift"][None])) @ p["out"]
+
+    symmetry = otf.trace_symmetry(fn, params, inputs(4, 6))
+    assert batches(symmetry) == expected
+    assert change(symmetry, fn, params, inputs(4, 6)) < EXACT
 
 
 def test_what_is_sliced_in_a_call_is_not_read_by_the_call():

@@ -11,6 +11,9 @@ The trace describes every axis of every value in a program by an expression. It 
 - A **sum** is a sequence of **segments**, one after the other. Each segment is again an axis.
 - An **axis** is a row-major product of **terms**: factors and sums. The empty product is an axis of
   size 1.
+- A **single position** is a factor of size 1. Nothing can be permuted along it, but it matters
+  whether it is read: what a program reads in part stays. So it is kept where it is a segment of a
+  sum, or a factor of a longer product. An axis of size 1 is the empty product nevertheless.
 
 Two operations of the array make the two constructors of an expression. Merging axes makes a
 product:
@@ -124,7 +127,10 @@ def constant(size: int, filled: bool = False) -> Axis:
 def is_constant(axis: Axis) -> bool:
     """Says whether nothing is known to vary along an axis."""
     for term in axis:
-        if isinstance(term, Sum) or term.variable is not None:
+        if isinstance(term, Sum):
+            return False
+        # A single position has a variable, and nothing that could vary.
+        if term.size > 1 and term.variable is not None:
             return False
     return True
 

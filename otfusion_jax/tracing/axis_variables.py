@@ -33,6 +33,9 @@ from otfusion_jax.tracing.axis import (
 )
 from otfusion_jax.tracing.parity import ParityUnionFind
 
+TAKEN_APART = "taken apart into single positions"
+"""Why an axis stays of which each position is by itself."""
+
 MAX_SEGMENT_DEPTH = 32
 """How often segments may be split into segments again before their axis is pinned.
 
@@ -80,6 +83,10 @@ class AxisVariables:
         # The parts of a root that is a product, and of one that is a sum.
         self._factors: dict[int, tuple[int, int]] = {}
         self._segments: dict[int, tuple[int, ...]] = {}
+        # For a variable that is a segment, which one it is a segment of.
+        self._split_from: dict[int, int] = {}
+        # The variables that have been taken apart into single positions, by the variables of these.
+        self._apart: dict[tuple[int, ...], int] = {}
         self._pins: dict[int, str] = {}
 
     # --- new axes
@@ -141,7 +148,8 @@ class AxisVariables:
             axis: An axis, written down at any earlier time.
             keep_single: Whether to keep factors of a single position. An axis of size 1 is the
                 empty product, so these usually go. They matter where it is asked which positions of
-                a sum have been read.
+                a sum have been read. Without them, a variable that was taken apart into single
+                positions is a pinned one again: it tells which of them each element is at.
 
         Returns:
             The same axis. None of its variables has parts.
@@ -149,7 +157,11 @@ class AxisVariables:
         terms: list[Term] = []
         for term in axis:
             if isinstance(term, Sum):
-                terms += self._expand_segments(term.segments, keep_single)
+                whole = None if keep_single else self._whole_of(term)
+                if whole is None:
+                    terms += self._expand_segments(term.segments, keep_single)
+                else:
+                    terms.append(Factor(term.size, whole))
             elif term.variable is None:
                 terms.append(term)
             else:
@@ -157,7 +169,7 @@ class AxisVariables:
                 if root in self._factors:
                     parts = self._parts(term, self._factors[root])
                     terms += self.expand(parts, keep_single)
-                elif root in self._segments:
+                elif root in self._segments and (keep_single or root not in self._pins):
                     parts = self._parts(term, self._segments[root])
                     segments = [(part,) for part in parts]
                     terms += self._expand_segments(segments, keep_single)
@@ -167,8 +179,35 @@ class AxisVariables:
                     terms.append(term)
         return tuple(terms)
 
+    def _whole_of(self, term: Sum) -> int | None:
+        """Returns the variable of which a sum has all positions one by one, None if of none."""
+        singles = self._one_by_one(term)
+        if singles is None:
+            return None
+        return self._apart.get(singles)
+
+    def _one_by_one(self, term: Sum) -> tuple[int, ...] | None:
+        """Returns the variable of each position of a sum, None unless each has one of its own."""
+        if len(term.segments) != term.size:
+            return None
+        singles: list[int] = []
+        for segment in term.segments:
+            parts = self.expand(segment, keep_single=True)
+            found = [factor.variable for factor in factors_of(parts)]
+            if len(found) != 1:
+                return None
+            (single,) = found
+            if single is None:
+                return None
+            singles.append(single)
+        return tuple(singles)
+
     def _expand_segments(self, segments: Sequence[Axis], keep_single: bool) -> Axis:
-        return concatenated([self.expand(segment, keep_single) for segment in segments])
+        expanded = []
+        for segment in segments:
+            axis = self.expand(segment, keep_single)
+            expanded.append(axis)
+        return concatenated(expanded)
 
     def variables_of(self, axis: Axis) -> set[int]:
         """Returns the finest variables of an axis, those of single positions included."""
@@ -277,7 +316,7 @@ class AxisVariables:
             sizes: The sizes of the segments, which add up to the factor's.
 
         Returns:
-            The axis of each segment.
+            The axis of each segment. One of size 1 is a single position.
 
         Raises:
             Disagreement: If the variable is itself a segment of a segment, and so on, too often.
@@ -294,10 +333,24 @@ class AxisVariables:
             raise Disagreement(f"more than {MAX_SEGMENT_DEPTH} splits one in another", (factor,))
         variables = [self._new_variable(size, segment_depth=depth) for size in sizes]
         self._segments[factor.variable] = tuple(variables)
-        segments: list[Axis] = []
-        for part in self._parts(factor, variables):
-            segments.append((part,) if part.size > 1 else ())
-        return segments
+        self._split_from.update(dict.fromkeys(variables, factor.variable))
+        self._note_apart(factor.variable)
+        return [(part,) for part in self._parts(factor, variables)]
+
+    def _note_apart(self, variable: int) -> None:
+        """Notes that a variable, and what it is a segment of, may have come to single positions."""
+        above: int | None = variable
+        while above is not None:
+            whole = Factor(self._sizes[above], above)
+            (term,) = self.expand((whole,), keep_single=True)
+            if not isinstance(term, Sum):
+                return
+            singles = self._one_by_one(term)
+            if singles is None:
+                return
+            self._apart[singles] = above
+            self._pins.setdefault(above, TAKEN_APART)
+            above = self._split_from.get(above)
 
     def _parts(self, factor: Factor, variables: Sequence[int]) -> tuple[Factor, ...]:
         """Returns the parts of a factor, each with the role that it inherits."""

@@ -355,7 +355,8 @@ class RuleContext(EquationContext):
         ends = list(itertools.accumulate(sizes))
         if 0 not in sizes:
             with contextlib.suppress(Disagreement):
-                return self.unifier.split_segments(axis, ends[:-1])
+                pieces = self.unifier.split_segments(axis, ends[:-1])
+                return list(map(_by_itself, pieces))
         segments = []
         for size in sizes:
             segment = self.pick_positions(axis, size, reason)
@@ -499,3 +500,10 @@ class RuleContext(EquationContext):
             if not pinned and unifier.signature(old) != unifier.signature(new):
                 return False
         return True
+
+
+def _by_itself(segment: Axis) -> Axis:
+    """Returns a segment of an axis as an axis: a single position is the empty product there."""
+    if size_of(segment) == 1:
+        return ()
+    return segment

@@ -18,7 +18,7 @@ from jax.extend import core
 
 import otfusion_jax.tracing.package_rules
 import otfusion_jax.tracing.rules  # noqa: F401, both fill the registry
-from otfusion_jax.symmetry.groups import NOT_USED, SUMMED, UNMET, UNREAD, Leaf
+from otfusion_jax.symmetry.groups import LEFT_OUT, NOT_USED, SUMMED, UNMET, UNREAD, Leaf
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, Factor, Kind
 from otfusion_jax.tracing.interpreter import Interpreter, OnUnsupported
@@ -37,8 +37,9 @@ class Interpretation:
         interpreter: The interpreter, with its unifier and its records.
         param_axes: For each parameter the axes that it started with.
         used: For each parameter, whether any output depends on it.
-        read: The axis variables that an operation has taken up and that features vary along, or
-            whose single positions were picked.
+        featured: The axis variables along which features vary, or parameters that meet them.
+        read: Those of them that an operation has taken up and that were not left out of what was
+            kept, and the single positions of which the same is true or that were picked.
         dangling: The free axis variables along which parameters were contracted with constants that
             may be 0, and that no features vary along.
         summed: The same, where the constants are known not to be 0, as in a sum or a mean.
@@ -47,6 +48,7 @@ class Interpretation:
     interpreter: Interpreter
     param_axes: list[tuple[Axis, ...]]
     used: list[bool]
+    featured: set[int]
     read: set[int]
     dangling: set[int]
     summed: set[int]
@@ -68,14 +70,14 @@ class Interpretation:
         # Each kind is found in full before the first is pinned: what a pin reaches looks settled.
         for axis, reason in list(self._unmet_axes()):
             self.unifier.pin(axis, reason)
-        for axis in list(self._unread_axes()):
-            self.unifier.pin(axis, UNREAD)
+        for axis, reason in list(self._unread_axes()):
+            self.unifier.pin(axis, reason)
 
     def incompletely_read(self) -> Iterator[int]:
         """Yields the numbers of the parameters that are unused, or of which parts are not read."""
         for number, axes in enumerate(self.param_axes):
             is_unused = not self.used[number]
-            if is_unused or any(map(self._is_unread, axes)):
+            if is_unused or any(map(self._unread, axes)):
                 yield number
 
     def _unmet_axes(self) -> Iterator[tuple[Axis, str]]:
@@ -109,23 +111,26 @@ class Interpretation:
         fewest = min([size for size in sizes if size > 1], default=0)
         return {variable for variable in self.summed if self.unifier.size(variable) >= fewest}
 
-    def _unread_axes(self) -> Iterator[Axis]:
-        """Yields the axes of parameters of which parts have not been taken up on these inputs.
+    def _unread_axes(self) -> Iterator[tuple[Axis, str]]:
+        """Yields the axes of parameters of which parts are not read on these inputs, and why.
 
         On others they may be, in place of what is read now or beside it: positions at another
         offset, units beyond the width in use.
         """
         for axes in self.param_axes:
             for axis in axes:
-                if self._is_unread(axis):
-                    yield axis
+                unread = self._unread(axis)
+                if unread:
+                    # What features vary along goes on until something takes it up, or a slice
+                    # leaves it out.
+                    is_left_out = unread <= self.featured
+                    yield axis, LEFT_OUT if is_left_out else UNREAD
 
-    def _is_unread(self, axis: Axis) -> bool:
-        """Whether some of an axis may still move, and nothing has read it."""
-        for variable in self.unifier.variables_of(axis):
-            if self.unifier.is_free(variable) and variable not in self.read:
-                return True
-        return False
+    def _unread(self, axis: Axis) -> set[int]:
+        """Returns the axis variables of an axis that may still move, and that nothing has read."""
+        variables = self.unifier.variables_of(axis)
+        not_read = variables - self.read
+        return set(filter(self.unifier.is_free, not_read))
 
 
 def interpret_traces(
@@ -167,7 +172,7 @@ def interpret_traces(
     featured_and_read = _featured(interpreter, interpreter.read_features, taken_up, has_inputs)
     dangling = _dangling(unifier, unifier.contracted_with_constants, featured_and_read)
     summed = _dangling(unifier, unifier.contracted_with_numbers, featured)
-    return Interpretation(interpreter, param_axes, used, read, dangling, summed)
+    return Interpretation(interpreter, param_axes, used, featured, read, dangling, summed)
 
 
 def _starting_axes(unifier: Unifier, leaf: Leaf, is_used: bool) -> tuple[Axis, ...]:
@@ -257,7 +262,7 @@ def _read(interpreter: Interpreter, taken_up: set[int], featured: set[int]) -> s
     """Returns the axis variables that count as read."""
     read = interpreter.picked()
     for variable in taken_up:
-        # Single positions are in no axis of a feature: they need not be tied to anything.
+        # Single positions need not be tied to anything, and then they are in no axis of a feature.
         is_single = interpreter.unifier.size(variable) == 1
         if is_single or variable in featured:
             read.add(variable)

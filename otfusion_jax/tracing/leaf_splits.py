@@ -81,14 +81,15 @@ def find_leaf_splits(whole: Interpretation, unsplit: Symmetry) -> tuple[LeafSpli
         One split at most for each leaf, along its first such axis.
     """
     leaf_splits = []
-    for number, axes in enumerate(whole.expanded_axes()):
+    for number, axes in enumerate(whole.param_axes):
         leaf = unsplit.leaves[number]
         # Along a single axis nothing is left beside it that a part could move by.
         if not leaf.moves or len(leaf.shape) < 2:
             continue
         for dim, axis in enumerate(axes):
-            if _is_picked_apart(axis):
-                leaf_splits.append(LeafSplit(number, dim, axis[0].size))
+            with_singles = whole.unifier.expand(axis, keep_single=True)
+            if _is_picked_apart(with_singles):
+                leaf_splits.append(LeafSplit(number, dim, with_singles[0].size))
                 break  # parts are not split again
     return tuple(leaf_splits)
 

@@ -14,7 +14,7 @@ says what follows from that. Where they are not, one of the two is split:
 The result is the coarsest common refinement: nothing is split that need not be.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from otfusion_jax.tracing.axis import (
     Axis,
@@ -41,23 +41,27 @@ class TermReader:
 
     Each term is expanded only when its turn comes: what has been matched a moment ago may have
     split or united a variable that stands here again.
+
+    Attributes:
+        singles: The single positions that were passed over. They are no terms that could face
+            others, but whatever is made of the axis has them, too, as it matters later on whether
+            they were read.
     """
 
     def __init__(self, variables: AxisVariables, axis: Axis) -> None:
+        self.singles: list[Factor] = []
         self._variables = variables
         self._stack: list[Term] = list(reversed(axis))
 
     def read(self) -> Term | None:
         """Returns the next term in its finest form, None at the end."""
         while self._stack:
-            # Single positions are no terms of a product, but they stay within sums: there they are
-            # segments of their own, of which it matters later on whether they were read.
             term = self._stack.pop()
-            expanded = self._variables.expand((term,), keep_single=True)
-            terms = tuple(part for part in expanded if part.size != 1)
-            if terms:
-                self.put_back(terms[1:])
-                return terms[0]
+            outermost, *inner = self._variables.expand((term,), keep_single=True)
+            self.put_back(tuple(inner))
+            if isinstance(outermost, Sum) or outermost.size != 1:
+                return outermost
+            self.singles.append(outermost)
         return None
 
     def put_back(self, terms: Axis) -> None:
@@ -94,7 +98,8 @@ def match(variables: AxisVariables, a: Axis, b: Axis, meet: Meet) -> Axis:
             # The two are of equal size, so that they end together.
             assert x is None
             assert y is None
-            return tuple(matched)
+            singles = _distinct([*left.singles, *right.singles])
+            return (*singles, *matched)
         if isinstance(x, Sum) or isinstance(y, Sum):
             matched += _match_segments(variables, x, left, y, right, meet)
         elif x.size == y.size:
@@ -109,6 +114,16 @@ def match(variables: AxisVariables, a: Axis, b: Axis, meet: Meet) -> Axis:
         else:
             rest = (x, *left.unread(), y, *right.unread())
             raise Disagreement(f"{x.size} against {y.size}", rest)
+
+
+def _distinct(singles: Sequence[Factor]) -> Axis:
+    """Returns single positions without their roles, as nothing moves there, each of them once."""
+    without_roles = []
+    for factor in singles:
+        without_role = Factor(1, factor.variable)
+        without_roles.append(without_role)
+    found = dict.fromkeys(without_roles)
+    return tuple(found)
 
 
 def _match_segments(

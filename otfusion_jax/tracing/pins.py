@@ -4,15 +4,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from otfusion_jax.symmetry.groups import UNREAD, Leaf, Pin
+from otfusion_jax.symmetry.groups import LEFT_OUT, UNREAD, Leaf, Pin
 from otfusion_jax.tracing.axis import Axis, factors_of
+from otfusion_jax.tracing.axis_variables import TAKEN_APART
 from otfusion_jax.tracing.group_collection import LeafAxes
 from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.occurrences import occurrences
 from otfusion_jax.tracing.unification import Unifier
 
-_SINGLE_POSITIONS = "taken apart into single positions"
-"""Why an axis stays that has no variable left to be pinned: each of its positions is by itself."""
+_NOT_READ = (UNREAD, LEFT_OUT)
+"""Why an axis stays that these inputs do not show in full."""
 
 
 def collect_pins(interpretation: Interpretation, leaf_axes: Sequence[LeafAxes]) -> tuple[Pin, ...]:
@@ -27,10 +28,12 @@ def collect_pins(interpretation: Interpretation, leaf_axes: Sequence[LeafAxes]) 
         and other parts have not been read.
     """
     pins: list[Pin] = []
-    for leaf, axes in leaf_axes:
+    unifier = interpretation.unifier
+    for (leaf, axes), starting_axes in zip(leaf_axes, interpretation.param_axes, strict=True):
         for dim, axis in enumerate(axes):
-            if not _has_units(interpretation.unifier, axis):
-                pins.extend(_pins_of_axis(interpretation, leaf, dim, axis))
+            if not _has_units(unifier, axis):
+                with_singles = unifier.expand(starting_axes[dim], keep_single=True)
+                pins.extend(_pins_of_axis(interpretation, leaf, dim, with_singles))
     return tuple(pins)
 
 
@@ -47,33 +50,57 @@ def _pins_of_axis(
 ) -> Iterator[Pin]:
     """Yields what holds an axis without units: the first reason, and what is not read."""
     unifier = interpretation.unifier
+    reasons: dict[int, str] = {}
+    for factor in factors_of(axis):
+        # A single position moves nowhere: nothing pins it.
+        if factor.variable is not None and factor.size > 1:
+            reason = unifier.reason(factor.variable)
+            assert reason is not None, "a variable that is not free has a reason"
+            reasons[factor.variable] = reason
     held: list[int] = []
-    unread: list[np.ndarray] = []
-    is_selected = False
-    for occurrence in occurrences(axis):
-        variable = occurrence.factor.variable
-        if variable is None:
-            continue
-        if unifier.reason(variable) != UNREAD:
+    selected: list[str] = []
+    for variable, reason in reasons.items():
+        if reason in _NOT_READ:
+            selected.append(reason)
+        else:
             held.append(variable)
-            continue
-        # Where parts of an axis are left out, all of it stays. Those that are read are not listed.
-        is_selected = True
-        if variable not in interpretation.read:
-            unread.append(occurrence.index.positions(occurrence.factor.size).ravel())
     size = leaf.shape[dim]
     # An axis of size 1 is an empty product: nothing has to hold it.
     if held:
         yield _pin_of_variable(unifier, leaf, dim, held[0])
-    elif axis and not is_selected:
-        yield Pin(leaf.path, dim, size, _SINGLE_POSITIONS)
-    if unread:
-        positions = np.unique(np.concatenate(unread))
+    elif size > 1 and not reasons:
+        yield Pin(leaf.path, dim, size, TAKEN_APART)
+    if not selected:
+        return
+    # Where parts of an axis are not read, all of it stays. Those that are read are not listed.
+    unread = _unread_positions(interpretation, axis)
+    for reason, positions in unread.items():
         is_whole = len(positions) == size
         which = "" if is_whole else f"{_ranges(positions)} "
-        yield Pin(leaf.path, dim, size, f"{which}{UNREAD}")
-    elif is_selected:
-        yield Pin(leaf.path, dim, size, f"in part {UNREAD}")
+        yield Pin(leaf.path, dim, size, f"{which}{reason}")
+    if not unread:
+        yield Pin(leaf.path, dim, size, f"tied to what is in part {selected[0]}")
+
+
+def _unread_positions(interpretation: Interpretation, axis: Axis) -> dict[str, np.ndarray]:
+    """Returns which positions of an axis are not read, in ascending order, by the reason."""
+    unifier = interpretation.unifier
+    unread: dict[str, list[np.ndarray]] = {}
+    for occurrence in occurrences(axis):
+        variable = occurrence.factor.variable
+        if variable is None or variable in interpretation.read:
+            continue
+        is_single = unifier.size(variable) == 1
+        if is_single or unifier.reason(variable) in _NOT_READ:
+            is_featured = variable in interpretation.featured
+            reason = LEFT_OUT if is_featured else UNREAD
+            positions = occurrence.index.positions(occurrence.factor.size)
+            unread.setdefault(reason, []).append(positions.ravel())
+    ascending = {}
+    for reason, found in unread.items():
+        positions = np.concatenate(found)
+        ascending[reason] = np.unique(positions)
+    return ascending
 
 
 def _pin_of_variable(unifier: Unifier, leaf: Leaf, dim: int, variable: int) -> Pin:

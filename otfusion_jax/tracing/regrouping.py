@@ -92,7 +92,9 @@ def _divide(variables: AxisVariables, axis: Axis, sizes: Sequence[int]) -> list[
         Disagreement: If a term would have to be in two of them, and cannot be split there.
     """
     reader = TermReader(variables, axis)
-    return [_take(variables, reader, size) for size in sizes]
+    outermost, *inner = [_take(variables, reader, size) for size in sizes]
+    # Single positions are there wherever the others are, so that one of the axes is enough.
+    return [(*reader.singles, *outermost), *inner]
 
 
 def _take(variables: AxisVariables, reader: TermReader, size: int) -> Axis:

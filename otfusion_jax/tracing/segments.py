@@ -34,23 +34,31 @@ def split_segments(variables: AxisVariables, axis: Axis, boundaries: Sequence[in
             the end of the axis.
 
     Returns:
-        The axis of each segment, one more than there are boundaries.
+        The axis of each segment, one more than there are boundaries. Segments of size 1 may be
+        single positions, as segments of a sum are; by itself such a one is the empty product.
 
     Raises:
         Disagreement: If a boundary lies within a block of a product.
     """
     if not boundaries:
         return [axis]
-    outermost, *inner = variables.expand(axis)
+    terms = variables.expand(axis, keep_single=True)
+    first = 0
+    while terms[first].size == 1:
+        first += 1
+    # Single positions outside of all other terms are there in every segment.
+    around = terms[:first]
+    outermost = terms[first]
+    inner = terms[first + 1 :]
     # Each index of the outermost term is a block of all that is inside of it.
-    block_size = size_of(tuple(inner))
+    block_size = size_of(inner)
     block_boundaries = []
     for boundary in boundaries:
         if boundary % block_size:
             raise Disagreement(f"split at {boundary} within blocks of {block_size}", axis)
         block_boundaries.append(boundary // block_size)
     pieces = _split_term(variables, outermost, block_boundaries)
-    return [(*piece, *inner) for piece in pieces]
+    return [(*around, *piece, *inner) for piece in pieces]
 
 
 def _split_term(variables: AxisVariables, term: Term, boundaries: Sequence[int]) -> list[Axis]:
@@ -61,15 +69,14 @@ def _split_term(variables: AxisVariables, term: Term, boundaries: Sequence[int])
         sizes.append(end - start)
         start = end
     if isinstance(term, Sum):
-        return _split_sum(variables, term, boundaries, sizes)
+        return _split_sum(variables, term, boundaries)
     return variables.split_factor_segments(term, sizes)
 
 
-def _split_sum(
-    variables: AxisVariables, term: Sum, boundaries: Sequence[int], sizes: Sequence[int]
-) -> list[Axis]:
+def _split_sum(variables: AxisVariables, term: Sum, boundaries: Sequence[int]) -> list[Axis]:
     """Deals the segments of a sum out to pieces, and splits a segment where a piece ends in it."""
-    pieces: list[list[Axis]] = [[] for _ in sizes]
+    pieces: list[list[Axis]] = [[]]
+    pieces += [[] for _ in boundaries]
     segment_start = 0
     for segment in term.segments:
         segment_size = size_of(segment)
@@ -83,14 +90,7 @@ def _split_sum(
         for number, part in enumerate(split_segments(variables, segment, within)):
             pieces[first_piece + number].append(part)
         segment_start = segment_end
-    axes = []
-    for piece, size in zip(pieces, sizes, strict=True):
-        axis = concatenated(piece)
-        if size == 1:
-            # A sum keeps factors of single positions. By itself such a piece is the empty product.
-            axis = variables.expand(axis)
-        axes.append(axis)
-    return axes
+    return list(map(concatenated, pieces))
 
 
 def segment_boundaries(axis: Axis) -> list[int]:

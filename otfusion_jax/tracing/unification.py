@@ -205,7 +205,7 @@ class Unifier(AxisVariables):
             The axis of the result.
         """
         if kind is Kind.PARAMETER and result_kind is Kind.FEATURE:
-            return self._entered(self.expand(axis))
+            return self._entered(self.expand(axis, keep_single=True))
         return axis
 
     def _entered(self, axis: Axis) -> Axis:
@@ -214,7 +214,7 @@ class Unifier(AxisVariables):
             if isinstance(term, Sum):
                 segments = [self._entered(segment) for segment in term.segments]
                 terms.append(Sum(term.size, tuple(segments)))
-            elif term.variable is None or term.role == 0:
+            elif term.variable is None or term.role == 0 or term.size == 1:
                 terms.append(term)
             else:
                 feature = term._replace(role=self.roles.fresh())
