@@ -55,14 +55,28 @@ def with_signs_of_segments(
     groups = _in_question(symmetry, interpretation, collected)
     if not groups:
         return symmetry
-    kept = {leaf_split.leaf for leaf_split in symmetry.leaf_splits}
-    by_leaf = {leaf_split.leaf: leaf_split for leaf_split in symmetry.leaf_splits}
+    splits = {}
     for leaf_split in _splits_into_segments(symmetry, groups):
-        if leaf_split.leaf not in kept:
-            by_leaf[leaf_split.leaf] = leaf_split
-    leaf_splits = tuple([by_leaf[leaf] for leaf in sorted(by_leaf)])
-    split = Symmetry((), (), symmetry.leaves, symmetry.treedef, leaf_splits)
-    signs = _signs_of_parts(split, traces, on_unsupported, on_ties)
+        splits[leaf_split.leaf] = leaf_split
+    # What is picked apart already stays as it is.
+    for leaf_split in symmetry.leaf_splits:
+        splits[leaf_split.leaf] = leaf_split
+    in_order = []
+    for leaf in sorted(splits):
+        in_order.append(splits[leaf])
+    split = Symmetry(
+        groups=(),
+        pinned=(),
+        leaves=symmetry.leaves,
+        treedef=symmetry.treedef,
+        leaf_splits=tuple(in_order),
+    )
+    signs = _signs_of_parts(
+        split,
+        traces,
+        on_unsupported,
+        on_ties,
+    )
     freedoms = []
     for freedom in symmetry.freedoms:
         if freedom.group in groups:
@@ -84,8 +98,11 @@ def _in_question(
     for variable, group, freedom in zip(
         collected.names, symmetry.groups, symmetry.freedoms, strict=True
     ):
-        has_them = freedom.rotates or bool(freedom.signs) or group.name in outer_names
-        if variable in repeated and not has_them and too_coarse(group, symmetry.parts) is None:
+        if variable not in repeated or group.name in outer_names:
+            continue
+        has_signs = freedom.rotates or bool(freedom.signs)
+        coarse = too_coarse(group, symmetry.parts)
+        if not has_signs and coarse is None:
             groups[group.name] = group
     return groups
 
@@ -97,10 +114,15 @@ def _variables_side_by_side(interpretation: Interpretation) -> set[int]:
         axes.update(dict.fromkeys(value_axes))
     repeated = set()
     for axis in axes:
-        variables = [factor.variable for factor in factors_of(interpretation.unifier.expand(axis))]
-        for variable in variables:
-            if variable is not None and variables.count(variable) > 1:
+        expanded = interpretation.unifier.expand(axis)
+        seen = set()
+        for factor in factors_of(expanded):
+            variable = factor.variable
+            if variable is None:
+                continue
+            if variable in seen:
                 repeated.add(variable)
+            seen.add(variable)
     return repeated
 
 
@@ -108,16 +130,29 @@ def _splits_into_segments(symmetry: Symmetry, groups: Mapping[str, Group]) -> It
     """Yields how leaves are to be split for each segment with units to be a part of its own."""
     found = set()
     for group in groups.values():
-        places = [(member.leaf, member.axis) for member in group.members]
-        for member in group.members:
+        for member in _side_by_side(group):
             location = member.location
             leaf = symmetry.leaf_of[member.leaf]
-            is_segment = not location.index.outer and location.index.after == 1
-            is_aligned = location.length % group.size == location.index.start % group.size == 0
-            is_repeated = places.count((member.leaf, member.axis)) > 1
-            if is_repeated and is_segment and is_aligned and leaf not in found:
+            index = location.index
+            count, rest = divmod(location.length, group.size)
+            is_segment = not index.outer and index.after == 1
+            is_aligned = rest == 0 and index.start % group.size == 0
+            if is_segment and is_aligned and leaf not in found:
                 found.add(leaf)
-                yield LeafSplit(leaf, location.axis, location.length // group.size)
+                yield LeafSplit(leaf, location.axis, count)
+
+
+def _side_by_side(group: Group) -> list[Member]:
+    """Returns the members of a group that share an axis of a parameter with others of it."""
+    by_axis: dict[tuple[int, int], list[Member]] = {}
+    for member in group.members:
+        place = member.leaf, member.axis
+        by_axis.setdefault(place, []).append(member)
+    shared = []
+    for members in by_axis.values():
+        if len(members) > 1:
+            shared.extend(members)
+    return shared
 
 
 # --- what their signs are
@@ -160,14 +195,17 @@ def _with_signs(
     """Adds to a freedom the signs of the same group in parts, as signs of whole leaves."""
     places = _places(symmetry, group)
     for other in found.symmetry.groups:
+        if other.size != group.size:
+            continue
         places_of_parts = _places(found.symmetry, other)
-        if other.size != group.size or set(places_of_parts) != set(places):
+        if places_of_parts.keys() != places.keys():
             continue
         signs = []
         for scaling in found.signs[other.name]:
             turned = _turned_places(places_of_parts, scaling)
             if turned is not None:
-                signs.append(_scaling_of(places, turned))
+                scaling_of_leaves = _scaling_of(group, places, turned)
+                signs.append(scaling_of_leaves)
         return dataclasses.replace(freedom, signs=tuple(signs))
     return freedom
 
@@ -178,40 +216,55 @@ def _places(symmetry: Symmetry, group: Group) -> dict[_Place, list[Member]]:
     Where a leaf is split along another axis than that of the units, each part has a member there.
     """
     places: dict[_Place, list[Member]] = {}
-    numbers = {leaf_split.leaf: leaf_split for leaf_split in symmetry.leaf_splits}
+    axes_of_splits = {}
+    for leaf_split in symmetry.leaf_splits:
+        axes_of_splits[leaf_split.leaf] = leaf_split.axis
     for member in group.members:
         leaf = symmetry.leaf_of[member.leaf]
         start = member.location.index.start
-        leaf_split = numbers.get(leaf)
-        if leaf_split is not None and leaf_split.axis == member.axis:
-            part = member.leaf - symmetry.leaf_of.index(leaf)
+        if axes_of_splits.get(leaf) == member.axis:
+            first_part = symmetry.leaf_of.index(leaf)
+            part = member.leaf - first_part
             start += part * member.location.length
-        places.setdefault(_Place(leaf, member.axis, start), []).append(member)
+        place = _Place(leaf, member.axis, start)
+        places.setdefault(place, []).append(member)
     return places
 
 
 def _turned_places(places: dict[_Place, list[Member]], scaling: Scaling) -> set[_Place] | None:
     """Returns where units change their signs; None where not all parts of a leaf do so alike."""
-    axes = {(leaf, axis) for leaf, axis, _ in scaling.degrees}
+    axes = set()
+    for leaf, axis, _ in scaling.degrees:
+        axes.add((leaf, axis))
     turned = set()
     for place, members in places.items():
-        are_turned = {(member.leaf, member.axis) in axes for member in members}
-        if len(are_turned) > 1:
+        count = 0
+        for member in members:
+            count += (member.leaf, member.axis) in axes
+        if count not in (0, len(members)):
             return None
-        if are_turned == {True}:
+        if count:
             turned.add(place)
     return turned
 
 
-def _scaling_of(places: dict[_Place, list[Member]], turned: set[_Place]) -> Scaling:
+def _scaling_of(
+    group: Group,
+    places: dict[_Place, list[Member]],
+    turned: set[_Place],
+) -> Scaling:
     """Describes signs by parameters and their axes, and by segments where an axis has several."""
-    axes = [(member.leaf, member.axis) for members in places.values() for member in members]
-    degrees = set()
-    segments = set()
-    for place in turned:
+    shared = _side_by_side(group)
+    degrees = []
+    segments = []
+    for place in sorted(turned):
         for member in places[place]:
-            if axes.count((member.leaf, member.axis)) > 1:
-                segments.add((member.leaf, member.axis, member.location.index.start))
+            start = member.location.index.start
+            if member in shared:
+                segments.append((member.leaf, member.axis, start))
             else:
-                degrees.add((member.leaf, member.axis, 1))
-    return Scaling(tuple(sorted(degrees)), tuple(sorted(segments)))
+                degrees.append((member.leaf, member.axis, 1))
+    return Scaling(
+        degrees=tuple(degrees),
+        segments=tuple(segments),
+    )
