@@ -141,17 +141,21 @@ def rescaled(symmetry: otf.Symmetry, params: Any, rng: np.random.Generator) -> l
         drawn += [(scaling, rng.choice([-1.0, 1.0], shape)) for scaling in freedom.signs]
         for scaling, factors in drawn:
             for leaf, axis, degree in scaling.degrees:
-                arrays[leaf] = multiplied(
-                    symmetry, group, leaf, axis, arrays[leaf], factors**degree
-                )
+                (member,) = (m for m in group.members if (m.leaf, m.axis) == (leaf, axis))
+                arrays[leaf] = multiplied(group, member, arrays[leaf], factors**degree)
+            for place in scaling.segments:
+                (member,) = (m for m in group.members if begins(m) == place)
+                arrays[member.leaf] = multiplied(group, member, arrays[member.leaf], factors)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(symmetry.join(arrays))]
 
 
-def multiplied(
-    symmetry: otf.Symmetry, group: otf.Group, leaf: int, axis: int, array: Any, factors: np.ndarray
-) -> np.ndarray:
-    """An array whose units along one axis are multiplied by a number each."""
-    (member,) = [m for m in group.members if (m.leaf, m.axis) == (leaf, axis)]
+def begins(member: otf.Member) -> tuple[int, int, int]:
+    """The parameter and the axis of a member, and where along it the units begin."""
+    return member.leaf, member.axis, member.location.index.start
+
+
+def multiplied(group: otf.Group, member: otf.Member, array: Any, factors: np.ndarray) -> np.ndarray:
+    """An array whose units are multiplied by a number each, where one member has them."""
     # Positions that hold no units are multiplied by 1, those that do by the factor of their unit.
     along = np.ones(array.shape)
     for index in np.ndindex(*group.batch, group.size):
