@@ -118,21 +118,23 @@ def _is_linear(group: Group, freedom: Freedom, scales: Sequence[Scaling]) -> boo
 
 
 def find_signs(
-    interpretation: Interpretation, collected: CollectedGroups
+    interpretation: Interpretation, collected: CollectedGroups, names: Collection[str]
 ) -> dict[str, tuple[Scaling, ...]]:
-    """Finds how the units of each group may change their signs, and nothing else.
+    """Finds how the units of some groups may change their signs, and nothing else.
 
     Args:
         interpretation: The finished interpretation.
         collected: The groups that were read off it.
+        names: The names of the groups to ask about.
 
     Returns:
-        For each group by name what `Freedom.signs` has.
+        For each of them by name what `Freedom.signs` has.
     """
     program = _Program(interpretation, collected)
     signs = {}
     for variable, name in collected.names.items():
-        signs[name] = program.scalings(variable, Signs())
+        if name in names:
+            signs[name] = program.scalings(variable, Signs())
     return signs
 
 

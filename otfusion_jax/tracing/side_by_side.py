@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from otfusion_jax.symmetry.groups import Freedom, Group, LeafSplit, Member, Scaling
+from otfusion_jax.symmetry.groups import Group, LeafSplit, Member, Scaling
 from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, factors_of
 from otfusion_jax.tracing.freedoms import find_signs, too_coarse
@@ -71,16 +71,31 @@ def with_signs_of_segments(
         treedef=symmetry.treedef,
         leaf_splits=tuple(in_order),
     )
-    signs = _signs_of_parts(
+    of_parts = _interpreted_in_parts(
         split,
         traces,
         on_unsupported,
         on_ties,
     )
+    partners = {}
+    for name, group in groups.items():
+        partner = _same_group(symmetry, group, of_parts.symmetry)
+        if partner is not None:
+            partners[name] = partner
+    names = {partner.name for partner in partners.values()}
+    signs = find_signs(of_parts.interpretation, of_parts.collected, names)
     freedoms = []
     for freedom in symmetry.freedoms:
-        if freedom.group in groups:
-            freedom = _with_signs(symmetry, groups[freedom.group], freedom, signs)
+        name = freedom.group
+        if name in partners:
+            partner = partners[name]
+            found = _scalings_of_leaves(
+                _places(symmetry, groups[name]),
+                _places(of_parts.symmetry, partner),
+                _side_by_side(groups[name]),
+                signs[partner.name],
+            )
+            freedom = dataclasses.replace(freedom, signs=found)
         freedoms.append(freedom)
     return dataclasses.replace(symmetry, freedoms=tuple(freedoms))
 
@@ -158,24 +173,26 @@ def _side_by_side(group: Group) -> list[Member]:
 # --- what their signs are
 
 
-class _SignsOfParts(NamedTuple):
-    """What was found of the program whose arguments are segments.
+class _InParts(NamedTuple):
+    """What is known of the program whose arguments are segments.
 
     Attributes:
         symmetry: The splits of leaves, and the groups of parts.
-        signs: For each group the ways in which its units may change their signs.
+        interpretation: The interpretation of the program.
+        collected: The groups that were read off it.
     """
 
     symmetry: Symmetry
-    signs: dict[str, tuple[Scaling, ...]]
+    interpretation: Interpretation
+    collected: CollectedGroups
 
 
-def _signs_of_parts(
+def _interpreted_in_parts(
     split: Symmetry,
     traces: Sequence[ProgramTrace],
     on_unsupported: OnUnsupported,
     on_ties: OnTies,
-) -> _SignsOfParts:
+) -> _InParts:
     """Interprets a program anew, with segments in place of leaves."""
     traces_of_parts = []
     for trace in traces:
@@ -183,31 +200,62 @@ def _signs_of_parts(
         traces_of_parts.append(ProgramTrace(jaxpr, trace.inputs))
     interpretation = interpret_traces(traces_of_parts, split, on_unsupported, on_ties)
     interpretation.pin_what_inputs_do_not_show()
-    leaf_axes = list(zip(split.parts, interpretation.expanded_axes(), strict=True))
+    axes = interpretation.expanded_axes()
+    leaf_axes = list(zip(split.parts, axes, strict=True))
     collected = collect_groups(interpretation, leaf_axes)
     of_parts = dataclasses.replace(split, groups=collected.groups)
-    return _SignsOfParts(of_parts, find_signs(interpretation, collected))
+    return _InParts(of_parts, interpretation, collected)
 
 
-def _with_signs(
-    symmetry: Symmetry, group: Group, freedom: Freedom, found: _SignsOfParts
-) -> Freedom:
-    """Adds to a freedom the signs of the same group in parts, as signs of whole leaves."""
+def _same_group(symmetry: Symmetry, group: Group, of_parts: Symmetry) -> Group | None:
+    """Returns the group of parts whose units lie where those of a group of leaves do, all of it."""
     places = _places(symmetry, group)
-    for other in found.symmetry.groups:
+    for other in of_parts.groups:
         if other.size != group.size:
             continue
-        places_of_parts = _places(found.symmetry, other)
-        if places_of_parts.keys() != places.keys():
+        places_of_parts = _places(of_parts, other)
+        if places_of_parts.keys() == places.keys():
+            return other
+    return None
+
+
+def _scalings_of_leaves(
+    places: dict[_Place, list[Member]],
+    places_of_parts: dict[_Place, list[Member]],
+    side_by_side: Sequence[Member],
+    signs: Sequence[Scaling],
+) -> tuple[Scaling, ...]:
+    """Says of whole leaves which signs parts may change.
+
+    Args:
+        places: Where the units of the group begin, with the members there.
+        places_of_parts: The same with the members in parts.
+        side_by_side: The members that share an axis of a parameter.
+        signs: The signs of parts.
+
+    Returns:
+        Those signs that all parts of a leaf change alike, beside the axis that it is split along.
+    """
+    found = []
+    for scaling in signs:
+        turned = _turned_places(places_of_parts, scaling)
+        if turned is None:
             continue
-        signs = []
-        for scaling in found.signs[other.name]:
-            turned = _turned_places(places_of_parts, scaling)
-            if turned is not None:
-                scaling_of_leaves = _scaling_of(group, places, turned)
-                signs.append(scaling_of_leaves)
-        return dataclasses.replace(freedom, signs=tuple(signs))
-    return freedom
+        degrees = []
+        segments = []
+        for place in sorted(turned):
+            for member in places[place]:
+                start = member.location.index.start
+                if member in side_by_side:
+                    segments.append((member.leaf, member.axis, start))
+                else:
+                    degrees.append((member.leaf, member.axis, 1))
+        of_leaves = Scaling(
+            degrees=tuple(degrees),
+            segments=tuple(segments),
+        )
+        found.append(of_leaves)
+    return tuple(found)
 
 
 def _places(symmetry: Symmetry, group: Group) -> dict[_Place, list[Member]]:
@@ -246,25 +294,3 @@ def _turned_places(places: dict[_Place, list[Member]], scaling: Scaling) -> set[
         if count:
             turned.add(place)
     return turned
-
-
-def _scaling_of(
-    group: Group,
-    places: dict[_Place, list[Member]],
-    turned: set[_Place],
-) -> Scaling:
-    """Describes signs by parameters and their axes, and by segments where an axis has several."""
-    shared = _side_by_side(group)
-    degrees = []
-    segments = []
-    for place in sorted(turned):
-        for member in places[place]:
-            start = member.location.index.start
-            if member in shared:
-                segments.append((member.leaf, member.axis, start))
-            else:
-                degrees.append((member.leaf, member.axis, 1))
-    return Scaling(
-        degrees=tuple(degrees),
-        segments=tuple(segments),
-    )
