@@ -1064,3 +1064,31 @@ def test_a_symmetry_without_rotations_is_what_it_was():
     with_rotations = symmetry.with_rotations()
     assert with_rotations != symmetry
     assert with_rotations.with_rotations() == with_rotations
+
+
+# --- complex scales
+
+
+def complex_rms(x: jax.Array) -> jax.Array:
+    norm = jnp.sqrt(jnp.mean(jnp.real(x * jnp.conj(x)), -1, keepdims=True))
+    return x / norm.astype(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("part", "folds"), [(lambda v: v, 1), (jnp.conj, 0), (lambda v: jnp.real(v).astype(v.dtype), 0)]
+)
+def test_complex_scales_are_folded_where_nothing_conjugates_what_they_scale(part, folds):
+    """Behind a conjugation, the weights would have to be multiplied by the scale's conjugate."""
+
+    def fn(p, x):
+        return jnp.abs(part(complex_rms(x @ p["in"]) * p["scale"][None]) @ p["out"])
+
+    parts = normals({"in": (2, 3, 5), "scale": (2, 5), "out": (2, 5, 4)})
+    params = {name: lax.complex(*part) for name, part in parts.items()}
+    x = normals({"x": (4, 3)})["x"].astype(jnp.complex64)
+    symmetry = otf.trace_symmetry(fn, params, x)
+    assert [len(freedom.folds) for freedom in symmetry.freedoms] == [folds]
+    for allowed in (symmetry.with_rotations(), symmetry.with_rotations().with_scales()):
+        canonical = otf.canonicalize(allowed, params)
+        np.testing.assert_allclose(fn(canonical, x), fn(params, x), rtol=1e-4)
+        assert otf.check_symmetry(allowed, fn, canonical, x) < 1e-4

@@ -50,12 +50,16 @@ from otfusion_jax.tracing.laws import (
     rounds_finely,
 )
 from otfusion_jax.tracing.offsets import Parameters, find_offset
+from otfusion_jax.tracing.primitives import named
 from otfusion_jax.tracing.records import Transfer
 from otfusion_jax.tracing.rules.families import P
 from otfusion_jax.tracing.units import Units
 from otfusion_jax.tracing.unread_means import unread_means
 from otfusion_jax.tracing.values import TracedValue
 from otfusion_jax.tracing.widths import Widths
+
+_PARTS_OF_COMPLEX = named("conj imag real")
+"""Functions of complex numbers that are linear by real numbers alone."""
 
 
 def find_freedoms(
@@ -223,6 +227,9 @@ def _folds_of(
                 others.append((leaf, axis, degree))
         if group.batch and not changed <= _leading_with_batch(group):
             continue
+        is_complex = _is_complex(parts[scale])
+        if is_complex and program.takes_parts(variable, standings, degrees):
+            continue
         if all(program.holds_multiples(leaf, scale, parts) for leaf, *_ in others):
             shift = int(scale in program.shifted)
             fold = Fold(scale, parts[scale].path, tuple(sorted(others)), layered, shift)
@@ -234,6 +241,10 @@ def _rotating(group: Group, rotations: Rotations, folds: tuple[Fold, ...]) -> Fr
     """Describes a group whose units may be rotated."""
     fixes_ones = rotations.fixes_ones is not None
     return Freedom(group.name, True, fixes_ones, folds, reason=rotations.fixes_ones)
+
+
+def _is_complex(leaf: Leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
@@ -537,9 +548,28 @@ class _Program:
         """
         if parameter in self.shifted:
             return False
-        if jnp.issubdtype(parts[parameter].dtype, jnp.complexfloating):
-            return True
-        return not jnp.issubdtype(parts[scale].dtype, jnp.complexfloating)
+        return _is_complex(parts[parameter]) or not _is_complex(parts[scale])
+
+    def takes_parts(
+        self, variable: int, standings: dict[int, Standing], degrees: dict[int, int]
+    ) -> bool:
+        """Whether anything that is scaled is conjugated, or its real or imaginary part taken.
+
+        A complex scale does not pass through that as it is.
+
+        Args:
+            variable: The axis variable of the group.
+            standings: For each value by its number what its degree is made of.
+            degrees: The degrees that are not 0, by their unknowns.
+        """
+        for transfer in self._transfers_of[variable]:
+            if transfer.context.eqn.primitive not in _PARTS_OF_COMPLEX:
+                continue
+            for value in (*transfer.operands, *transfer.results):
+                standing = standings.get(value.number or 0)
+                if standing is not None and _is_scaled(standing, degrees):
+                    return True
+        return False
 
     def has_layers(self, parameter: int, group: Group, parts: Sequence[Leaf]) -> bool:
         """Whether a loop takes a slice in each iteration that has one number for each unit."""
