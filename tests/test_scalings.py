@@ -758,3 +758,23 @@ def test_a_stream_that_grows_block_by_block_stays_finite():
     symmetry = otf.trace_symmetry(fn, params, X).with_scales()
     balanced = otf.canonicalize(symmetry, params)
     assert change(fn, params, balanced) < 1e-4
+
+
+def test_scales_that_are_made_1_are_not_balanced_against_what_stays():
+    """A scale in front of a branch and behind it, beside an offset and a linear pair."""
+
+    def fn(p, x):
+        h = x @ p["in"]
+        v = h * p["scale"][None] + p["bias"][None]
+        u = ((v @ p["up"] + p["inner"][None]) @ p["down"]) * p["scale"][None]
+        return (u + h) @ p["out"]
+
+    shapes = {"in": (3, 5), "scale": (5,), "bias": (5,), "up": (5, 7), "inner": (7,)}
+    params = normals(shapes | {"down": (7, 5), "out": (5, 2)})
+    x = normals({"x": (3, 3)})["x"]
+    symmetry = otf.trace_symmetry(fn, params, x).with_scales()
+    once = otf.canonicalize(symmetry, params)
+    np.testing.assert_allclose(fn(once, x), fn(params, x), rtol=1e-3, atol=1e-4)
+    again = otf.canonicalize(symmetry, once)
+    for name, balanced in again.items():
+        np.testing.assert_allclose(balanced, once[name], rtol=1e-3, atol=1e-4)

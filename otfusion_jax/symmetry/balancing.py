@@ -9,6 +9,7 @@ from group to group until nothing changes.
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from otfusion_jax.common.host import accumulation_dtype
 from otfusion_jax.common.sharding import laid_out_as_before
 from otfusion_jax.common.typing import PyTree
 from otfusion_jax.symmetry.blocks import mixed, multiplied
-from otfusion_jax.symmetry.groups import Freedom, Group
+from otfusion_jax.symmetry.groups import Fold, Freedom, Group, Scaling
 from otfusion_jax.symmetry.leaf_structure import LeafStructure, UnitAxis
 from otfusion_jax.symmetry.rotation import random_rotation
 from otfusion_jax.symmetry.symmetry import Symmetry
@@ -71,11 +72,14 @@ def balances_of(symmetry: Symmetry) -> list[Balance]:
 
     Returns:
         Those with one power up and one down. Of others, as of weights that a normalisation follows,
-        smaller weights have no end, or are in no formula: they stay as they are.
+        smaller weights have no end, or are in no formula: they stay as they are. So do those by
+        which a scale that is made 1 would be another one again.
     """
     balances = []
     for group, freedom in _scaled_groups(symmetry):
         for scaling in freedom.scales:
+            if _undoes_a_fold(scaling, freedom.folds):
+                continue
             up = {degree for *_, degree in scaling.degrees if degree > 0}
             down = {-degree for *_, degree in scaling.degrees if degree < 0}
             if len(up) == len(down) == 1:
@@ -84,6 +88,19 @@ def balances_of(symmetry: Symmetry) -> list[Balance]:
                 powers = up.pop(), down.pop()
                 balances.append(Balance(group, tuple(rising), tuple(falling), powers))
     return balances
+
+
+def _undoes_a_fold(scaling: Scaling, folds: Sequence[Fold]) -> bool:
+    """Whether a scaling changes a scale that is made 1 at the cost of what it does not balance.
+
+    To make it 1 and to balance it, again and again, would come to no end.
+    """
+    members = {leaf for leaf, *_ in scaling.degrees}
+    for fold in folds:
+        changed = {leaf for leaf, *_ in fold.others}
+        if fold.leaf in members and not changed <= members:
+            return True
+    return False
 
 
 def _scaled_groups(symmetry: Symmetry) -> list[tuple[Group, Freedom]]:
