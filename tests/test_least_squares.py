@@ -240,7 +240,8 @@ def test_a_parameter_that_is_repeated_is_solved_for_by_steps():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("steps", [20, None])
+# Of a fit that stops before its end, rounding makes another one, by a percent or more.
+@pytest.mark.parametrize("steps", [400, None])
 def test_ridges_are_chosen_under_jit(steps: int | None):
     symmetry, nets, x = setting(200)
     method = otf.LeastSquares(ridge=RIDGES, steps=steps)
