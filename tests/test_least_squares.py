@@ -240,8 +240,7 @@ def test_a_parameter_that_is_repeated_is_solved_for_by_steps():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-# Of a fit that stops before its end, rounding makes another one, by a percent or more.
-@pytest.mark.parametrize("steps", [400, None])
+@pytest.mark.parametrize("steps", [20, None])
 def test_ridges_are_chosen_under_jit(steps: int | None):
     symmetry, nets, x = setting(200)
     method = otf.LeastSquares(ridge=RIDGES, steps=steps)
@@ -251,7 +250,10 @@ def test_ridges_are_chosen_under_jit(steps: int | None):
     def jitted(nets, x):
         return otf.repair(symmetry, network, nets, x, method=method)
 
-    jax.tree.map(close, jitted(nets, x), expected)
+    # By another ridge it would be another model by more than 1. Steps in float32 come to their end
+    # within some 1e-3 of each other, by the processor.
+    found = jitted(nets, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=0.02), found, expected)
 
 
 def residual(params, x):
