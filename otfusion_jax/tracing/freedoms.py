@@ -164,7 +164,7 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
     permuted = Freedom(group.name, rotates=False, reason=plain.refused)
     if not plain.in_the_way:
         return permuted
-    candidates, without = _in_the_way(program, variable, group, parts)
+    candidates, without = _in_the_way(program, variable, group, parts, plain)
     if without.refused is not None:
         return Freedom(group.name, rotates=False, reason=without.refused)
     folds = _folds_of(program, variable, group, parts, candidates)
@@ -175,16 +175,26 @@ def _freedom_of(program: "_Program", variable: int, group: Group, parts: Sequenc
 
 
 def _in_the_way(
-    program: "_Program", variable: int, group: Group, parts: Sequence[Leaf]
+    program: "_Program",
+    variable: int,
+    group: Group,
+    parts: Sequence[Leaf],
+    rotations: Rotations,
 ) -> tuple[set[int], Rotations]:
     """Finds the scales without which units could be rotated, and what they may do then.
 
     Behind the first that is in the way nothing is known of a value any more. So the next, as the
     scale of a normalisation that comes after the scale of a branch, is seen once that one is 1.
+
+    Args:
+        program: The equations.
+        variable: The axis variable of the group.
+        group: The group.
+        parts: The parts of the parameters.
+        rotations: What was found with all scales as they are.
     """
     candidates: set[int] = set()
     while True:
-        rotations = program.rotations(variable, candidates)
         found = set()
         for number in rotations.in_the_way - candidates:
             is_scale = _is_scale_of(parts[number], group)
@@ -193,6 +203,7 @@ def _in_the_way(
         if rotations.refused is None or not found:
             return candidates, rotations
         candidates |= found
+        rotations = program.rotations(variable, candidates)
 
 
 def _folds_of(
@@ -249,14 +260,17 @@ def _is_complex(leaf: Leaf) -> bool:
 
 def _is_vector_of(leaf: Leaf, group: Group) -> bool:
     """Whether a parameter has one number for each unit, and nothing else."""
-    return leaf.moves and [size for size in leaf.shape if size > 1] == [group.size]
+    return leaf.moves and _sizes(leaf.shape) == [group.size]
 
 
 def _is_scale_of(leaf: Leaf, group: Group) -> bool:
     """Whether a parameter has one number for each unit, at each index of what is around them."""
-    units = (*group.batch, group.size)
-    sizes = [size for size in units if size > 1]
-    return leaf.moves and [size for size in leaf.shape if size > 1] == sizes
+    return leaf.moves and _sizes(leaf.shape) == _sizes((*group.batch, group.size))
+
+
+def _sizes(shape: Sequence[int]) -> list[int]:
+    """Returns the sizes of a shape, without those of axes of a single position."""
+    return [size for size in shape if size > 1]
 
 
 def _leading_with_batch(group: Group) -> set[int]:
@@ -562,19 +576,18 @@ class _Program:
             standings: For each value by its number what its degree is made of.
             degrees: The degrees that are not 0, by their unknowns.
         """
+        scaled = _scaled_values(standings, degrees)
         for transfer in self._transfers_of[variable]:
-            if transfer.context.eqn.primitive not in _PARTS_OF_COMPLEX:
-                continue
-            for value in (*transfer.operands, *transfer.results):
-                standing = standings.get(value.number or 0)
-                if standing is not None and _is_scaled(standing, degrees):
-                    return True
+            values = (*transfer.operands, *transfer.results)
+            is_part = transfer.context.eqn.primitive in _PARTS_OF_COMPLEX
+            if is_part and any(value.number in scaled for value in values):
+                return True
         return False
 
     def has_layers(self, parameter: int, group: Group, parts: Sequence[Leaf]) -> bool:
         """Whether a loop takes a slice in each iteration that has one number for each unit."""
         _, *rest = parts[parameter].shape or (1,)
-        if [size for size in rest if size > 1] != [group.size]:
+        if _sizes(rest) != [group.size]:
             return False
         sliced = {number for number, _ in self._interpreter.sliced}
         numbers = self._interpreter.parameters
@@ -598,10 +611,7 @@ class _Program:
             standings: For each value by its number what its degree is made of.
             degrees: The degrees that are not 0, by their unknowns.
         """
-        scaled = set()
-        for number, standing in standings.items():
-            if _is_scaled(standing, degrees):
-                scaled.add(number)
+        scaled = _scaled_values(standings, degrees)
         loops = set()
         for transfer in self._transfers_of[variable]:
             values = (*transfer.operands, *transfer.results)
@@ -755,6 +765,15 @@ class _Program:
             if _count(expanded, variable) or _count(expanded, None) >= size:
                 return True
         return False
+
+
+def _scaled_values(standings: dict[int, Standing], degrees: dict[int, int]) -> set[int | None]:
+    """Returns the numbers of the values that are multiplied by a power of the scale."""
+    scaled = set()
+    for number, standing in standings.items():
+        if _is_scaled(standing, degrees):
+            scaled.add(number)
+    return scaled
 
 
 def _is_scaled(standing: Standing, degrees: dict[int, int]) -> bool:

@@ -121,7 +121,7 @@ class _Search:
             laws.raised: lambda _, x: self._power(x, self._numbers.get(x[1].value.number)),
             laws.reduce_sum: self._summed,
             laws.dot_general: self._contracted,
-            laws.ragged_dot: self._contracted_by_groups,
+            laws.ragged_dot: self._contracted,
             laws.conv_general_dilated: self._convolved,
         }
 
@@ -331,21 +331,10 @@ class _Search:
 
     def _contracted(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
         """Two operands are contracted."""
-        contracted, batch = transfer.context.eqn.params["dimension_numbers"]
+        contracted, batch = laws.dot_dimension_numbers(transfer.context.eqn.params)
         pairs = list(zip(*contracted, strict=True))
-        return self._through_product(operands, pairs, [set(dims) for dims in batch])
-
-    def _contracted_by_groups(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
-        """Rows are contracted with a matrix for each group of them."""
-        params = transfer.context.eqn.params
-        numbers = params["ragged_dot_dimension_numbers"]
-        contracted, (x_batch, y_batch) = laws.dot_dimension_numbers(params)
-        pairs = list(zip(*contracted, strict=True))
-        others = [
-            {*x_batch, *numbers.lhs_ragged_dimensions},
-            {*y_batch, *numbers.rhs_group_dimensions},
-        ]
-        return self._through_product(operands[:2], pairs, others)
+        # Rows that are sorted by groups have no units along them, nor have the groups.
+        return self._through_product(operands[:2], pairs, [set(dims) for dims in batch])
 
     def _convolved(self, transfer: Transfer, operands: list[_Operand]) -> Standing:
         """Channels are contracted with a kernel."""

@@ -99,10 +99,11 @@ def scatter(ctx: RuleContext, values: Values) -> Values:
             axes.append(tied)
             continue
         if window_dim is not None and index_vector == (dim,):
-            aligned.add(window_dim)
-            axis = write_segment(ctx, (x, dim), (updates, window_dim), index, reason)
-            axes.append(ctx.pass_on(axis, max(x.kind, updates.kind), kind))
-            continue
+            written = write_segment(ctx, (x, dim), (updates, window_dim), index, reason)
+            if written is not None:
+                aligned.add(window_dim)
+                axes.append(written)
+                continue
         written_at.append(dim)
         ctx.pin(axis, reason)
         if window_dim is not None:

@@ -105,12 +105,19 @@ def _segment(ctx: RuleContext, axis: Axis, start: int, end: int, reason: str) ->
         return axis
     if start >= end:
         return ctx.pick_positions(axis, 0, reason)
-    sizes = [start, end - start, size - end]
-    nonempty = list(filter(None, sizes))
-    segments = ctx.split_axis(axis, nonempty, reason)
-    kept = segments[1] if start else segments[0]
+    segments, number = _cut_out(ctx, axis, start, end, reason)
+    kept = segments[number]
     ctx.note_selection(axis, (start, end), kept=[kept])
     return kept
+
+
+def _cut_out(
+    ctx: RuleContext, axis: Axis, start: int, end: int, reason: str
+) -> tuple[list[Axis], int]:
+    """Splits an axis in front of a range and behind it; says which of the segments the range is."""
+    sizes = [start, end - start, size_of(axis) - end]
+    nonempty = list(filter(None, sizes))
+    return ctx.split_axis(axis, nonempty, reason), int(start > 0)
 
 
 def _split_into_results(ctx: RuleContext, axis: Axis, dim: int, sizes: Sequence[int]) -> list[Axis]:
@@ -191,7 +198,13 @@ def dynamic_update_slice(ctx: RuleContext, values: Values) -> Values:
     axes: list[Axis] = []
     for dim, axis in enumerate(tied.axes):
         if dim in in_part:
-            axis = write_segment(ctx, (x, dim), (update, dim), starts[dim], ctx.because_along(dim))
+            reason = ctx.because_along(dim)
+            written = write_segment(ctx, (x, dim), (update, dim), starts[dim], reason)
+            if written is None:
+                ctx.pin(x.axes[dim], reason)
+                ctx.pin(update.axes[dim], reason)
+                written = ctx.fresh_pinned(shape[dim], reason)
+            axis = written
         else:
             axis = ctx.pass_on(axis, tied.kind, kind)
         axes.append(axis)
@@ -204,7 +217,7 @@ def write_segment(
     update: tuple[TracedValue, int],
     start: TracedValue,
     reason: str,
-) -> Axis:
+) -> Axis | None:
     """Ties an axis to the update of a part of it, where the program knows which part that is.
 
     Args:
@@ -212,31 +225,27 @@ def write_segment(
         written: An operand, and the axis along which a part of it is written.
         update: What is written there, and the axis that goes along that one.
         start: The position at which it is written.
-        reason: Why axes are pinned where the position is not known.
+        reason: Why the axis is pinned if it has no segment there, see `RuleContext.split_axis`.
 
     Returns:
         The axis of the result: what is in front, the part, which is tied to the update, and what is
-        behind. A pinned one where the position is computed, or the axis has positions of its own.
+        behind. None where the position is computed, or the axis has positions of its own.
     """
     (x, dim), (y, update_dim) = written, update
     axis, update_axis = x.axes[dim], y.axes[update_dim]
-    size, width = size_of(axis), size_of(update_axis)
+    width = size_of(update_axis)
     first = ctx.known_number(start)
     # Positions of an input may be at another place on other inputs, and so may what is a constant.
     is_of_units = varies_throughout(ctx.unifier, x, dim) and not _has_pinned(ctx, axis)
-    if first is None or not 0 <= first <= size - width or not is_of_units:
-        ctx.pin(axis, reason)
-        ctx.pin(update_axis, reason)
-        return ctx.fresh_pinned(size, reason)
+    if first is None or not 0 <= first <= size_of(axis) - width or not is_of_units:
+        return None
     kind = max(x.kind, y.kind)
-    before = int(first)
-    sizes = {"before": before, "part": width, "after": size - before - width}
-    present = [name for name, length in sizes.items() if length]
-    segments = ctx.split_axis(axis, [sizes[name] for name in present], reason)
+    begin = int(first)
+    segments, part = _cut_out(ctx, axis, begin, begin + width, reason)
     axes = []
-    for name, segment in zip(present, segments, strict=True):
+    for number, segment in enumerate(segments):
         # What is written over would have stood there, and goes with it.
-        if name == "part":
+        if number == part:
             axes.append(ctx.tie([segment, update_axis], [x.kind, y.kind]))
         else:
             axes.append(ctx.pass_on(segment, x.kind, kind))
