@@ -58,16 +58,41 @@ def interpret_split(
     leaf_splits = find_leaf_splits(whole, unsplit)
     while leaf_splits:
         split = dataclasses.replace(unsplit, leaf_splits=leaf_splits)
-        traces_of_parts = []
-        for trace in traces:
-            traces_of_parts.append(ProgramTrace(take_parts(trace.jaxpr, split), trace.inputs))
-        interpretation = interpret_traces(traces_of_parts, split, on_unsupported, on_ties)
-        kept = _worth_while(interpretation, split)
+        of_parts = interpret_parts(traces, split, on_unsupported, on_ties)
+        kept = _worth_while(of_parts.interpretation, split)
         if len(kept) == len(leaf_splits):
-            return SplitInterpretation(split, traces_of_parts[0].jaxpr, interpretation)
+            return of_parts
         # The remaining leaves may be tied in another way once these are whole: look again.
         leaf_splits = kept
     return SplitInterpretation(unsplit, traces[0].jaxpr, whole)
+
+
+def interpret_parts(
+    traces: Sequence[ProgramTrace],
+    split: Symmetry,
+    on_unsupported: OnUnsupported,
+    on_ties: OnTies,
+    *,
+    keeps_apart: bool = False,
+) -> SplitInterpretation:
+    """Interprets a program with the parts of leaves as its arguments.
+
+    Args:
+        traces: The traces of the program, of whole leaves.
+        split: The leaves and their splits, without groups.
+        on_unsupported: What to do about a primitive without a rule, see `trace_symmetry`.
+        on_ties: What to do about positions that depend on the order of equal units.
+        keeps_apart: Whether what the program puts side by side stays in pieces, see `take_parts`.
+
+    Returns:
+        The splits, the program of the parts, and its interpretation.
+    """
+    traces_of_parts = []
+    for trace in traces:
+        jaxpr = take_parts(trace.jaxpr, split, keeps_apart=keeps_apart)
+        traces_of_parts.append(ProgramTrace(jaxpr, trace.inputs))
+    interpretation = interpret_traces(traces_of_parts, split, on_unsupported, on_ties)
+    return SplitInterpretation(split, traces_of_parts[0].jaxpr, interpretation)
 
 
 def find_leaf_splits(whole: Interpretation, unsplit: Symmetry) -> tuple[LeafSplit, ...]:

@@ -16,11 +16,11 @@ from otfusion_jax.symmetry.symmetry import Symmetry
 from otfusion_jax.tracing.axis import Axis, factors_of
 from otfusion_jax.tracing.freedoms import find_signs, too_coarse
 from otfusion_jax.tracing.group_collection import CollectedGroups, collect_groups
-from otfusion_jax.tracing.interpretation import Interpretation, interpret_traces
+from otfusion_jax.tracing.interpretation import Interpretation
 from otfusion_jax.tracing.interpreter import OnUnsupported
+from otfusion_jax.tracing.leaf_splits import SplitInterpretation, interpret_parts
 from otfusion_jax.tracing.positions import OnTies
 from otfusion_jax.tracing.program_traces import ProgramTrace
-from otfusion_jax.tracing.split_jaxpr import take_parts
 
 
 class _Place(NamedTuple):
@@ -55,47 +55,26 @@ def with_signs_of_segments(
     groups = _in_question(symmetry, interpretation, collected)
     if not groups:
         return symmetry
-    splits = {}
-    for leaf_split in _splits_into_segments(symmetry, groups):
-        splits[leaf_split.leaf] = leaf_split
-    # What is picked apart already stays as it is.
-    for leaf_split in symmetry.leaf_splits:
-        splits[leaf_split.leaf] = leaf_split
-    in_order = []
-    for leaf in sorted(splits):
-        in_order.append(splits[leaf])
     split = Symmetry(
         groups=(),
         pinned=(),
         leaves=symmetry.leaves,
         treedef=symmetry.treedef,
-        leaf_splits=tuple(in_order),
+        leaf_splits=_splits_with_segments(symmetry, groups),
     )
-    of_parts = _interpreted_in_parts(
-        split,
-        traces,
-        on_unsupported,
-        on_ties,
+    found = _signs_in_parts(
+        interpret_parts(traces, split, on_unsupported, on_ties, keeps_apart=True),
+        symmetry,
+        groups,
     )
-    partners = {}
-    for name, group in groups.items():
-        partner = _same_group(symmetry, group, of_parts.symmetry)
-        if partner is not None:
-            partners[name] = partner
-    names = {partner.name for partner in partners.values()}
-    signs = find_signs(of_parts.interpretation, of_parts.collected, names)
     freedoms = []
     for freedom in symmetry.freedoms:
-        name = freedom.group
-        if name in partners:
-            partner = partners[name]
-            found = _scalings_of_leaves(
-                _places(symmetry, groups[name]),
-                _places(of_parts.symmetry, partner),
-                _side_by_side(groups[name]),
-                signs[partner.name],
-            )
-            freedom = dataclasses.replace(freedom, signs=found)
+        if freedom.group in found:
+            group = groups[freedom.group]
+            signs = []
+            for turned in found[freedom.group]:
+                signs.append(_signs_at(symmetry, group, turned))
+            freedom = dataclasses.replace(freedom, signs=tuple(signs))
         freedoms.append(freedom)
     return dataclasses.replace(symmetry, freedoms=tuple(freedoms))
 
@@ -141,6 +120,15 @@ def _variables_side_by_side(interpretation: Interpretation) -> set[int]:
     return repeated
 
 
+def _splits_with_segments(symmetry: Symmetry, groups: Mapping[str, Group]) -> tuple[LeafSplit, ...]:
+    """Returns the splits of a symmetry, and those of other leaves into segments."""
+    splits = {}
+    for leaf_split in (*_splits_into_segments(symmetry, groups), *symmetry.leaf_splits):
+        # What is picked apart already comes last, and stays as it is.
+        splits[leaf_split.leaf] = leaf_split
+    return tuple([splits[leaf] for leaf in sorted(splits)])
+
+
 def _splits_into_segments(symmetry: Symmetry, groups: Mapping[str, Group]) -> Iterator[LeafSplit]:
     """Yields how leaves are to be split for each segment with units to be a part of its own."""
     found = set()
@@ -173,89 +161,57 @@ def _side_by_side(group: Group) -> list[Member]:
 # --- what their signs are
 
 
-class _InParts(NamedTuple):
-    """What is known of the program whose arguments are segments.
-
-    Attributes:
-        symmetry: The splits of leaves, and the groups of parts.
-        interpretation: The interpretation of the program.
-        collected: The groups that were read off it.
-    """
-
-    symmetry: Symmetry
-    interpretation: Interpretation
-    collected: CollectedGroups
-
-
-def _interpreted_in_parts(
-    split: Symmetry,
-    traces: Sequence[ProgramTrace],
-    on_unsupported: OnUnsupported,
-    on_ties: OnTies,
-) -> _InParts:
-    """Interprets a program anew, with segments in place of leaves."""
-    traces_of_parts = []
-    for trace in traces:
-        jaxpr = take_parts(trace.jaxpr, split, keeps_apart=True)
-        traces_of_parts.append(ProgramTrace(jaxpr, trace.inputs))
-    interpretation = interpret_traces(traces_of_parts, split, on_unsupported, on_ties)
-    interpretation.pin_what_inputs_do_not_show()
-    axes = interpretation.expanded_axes()
-    leaf_axes = list(zip(split.parts, axes, strict=True))
-    collected = collect_groups(interpretation, leaf_axes)
-    of_parts = dataclasses.replace(split, groups=collected.groups)
-    return _InParts(of_parts, interpretation, collected)
-
-
-def _same_group(symmetry: Symmetry, group: Group, of_parts: Symmetry) -> Group | None:
-    """Returns the group of parts whose units lie where those of a group of leaves do, all of it."""
-    places = _places(symmetry, group)
-    for other in of_parts.groups:
-        if other.size != group.size:
-            continue
-        places_of_parts = _places(of_parts, other)
-        if places_of_parts.keys() == places.keys():
-            return other
-    return None
-
-
-def _scalings_of_leaves(
-    places: dict[_Place, list[Member]],
-    places_of_parts: dict[_Place, list[Member]],
-    side_by_side: Sequence[Member],
-    signs: Sequence[Scaling],
-) -> tuple[Scaling, ...]:
-    """Says of whole leaves which signs parts may change.
+def _signs_in_parts(
+    of_parts: SplitInterpretation, symmetry: Symmetry, groups: Mapping[str, Group]
+) -> dict[str, list[set[_Place]]]:
+    """Finds where groups change their signs, in the program whose arguments are segments.
 
     Args:
-        places: Where the units of the group begin, with the members there.
-        places_of_parts: The same with the members in parts.
-        side_by_side: The members that share an axis of a parameter.
-        signs: The signs of parts.
+        of_parts: The interpretation of that program.
+        symmetry: The symmetry of whole leaves.
+        groups: Some of its groups, by name.
 
     Returns:
-        Those signs that all parts of a leaf change alike, beside the axis that it is split along.
+        For each group that is one there, too, of the same units, for each way to change signs where
+        they are that change. Those that not all parts of a leaf change alike are left out.
     """
-    found = []
-    for scaling in signs:
-        turned = _turned_places(places_of_parts, scaling)
-        if turned is None:
-            continue
-        degrees = []
-        segments = []
-        for place in sorted(turned):
-            for member in places[place]:
-                start = member.location.index.start
-                if member in side_by_side:
-                    segments.append((member.leaf, member.axis, start))
-                else:
-                    degrees.append((member.leaf, member.axis, 1))
-        of_leaves = Scaling(
-            degrees=tuple(degrees),
-            segments=tuple(segments),
-        )
-        found.append(of_leaves)
-    return tuple(found)
+    interpretation = of_parts.interpretation
+    interpretation.pin_what_inputs_do_not_show()
+    axes = interpretation.expanded_axes()
+    leaf_axes = list(zip(of_parts.symmetry.parts, axes, strict=True))
+    collected = collect_groups(interpretation, leaf_axes)
+    # Groups have no places in common, so that all of them tell which group it is.
+    names = {}
+    for name, group in groups.items():
+        places = frozenset(_places(symmetry, group))
+        names[group.size, places] = name
+    partners = {}
+    for group in collected.groups:
+        places_of_parts = _places(of_parts.symmetry, group)
+        name = names.get((group.size, frozenset(places_of_parts)))
+        if name is not None:
+            partners[group.name] = name, places_of_parts
+    found = {}
+    for partner, scalings in find_signs(interpretation, collected, partners).items():
+        name, places_of_parts = partners[partner]
+        turned = [_turned_places(places_of_parts, scaling) for scaling in scalings]
+        found[name] = [where for where in turned if where is not None]
+    return found
+
+
+def _signs_at(symmetry: Symmetry, group: Group, turned: set[_Place]) -> Scaling:
+    """Describes signs by parameters and their axes, and by segments where an axis has several."""
+    shared = _side_by_side(group)
+    places = _places(symmetry, group)
+    degrees = []
+    segments = []
+    for place in sorted(turned):
+        for member in places[place]:
+            if member in shared:
+                segments.append((member.leaf, member.axis, member.location.index.start))
+            else:
+                degrees.append((member.leaf, member.axis, 1))
+    return Scaling(tuple(degrees), tuple(segments))
 
 
 def _places(symmetry: Symmetry, group: Group) -> dict[_Place, list[Member]]:
